@@ -1,0 +1,657 @@
+"""model.py - a transformer that sees whole blocks, and where it runs.
+
+A block diffusion language model is an ordinary decoder-only transformer with three changes:
+
+  1. it has a mask token, and its logits at position i predict the token AT position i (Dream: at i + 1);
+  2. attention looks back by whole blocks of K tokens instead of by single tokens (or, for Dream and LLaDA, everywhere);
+  3. a training row holds not only the clean text but also *views*: copies of a block as it was while it was decoded.
+
+All three, in prefill, decoding, replay and fine-tuning, are one attention rule over four small integers per token:
+see `Layout` and `may_attend`, the only place in this project that knows who sees whom.
+
+Reading order: ModelConfig, Layout and may_attend, KVCache, Layer, BlockDiffusionLM, token_logprobs; then checkpoints
+(load_model, save_checkpoint), the tiny model, and last where all this runs (processes, optimizer step, run folder).
+
+Left out on purpose: dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism.
+
+Sizes, used with one meaning everywhere:
+  B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block   S trace steps
+  V vocabulary   C channels   H heads   D channels of a head   G responses per prompt   N items of a list
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import safe_open
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+# ------------------------------------------------------------------------------------------------------------------
+# Configuration: one network, four families. A family is a row of switches and a table of weight names.
+
+
+QWEN_NAMES = {  # ours -> theirs; "#" is the layer number
+    "embed": "model.embed_tokens",
+    "layers.#.attention_norm": "model.layers.#.input_layernorm",
+    "layers.#.q_proj": "model.layers.#.self_attn.q_proj",
+    "layers.#.k_proj": "model.layers.#.self_attn.k_proj",
+    "layers.#.v_proj": "model.layers.#.self_attn.v_proj",
+    "layers.#.o_proj": "model.layers.#.self_attn.o_proj",
+    "layers.#.q_norm": "model.layers.#.self_attn.q_norm",
+    "layers.#.k_norm": "model.layers.#.self_attn.k_norm",
+    "layers.#.mlp_norm": "model.layers.#.post_attention_layernorm",
+    "layers.#.gate_proj": "model.layers.#.mlp.gate_proj",
+    "layers.#.up_proj": "model.layers.#.mlp.up_proj",
+    "layers.#.down_proj": "model.layers.#.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+LLADA_NAMES = {
+    "embed": "model.transformer.wte",
+    "layers.#.attention_norm": "model.transformer.blocks.#.attn_norm",
+    "layers.#.q_proj": "model.transformer.blocks.#.q_proj",
+    "layers.#.k_proj": "model.transformer.blocks.#.k_proj",
+    "layers.#.v_proj": "model.transformer.blocks.#.v_proj",
+    "layers.#.o_proj": "model.transformer.blocks.#.attn_out",
+    "layers.#.mlp_norm": "model.transformer.blocks.#.ff_norm",
+    "layers.#.gate_proj": "model.transformer.blocks.#.ff_proj",
+    "layers.#.up_proj": "model.transformer.blocks.#.up_proj",
+    "layers.#.down_proj": "model.transformer.blocks.#.ff_out",
+    "norm": "model.transformer.ln_f",
+    "head": "model.transformer.ff_out",
+}
+
+
+class Family(NamedTuple):
+    """What the checkpoints of one family have in common (METHOD: models)."""
+
+    has_qk_norm: bool  # RMSNorm on every head of q and k, before the rotation
+    has_qkv_bias: bool
+    shifts_logits: bool  # the network's output at i predicts the token at i + 1
+    attention: str  # "block" or "full"
+    mask_id: int  # of the published checkpoints, where config.json does not say
+    names: dict
+
+
+FAMILIES = {  # by model_type of config.json, in lower case
+    "sdar": Family(True, False, False, "block", 151669, QWEN_NAMES),  # SDAR and TraDo
+    "qwen3": Family(True, False, False, "block", 151669, QWEN_NAMES),  # autoregressive: sft.py makes it a block model
+    "dream": Family(False, True, True, "full", 151666, QWEN_NAMES),  # Dream and DiffuCoder
+    "llada": Family(False, False, False, "full", 126336, LLADA_NAMES),  # LLaDA and MMaDA-text
+}
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>")  # any of these that a tokenizer has ends a response
+
+
+@dataclass
+class ModelConfig:
+    """Everything the network needs to know, from a Hugging Face config.json (`from_dict`) or by hand."""
+
+    family: str
+    vocab_size: int  # V
+    hidden_size: int  # C
+    num_layers: int
+    num_heads: int  # H
+    num_kv_heads: int
+    head_dim: int  # D
+    intermediate_size: int
+    mask_id: int
+    block_size: int = 4  # K: of attention and decoding ("block"), of decoding alone ("full")
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = False
+    pad_id: int = 0
+    eos_ids: tuple = ()
+    source: dict = field(default_factory=dict)  # config.json as it was read: saving gives it back
+
+    @property
+    def switches(self):
+        """The Family of this checkpoint."""
+        return FAMILIES[self.family]
+
+    @property
+    def is_full(self):
+        """True when every token sees every token (Dream, LLaDA)."""
+        return self.switches.attention == "full"
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"unknown model_type {self.family!r}: this project knows {', '.join(FAMILIES)}")
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask id {self.mask_id} is outside the vocabulary of {self.vocab_size} tokens")
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide among {self.num_kv_heads} kv heads")
+
+    @classmethod
+    def from_dict(cls, source, block_size=None):
+        """Reads the fields of a config.json, whichever family's spelling they have.
+
+        Raises ValueError for an unknown model_type, a missing field, or a variant the network does not have.
+        """
+        family = str(source.get("model_type", "none")).lower()
+        if family not in FAMILIES:
+            raise ValueError(f"unknown model_type {family!r} in config.json: known are {', '.join(FAMILIES)}")
+        spelling = dict(vocab_size="embedding_size", hidden_size="d_model", num_hidden_layers="n_layers",
+                        num_attention_heads="n_heads", num_key_value_heads="n_kv_heads",
+                        intermediate_size="mlp_hidden_size", tie_word_embeddings="weight_tying")
+        wanted = {ours: source.get(ours if family != "llada" else llada) for ours, llada in spelling.items()}
+        rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"rope type {rope} is not supported: only plain rotary positions are")
+        if source.get("use_sliding_window") or source.get("hidden_act", "silu") != "silu":
+            raise ValueError("sliding windows and activations other than silu are not supported")
+        wanted["num_key_value_heads"] = wanted["num_key_value_heads"] or wanted["num_attention_heads"]
+        missing = [name for name, value in wanted.items() if value is None and name != "tie_word_embeddings"]
+        if missing:
+            raise ValueError(f"config.json of family {family!r} lacks {', '.join(missing)}")
+        default_theta = 5e5 if family == "llada" else 1e6
+        eos = source.get("eos_token_id")
+        eos = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+        pad = source.get("pad_token_id")
+        mask_id = source.get("mask_token_id")
+        if mask_id is None:
+            mask_id = FAMILIES[family].mask_id
+            if mask_id >= wanted["vocab_size"]:
+                raise ValueError(f"this checkpoint names no mask token: config.json has no mask_token_id, and {family}'s "
+                                 f"usual {mask_id} is outside its vocabulary of {wanted['vocab_size']}")
+        default_block = 32 if FAMILIES[family].attention == "full" else 4
+        return cls(
+            family=family, vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
+            num_layers=wanted["num_hidden_layers"], num_heads=wanted["num_attention_heads"],
+            num_kv_heads=wanted["num_key_value_heads"], intermediate_size=wanted["intermediate_size"],
+            head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
+            mask_id=mask_id, block_size=block_size or source.get("block_size") or default_block,
+            rms_norm_eps=source.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
+            rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or default_theta),
+            pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos), source=dict(source))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The one attention rule.
+
+
+class Layout(NamedTuple):
+    """Where each token of a batch of rows stands. All int64 (B, T).
+
+    position  absolute position in prompt + response, for the rotary embedding
+    document  which text the token belongs to, if a row holds several; -1 is padding
+    block     position // K; 0 everywhere for full attention
+    view      0 for clean text; v > 0 for the v-th picture of that block (full attention: of the whole canvas)
+    """
+
+    position: torch.Tensor
+    document: torch.Tensor
+    block: torch.Tensor
+    view: torch.Tensor
+
+    @classmethod
+    def clean(cls, position, block_size, is_full, document=None):
+        """The layout of plain text without views: ordinary block (or full) attention."""
+        zero = torch.zeros_like(position)
+        return cls(position, zero if document is None else document, zero if is_full else position // block_size, zero)
+
+
+def may_attend(query, key):
+    """Whether a token sees another: THE rule (METHOD: replay). Layouts (or single numbers) that broadcast -> bool.
+
+    Inside one document, a token sees the clean text of earlier blocks, and its own block in its own view.
+    - prefill, plain text: every token is in view 0, so this is block-causal attention (K = 1: causal);
+    - decoding: the block being decoded is one view, the cache is the clean text before it;
+    - replay, fine-tuning: many views of many blocks share one clean text, and none sees another;
+    - full attention: one block, so a view is a whole canvas that sees all of itself and nothing else.
+    """
+    is_clean_past = (key.view == 0) & (key.block < query.block)
+    is_together = (key.view == query.view) & (key.block == query.block)
+    return (key.document == query.document) & (is_clean_past | is_together)
+
+
+def dense_mask(layout):
+    """The rule as a boolean mask (B, 1, T, T): queries down, keys across."""
+    query = Layout(*(t[:, :, None] for t in layout))
+    key = Layout(*(t[:, None, :] for t in layout))
+    return may_attend(query, key)[:, None]
+
+
+def attend(q, k, v, mask):
+    """Softmax attention. q (B, H, T, D), k and v (B, H_kv, T_key, D), mask bool, broadcast to (B, H, T, T_key)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class KVCache:
+    """Keys and values of every slot's sequence so far, (slots, length, H_kv, D) per layer.
+
+    The cache needs no bookkeeping: a forward writes its keys and values at the positions of its tokens, and reads
+    everything before its own end. A block under denoising therefore lies in the cache while it is noisy, but only its own
+    next forward comes before it is written again; the last writing, once no mask is left, is the clean one.
+    """
+
+    def __init__(self, config, num_slots, length, dtype, device):
+        shape = (config.num_layers, num_slots, length, config.num_kv_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def select(self, slots, position):
+        """Aims the next forward at these slots (B,) and positions (B, T): one row per slot."""
+        self.slots, self.position = slots, position
+        self.length = int(position.max()) + 1
+        key_position = torch.arange(self.length, device=position.device)
+        self.mask = (key_position <= position[:, -1:])[:, None, None]  # (B, 1, 1, length): up to the end of its block
+        return self
+
+    def write(self, layer, k, v):
+        """Stores k and v (B, H_kv, T, D) of one layer at the selected slots and positions."""
+        self.keys[layer, self.slots[:, None], self.position] = k.transpose(1, 2)
+        self.values[layer, self.slots[:, None], self.position] = v.transpose(1, 2)
+
+    def attend(self, layer, q, k, v):
+        """Attention of one block per slot, q (B, H, K, D), over all that the slot holds up to the block's end."""
+        if flash_attn_with_kvcache is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            # Writes k and v at cache_seqlens and attends to everything up to there and to the whole new block.
+            return flash_attn_with_kvcache(
+                q.transpose(1, 2), self.keys[layer], self.values[layer], k.transpose(1, 2), v.transpose(1, 2),
+                cache_seqlens=self.position[:, 0].int(), cache_batch_idx=self.slots.int(), causal=False).transpose(1, 2)
+        self.write(layer, k, v)
+        keys = self.keys[layer, self.slots, :self.length].transpose(1, 2)
+        values = self.values[layer, self.slots, :self.length].transpose(1, 2)
+        return attend(q, keys, values, self.mask)
+
+
+try:  # optional: needs CUDA and a compiler
+    from flash_attn import flash_attn_with_kvcache
+except ImportError:
+    flash_attn_with_kvcache = None
+
+# ------------------------------------------------------------------------------------------------------------------
+# The network.
+
+
+def rotary(position, head_dim, theta):
+    """Cosines and sines of the rotary embedding: position (B, T) -> two float32 (B, 1, T, D), halves convention."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
+    angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns x (B, H, T, D) by its position, computed in float32."""
+    left, right = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """One transformer layer: attention, then a gated feed-forward, each behind its RMSNorm."""
+
+    def __init__(self, config, number):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        bias = config.switches.has_qkv_bias
+        self.number, self.head_dim = number, D
+        self.attention_norm = nn.RMSNorm(C, eps=config.rms_norm_eps)
+        self.q_proj = nn.Linear(C, config.num_heads * D, bias=bias)
+        self.k_proj = nn.Linear(C, config.num_kv_heads * D, bias=bias)
+        self.v_proj = nn.Linear(C, config.num_kv_heads * D, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * D, C, bias=False)
+        if config.switches.has_qk_norm:
+            self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+        self.mlp_norm = nn.RMSNorm(C, eps=config.rms_norm_eps)
+        self.gate_proj = nn.Linear(C, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(C, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, C, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache):
+        """x (B, T, C) -> (B, T, C). With a cache, k and v are stored there; without a mask, read from there."""
+        B, T, _ = x.shape
+        h = self.attention_norm(x)
+        q = rotate(self.q_norm(self.q_proj(h).view(B, T, -1, self.head_dim)).transpose(1, 2), cos, sin)  # (B, H, T, D)
+        k = rotate(self.k_norm(self.k_proj(h).view(B, T, -1, self.head_dim)).transpose(1, 2), cos, sin)
+        v = self.v_proj(h).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if mask is None:
+            out = cache.attend(self.number, q, k, v)
+        else:
+            out = attend(q, k, v, mask)
+            if cache is not None:
+                cache.write(self.number, k, v)
+        x = x + self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        h = self.mlp_norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class BlockDiffusionLM(nn.Module):
+    """The language model. `model(tokens)` gives logits; `hidden` is what rollout, replay and value model build on."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    def hidden(self, tokens, layout, cache=None, reads_cache=False):
+        """Final normalised states of rows laid out by `layout`: tokens int64 (B, T) -> (B, T, C).
+
+        cache: a KVCache after `select`; keys and values are stored in it. reads_cache: the tokens are one block per slot
+        and see the cache up to their own end (decoding) instead of one another by the rule (prefill).
+        """
+        cos, sin = rotary(layout.position, self.config.head_dim, self.config.rope_theta)
+        mask = None if reads_cache else dense_mask(layout)
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        return self.norm(x)
+
+    def forward(self, tokens):
+        """Logits (B, T, V) for int64 tokens (B, T) under the model's own attention.
+
+        logits[:, i] predict tokens[:, i] in every family: Dream's output is moved by one here (its position 0, which
+        nothing predicts, keeps its own). The mask token's logit is left as the network gives it.
+        """
+        position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        logits = self.head(self.hidden(tokens, Layout.clean(position, self.config.block_size, self.config.is_full)))
+        if self.config.switches.shifts_logits:
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+        return logits
+
+
+def policy_logits(logits, mask_id):
+    """Logits in float32 with the mask token ruled out: a policy never says "mask", in decoding and in replay alike."""
+    logits = logits.float()
+    return logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
+
+
+def chunk_logprobs(h, tokens, head, mask_id, temperature):
+    """token_logprobs of one chunk: (N, C), (N,) -> log-probability and entropy, float32 (N,)."""
+    logits = policy_logits(head(h), mask_id) / temperature
+    total = logits.logsumexp(-1)
+    logp = logits.gather(-1, tokens[:, None])[:, 0] - total
+    with torch.no_grad():  # sum p log p, with 0 log 0 = 0 for the mask token; a figure for the log, never trained on
+        p = (logits - total[:, None]).exp()
+        entropy = total - (p * logits.masked_fill(logits == -math.inf, 0)).sum(-1)
+    return logp, entropy
+
+
+def token_logprobs(model, h, tokens, temperature=1.0, chunk=1024):
+    """Log-probabilities of `tokens` (N,) and the entropy of their distributions, at final states h (N, C). float32.
+
+    Logits live for one chunk of positions at a time and are computed again in the backward pass: with V = 152k, the
+    float32 logits of 4,000 positions and their gradient would take 5 GB. Temperature 0 stands for 1, as in decoding.
+    """
+    outputs = [(h.new_zeros(0, dtype=torch.float32),) * 2]
+    for start in range(0, len(h), chunk):
+        args = (h[start:start + chunk], tokens[start:start + chunk], model.head, model.config.mask_id, temperature or 1.0)
+        is_small = len(h) * model.config.vocab_size < 2**24  # under 64 MB: not worth computing twice
+        outputs.append(chunk_logprobs(*args) if is_small else checkpoint(chunk_logprobs, *args, use_reentrant=False))
+    return tuple(torch.cat(part) for part in zip(*outputs))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints, in the layout Hugging Face gave each family.
+
+
+def family_name(config, ours):
+    """Our parameter name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight."""
+    module, _, kind = ours.rpartition(".")
+    parts = module.split(".")
+    if parts[0] != "layers":
+        return f"{config.switches.names[module]}.{kind}"
+    return config.switches.names[f"layers.#.{parts[2]}"].replace("#", parts[1]) + f".{kind}"
+
+
+def load_model(path_or_id, block_size=None, dtype=None, device=None):
+    """Loads a checkpoint folder or hub id -> (BlockDiffusionLM, tokenizer or None).
+
+    block_size: K, if not the checkpoint's own. dtype: of the weights in memory (default: as stored). device: default
+    this process's GPU, else the CPU. Weights go shard by shard to where they are used; there is never a second copy.
+    Raises FileNotFoundError or ValueError that names the missing file, weight, shape, model_type or mask token.
+    """
+    path = path_or_id
+    if not os.path.isdir(path):
+        if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise FileNotFoundError(f"no checkpoint folder {path!r} (a hub id looks like JetLM/SDAR-4B-Chat)")
+        path = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise FileNotFoundError(f"{path} has no config.json: not a checkpoint folder")
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        config = ModelConfig.from_dict(json.load(file), block_size)
+    tokenizer = load_tokenizer(path, config)
+    config.eos_ids = find_eos_ids(path, config, tokenizer)
+    with torch.device("meta"):
+        model = BlockDiffusionLM(config)
+    load_weights(model, path, dtype, torch.device(device) if device is not None else default_device())
+    return model.eval(), tokenizer
+
+
+def load_weights(model, path, dtype, device):
+    """Fills a model built on the meta device from the safetensors shards of a folder."""
+    shards = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+    if not shards:
+        raise FileNotFoundError(f"{path} holds no .safetensors file (pickled weights are never read)")
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    ours = {family_name(model.config, name): name for name in shapes}
+    tied = family_name(model.config, "head.weight") if model.config.tie_word_embeddings else None
+    found, unexpected = {}, []
+    for shard in shards:
+        with safe_open(os.path.join(path, shard), framework="pt", device=str(device)) as file:
+            for theirs in file.keys():
+                if theirs == tied or theirs.endswith(("rotary_emb.inv_freq", "value_head.weight")):
+                    continue  # the same tensor as the embedding; a constant; the value model's own (value.py)
+                if theirs not in ours:
+                    unexpected.append(theirs)
+                    continue
+                name, tensor = ours[theirs], file.get_tensor(theirs)
+                if tensor.shape != shapes[name]:
+                    raise ValueError(f"{path}: {theirs} has shape {tuple(tensor.shape)}, "
+                                     f"config.json asks for {tuple(shapes[name])}")
+                found[name] = torch.empty_like(tensor, dtype=dtype or tensor.dtype).copy_(tensor)
+    missing = [theirs for theirs, name in ours.items() if name not in found]
+    if missing or unexpected:
+        raise ValueError(f"{path} does not hold a {model.config.family} checkpoint: "
+                         f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}")
+    if model.config.tie_word_embeddings:
+        found["head.weight"] = found["embed.weight"]
+    model.load_state_dict(found, assign=True)
+    if model.config.tie_word_embeddings:  # load_state_dict made two parameters of one tensor
+        model.head.weight = model.embed.weight
+    model.requires_grad_(True)
+
+
+def load_tokenizer(path, config):
+    """The folder's tokenizer, or None if it has none. Never runs code from the checkpoint."""
+    if os.path.isfile(os.path.join(path, "tokenizer.json")):
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    if os.path.isfile(os.path.join(path, "vocab.json")) and config.family != "llada":  # SDAR, Dream: Qwen2's tokenizer
+        return Qwen2Tokenizer.from_pretrained(path)
+    return None
+
+
+def find_eos_ids(path, config, tokenizer):
+    """Every id that ends a response, from config.json, generation_config.json and the tokenizer, first found first."""
+    ids = list(config.eos_ids)
+    generation = os.path.join(path, "generation_config.json")
+    if os.path.isfile(generation):
+        with open(generation, encoding="utf-8") as file:
+            eos = json.load(file).get("eos_token_id")
+        ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if tokenizer is not None:
+        vocabulary = tokenizer.get_vocab()
+        ids += [vocabulary[token] for token in (tokenizer.eos_token, *END_TOKENS) if token in vocabulary]
+    return tuple(dict.fromkeys(ids))
+
+
+def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
+    """Writes weights, config.json and tokenizer in the family's own layout; `load_model` reads it back bit for bit.
+
+    The folder is written under a temporary name and renamed, so that `path` is whole or absent.
+    """
+    config = model.config
+    source = {**config.source, "mask_token_id": config.mask_id, "block_size": config.block_size}
+    partial = f"{path}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    tied = {"head.weight"} if config.tie_word_embeddings else set()
+    state = {family_name(config, name): p for name, p in model.state_dict().items() if name not in tied}
+    save_torch_state_dict(state, partial, max_shard_size=max_shard_size)
+    source["dtype"] = source["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
+    with open(os.path.join(partial, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(source, file, indent=2)
+    with open(os.path.join(partial, "generation_config.json"), "w", encoding="utf-8") as file:
+        json.dump({"eos_token_id": list(config.eos_ids), "pad_token_id": config.pad_id}, file, indent=2)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(partial, path)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The tiny model of the embedded default: a checkpoint like any other, only small.
+
+
+def tiny_tokenizer():
+    """One token per character of the embedded arithmetic, and one for \\boxed{. A Hugging Face tokenizer.
+
+    Its chat template keeps the first line of a message: the instruction that follows the problem in a real prompt
+    ("Please reason step by step ...") would be unknown words to a model of 18 tokens.
+    """
+    words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", mask_token="<mask>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('\\n')[0] }}{% endfor %}"
+    return tokenizer
+
+
+def tiny_model(seed=0, block_size=4, attention="block", num_layers=2, hidden_size=64, vocab_size=18):
+    """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
+    source = dict(
+        block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0, rms_norm_eps=1e-6, rope_theta=1e4,
+        hidden_act="silu")
+    if attention == "full":
+        source.update(model_type="llada", d_model=hidden_size, n_layers=num_layers, n_heads=4, n_kv_heads=4,
+                      mlp_hidden_size=3 * hidden_size, embedding_size=vocab_size, weight_tying=False)
+    else:
+        source.update(model_type="sdar", hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=4,
+                      num_key_value_heads=2, head_dim=hidden_size // 4, intermediate_size=3 * hidden_size,
+                      vocab_size=vocab_size, tie_word_embeddings=False, architectures=["SDARForCausalLM"])
+    model = BlockDiffusionLM(ModelConfig.from_dict(source))
+    initialize(model, seed)
+    return model
+
+
+def initialize(model, seed):
+    """Fills every weight: norms with 1, biases with 0, matrices from N(0, 0.02) (residual outputs smaller, as in GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            std = 0.02 / math.sqrt(2 * model.config.num_layers) if "o_proj" in name or "down_proj" in name else 0.02
+            nn.init.normal_(p, std=std, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Where it runs: processes, the optimizer step, the run folder.
+
+
+def start_processes():
+    """Joins torchrun's process group, if there is one -> (rank, number of processes)."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(default_device())
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def default_device():
+    """This process's GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def processes():
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_lists(own):
+    """Every process's list, dealt out as items[rank::number], back in the original order, on every process."""
+    rank, number = processes()
+    if number == 1:
+        return own
+    parts = [None] * number
+    dist.all_gather_object(parts, own)
+    merged = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        merged[rank::number] = part
+    return merged
+
+
+def sum_over_processes(*numbers):
+    """Sums of Python numbers over all processes, as floats (float64)."""
+    rank, number = processes()
+    if number == 1:
+        return [float(x) for x in numbers]
+    parts = [None] * number
+    dist.all_gather_object(parts, numbers)
+    return [float(sum(column)) for column in zip(*parts)]
+
+
+def optimizer_step(model, optimizer, max_norm):
+    """Adds up the gradients of all processes, clips their common norm, and steps -> (norm, whether it stepped).
+
+    The losses are sums over this process's tokens divided by the number of tokens of ALL processes, so gradients add,
+    they are not averaged. A norm that is not finite skips the update, on every process alike.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if processes()[1] > 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(part.view_as(p))
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    is_finite = bool(norm.isfinite())
+    if is_finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm), is_finite
+
+
+def say(text, file=None):
+    """Prints on the first process only."""
+    if processes()[0] == 0:
+        print(text, file=file, flush=True)
+
+
+def write_json(path, value):
+    """Writes JSON under a temporary name, then renames: a reader never sees half a file."""
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+    os.replace(f"{path}.partial", path)
