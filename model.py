@@ -31,10 +31,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -612,14 +614,13 @@ def gather_lists(own):
     return merged
 
 
-def sum_over_processes(*numbers):
-    """Sums of Python numbers over all processes, as floats (float64)."""
-    rank, number = processes()
-    if number == 1:
-        return [float(x) for x in numbers]
-    parts = [None] * number
-    dist.all_gather_object(parts, numbers)
-    return [float(sum(column)) for column in zip(*parts)]
+def over_processes(combine, *numbers):
+    """`combine` (sum or max) of Python numbers over all processes, as floats."""
+    parts = [numbers]
+    if processes()[1] > 1:
+        parts = [None] * processes()[1]
+        dist.all_gather_object(parts, numbers)
+    return [float(combine(column)) for column in zip(*parts)]
 
 
 def optimizer_step(model, optimizer, max_norm):
@@ -644,10 +645,29 @@ def optimizer_step(model, optimizer, max_norm):
     return float(norm), is_finite
 
 
-def say(text, file=None):
-    """Prints on the first process only."""
+def make_optimizer(model, lr, betas, weight_decay=0.0):
+    """AdamW on the trainable parameters; decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def barrier():
+    """Waits for the other processes."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def progress(items, name):
+    """A tqdm bar on the first process, if someone is watching a terminal."""
+    return tqdm(items, desc=name, disable=None if processes()[0] == 0 else True, mininterval=1)
+
+
+def say(text):
+    """Prints on the first process only, above a progress bar if there is one."""
     if processes()[0] == 0:
-        print(text, file=file, flush=True)
+        tqdm.write(text)
 
 
 def write_json(path, value):
@@ -655,3 +675,48 @@ def write_json(path, value):
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
     os.replace(f"{path}.partial", path)
+
+
+class RunLog:
+    """runs/<name>/ on the first process: args.json, then one line of metrics.jsonl per step."""
+
+    def __init__(self, folder, args):
+        self.folder, self.is_writer = folder, processes()[0] == 0
+        if self.is_writer:
+            os.makedirs(folder, exist_ok=True)
+            write_json(os.path.join(folder, "args.json"), args)
+            self.path = os.path.join(folder, "metrics.jsonl")
+            open(self.path, "w", encoding="utf-8").close()
+
+    def write(self, line):
+        """Appends one line."""
+        if self.is_writer:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save_checkpoint(self, model, tokenizer, step):
+        """Saves checkpoints/step-<step>."""
+        if self.is_writer:
+            os.makedirs(os.path.join(self.folder, "checkpoints"), exist_ok=True)
+            save_checkpoint(model, tokenizer, os.path.join(self.folder, "checkpoints", f"step-{step}"))
+        barrier()
+
+    def finish(self, summary):
+        """Writes summary.json, and curves.png of every number in metrics.jsonl."""
+        if not self.is_writer:
+            return
+        write_json(os.path.join(self.folder, "summary.json"), summary)
+        with open(self.path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        names = sorted({name for line in lines for name in line} - {"step"})
+        figure = Figure(figsize=(12, 2.2 * -(-len(names) // 3)), layout="constrained")
+        for number, name in enumerate(names):
+            axes = figure.add_subplot(-(-len(names) // 3), 3, number + 1)
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points), marker="." if len(points) < 30 else None)
+            axes.set_title(name, fontsize=9)
+        figure.savefig(os.path.join(self.folder, "curves.png"), dpi=80)
+
+    def files(self):
+        """What the folder holds."""
+        return sorted(os.listdir(self.folder)) if self.is_writer else []

@@ -1,0 +1,193 @@
+"""sft.py - how the starting model is made.
+
+Supervised fine-tuning of a block diffusion model: hide some tokens of every block, predict them from the rest of the block and
+the clean blocks before it. The rows are those of TraceRL itself (rollout.build_rows), with one random view per block in
+place of the views of a trace. From an autoregressive Qwen3 checkpoint this makes a block diffusion model (SDAR's recipe).
+
+    python sft.py                                        # the tiny model on embedded arithmetic, about a minute
+    torchrun --nproc_per_node=8 sft.py --model JetLM/SDAR-4B-Chat --data solutions.jsonl --out runs/sft
+
+Reading order: to_examples, sft_noise, sft_loss, train, main.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+
+import torch
+
+import eval_math
+import model as lm
+import rollout
+from rollout import Rollout
+
+
+def to_examples(problems, tokenizer, config, max_new_tokens):
+    """Worked problems -> list[Rollout] with the response filled up with eos: to its block's end, or (full attention) to the end
+    of the canvas. The filling is trained as well: in decoding it is context for the tokens before it."""
+    eos, K, examples = config.eos_ids[0], config.block_size, []
+    for p in problems:
+        response = tokenizer(p.solution, add_special_tokens=False).input_ids + [eos]
+        if len(response) > max_new_tokens:
+            continue
+        room = max_new_tokens - len(response) if config.is_full else -(len(p.tokens) + len(response)) % K
+        response += [eos] * room
+        examples.append(Rollout(p.tokens, response, len(response), [1] * len(response),
+                                canvas=len(response) if config.is_full else 0))
+    return examples
+
+
+def sft_noise(is_response, span, generator):
+    """Hides tokens at random: in each span (a block, or the whole row) k of its c response tokens, k uniform in 1..c.
+
+    is_response bool (N, L) -> is_masked bool (N, L), weight float32 (N, L): 1 / t with t = k / c the masked share, the factor
+    that makes the sum over masked tokens an unbiased diffusion bound (METHOD: SFT).
+    """
+    N, L = is_response.shape
+    cells = is_response.view(N, L // span, span)
+    count = cells.sum(-1, keepdim=True)
+    k = 1 + (torch.rand(count.shape, generator=generator) * count).long().clamp(max=(count - 1).clamp(min=0))
+    chance = torch.rand(cells.shape, generator=generator).masked_fill(~cells, 2.0)
+    is_masked = (chance.argsort(-1).argsort(-1) < k) & cells
+    return is_masked.view(N, L), (count / k).expand_as(cells).reshape(N, L)
+
+
+def sft_loss(logp, weight, normalizer):
+    """Minus the weighted log-likelihood of the masked tokens, over the normaliser of the whole update. All (N,)."""
+    return -(weight * logp).sum() / normalizer
+
+
+def sft_rows(examples, config, generator):
+    """Random views of a batch -> (Rows, weight (N, L) by rollout and absolute position)."""
+    tokens, steps, lengths = rollout.canvases(examples, config)
+    prompts = torch.tensor([len(r.prompt) for r in examples])
+    is_masked, weight = sft_noise(steps > 0, tokens.shape[1] if config.is_full else config.block_size, generator)
+    return rollout.build_rows(tokens, lengths, prompts, is_masked[:, None], is_masked[:, None], config), weight
+
+
+def train_step(model, optimizer, examples, seed, is_weighted, max_tokens):
+    """One update on a batch of examples, the same one whatever the number of processes -> (loss, gradient norm)."""
+    rows, weight = sft_rows(examples, model.config, torch.Generator().manual_seed(seed))
+    prompts = torch.tensor([len(r.prompt) for r in examples])
+    normalizer = sum(len(r.response) for r in examples) if is_weighted else len(rows.target)
+    rank, number = lm.processes()
+    total = 0.0
+    for turn, part in enumerate(rows.split(min(max_tokens, -(-rows.tokens.numel() // number)))):
+        if turn % number != rank:
+            continue
+        scale = weight[part.owner, part.place + prompts[part.owner]] if is_weighted else torch.ones(len(part.target))
+        part = part.to(model.device)
+        logp, _ = rollout.forward_rows(model, part)
+        loss = sft_loss(logp, scale.to(model.device), normalizer)
+        loss.backward()
+        total += float(loss.detach())
+    norm, _ = lm.optimizer_step(model, optimizer, 1.0)
+    return lm.over_processes(sum, total)[0], norm
+
+
+def learning_rate(step, peak, warmup, cooldown, decay_start):
+    """Up over `warmup` steps, level, then down to a tenth over `cooldown` steps from decay_start (None: not yet)."""
+    down = 1.0 if decay_start is None else 1 - 0.9 * min(1.0, (step - decay_start + 1) / cooldown)
+    return peak * min((step + 1) / warmup, down)
+
+
+def train(model, tokenizer, examples, dev_problems, args, log):
+    """The loop. Stops after args.steps, or earlier: once accuracy on the development problems reaches args.stop_accuracy, the
+    learning rate goes down over args.cooldown steps and training ends."""
+    optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay)
+    order, decay_start = [], args.steps - args.cooldown if args.stop_accuracy is None else None
+    bar = lm.progress(range(args.steps), "sft")
+    for step in bar:
+        if len(order) < args.batch_size:
+            order = random.Random(f"{args.seed} {step}").sample(range(len(examples)), len(examples))
+        batch, order = [examples[i] for i in order[:args.batch_size]], order[args.batch_size:]
+        lr = learning_rate(step, args.lr, args.warmup, args.cooldown, decay_start)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, norm = train_step(model, optimizer, batch, args.seed * 1_000_003 + step, args.weighted, args.micro_tokens)
+        line = dict(step=step + 1, loss=loss, gradient_norm=norm, lr=lr)
+        if dev_problems and (step + 1) % args.eval_every == 0:
+            line["accuracy"] = eval_math.evaluate(
+                model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens, eos_ids=model.config.eos_ids,
+                seed=args.seed)["accuracy"]
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{line['accuracy']:.3f}")
+            if decay_start is None and args.stop_accuracy is not None and line["accuracy"] >= args.stop_accuracy:
+                decay_start = step + 1
+        log(line)
+        if decay_start is not None and step + 1 >= decay_start + args.cooldown:
+            break
+    bar.close()
+
+
+def parse_args(argv=None):
+    """The flags of sft.py. Each: name, type, default, meaning."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--model", default=None, help="checkpoint folder or hub id (default: a new tiny model)")
+    flag("--data", default="arithmetic", help="embedded arithmetic, or JSON Lines with problem and solution")
+    flag("--run", "--run_name", default="sft", help="name of the folder under runs/")
+    flag("--seed", type=int, default=0, help="of weights, order and masks")
+    flag("--steps", type=int, default=3000, help="most updates")
+    flag("--batch_size", type=int, default=64, help="examples per update")
+    flag("--lr", type=float, default=6e-3, help="peak learning rate (a real checkpoint wants 1e-5)")
+    flag("--warmup", type=int, default=30, help="updates of rising learning rate")
+    flag("--cooldown", type=int, default=200, help="updates of falling learning rate at the end")
+    flag("--weight_decay", type=float, default=0.1, help="of AdamW, on matrices")
+    flag("--weighted", action="store_true", help="weight each masked token by 1 / masked share (the diffusion bound)")
+    flag("--stop_accuracy", type=float, default=None, help="start the cooldown at this accuracy on development problems")
+    flag("--eval_every", type=int, default=100, help="updates between evaluations on development problems")
+    flag("--slip", type=float, default=0.6, help="embedded data: how often the pupil forgets a carry")
+    flag("--attention", choices=("block", "full"), default="block", help="of the new tiny model")
+    flag("--block_size", type=int, default=None, help="K (default: the checkpoint's own, 4 for the tiny model)")
+    flag("--max_new_tokens", type=int, default=16, help="longest response; full attention: length of the canvas")
+    flag("--max_prompt_tokens", type=int, default=784, help="longer prompts are skipped and counted")
+    flag("--micro_tokens", type=int, default=4096, help="tokens of one forward and backward")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Trains and saves runs/<run>/checkpoint -> its path."""
+    args = parse_args(argv)
+    lm.start_processes()
+    folder = os.path.join("runs", args.run)
+    if args.model is None:
+        model, tokenizer = lm.tiny_model(args.seed, args.block_size or 4, args.attention), lm.tiny_tokenizer()
+        model.to(lm.default_device())
+    else:
+        model, tokenizer = lm.load_model(args.model, args.block_size, torch.float32)
+    is_embedded = args.data == "arithmetic"
+    problems = eval_math.arithmetic("train", 20000, args.seed, args.slip) if is_embedded else eval_math.load_problems(args.data)
+    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens)
+    examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
+    dev_problems = []
+    if is_embedded:
+        dev_problems, _ = eval_math.encode_prompts(eval_math.arithmetic("dev", 200), tokenizer, args.max_prompt_tokens)
+    lm.say(f"sft: {len(examples)} examples; skipped {num_long} long prompts, {len(problems) - len(examples)} long responses")
+    log = lm.RunLog(folder, vars(args))
+    train(model, tokenizer, examples, dev_problems, args, log.write)
+    checkpoint = os.path.join(folder, "checkpoint")
+    if lm.processes()[0] == 0:
+        lm.save_checkpoint(model, tokenizer, checkpoint)
+    lm.barrier()
+    return checkpoint
+
+
+def warm_start(seed, block_size=4, attention="block"):
+    """The embedded default's starting model -> checkpoint folder. Made once for each seed and setting, then reused."""
+    settings = dict(seed=seed, block_size=block_size, attention=attention, stop_accuracy=0.4)
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    everything = json.dumps(vars(parse_args(flags)), sort_keys=True)
+    name = f"warm-start-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
+    checkpoint = os.path.join("runs", name, "checkpoint")
+    lm.barrier()
+    if os.path.isdir(checkpoint):
+        lm.say(f"warm start: reusing {checkpoint}")
+        return checkpoint
+    lm.say(f"warm start: fine-tuning a tiny model on the work of a pupil who forgets carries -> {checkpoint}")
+    return main([*flags, f"--run={name}"])
+
+
+if __name__ == "__main__":
+    main()

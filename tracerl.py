@@ -1,0 +1,365 @@
+"""tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
+
+One RL step, numbered as in the README and in `main`:
+
+  1 roll out    G responses to each prompt, with the trace of every one               (rollout.generate)
+  2 reward      1 if the boxed answer is right and the response was not truncated     (eval_math.score)
+  3 advantage   how much better than the other responses to the same prompt           (group_advantages)
+  4 old logp    replay the traces with the policy that made them                      (old_logprobs)
+  5 update      clipped policy gradient on the very states of the trace, with KL      (policy_loss, update)
+  6 log         metrics, evaluation, checkpoint
+
+    torchrun tracerl.py                                        # everything on a laptop: a tiny model, embedded arithmetic
+    torchrun --nproc_per_node=8 tracerl.py --model JetLM/SDAR-4B-Chat --train_data train.jsonl --eval_data test.jsonl
+
+To change the method for a paper, look for the three marks FORK HERE: reward, advantage, loss.
+
+Left out: a frozen reference model (the KL is to the policy that made the rollout), rollouts that are older than the policy,
+a second inference engine, reward models.
+"""
+
+import argparse
+import os
+import time
+from statistics import fmean
+
+import torch
+
+import eval_math
+import model as lm
+import rollout
+import sft
+
+# ------------------------------------------------------------------------------------------------------------------
+# The maths: pure functions of tensors.
+
+
+# FORK HERE (advantage): from rewards to the A of the loss.
+def group_advantages(rewards):
+    """A = (r - mean) / std within the group (population std), 0 where all rewards are equal. float (N, G) -> (N, G)."""
+    std = rewards.std(-1, unbiased=False, keepdim=True)
+    return (rewards - rewards.mean(-1, keepdim=True)) / std.masked_fill(std < 1e-6, torch.inf)
+
+
+# FORK HERE (loss): from log-probabilities and advantages to what is minimised.
+def policy_loss(logp, logp_old, advantage, num_trained, clip=0.2, beta=0.01):
+    """The clipped policy gradient with a KL penalty (METHOD: policy loss; paper, the TraceRL objective).
+
+    logp, logp_old, advantage: float32 (N,), the trained tokens at hand. num_trained: how many the WHOLE update has, over all
+    micro-batches and processes, so that their losses and gradients simply add. clip: epsilon. beta: weight of the KL.
+    Returns the loss and a dict of detached sums over the tokens (and maxima) for the log.
+
+    The samples come from the old policy, so KL(old || new) is estimated by k3 = (ratio - 1) - log ratio, which is never negative.
+    The log-ratio is clamped to 10: a ratio of e^10 is a collapse, and must not become inf before it is seen.
+    """
+    log_ratio = (logp - logp_old).clamp(-10, 10)
+    ratio = log_ratio.exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    k3 = ratio - 1 - log_ratio
+    loss = (beta * k3 - gain).sum() / num_trained
+    with torch.no_grad():
+        deviation = (ratio - 1).abs()
+        stats = dict(kl=k3.sum(), clip_fraction=(deviation > clip).sum(), ratio_max=ratio.amax() if len(ratio) else 0.0)
+    return loss, stats
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One update.
+
+
+def own_share(rollouts):
+    """This process's part of a mini-batch: longest first, dealt out in turn, so that the work is about equal."""
+    rank, number = lm.processes()
+    return sorted(rollouts, key=lambda r: (-len(r.response), r.prompt, r.response))[rank::number]
+
+
+def minibatches(rollouts, group_size, number, seed):
+    """Deals whole groups, in a seeded order, into at most `number` mini-batches -> list of lists of Rollout."""
+    groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = [[r for i in order[start::number] for r in groups[i]] for start in range(number)]
+    return [batch for batch in batches if batch]
+
+
+def at_targets(rows, rollouts, name):
+    """A per-token field of the rollouts, read at the targets of rows -> float32 (N,)."""
+    values = [getattr(r, name) for r in rollouts]
+    longest = max(map(len, values))
+    table = torch.tensor([v + [0.0] * (longest - len(v)) for v in values])
+    return table[rows.owner.cpu(), rows.place.cpu()].to(rows.target.device)
+
+
+@torch.no_grad()
+def old_logprobs(model, rollouts, settings):
+    """Sets Rollout.logp_old: the start-of-step policy, on the very rows that will be trained (step 4 of the method)."""
+    longest = max((len(r.response) for r in rollouts), default=0)
+    table = torch.zeros(len(rollouts), longest)
+    for rows in train_rows(model, rollouts, settings):
+        logp, _ = rollout.forward_rows(model, rows, settings.temperature)
+        table[rows.owner.cpu(), rows.place.cpu()] = logp.cpu()
+    for r, values in zip(rollouts, table.tolist()):
+        r.logp_old = values[:len(r.response)]
+
+
+def train_rows(model, rollouts, settings):
+    """The micro-batches of some rollouts, on the model's device."""
+    if rollouts:
+        rows = rollout.trace_rows(rollouts, model.config, settings.shrink, trained_only=True)
+        for part in rows.split(settings.micro_tokens):
+            yield part.to(model.device)
+
+
+def update(model, optimizer, batch, is_first, settings):
+    """One optimizer step on one mini-batch -> its metrics, over all processes; see the README's glossary.
+
+    is_first: no update has come before in this RL step, so the old policy is the present one and needs no replay of its own.
+    """
+    own, num_trained = own_share(batch), sum(r.num_tokens for r in batch)
+    sums, maxima = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0), dict(ratio_max=0.0, gap_max=0.0)
+    for rows in train_rows(model, own, settings):
+        logp, entropy = rollout.forward_rows(model, rows, settings.temperature)
+        logp_old = logp.detach() if is_first else at_targets(rows, own, "logp_old")
+        loss, stats = policy_loss(logp, logp_old, at_targets(rows, own, "advantage"), num_trained,
+                                  settings.clip, settings.beta)
+        loss.backward()
+        gap = (logp_old - at_targets(rows, own, "logp")).abs()
+        stats.update(loss=loss.detach() * num_trained, entropy=entropy.sum(), gap=gap.sum(), gap_max=gap.max())
+        sums = {name: total + float(stats[name]) for name, total in sums.items()}
+        maxima = {name: max(top, float(stats[name])) for name, top in maxima.items()}
+    norm, is_finite = lm.optimizer_step(model, optimizer, settings.max_norm)
+    sums = dict(zip(sums, lm.over_processes(sum, *sums.values())))
+    maxima = dict(zip(maxima, lm.over_processes(max, *maxima.values())))
+    return sums | maxima | dict(tokens=num_trained, gradient_norm=norm, skipped_updates=int(not is_finite))
+
+
+def summarize(updates):
+    """The metrics of one RL step: means over the trained tokens of its updates, maxima, and counts."""
+    tokens = sum(u["tokens"] for u in updates)
+    line = {name: sum(u[name] for u in updates) / tokens for name in ("loss", "kl", "clip_fraction", "entropy", "gap")}
+    line |= {name: max(u[name] for u in updates) for name in ("ratio_max", "gap_max", "gradient_norm")}
+    return line | dict(trained_tokens=tokens, skipped_updates=sum(u["skipped_updates"] for u in updates))
+
+
+@torch.no_grad()
+def replay_gap(model, rollouts, temperature):
+    """The replay law, measured on shrink-1 views: |replayed - recorded log-probability| -> its mean and maximum."""
+    own = own_share(rollouts)
+    gaps = [abs(a - b) for r, logp in zip(own, rollout.replay(model, own, temperature=temperature))
+            for a, b in zip(logp.tolist(), r.logp)]
+    total, count = lm.over_processes(sum, sum(gaps), len(gaps))
+    return dict(gap=total / max(count, 1), gap_max=lm.over_processes(max, max(gaps, default=0.0))[0])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def roll_out(model, problems, args, step):
+    """Step 1: args.group_size responses to each of this step's prompts -> rollouts, group by group, on every process."""
+    first = ((step - 1) * args.prompts) % len(problems)
+    chosen = [problems[(first + i) % len(problems)] for i in range(args.prompts)]
+    repeated = [p for p in chosen for _ in range(args.group_size)]
+    seeds = [(args.seed * 1_000_003 + step) * 1_000_003 + i for i in range(len(repeated))]
+    return rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **sampling(args, model)), repeated
+
+
+def sampling(args, model, **changes):
+    """The settings of rollout.generate, from the flags."""
+    names = ("max_new_tokens", "strategy", "threshold", "temperature", "top_k", "top_p", "denoising_steps", "slots")
+    return {name: getattr(args, name) for name in names} | dict(eos_ids=model.config.eos_ids) | changes
+
+
+def keep_groups(rollouts, group_size, keep_range):
+    """Step 3: sets the advantages, and drops groups that teach nothing or fall outside keep_range (METHOD: advantages).
+
+    Whole records are kept or dropped, so nothing can fall out of step. Returns the kept rollouts, group by group; maybe none.
+    """
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)
+    advantages = group_advantages(rewards)
+    mean = rewards.mean(-1)
+    is_kept = (rewards != rewards[:, :1]).any(-1) & (mean >= keep_range[0]) & (mean <= keep_range[1])
+    for r, advantage in zip(rollouts, advantages.flatten().tolist()):
+        r.advantage = [advantage] * len(r.response)
+    return [r for r, kept in zip(rollouts, is_kept.repeat_interleave(group_size).tolist()) if kept]
+
+
+def learn(model, optimizer, kept, args, step):
+    """Steps 4 and 5: every mini-batch once per epoch -> metrics. logp_old is the start-of-step policy's throughout."""
+    batches = minibatches(kept, args.group_size, args.minibatches, seed=args.seed * 1_000_003 + step)
+    later = batches if args.epochs > 1 else batches[1:]
+    for batch in later:
+        old_logprobs(model, own_share(batch), args)
+    return summarize([update(model, optimizer, batch, is_first=number == 0, settings=args)
+                      for number, batch in enumerate(batches * args.epochs)])
+
+
+def train(model, tokenizer, problems, dev_problems, args, log):
+    """The RL steps -> the largest replay gap seen."""
+    optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.95))
+    worst_gap, bar = 0.0, lm.progress(range(1, args.steps + 1), "tracerl")
+    for step in bar:
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, step / max(args.warmup, 1))
+        rollouts, repeated = roll_out(model, problems, args, step)  # 1
+        eval_math.score(rollouts, repeated, tokenizer)  # 2
+        rolled_out = time.perf_counter()
+        kept = keep_groups(rollouts, args.group_size, args.keep_range)  # 3
+        line = dict(step=step, reward=fmean(r.reward for r in rollouts), kept_groups=len(kept) // args.group_size,
+                    **eval_math.describe(rollouts))
+        if kept:
+            line |= learn(model, optimizer, kept, args, step)  # 4, 5
+        if not kept or args.shrink > 1:
+            line |= replay_gap(model, rollouts[::16], args.temperature)
+        line |= dict(rollout_seconds=rolled_out - started, update_seconds=time.perf_counter() - rolled_out)
+        if dev_problems and args.eval_every and step % args.eval_every == 0:  # 6
+            line["dev_accuracy"] = eval_math.evaluate(model, tokenizer, dev_problems, seed=args.seed,
+                                                      **sampling(args, model))["accuracy"]
+        log.write(line)
+        lm.say(describe_line(line))
+        worst_gap = max(worst_gap, line["gap_max"])
+        check_gap(line["gap_max"], model, args)
+        if step == args.steps or (args.save_every and step % args.save_every == 0):
+            log.save_checkpoint(model, tokenizer, step)
+    bar.close()
+    return worst_gap
+
+
+def check_gap(gap, model, args):
+    """Stops a float32 run that breaks the replay law: it would train on states the policy never was in."""
+    bound = 1e-4 / min(args.temperature, 1.0)
+    if model.embed.weight.dtype == torch.float32 and not gap <= bound:
+        raise RuntimeError(f"the replay law is broken: replayed and recorded log-probabilities differ by {gap:.2e}, more "
+                           f"than {bound:.0e}. Training and sampling disagree about masks, positions, blocks or steps.")
+
+
+def describe_line(line):
+    """One line of the terminal per RL step; the README explains every name."""
+    parts = [f"step {line['step']:3d}", f"reward {line['reward']:.3f}", f"kept {line['kept_groups']:d}",
+             f"length {line['length']:.1f}", f"tokens/step {line['tokens_per_step']:.2f}"]
+    if "ratio_max" in line:
+        parts += [f"ratio max {line['ratio_max']:.2f}", f"clipped {line['clip_fraction']:.3f}", f"KL {line['kl']:.4f}",
+                  f"entropy {line['entropy']:.3f}", f"grad {line['gradient_norm']:.2f}"]
+    else:
+        parts += ["no group with unequal rewards in range: no update"]
+    parts += [f"gap {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s", f"update {line['update_seconds']:.1f}s"]
+    if "dev_accuracy" in line:
+        parts.append(f"dev accuracy {line['dev_accuracy']:.3f}")
+    return "  ".join(parts)
+
+
+def evaluate_all(model, tokenizer, problems, args):
+    """Accuracy on the test problems: dynamic as trained, static one token per step, and greedy."""
+    modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
+                 greedy=dict(strategy="dynamic", temperature=0.0))
+    return {name: eval_math.evaluate(model, tokenizer, problems, seed=0, **sampling(args, model, **changes))
+            for name, changes in lm.progress(modes.items(), "evaluate")}
+
+
+def parse_args(argv=None):
+    """The flags of tracerl.py. Defaults differ with and without --model: the embedded task, and the paper's for SDAR."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    defaults = {}
+
+    def flag(name, kind, embedded, paper, text, *other_names, **more):
+        defaults[name.lstrip("-")] = (embedded, paper)
+        both = f"{embedded}" if embedded == paper else f"{embedded}, with --model {paper}"
+        parser.add_argument(name, *other_names, type=kind, default=None, help=f"{text} (default {both})", **more)
+
+    flag("--model", str, None, None, "checkpoint folder or hub id; without it, a tiny model is made and warm-started")
+    flag("--train_data", str, "arithmetic", None, "problems to train on: embedded arithmetic or a file")
+    flag("--dev_data", str, "arithmetic-dev", None, "problems for --eval_every; test problems never guide a run")
+    flag("--eval_data", str, "arithmetic-test", None, "test problems, scored before and after training only")
+    flag("--run", str, "tracerl", "tracerl", "name of the folder under runs/ (torchrun refuses the short form, which it reads "
+         "as the start of a flag of its own)", "--run_name")
+    flag("--seed", int, 0, 0, "of rollouts, mini-batches and the warm start")
+    flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
+    flag("--steps", int, 100, 80, "RL steps")
+    flag("--prompts", int, 32, 64, "prompts per step")
+    flag("--group_size", int, 16, 16, "G, responses per prompt")
+    flag("--minibatches", int, 2, 1, "updates per pass over the rollouts of a step")
+    flag("--epochs", int, 1, 1, "passes over the rollouts of a step")
+    flag("--lr", float, 3e-4, 1e-6, "learning rate of AdamW")
+    flag("--warmup", int, 10, 0, "RL steps of rising learning rate")
+    flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
+    flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
+    flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
+    flag("--shrink", int, 1, 1, "s, denoising steps merged into one trace step")
+    flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; equal rewards always drop",
+         nargs=2, metavar=("LOW", "HIGH"))
+    flag("--strategy", str, "dynamic", "dynamic", "what a denoising step reveals", choices=rollout.STRATEGIES)
+    flag("--threshold", float, 0.9, 0.9, "confidence above which dynamic reveals a token")
+    flag("--denoising_steps", int, None, None, "steps per block that the quota of revealed tokens is made for; None is K")
+    flag("--temperature", float, 1.0, 1.0, "T, of rollouts and of the policy that is trained")
+    flag("--top_k", int, 0, 0, "draw among the k most probable tokens; 0 is all")
+    flag("--top_p", float, 1.0, 1.0, "draw among the most probable tokens up to this sum; 1 is all")
+    flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
+    flag("--max_new_tokens", int, 16, 2000, "longest response; full attention: length of the canvas")
+    flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
+    flag("--slots", int, None, 64, "sequences decoded together on one process; None is all")
+    flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
+    flag("--eval_every", int, 20, 10, "RL steps between evaluations on development problems; 0 is never")
+    flag("--save_every", int, 0, 20, "RL steps between checkpoints; 0 is at the end only")
+    args = parser.parse_args(argv)
+    for name, pair in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, pair[args.model is not None])
+    check_args(args, parser)
+    return args
+
+
+def check_args(args, parser):
+    """Bad values die at the door."""
+    if args.train_data is None or args.eval_data is None:
+        parser.error("--model needs --train_data and --eval_data")
+    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "shrink", "temperature",
+                 "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
+    for name in ("warmup", "beta", "clip", "top_k", "eval_every", "save_every"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
+    if args.group_size < 2:
+        parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
+    if not 0 <= args.keep_range[0] <= args.keep_range[1] <= 1:
+        parser.error(f"--keep_range takes two shares in rising order, got {args.keep_range}")
+    if not 0 < args.top_p <= 1 or not 0 <= args.threshold <= 1:
+        parser.error(f"--top_p {args.top_p} must be in (0, 1] and --threshold {args.threshold} in [0, 1]")
+    if os.path.basename(args.run) != args.run or args.run in ("", ".", ".."):
+        parser.error(f"--run {args.run!r} must be a plain folder name")
+
+
+def load_data(source, tokenizer, args):
+    """Problems whose prompts fit -> list[Problem]; the others are counted and said."""
+    problems, num_long = eval_math.encode_prompts(eval_math.load_problems(source), tokenizer, args.max_prompt_tokens)
+    lm.say(f"{source}: {len(problems)} problems" + (f"; skipped {num_long} with a prompt over {args.max_prompt_tokens} tokens"
+                                                    if num_long else ""))
+    return problems
+
+
+def main(argv=None):
+    """Everything from the flags to the table at the end -> the content of summary.json."""
+    args, started = parse_args(argv), time.perf_counter()
+    lm.start_processes()
+    path = args.model or sft.warm_start(args.seed, args.block_size or 4, args.attention)
+    model, tokenizer = lm.load_model(path, args.block_size, torch.float32)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
+    problems, test_problems = (load_data(source, tokenizer, args) for source in (args.train_data, args.eval_data))
+    dev_problems = load_data(args.dev_data, tokenizer, args) if args.dev_data and args.eval_every else []
+    log = lm.RunLog(os.path.join("runs", args.run), vars(args) | dict(model=path))
+    before = evaluate_all(model, tokenizer, test_problems, args)
+    gap = train(model, tokenizer, problems, dev_problems, args, log)
+    after = evaluate_all(model, tokenizer, test_problems, args)
+    summary = dict(before=before, after=after, seconds=time.perf_counter() - started, replay_gap_max=gap, seed=args.seed)
+    log.finish(summary)
+    lm.say(f"\n{'accuracy on ' + str(len(test_problems)) + ' test problems':36s}{'before':>16s}{'after':>18s}")
+    for name in before:
+        cells = [f"{e[name]['accuracy']:.3f} +- {e[name]['standard_error']:.3f}" for e in (before, after)]
+        lm.say(f"  {name:34s}{cells[0]:>16s}  {cells[1]:>16s}")
+    lm.say(f"{summary['seconds']:.0f} seconds; the run is in {log.folder}: {', '.join(log.files())}")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
