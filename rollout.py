@@ -395,14 +395,17 @@ class Rows:
 def canvases(rollouts, config):
     """Prompt + response of each rollout, padded alike -> tokens, steps (0: not decoded), lengths: (N, L), (N, L), (N,).
 
-    Full attention: undecoded positions of the canvas are masks that stay masks.
+    Full attention: undecoded positions of the canvas are masks that stay masks. Only the order of steps counts, so step
+    maps of other code may start at any number.
     """
     texts = [r.prompt + r.response + [config.mask_id] * (r.canvas - len(r.response)) for r in rollouts]
     lengths = [len(text) for text in texts]
     L = max(lengths)
     L = L if config.is_full else -(-L // config.block_size) * config.block_size
     tokens = torch.tensor([text + [config.pad_id] * (L - len(text)) for text in texts])
-    steps = torch.tensor([[0] * len(r.prompt) + r.step_map + [0] * (L - len(r.prompt) - len(r.response)) for r in rollouts])
+    steps = torch.zeros_like(tokens)
+    for row, r in zip(steps, rollouts):
+        row[len(r.prompt):len(r.prompt) + len(r.response)] = torch.tensor(r.step_map) + (1 - min(r.step_map))
     return tokens, steps, torch.tensor(lengths)
 
 

@@ -150,7 +150,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Trains and saves runs/<run>/checkpoint -> its path."""
     args = parse_args(argv)
-    lm.start_processes()
+    lm.start_processes(is_tiny=args.model is None)
     folder = os.path.join("runs", args.run)
     if args.model is None:
         model, tokenizer = lm.tiny_model(args.seed, args.block_size or 4, args.attention), lm.tiny_tokenizer()

@@ -174,7 +174,7 @@ def keep_groups(rollouts, group_size, keep_range):
 
     Whole records are kept or dropped, so nothing can fall out of step. Returns the kept rollouts, group by group; maybe none.
     """
-    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, group_size)
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, group_size)
     advantages = group_advantages(rewards)
     mean = rewards.mean(-1)
     is_kept = (rewards != rewards[:, :1]).any(-1) & (mean >= keep_range[0]) & (mean <= keep_range[1])
@@ -218,19 +218,25 @@ def train(model, tokenizer, problems, dev_problems, args, log):
         log.write(line)
         lm.say(describe_line(line))
         worst_gap = max(worst_gap, line["gap_max"])
-        check_gap(line["gap_max"], model, args)
+        check_gap(line, model, args)
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             log.save_checkpoint(model, tokenizer, step)
     bar.close()
     return worst_gap
 
 
-def check_gap(gap, model, args):
-    """Stops a float32 run that breaks the replay law: it would train on states the policy never was in."""
+def check_gap(line, model, args):
+    """Stops a float32 run that breaks the replay law: it would train on states the policy never was in.
+
+    A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding stays below
+    1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop.
+    """
     bound = 1e-4 / min(args.temperature, 1.0)
-    if model.embed.weight.dtype == torch.float32 and not gap <= bound:
-        raise RuntimeError(f"the replay law is broken: replayed and recorded log-probabilities differ by {gap:.2e}, more "
-                           f"than {bound:.0e}. Training and sampling disagree about masks, positions, blocks or steps.")
+    is_law = line["gap"] <= bound and line["gap_max"] <= 10 * bound
+    if model.embed.weight.dtype == torch.float32 and not is_law:
+        raise RuntimeError(f"the replay law is broken: replayed and recorded log-probabilities differ by {line['gap']:.1e} on "
+                           f"average and by up to {line['gap_max']:.1e}, far more than rounding ({bound:.0e}). Training and "
+                           "sampling disagree about masks, positions, blocks or steps.")
 
 
 def describe_line(line):
@@ -274,7 +280,7 @@ def parse_args(argv=None):
          "as the start of a flag of its own)", "--run_name")
     flag("--seed", int, 0, 0, "of rollouts, mini-batches and the warm start")
     flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
-    flag("--steps", int, 100, 80, "RL steps")
+    flag("--steps", int, 80, 80, "RL steps")
     flag("--prompts", int, 32, 64, "prompts per step")
     flag("--group_size", int, 16, 16, "G, responses per prompt")
     flag("--minibatches", int, 2, 1, "updates per pass over the rollouts of a step")
@@ -340,7 +346,7 @@ def load_data(source, tokenizer, args):
 def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args, started = parse_args(argv), time.perf_counter()
-    lm.start_processes()
+    lm.start_processes(is_tiny=args.model is None)
     path = args.model or sft.warm_start(args.seed, args.block_size or 4, args.attention)
     model, tokenizer = lm.load_model(path, args.block_size, torch.float32)
     if tokenizer is None:

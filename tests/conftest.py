@@ -1,0 +1,59 @@
+"""What the tests share: where the fixtures are, and small random models whose distributions are neither flat nor certain."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+import model as lm  # noqa: E402
+import rollout  # noqa: E402
+
+
+def random_model(kind="sdar", block_size=4, seed=0, std=0.25, vocab_size=18):
+    """A tiny model of one family with weights large enough that its choices matter. kind: sdar, qwen3, dream or llada."""
+    source = dict(model_type=kind, block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0, hidden_size=32,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
+                  vocab_size=vocab_size, tie_word_embeddings=False, rope_theta=1e4)
+    if kind == "llada":
+        source.update(d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=48, embedding_size=vocab_size,
+                      weight_tying=False)
+    model = lm.BlockDiffusionLM(lm.ModelConfig.from_dict(source))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            base = 1.0 if p.dim() == 1 and "norm" in name else 0.0
+            p.copy_(base + torch.randn(p.shape, generator=generator) * (std if "embed" not in name else 1.0))
+        model.head.weight[1] *= 0.3  # keeps eos from ending everything at once
+    return model.eval()
+
+
+def random_prompts(lengths, seed=0, vocab_size=18):
+    """One prompt of each length, without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def fixture_cases(name):
+    """The cases of tests/fixtures/authors/<name>.json."""
+    with open(FIXTURES / "authors" / f"{name}.json", encoding="utf-8") as file:
+        return json.load(file)["cases"]
+
+
+def fixture_tensors(name):
+    """The tensors of tests/fixtures/authors/<name>.safetensors."""
+    return load_file(FIXTURES / "authors" / f"{name}.safetensors")
+
+
+@pytest.fixture
+def authors_policy(monkeypatch):
+    """The authors' policy may also say "mask": with this, ours may, too, and log-probabilities compare directly."""
+    for module in (lm, rollout):
+        monkeypatch.setattr(module, "policy_logits", lambda logits, mask_id: logits.float())

@@ -1,0 +1,331 @@
+"""Laws of the trace: what was recorded is what a replay finds, and neither depends on who else is in the batch."""
+
+import pytest
+import torch
+from conftest import FIXTURES, fixture_cases, fixture_tensors, random_model, random_prompts
+
+import model as lm
+import rollout
+from rollout import Rollout, generate, merge_steps, replay, reveal, sample, trace_rows
+
+STRATEGIES = list(rollout.STRATEGIES)
+
+
+def gap(model, rollouts, **settings):
+    with torch.no_grad():
+        return max((logp - torch.tensor(r.logp)).abs().max().item()
+                   for logp, r in zip(replay(model, rollouts, **settings), rollouts))
+
+
+def states(r, model, shrink=1):
+    """The slow twin of the views: every state the decoder was in, as plain text -> (tokens, target positions) pairs.
+
+    Block attention: everything before the block is clean, and what follows the block does not matter, so it is cut off.
+    """
+    config, P = model.config, len(r.prompt)
+    text = r.prompt + r.response + [config.mask_id] * (r.canvas - len(r.response))
+    step = [0] * P + list(r.step_map) + [0] * (r.canvas - len(r.response))
+    K = len(text) if config.is_full else config.block_size
+    for start in range(0, len(text), K):
+        inside = range(start, min(start + K, len(text)))
+        distinct = sorted({step[i] for i in inside} - {0})
+        for first in range(0, len(distinct), shrink):
+            group = distinct[first:first + shrink]
+            hidden = [i for i in inside if step[i] >= group[0]]
+            tokens = [config.mask_id if i in hidden else text[i] for i in range(inside.stop)]
+            yield tokens, [i for i in inside if step[i] in group]
+
+
+def slow_logprobs(r, model, shrink=1, temperature=1.0):
+    """Log-probability of every response token: one whole forward of `model(tokens)` for each state."""
+    out = [None] * len(r.response)
+    for tokens, targets in states(r, model, shrink):
+        logits = lm.policy_logits(model(torch.tensor([tokens])), model.config.mask_id)[0] / temperature
+        for i in targets:
+            token = (r.prompt + r.response)[i]
+            assert out[i - len(r.prompt)] is None
+            out[i - len(r.prompt)] = logits[i].log_softmax(-1)[token]
+    return torch.stack(out)
+
+
+# --------------------------------------------------------------------------------------------------- the replay law
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("K", [1, 4, 8])
+def test_the_replay_law(strategy, K):
+    """For every P mod K, for responses that end anywhere inside a block, a replay gives the recorded log-probabilities."""
+    model = random_model(block_size=K)
+    prompts = random_prompts([n for n in range(1, 2 * K + 2) for _ in range(3)])
+    rollouts = generate(model, prompts, max_new_tokens=19, strategy=strategy, threshold=0.4, eos_ids=(1,), seed=1)
+    assert {len(r.prompt) % K for r in rollouts} == set(range(K))
+    assert len({r.num_tokens % K for r in rollouts}) > min(K - 1, 1) and {r.is_truncated for r in rollouts} == {True, False}
+    assert gap(model, rollouts) < 1e-4
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0.5, 0, 1.0), (1.5, 5, 1.0), (1.0, 0, 0.7), (0.7, 6, 0.8),
+                                                       (0.0, 0, 1.0), (1.0, 1, 1.0)])
+@pytest.mark.parametrize("kind", ["sdar", "dream"])
+def test_the_replay_law_whatever_the_sampler(kind, temperature, top_k, top_p):
+    model = random_model(kind)
+    rollouts = generate(model, random_prompts(range(3, 9)), max_new_tokens=16, temperature=temperature, top_k=top_k,
+                        top_p=top_p, threshold=0.6, eos_ids=(1,))
+    assert gap(model, rollouts, temperature=temperature) < 1e-4 / min(temperature or 1.0, 1.0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["dream", "llada"])
+def test_the_replay_law_in_full_attention(kind, strategy):
+    """Canvases of other lengths, blocks that do not divide the canvas, and Dream's shift."""
+    model = random_model(kind, block_size=5)
+    for room in (5, 12):
+        rollouts = generate(model, random_prompts([1, 4, 9, 6]), max_new_tokens=room, strategy=strategy, threshold=0.4,
+                            eos_ids=(1,))
+        assert gap(model, rollouts) < 1e-4
+        assert all(len(r.response) == room or len(r.response) % 5 == 0 for r in rollouts)
+
+
+def test_a_wrong_replay_breaks_the_law():
+    """The law can fail: a trace read in another order, at another temperature or in merged steps has other numbers."""
+    model = random_model()
+    rollouts = generate(model, random_prompts([5, 6, 7]), max_new_tokens=16, strategy="static")
+    assert gap(model, rollouts) < 1e-4
+    assert gap(model, rollouts, temperature=0.9) > 1e-2
+    assert gap(model, rollouts, shrink=2) > 1e-2
+    for r in rollouts:
+        r.step_map = r.step_map[::-1]
+    assert gap(model, rollouts) > 1e-2
+
+
+# -------------------------------------------------------------------------- the fast replay against one row per state
+
+
+@pytest.mark.parametrize("kind, K, shrink", [("sdar", 4, 1), ("sdar", 8, 1), ("sdar", 4, 2), ("sdar", 8, 3), ("sdar", 1, 1),
+                                             ("dream", 4, 1), ("dream", 4, 3), ("llada", 8, 1), ("llada", 8, 8)])
+def test_packed_replay_is_one_row_per_trace_step(kind, K, shrink):
+    """Logits and gradients; without cache, without packing, from `model(tokens)` alone."""
+    model = random_model(kind, block_size=K)
+    rollouts = generate(model, random_prompts([3, 9, 6]), max_new_tokens=13, threshold=0.4, eos_ids=(1,))
+    fast = torch.cat(replay(model, rollouts, shrink, max_tokens=64))
+    slow = torch.cat([slow_logprobs(r, model, shrink) for r in rollouts])
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(len(fast), generator=torch.Generator().manual_seed(0))
+    for ours, theirs in zip(*(torch.autograd.grad((weight * x).sum(), list(model.parameters())) for x in (fast, slow))):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max() + 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+def test_every_response_token_is_a_target_exactly_once(kind):
+    model = random_model(kind)
+    rollouts = generate(model, random_prompts([2, 5, 8, 11]), max_new_tokens=14, threshold=0.3, eos_ids=(1,))
+    for shrink in (1, 2, 100):
+        rows = trace_rows(rollouts, model.config, shrink)
+        seen = sorted(zip(rows.owner.tolist(), rows.place.tolist()))
+        assert seen == [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.response))]
+        assert rows.target.tolist() == [rollouts[n].response[i] for n, i in zip(rows.owner.tolist(), rows.place.tolist())]
+    trained = trace_rows(rollouts, model.config, trained_only=True)
+    assert len(trained.target) == sum(r.num_tokens for r in rollouts)
+    one_more = trace_rows(rollouts, model.config, trained_only=True, post_num=1)
+    assert len(one_more.target) == sum(min(r.num_tokens + 1, len(r.response)) for r in rollouts)
+
+
+def test_micro_batches_hold_the_same_targets_within_their_budget():
+    model = random_model()
+    rollouts = generate(model, random_prompts(range(1, 30)), max_new_tokens=30, eos_ids=(1,))
+    whole = trace_rows(rollouts, model.config)
+    parts = list(whole.split(200))
+    assert len(parts) > 3 and all(part.tokens.numel() <= 200 or len(part.tokens) == 1 for part in parts)
+    key = lambda rows: sorted(zip(rows.owner.tolist(), rows.place.tolist(), rows.target.tolist()))
+    assert sorted(sum(map(key, parts), [])) == key(whole)
+
+
+def test_merge_steps_groups_neighbours_inside_a_block():
+    steps = torch.tensor([[0, 0, 2, 1, 7, 3, 5, 3]])
+    assert merge_steps(steps, 4).tolist() == [[0, 0, 2, 1, 3, 1, 2, 1]]
+    assert merge_steps(steps, 4, shrink=2).tolist() == [[0, 0, 1, 1, 2, 1, 1, 1]]
+    assert merge_steps(steps, 4, shrink=9).tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]
+    assert merge_steps(steps, 8).tolist() == [[0, 0, 2, 1, 5, 3, 4, 3]]
+    assert merge_steps(steps, 8, shrink=2).tolist() == [[0, 0, 1, 1, 3, 2, 2, 2]]
+
+
+def test_shrink_1_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(1, 5, (20, 8), generator=generator)
+    merged = merge_steps(steps, 4)
+    for row, new in zip(steps.view(-1, 4).tolist(), merged.view(-1, 4).tolist()):
+        assert [sorted(set(row)).index(s) + 1 for s in row] == new
+
+
+# ----------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sequence_is_the_same_alone_and_in_a_ragged_batch(kind, strategy):
+    """Few slots, so that sequences join and leave at different times, and many, and one by one."""
+    model = random_model(kind)
+    prompts, settings = random_prompts([3, 14, 7, 1, 9, 4, 12]), dict(
+        max_new_tokens=18, strategy=strategy, threshold=0.5, eos_ids=(1,))
+    together = generate(model, prompts, seed=7, **settings)
+    few = generate(model, prompts, seed=7, slots=3, **settings)
+    alone = [generate(model, [p], seed=7 + i, **settings)[0] for i, p in enumerate(prompts)]
+    for a, b, c in zip(together, few, alone):
+        assert a.prompt == b.prompt == c.prompt
+        assert a.response == b.response == c.response and a.step_map == b.step_map == c.step_map
+        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(c.logp), atol=1e-5, rtol=0)
+    assert len({len(r.response) for r in together}) > 1
+
+
+def test_same_seed_same_trace_other_seed_other_trace():
+    model = random_model()
+    one, two, other = (generate(model, random_prompts([5]), max_new_tokens=24, seed=s)[0].response for s in (3, 3, 4))
+    assert one == two != other
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_masked_positions_are_ever_revealed(strategy):
+    generator = torch.Generator().manual_seed(0)
+    confidence, entropy = torch.rand(2, 500, 8, generator=generator)
+    is_masked = torch.rand(500, 8, generator=generator) < 0.4
+    is_masked[:, 3] |= ~is_masked.any(-1)
+    for quota in (1, 3, 8):
+        keep = reveal(confidence, entropy, is_masked, torch.full((500,), quota), strategy, threshold=0.8)
+        assert not (keep & ~is_masked).any() and keep.any(-1).all()
+        if strategy in ("static", "sequential"):
+            assert torch.equal(keep.sum(-1), is_masked.sum(-1).clamp(max=quota))
+
+
+def test_what_each_strategy_reveals():
+    confidence, entropy = torch.tensor([[0.95, 0.2, 0.93, 0.91]]), torch.tensor([[0.20, 1.5, 0.14, 0.1]])
+    is_masked = torch.tensor([[True, True, True, False]])
+    table = lambda strategy, n, **more: reveal(
+        confidence, entropy, is_masked, torch.tensor([n]), strategy, **more).int().tolist()[0]
+    assert table("static", 1) == [1, 0, 0, 0] and table("static", 2) == [1, 0, 1, 0]
+    assert table("sequential", 2) == [1, 1, 0, 0]
+    assert table("dynamic", 1) == [1, 0, 1, 0] and table("dynamic", 3) == [1, 1, 1, 0]
+    assert table("dynamic", 1, threshold=0.99) == [1, 0, 0, 0]
+    assert table("entropy", 1) == [1, 0, 1, 0]  # 0.14 + 0.20 < 0.35
+    assert table("entropy", 1, entropy_bound=0.01) == [0, 0, 1, 0]  # always at least one
+
+
+def test_a_response_ends_at_the_first_eos_of_the_response():
+    model = random_model()
+    prompts = random_prompts([6, 9, 5])
+    prompts[0][-1] = prompts[2][-1] = 1  # an eos in the prompt tail ends nothing
+    for r in generate(model, prompts * 10, max_new_tokens=21, eos_ids=(1,)):
+        assert (len(r.prompt) + len(r.response)) % 4 == 0 and len(r.response) == len(r.step_map) == len(r.logp) > 0
+        early = r.response[:21]
+        assert r.is_truncated == (1 not in early)
+        assert r.num_tokens == (21 if r.is_truncated else early.index(1) + 1)
+        if not r.is_truncated:
+            assert 0 <= len(r.response) - r.num_tokens < 4
+        blocks = [r.step_map[max(0, b - len(r.prompt)):b + 4 - len(r.prompt)]
+                  for b in range(len(r.prompt) // 4 * 4, len(r.prompt) + len(r.response), 4)]
+        assert all(max(a) < min(b) for a, b in zip(blocks, blocks[1:])) and set(r.step_map) == set(
+            range(1, max(r.step_map) + 1))
+
+
+def test_the_mask_token_is_never_sampled():
+    model = random_model()
+    with torch.no_grad():
+        model.head.weight[2] = model.head.weight[3:].sum(0) * 3  # the mask token would often be the most probable
+    rollouts = generate(model, random_prompts([4] * 40), max_new_tokens=16)
+    assert all(2 not in r.response for r in rollouts) and gap(model, rollouts) < 1e-4
+
+
+def test_denoising_steps_set_the_quota_with_the_remainder_first():
+    model = random_model(block_size=8)
+    r, = generate(model, random_prompts([8]), max_new_tokens=16, strategy="static", denoising_steps=3)
+    assert [r.step_map.count(step) for step in range(1, 7)] == [3, 3, 2, 3, 3, 2]
+    r, = generate(model, random_prompts([12]), max_new_tokens=4, strategy="static", denoising_steps=3)
+    assert [r.step_map.count(step) for step in (1, 2)] == [3, 1]  # fewer masks are left than the quota
+
+
+def test_sampling_is_inverse_cdf_after_top_k_then_top_p():
+    p = torch.tensor([[0.4, 0.0, 0.3, 0.2, 0.1]])
+    draws = torch.tensor([0.0, 0.39, 0.41, 0.69, 0.71, 0.89, 0.91, 1 - 1e-16], dtype=torch.float64)
+    pick = lambda **filters: sample(p.log().expand(len(draws), -1), draws, 1, **filters)[0].tolist()
+    assert pick() == [0, 0, 2, 2, 3, 3, 4, 4]
+    assert pick(top_k=2) == [0, 0, 0, 2, 2, 2, 2, 2]  # 4/7, 3/7
+    assert pick(top_p=0.65) == [0, 0, 0, 2, 2, 2, 2, 2]  # the token that crosses the bound stays
+    token, confidence, logp, _ = sample(p.log(), draws[:1], 1, top_k=2)
+    assert confidence.item() == pytest.approx(4 / 7) and logp.exp().item() == pytest.approx(0.4)
+    token, confidence, logp, _ = sample(p.log(), draws[-1:], 1, temperature=0)
+    assert token.item() == 0 and confidence.item() == pytest.approx(0.4)  # greedy: the order comes from the unfiltered
+
+
+def test_the_hash_is_uniform_and_its_words_do_not_mix():
+    n = torch.arange(100_000)
+    for u in (rollout.uniform(n * 0 + 5, n * 0 + 1, n), rollout.uniform(n, n * 0, n * 0), rollout.uniform(n * 0, n, n * 0)):
+        assert 0 <= u.min() and u.max() < 1 and len(u.unique()) == len(n)
+        assert abs(u.mean() - 0.5) < 0.005 and abs((u[1:] * u[:-1]).mean() - 0.25) < 0.005
+        assert (torch.histc(u.float(), 20, 0, 1) / 5000 - 1).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(max_new_tokens=0), "max_new_tokens"), (dict(strategy="best"), "unknown strategy 'best'"),
+    (dict(temperature=-1.0), "temperature -1.0"), (dict(top_p=0.0), "top_p 0.0"), (dict(top_k=-3), "top_k -3"),
+    (dict(denoising_steps=5), "denoising_steps 5"), (dict(seed=[1, 2]), "2 seeds for 1 prompts"), (dict(slots=0), "slots"),
+])
+def test_bad_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(random_model(), [[3, 4]], **{"max_new_tokens": 4, **settings})
+
+
+def test_an_empty_prompt_is_refused_and_no_prompts_are_fine():
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(random_model(), [[3], []], max_new_tokens=4)
+    assert generate(random_model(), [], max_new_tokens=4) == [] and replay(random_model(), []) == []
+
+
+# -------------------------------------------------------------------------------------------- the authors' numbers
+
+
+@pytest.mark.parametrize("case", [c for c in fixture_cases("sdar_generate") if "topk1" not in c["id"]], ids=lambda c: c["id"])
+def test_sdar_decoding_is_the_authors(case, authors_policy):
+    """Tokens and reveal steps exactly; log-probabilities and confidences to the fixture's tolerance.
+
+    For the `inverse_cdf` cases the stored uniforms are injected; their logp is at temperature 1, ours at T.
+    """
+    K, T, P = case["block_length"], case["temperature"], len(case["prompt"])
+    model, _ = lm.load_model(FIXTURES / "authors/sdar", block_size=K)
+    data = fixture_tensors("sdar_generate")
+    draws = data.get(f"{case['id']}.u")
+    is_drawn = case["sampling"] == "inverse_cdf"
+    r, = generate(model, [case["prompt"]], max_new_tokens=case["gen_length"], denoising_steps=case["denoising_steps"],
+                  strategy=case["strategy"].removeprefix("low_confidence_"), threshold=case["confidence_threshold"] or 0.9,
+                  temperature=T if is_drawn else 0, top_k=case["top_k"], top_p=case["top_p"],
+                  eos_ids=case["stop_token_ids"] or (),
+                  uniforms=(lambda sequence, step, position: draws[step - 1, position % K]) if is_drawn else None)
+    end = P + len(r.response)
+    assert r.prompt + r.response == case["tokens"][:end] and set(case["tokens"][end:]) <= {119}
+    assert r.step_map == case["step_global"][P:end]
+    torch.testing.assert_close(torch.tensor(r.confidence), data[f"{case['id']}.confidence"][P:end], atol=2e-4, rtol=0)
+    if T == 1:
+        torch.testing.assert_close(torch.tensor(r.logp), data[f"{case['id']}.logp"][P:end], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", [c for c in fixture_cases("llada_generate") if "_original_" in c["id"] or (
+    "_cache0_" in c["id"] and c["id"].endswith("_confidence") and "margin" not in c["id"])], ids=lambda c: c["id"])
+def test_llada_decoding_is_the_authors(case):
+    K, P = case["block_length"], len(case["prompt"])
+    model, _ = lm.load_model(FIXTURES / "authors/llada", block_size=K)
+    threshold = case.get("threshold")
+    steps_per_block = case["steps"] * K // case["gen_length"]
+    r, = generate(model, [case["prompt"]], max_new_tokens=case["gen_length"], temperature=0,
+                  strategy="static" if threshold is None else "dynamic", threshold=threshold or 0.9,
+                  denoising_steps=steps_per_block if threshold is None else K)
+    order = lambda steps: [sorted(set(steps)).index(step) for step in steps]
+    assert r.prompt + r.response == case["tokens"] and order(r.step_map) == order(case["unmask_step"][P:])
+
+
+@pytest.mark.parametrize("name", ["sdar_tracerl_aligned_b4", "sdar_tracerl_aligned_b8_shrink3"])
+def test_replayed_log_probabilities_are_the_authors(name, authors_policy):
+    case = next(c for c in fixture_cases("sdar_tracerl") if name.endswith("tracerl_" + c["id"]))
+    data, L0 = fixture_tensors(name), case["L0"]
+    model, _ = lm.load_model(FIXTURES / "authors/sdar", block_size=case["block_size"])
+    rollouts = [Rollout(p, r, len(r), s) for p, r, s in zip(case["prompts"], case["responses"], case["step_maps"])]
+    ours = replay(model, rollouts, case["shrink"])
+    for row, owner in enumerate(case["row_to_response"]):
+        at = data["p_mask"][row, L0:]
+        torch.testing.assert_close(ours[owner][at], data["logp_self"][row, L0:][at], atol=2e-4, rtol=0)
