@@ -8,15 +8,23 @@ with its standard error. The verdict is also the training reward: a wrong one te
 Reading order: Problem, the embedded arithmetic, load_problems, encode_prompts; extract_answer, is_correct; evaluate.
 """
 
+import argparse
+import atexit
 import json
 import os
+import queue
 import random
 import re
+import subprocess
+import sys
+import threading
+import time
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
-
-import rollout
+from statistics import fmean
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -25,9 +33,10 @@ INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\
 class Problem:
     """A question, its answer, and, where the data have one, a worked solution (used by SFT only)."""
 
-    problem: str
+    problem: str  # or a list of chat messages
     answer: str
     solution: str = ""
+    step_map: list = None  # of the solution's tokens, for SFT on a trace
     tokens: list = field(default_factory=list)  # the prompt, once encode_prompts has made it
 
 
@@ -64,38 +73,91 @@ def work_out(a, b, slip, rng):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Problems from files.
+# Problems from files and from the hub.
 
 
-def load_problems(source):
-    """Problems from "arithmetic[-dev|-test]", or a JSON Lines file of {"problem", "answer"} -> list[Problem].
+HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:test", "gsm8k-train": "openai/gsm8k:main:train",
+       "aime2024": "Maxwell-Jia/AIME_2024::train"}
+COLUMNS = dict(problem=("problem", "question", "prompt", "messages"), answer=("answer", "final_answer", "solution", "response"),
+               solution=("solution", "response", "answer"))
 
-    Raises ValueError naming the file and line of a broken or incomplete row, FileNotFoundError for a missing file.
+
+def load_problems(source, problem_column=None, answer_column=None, needs_answer=True):
+    """Problems from any source -> list[Problem].
+
+    source: "arithmetic[-dev|-test]"; a local .jsonl, .json or .parquet file; a name (math500, gsm8k, gsm8k-train, aime2024); or a
+    hub id, owner/name[:config[:split]]. Columns are found by name (problem, question, prompt or messages; answer; solution or
+    response), or given. In GSM8K's style the answer stands behind ####; in a solution without an answer, in the last \\boxed{}.
+    needs_answer: whether a row without one is an error (for SFT it is not).
+    Raises FileNotFoundError, or ValueError that names the source and the row of what is broken, missing or empty.
     """
     if source in ("arithmetic", "arithmetic-dev", "arithmetic-test"):
         return arithmetic(source.removeprefix("arithmetic").lstrip("-") or "train", 400 if "-" in source else 20000)
-    if not os.path.isfile(source):
-        raise FileNotFoundError(f"no data file {source!r}")
-    problems = []
-    with open(source, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                problems.append(Problem(str(row["problem"]), str(row["answer"]), str(row.get("solution", ""))))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{source}, line {number}: not a row with problem and answer ({error!r})") from None
-    if not problems:
+    rows = read_rows(source)
+    if not rows:
         raise ValueError(f"{source} holds no problems")
-    return problems
+    given = dict(problem=problem_column, answer=answer_column, solution=None)
+    return [to_problem(row, f"{source}, row {number}", given, needs_answer) for number, row in enumerate(rows, 1)]
 
 
-def encode_prompts(problems, tokenizer, max_prompt_tokens):
+def read_rows(source):
+    """The rows of a local file or of a hub data set, as dicts (a broken JSON line: ValueError with its number)."""
+    if os.path.isfile(source) and source.endswith((".json", ".jsonl")):
+        with open(source, encoding="utf-8") as file:
+            text = file.read()
+        if source.endswith(".json") and text.lstrip().startswith("["):
+            return json.loads(text)
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{source}, line {number}: broken JSON ({error})") from None
+        return rows
+    import datasets  # slow to import, and seldom needed
+
+    if os.path.isfile(source):
+        if not source.endswith(".parquet"):
+            raise ValueError(f"{source}: the name must end in .jsonl, .json or .parquet")
+        return list(datasets.Dataset.from_parquet(source, cache_dir=None))
+    if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source) or source.endswith((".json", ".jsonl")):
+        raise FileNotFoundError(f"no data file {source!r}, and no name among {', '.join(HUB)}, and not a hub id owner/name")
+    name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
+    return list(datasets.load_dataset(name, config or None, split=split or "train"))
+
+
+def to_problem(row, where, given, needs_answer):
+    """One row of a data set as a Problem."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}")
+    columns = {name.lower(): name for name in row}
+    found = {}
+    for field_name, names in COLUMNS.items():
+        name = given[field_name] or next((columns[n] for n in names if n in columns), None)
+        if name is not None and name not in row:
+            raise ValueError(f"{where}: no column {name!r}; it has {', '.join(row)}")
+        found[field_name] = row[name] if name is not None else None
+    problem, answer, solution = found["problem"], found["answer"], found["solution"]
+    if isinstance(problem, list):  # a conversation: the last message is the response
+        problem, solution = problem[:-1], problem[-1]["content"]
+    if not problem:
+        raise ValueError(f"{where}: no problem; columns are {', '.join(row)}, looked for {', '.join(COLUMNS['problem'])}")
+    answer = "" if answer is None else str(answer)
+    if "####" in answer:
+        answer = answer.rsplit("####", 1)[1].strip()
+    elif (boxed := extract_answer(answer)) is not None:
+        answer = boxed
+    if needs_answer and not answer.strip():
+        raise ValueError(f"{where}: no answer; columns are {', '.join(row)}, looked for {', '.join(COLUMNS['answer'])}")
+    return Problem(problem, answer, "" if solution is None else str(solution), step_map=row.get("step_map"))
+
+
+def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTION):
     """Sets Problem.tokens by the chat template -> (the problems that fit, how many did not)."""
     for p in problems:
-        message = [{"role": "user", "content": p.problem + INSTRUCTION}]
-        p.tokens = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+        chat = p.problem if isinstance(p.problem, list) else [{"role": "user", "content": p.problem + instruction}]
+        p.tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
     fitting = [p for p in problems if len(p.tokens) <= max_prompt_tokens]
     if not fitting:
         raise ValueError(f"none of {len(problems)} prompts has at most {max_prompt_tokens} tokens: "
@@ -108,37 +170,452 @@ def encode_prompts(problems, tokenizer, max_prompt_tokens):
 
 
 def extract_answer(response):
-    """What stands in the last \\boxed{...} with balanced braces, or None."""
+    """What stands in the last \\boxed{...} with balanced braces, or None: no box, an unclosed one, or one without end."""
     start = response.rfind("\\boxed{")
     if start < 0:
         return None
-    depth, begin = 1, start + len("\\boxed{")
-    for i in range(begin, len(response)):
-        depth += {"{": 1, "}": -1}.get(response[i], 0)
+    end = closing(response[:start + MAX_ANSWER + 8], start + len("\\boxed"), "{", "}")
+    return None if end < 0 else response[start + len("\\boxed{"):end]
+
+
+MAX_ANSWER = 1000  # characters of an answer worth reading
+UNITS = ("degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|foot|yards?|"
+         "meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|per|mph|percent|people|ways")
+REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"[−–‒]", "-"), (r"[°º]", ""), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"×", r"\\times "), (r"·", r"\\cdot "), (r"√", r"\\sqrt"),
+    (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"[\u200b\u2060\ufeff\u00a0]", " "),
+    (r"\\\\(?=[a-zA-Z])", r"\\"),  # \\frac for \frac; matrices are read before this
+    (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
+    (r"(?<=\d)\\,\s*(?=\d{3}(?!\d))", ""),  # 10\,080
+    (r"\\!\s*|(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~", lambda m: "" if m.group().startswith("\\!") else " "),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le"),
+    (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge"), (r"\\lt(?![a-zA-Z])", "<"), (r"\\gt(?![a-zA-Z])", ">"),
+    (r"\\(?:varnothing)(?![a-zA-Z])", r"\\emptyset"),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\(?:degree|circ)(?![a-zA-Z])", ""), (r"\\?[$%]", ""),
+    (r"(?<=[\d})])\s*\\(?:text|mbox|textnormal|textrm|mathrm)\s*\{(?!\s*(?:or|and|not)\b)[a-zA-Z ./-]*\}(?:\s*\^\s*(?:\d|\{\d\}))?", ""),
+    (r"\\(?:text|mbox|textnormal|textbf|textit|textrm|mathrm|mathbf|bf|rm|operatorname)\s*\{([^{}]*)\}", r"\1"),
+    (rf"(?<=[\d}})])\s*(?:(?:{UNITS})\b\s*)+(?:\^\s*(?:\d|\{{\d\}}))?\s*$", ""),
+    (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"), (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\\a-zA-Z])(pi|infty|frac)(?![a-zA-Z])", r"\\\1"), (r"\+\s*(?=\\infty)", ""),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m.group().replace(",", "")),
+)]
+
+
+def normalize(text):
+    """One spelling for what is written in many ways: signs, spacing, sizes, fractions, units, $ and %, thousands, a final
+    period. Linear in the length of the text, which the caller has bounded."""
+    text = text.strip()
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".\\ ").strip()
+    while len(text) > 1 and text[0] == "{" and closing(text, 0) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
+def closing(text, start, opening="([{", ending=")]}"):
+    """Where the bracket that opens at `start` closes, or -1. Brackets of any kind match: intervals are half-open."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] in opening) - (text[i] in ending)
         if depth == 0:
-            return response[begin:i]
-    return None
+            return i
+    return -1
+
+
+def split_top(text, pattern):
+    """Splits at matches of a pattern that stand outside all brackets -> list of stripped parts."""
+    parts, start, depth, i = [], 0, 0, 0
+    separator = re.compile(pattern)
+    while i < len(text):
+        depth += (text[i] in "([{") - (text[i] in ")]}")
+        match = separator.match(text, i) if depth == 0 else None
+        if match:
+            parts.append(text[start:i].strip())
+            i = start = match.end()
+        else:
+            i += 1
+    return [*parts, text[start:].strip()]
+
+
+class Number:
+    """An exact reader of rational arithmetic: digits, + - * / ^, \\frac, brackets, mixed numbers. Never floats.
+
+    Raises ValueError for anything else, and for powers too large to be worth it.
+    """
+
+    TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\frac|\\cdot|\\times|\\div|[-+*/^(){}])")
+
+    def __init__(self, text):
+        self.tokens, end = [], 0
+        while end < len(text.rstrip()):
+            match = self.TOKEN.match(text, end)
+            if not match or len(match.group(1)) > 400:
+                raise ValueError(text)
+            self.tokens.append(match.group(1))
+            end = match.end()
+        self.tokens.append("end")
+        self.value, self.depth = self.sum(), 0
+        if self.tokens != ["end"]:
+            raise ValueError(text)
+
+    def take(self, *wanted):
+        """The next token, if it is one of those wanted; else None."""
+        return self.tokens.pop(0) if self.tokens[0] in wanted else None
+
+    def sum(self):
+        """Terms with + and -."""
+        total = self.product()
+        while sign := self.take("+", "-"):
+            total += self.product() * (1 if sign == "+" else -1)
+        return total
+
+    def product(self):
+        """Factors with * and /."""
+        total = self.power()
+        while sign := self.take("*", "/", "\\cdot", "\\times", "\\div"):
+            factor = self.power()
+            if factor == 0 and sign in ("/", "\\div"):
+                raise ValueError("division by zero")
+            total = total / factor if sign in ("/", "\\div") else total * factor
+        return total
+
+    def power(self):
+        """A signed factor with an integer exponent."""
+        if sign := self.take("+", "-"):
+            return self.power() * (1 if sign == "+" else -1)
+        base = self.factor()
+        if self.take("^"):
+            exponent = self.group() if self.tokens[0] == "{" else self.power()
+            size = max(abs(base.numerator), base.denominator).bit_length() * abs(exponent)
+            if exponent.denominator != 1 or size > 20000 or (base == 0 and exponent < 0):
+                raise ValueError("exponent")
+            base = base ** int(exponent)
+        return base
+
+    def group(self):
+        """Something in brackets."""
+        close = {"(": ")", "{": "}"}.get(self.tokens.pop(0))
+        value = self.sum()
+        if close is None or self.tokens.pop(0) != close:
+            raise ValueError("brackets")
+        return value
+
+    def factor(self):
+        """A number, a mixed number, a fraction, or a group."""
+        if self.take("\\frac"):
+            top, bottom = self.group(), self.group()
+            if bottom == 0:
+                raise ValueError("division by zero")
+            return top / bottom
+        if self.tokens[0] in ("(", "{"):
+            return self.group()
+        token = self.tokens.pop(0)
+        if not token[0].isdigit() and token[0] != ".":
+            raise ValueError(token)
+        value = Fraction(token.rstrip("."))
+        if token.isdigit() and self.tokens[0] == "\\frac":
+            value += self.factor()
+        return value
+
+
+def number(text):
+    """The exact value of a rational number or expression, or None."""
+    if len(text) > 500 or text.count("(") + text.count("{") > 60:
+        return None
+    try:
+        return Number(text).value
+    except (ValueError, IndexError, ZeroDivisionError):
+        return None
+
+
+RELATION = r"\\le(?![a-z])|\\ge(?![a-z])|\\ne(?:q)?(?![a-z])|<|>|="
+NAME = r"(?:[a-zA-Z](?:_\{?\w+\}?)?|\\[a-z]+)"
+
+
+def strip_name(text):
+    """x = 5 -> (x, 5); (p,q) = (3,2) -> (p,q), (3,2); x \\in [0,1] -> x, [0,1]; others -> None, text."""
+    match = re.fullmatch(rf"({NAME}|[a-zA-Z]\({NAME}\)|\({NAME}(?:, ?{NAME})+\)) ?(?:=|\\in(?![a-z])) ?([^=<>]+)", text)
+    return (match[1].replace(" ", ""), match[2].strip()) if match else (None, text)
+
+
+def parts_of(text):
+    """The kind of an answer and its parts: ("matrix", rows...), ("union", ...), ("list", ...), ("(", "]", ...), or ("one",).
+
+    Bare lists and sets are one kind, whose order does not matter; tuples and intervals keep brackets and order.
+    """
+    matrix = re.fullmatch(r"\\begin ?\{([pbvB]?matrix)\}(.*)\\end ?\{\1\}", text, re.DOTALL)
+    if matrix:
+        rows = [row.split("&") for row in re.split(r"\\\\", matrix[2].strip().removesuffix("\\\\"))]
+        return ("matrix", len(rows), len(rows[0])), [normalize(cell) for row in rows for cell in row]
+    if len(split := split_top(text, r"\\cup(?![a-z])")) > 1:
+        return ("union",), split
+    if len(split := split_top(text, r",|;|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])")) > 1:
+        return ("list",), split
+    opened = re.match(r"\\\{|[(\[]", text)
+    if opened and closing(text, opened.end() - 1) == len(text) - 1:
+        inside = text[opened.end():-1].rstrip("\\").strip()
+        split = split_top(inside, r",|;")
+        if opened.group() == "\\{":
+            return ("list",), split
+        if len(split) > 1:
+            return (opened.group(), text[-1]), split
+        if text[0] == "(" and text[-1] == ")":
+            return parts_of(inside)
+    if "\\pm" in text:
+        return ("list",), [text.replace("\\pm", sign) for sign in "+-"]
+    return ("list",), [text]
+
+
+def expand(parts):
+    """A list whose elements with \\pm are written out."""
+    return [text for part in parts for text in ([part.replace("\\pm", sign) for sign in "+-"] if "\\pm" in part else [part])]
+
+
+def compare(answer, gold, depth=0):
+    """(verdict, how) for two normalised answers; the verdict may need the two workers (`ask`)."""
+    if answer == gold:
+        return True, "text"
+    if not answer or not gold or depth > 4:
+        return False, "text"
+    x, y = number(answer), number(gold)
+    if x is not None and y is not None:
+        return x == y, "number"
+    (name_a, answer), (name_g, gold) = strip_name(answer), strip_name(gold)
+    if name_a and name_g and name_a != name_g:
+        return False, "structure"
+    if name_a or name_g:
+        return compare(answer, gold, depth + 1)
+    base = re.compile(r"\(?([0-9a-zA-Z]+)\)? ?_ ?\{?(\d+)\}?")
+    if (m := base.fullmatch(gold)) and m[1][0].isdigit() or (m := base.fullmatch(answer)) and m[1][0].isdigit():
+        a, g = base.fullmatch(answer), base.fullmatch(gold)
+        return bool(a and g and a.groups() == g.groups()), "structure"
+    sides_a, sides_g = split_top(answer, RELATION), split_top(gold, RELATION)
+    if len(sides_a) > 1 or len(sides_g) > 1:
+        return compare_relations(answer, gold, sides_a, sides_g, depth), "structure"
+    (kind_a, parts_a), (kind_g, parts_g) = parts_of(answer), parts_of(gold)
+    if kind_a == ("list",):
+        parts_a, parts_g = expand(parts_a), expand(parts_g)
+    if kind_a != kind_g or len(parts_a) != len(parts_g) or len(parts_g) > 100:
+        return False, "structure"
+    if len(parts_g) == 1 and (parts_a, parts_g) == ([answer], [gold]):
+        return compare_expressions(answer, gold)
+    if kind_a in (("list",), ("union",)):
+        return is_same_bag(parts_a, parts_g, depth), "structure"
+    return all(compare(a, g, depth + 1)[0] for a, g in zip(parts_a, parts_g)), "structure"
+
+
+def is_same_bag(parts_a, parts_g, depth):
+    """Whether every part of one list equals another part of the other."""
+    left = list(parts_g)
+    for a in parts_a:
+        found = next((g for g in left if compare(a, g, depth + 1)[0]), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return True
+
+
+def compare_relations(answer, gold, sides_a, sides_g, depth):
+    """Equations and inequalities: the same signs, turned to point one way, and sides whose difference is the same."""
+    signs_a, signs_g = (re.findall(RELATION, text) for text in (answer, gold))
+    turned = {">": "<", "\\ge": "\\le"}
+    if signs_a and all(sign in turned for sign in signs_a):
+        signs_a, sides_a = [turned[sign] for sign in reversed(signs_a)], sides_a[::-1]
+    if signs_g and all(sign in turned for sign in signs_g):
+        signs_g, sides_g = [turned[sign] for sign in reversed(signs_g)], sides_g[::-1]
+    if signs_a != signs_g or len(sides_a) != len(sides_g):
+        return False
+    if all(compare(a, g, depth + 1)[0] for a, g in zip(sides_a, sides_g)):
+        return True
+    if len(signs_a) > 1 or any(not side for side in sides_a + sides_g):
+        return False
+    a, g = (f"({sides[1]})-({sides[0]})" for sides in (sides_a, sides_g))
+    is_equation = signs_a == ["="]
+    return compare_expressions(a, g)[0] or (is_equation and compare_expressions(f"-({a})", g)[0])
+
+
+FUNCTIONS = r"sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|max|min"
+WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
+COSTLY = re.compile(
+    r"\^\s*\{?[^{}]*\^|\^\s*\{?\s*[-+]?\s*\d{3,}|\d{51,}|!\s*!|\d{4,}\s*!|\\(?:sum|prod|int|lim|gcd|lcm|binom|begin)|_\s*\{?\s*\d{3,}")
+
+
+def compare_expressions(answer, gold):
+    """The last resort: words as text; expressions that are cheap enough by a computer algebra system, in a worker."""
+    if WORD.search(answer) or WORD.search(gold):
+        return answer.casefold() == gold.casefold(), "text"
+    for text in (answer, gold):
+        strange = re.search(r"[^\w\s\\{}()\[\]+\-*/^.|!]", text) or not text.isascii()
+        if strange or len(text) > 200 or text.count("{") + text.count("(") > 20 or COSTLY.search(text):
+            return answer.replace(" ", "") == gold.replace(" ", ""), "guard"
+    return WORKERS.ask(answer, gold)
+
+
+def verdict(answer, gold):
+    """Whether an answer equals the gold one, and how that was decided -> (bool, str).
+
+    how: "none" (nothing in a box), "text", "number" (exactly, by fractions), "structure" (lists, tuples, intervals, matrices,
+    relations, bases), "expression" (computer algebra), "guard" (too costly to try), "killed" (tried, and ended by a limit).
+    """
+    if answer is None or not answer.strip("$ \n\t"):
+        return False, "none"
+    gold = gold.rsplit("####", 1)[-1]
+    if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
+        return False, "guard"
+    return compare(normalize(answer), normalize(gold))
 
 
 def is_correct(answer, gold):
-    """Whether an extracted answer equals the gold one: as text, or exactly as a number."""
-    if answer is None or not answer.strip():
-        return False
-    if answer.strip() == gold.strip():
+    """Whether an extracted answer (or None) equals the gold answer. The same verdict from any thread, under any load."""
+    return verdict(answer, gold)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The workers: model text meets a computer algebra system only in processes that may be killed.
+
+
+class Workers:
+    """Two persistent processes that compare expressions, each under kernel limits on memory and CPU time per check.
+
+    They are started fresh, when first needed, as `python eval_math.py --worker`: never forked from a process with threads or
+    CUDA. A check that dies is wrong, and counted; its worker is replaced. CPU time, not wall time, decides, so the load of the
+    machine does not; the wall clock is only the backstop for a check that sleeps.
+    """
+
+    NUMBER, CPU_SECONDS, WALL_SECONDS, MEMORY = 2, 2, 20, 1 << 30
+
+    def __init__(self):
+        self.idle, self.lock, self.started, self.killed = queue.Queue(), threading.Lock(), 0, 0
+        self.cache = {}
+
+    def ask(self, answer, gold):
+        """(verdict, how) of two expressions."""
+        if (answer, gold) not in self.cache:
+            if len(self.cache) > 100_000:
+                self.cache.clear()
+            self.cache[answer, gold] = self.run(answer, gold)
+        return self.cache[answer, gold]
+
+    def run(self, answer, gold):
+        """One check in the next idle worker."""
+        with self.lock:
+            if self.started < self.NUMBER:
+                self.started += 1
+                self.idle.put(None)
+        process = self.idle.get()
+        try:
+            if process is None:
+                process = self.start()
+            timer = threading.Timer(self.WALL_SECONDS, process.kill)
+            timer.start()
+            try:
+                process.stdin.write(json.dumps([answer, gold]) + "\n")
+                process.stdin.flush()
+                reply = process.stdout.readline()
+            except BrokenPipeError:
+                reply = ""
+            finally:
+                timer.cancel()
+            if reply:
+                return json.loads(reply), "expression"
+            process.wait()
+            process = None
+            with self.lock:
+                self.killed += 1
+            return False, "killed"
+        finally:
+            self.idle.put(process)
+
+    def start(self):
+        """A new worker, ready."""
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process.stdout.readline()
+        atexit.register(process.kill)
+        return process
+
+
+WORKERS = Workers()
+
+
+def work():
+    """The life of a worker: one line in, one line out, until its input closes."""
+    import resource
+
+    from latex2sympy2_extended import latex2sympy  # noqa: F401, imported before the limits
+    sys.setrecursionlimit(2000)
+    resource.setrlimit(resource.RLIMIT_AS, (Workers.MEMORY, Workers.MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + 1 + Workers.CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        try:
+            same = is_same_expression(*json.loads(line))
+        except Exception:  # whatever a parser or sympy throws at text by a model: it is not the right answer
+            same = False
+        print(json.dumps(bool(same)), flush=True)
+
+
+def is_same_expression(answer, gold):
+    """Whether two LaTeX expressions are the same function of their letters (run in a worker only).
+
+    math-verify's parser reads them; equality is decided here, at random rational points to 60 digits. math-verify's own
+    comparison rounds to six digits, and so takes 6.283185 for 2 pi and 2^-99 for 2^-98.
+    """
+    import sympy
+    from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+
+    conversion = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+    a, g = (sympy.nsimplify(latex2sympy(text, conversion_config=conversion), rational=True) for text in (answer, gold))
+    if a == g:
         return True
-    number = re.compile(r"[+-]?\d{1,50}(\.\d{1,50})?")
-    return all(number.fullmatch(x.strip()) for x in (answer, gold)) and Fraction(answer.strip()) == Fraction(gold.strip())
+    imaginary = {sympy.Symbol("i"): sympy.I}
+    a, g = a.subs(imaginary), g.subs(imaginary)
+    letters = sorted(a.free_symbols | g.free_symbols, key=str)
+    rng, agreed = random.Random(0), 0
+    for _ in range(8 if letters else 1):
+        point = {letter: sympy.Rational(rng.randint(-4000, 4000), 1009) for letter in letters}
+        x, y = (sympy.N(side.subs(point), 60) for side in (a, g))
+        if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
+            continue
+        if abs(x - y) > sympy.Float("1e-45") * (1 + abs(x)):
+            return False
+        agreed += 1
+    return agreed >= (3 if letters else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Evaluation.
 
 
+def grade(pairs):
+    """`verdict` of many (answer, gold) pairs, in order. Costly ones go to both workers at once."""
+    with ThreadPoolExecutor(Workers.NUMBER) as pool:
+        return list(pool.map(lambda pair: verdict(*pair), pairs))
+
+
+def response_text(r, tokenizer):
+    """The trained part of a response as text, for the answer checker only."""
+    return tokenizer.decode(r.response[:r.num_tokens], skip_special_tokens=True)
+
+
 def score(rollouts, problems, tokenizer):
-    """Sets the reward of each rollout: 1 if its answer is right and it was not truncated, else 0 (METHOD: rewards)."""
-    for r, p in zip(rollouts, problems):
-        text = tokenizer.decode(r.response[:r.num_tokens], skip_special_tokens=True)
-        r.reward = float(not r.is_truncated and is_correct(extract_answer(text), p.answer))
+    """Sets the reward of each rollout: 1 if its answer is right and it was not truncated, else 0 (METHOD: rewards).
+
+    Returns the (verdict, how) of each; a truncated response is wrong whatever it says.
+    """
+    pairs = [(None if r.is_truncated else extract_answer(response_text(r, tokenizer)), p.answer)
+             for r, p in zip(rollouts, problems)]
+    verdicts = grade(pairs)
+    for r, (is_right, _) in zip(rollouts, verdicts):
+        r.reward = float(is_right)
+    return verdicts
 
 
 def evaluate(model, tokenizer, problems, num_samples=1, seed=0, **settings):
@@ -146,15 +623,23 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, **settings):
 
     settings go to rollout.generate. The standard error is that of the mean over problems.
     """
+    import rollout  # not at the top: the checking workers import this file, and do without torch
+
     repeated = [p for p in problems for _ in range(num_samples)]
     seeds = [seed + i for i in range(len(repeated))]
     rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **settings)
     score(rollouts, repeated, tokenizer)
-    means = [sum(r.reward for r in rollouts[i:i + num_samples]) / num_samples
-             for i in range(0, len(rollouts), num_samples)]
-    accuracy = sum(means) / len(means)
-    variance = sum((m - accuracy) ** 2 for m in means) / max(1, len(means) - 1)
-    return dict(accuracy=accuracy, standard_error=(variance / len(means)) ** 0.5, n=len(problems), **describe(rollouts))
+    rewards = [r.reward for r in rollouts]
+    return accuracy([rewards[i:i + num_samples] for i in range(0, len(rewards), num_samples)]) | describe(rollouts)
+
+
+def accuracy(rewards):
+    """Rewards of each problem's samples -> accuracy, its standard error over problems, n, and pass@k for k = all samples."""
+    means = [fmean(samples) for samples in rewards]
+    mean = fmean(means)
+    variance = sum((m - mean) ** 2 for m in means) / max(1, len(means) - 1)
+    return dict(accuracy=mean, standard_error=(variance / len(means)) ** 0.5, n=len(means),
+                pass_at_k=fmean(max(samples) for samples in rewards))
 
 
 def describe(rollouts):
@@ -162,3 +647,173 @@ def describe(rollouts):
     return dict(length=sum(r.num_tokens for r in rollouts) / len(rollouts),
                 truncated=sum(r.is_truncated for r in rollouts) / len(rollouts),
                 tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
+
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Commands.
+
+
+def diffusion_responder(args):
+    """A function (problems, seeds, strategy) -> responses of a diffusion model, the prompts dealt out over the processes."""
+    import model as lm
+    import rollout
+
+    model, tokenizer = lm.load_model(args.model, args.block_size)
+
+    def respond(problems, seeds, strategy):
+        rollouts = rollout.generate_everywhere(
+            model, [p.tokens for p in problems], seeds, max_new_tokens=args.max_new_tokens, strategy=strategy,
+            threshold=args.threshold, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, slots=args.slots,
+            eos_ids=model.config.eos_ids)
+        return [dict(response=response_text(r, tokenizer), length=r.num_tokens, truncated=r.is_truncated,
+                     decoded=len(r.response), step_map=r.step_map) for r in rollouts]
+
+    return respond, tokenizer
+
+
+def autoregressive_responder(args):
+    """The same of an autoregressive model, by transformers' generate: batched, left-padded, one token per step."""
+    import torch
+    import transformers
+
+    import model as lm
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.ar, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.ar, dtype="auto").to(lm.default_device()).eval()
+    eos = model.generation_config.eos_token_id
+    eos = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    sampling = dict(do_sample=False) if args.temperature == 0 else dict(
+        do_sample=True, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+
+    def respond(problems, seeds, strategy):
+        rank, number = lm.processes()
+        own, out = problems[rank::number], []
+        for start in range(0, len(own), args.slots):
+            batch = [{"input_ids": p.tokens} for p in own[start:start + args.slots]]
+            inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
+            torch.manual_seed(seeds[rank::number][start])
+            tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+            for row in tokens[:, inputs["input_ids"].shape[1]:].tolist():
+                end = next((i + 1 for i, token in enumerate(row) if token in eos), 0)
+                length = end or len(row)
+                out.append(dict(response=tokenizer.decode(row[:length], skip_special_tokens=True), length=length,
+                                truncated=end == 0, decoded=length, step_map=list(range(1, length + 1))))
+        return lm.gather_lists(out)
+
+    return respond, tokenizer
+
+
+def evaluate_command(args):
+    """Samples, grades and tabulates; every response goes to runs/<run>/responses.jsonl at once, so a run can be resumed."""
+    import model as lm
+
+    lm.start_processes()
+    respond, tokenizer = autoregressive_responder(args) if args.ar else diffusion_responder(args)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
+    problems = load_problems(args.data, args.problem_column, args.answer_column)[:args.limit]
+    problems, num_long = encode_prompts(problems, tokenizer, args.max_prompt_tokens)
+    strategies = ["autoregressive"] if args.ar else args.strategy
+    log = lm.RunLog(os.path.join("runs", args.run), vars(args), "responses.jsonl", is_resumed=True)
+    done = {(line["strategy"], line["problem"], line["sample"]): line for line in log.read()}
+    work = [(strategy, i, k) for strategy in strategies for i in range(len(problems)) for k in range(args.n)]
+    todo = [key for key in work if key not in done]
+    lm.say(f"{args.data}: {len(problems)} problems, {num_long} skipped for their length; {len(work) - len(todo)} of {len(work)} "
+           "responses were there already")
+    size = args.slots * lm.processes()[1] * 2
+    chunks = [[key for key in todo if key[0] == s][i:i + size] for s in strategies for i in range(0, len(work), size)]
+    for chunk in lm.progress([chunk for chunk in chunks if chunk], "evaluate"):
+        started = time.perf_counter()
+        responses = respond([problems[i] for _, i, _ in chunk], [args.seed + i * args.n + k for _, i, k in chunk], chunk[0][0])
+        seconds = (time.perf_counter() - started) / len(chunk)
+        pairs = [(None if r["truncated"] else extract_answer(r["response"]), problems[i].answer)
+                 for r, (_, i, _) in zip(responses, chunk)]
+        for key, r, (answer, gold), (is_right, how) in zip(chunk, responses, pairs, grade(pairs)):
+            done[key] = dict(strategy=key[0], problem=key[1], sample=key[2], text=problems[key[1]].problem, gold=gold, answer=answer,
+                             correct=is_right, how="truncated" if r["truncated"] else how, seconds=seconds, **r)
+            log.write(done[key])
+    summary = {}
+    for strategy in strategies:
+        lines = [done[key] for key in work if key[0] == strategy]
+        summary[strategy] = accuracy([[float(line["correct"]) for line in lines[i:i + args.n]] for i in range(0, len(lines), args.n)])
+        summary[strategy].update(
+            length=fmean(line["length"] for line in lines), truncated=fmean(line["truncated"] for line in lines),
+            tokens_per_step=sum(line["decoded"] for line in lines) / sum(max(line["step_map"]) for line in lines),
+            tokens_per_second=sum(line["length"] for line in lines) / sum(line["seconds"] for line in lines),
+            unanswered=fmean(line["answer"] is None for line in lines), killed=sum(line["how"] == "killed" for line in lines))
+    log.finish(summary)
+    names = list(summary[strategies[0]])
+    lm.say(f"{args.data}, n = {args.n}" + "".join(f"{strategy:>16s}" for strategy in strategies))
+    for name in names:
+        lm.say(f"  {name:18s}" + "".join(f"{summary[strategy][name]:16.3f}" for strategy in strategies))
+    return summary
+
+
+def grade_command(args):
+    """{"gold", "response"} rows -> {"correct", "answer", "how"} rows in args.out, and a summary with the speed."""
+    rows = read_rows(args.grade)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("gold"), str) or not isinstance(row.get("response"), str):
+            raise ValueError(f"{args.grade}, row {number}: needs the texts gold and response, has {str(row)[:80]!r}")
+    is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
+    started = time.perf_counter()
+    answers = [extract_answer(row["response"]) for row in rows]
+    verdicts = grade(list(zip(answers, (row["gold"] for row in rows))))
+    seconds = time.perf_counter() - started
+    with open(args.out, "w", encoding="utf-8") as file:
+        for answer, (is_right, how) in zip(answers, verdicts):
+            file.write(json.dumps(dict(correct=is_right, answer=answer, how=how)) + "\n")
+    hows = Counter(how for _, how in verdicts)
+    right = sum(is_right for is_right, _ in verdicts)
+    print(f"{right} of {len(rows)} right ({right / max(len(rows), 1):.1%}); decided by " +
+          ", ".join(f"{how} {count}" for how, count in hows.most_common()) +
+          f"; {len(rows) / seconds:.0f} checks per second; rows in {args.out}")
+    return verdicts
+
+
+def parse_args(argv=None):
+    """The flags of eval_math.py. Each: name, type, default, meaning."""
+    parser = argparse.ArgumentParser(description="Evaluate a model on math problems, or grade a file.", allow_abbrev=False)
+    flag = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="diffusion model: checkpoint folder or hub id")
+    what.add_argument("--ar", metavar="MODEL", help="autoregressive model, by transformers' generate, under the same prompts and grader")
+    what.add_argument("--grade", metavar="FILE", help="grade a JSON Lines file of gold and response instead of sampling")
+    flag("--out", help="with --grade: where the verdicts go")
+    flag("--data", default="arithmetic-test", help=f"arithmetic-test, {', '.join(HUB)}, a file, or a hub id owner/name[:config[:split]]")
+    flag("--problem_column", help="column of the problem, if it has an uncommon name")
+    flag("--answer_column", help="column of the answer, if it has an uncommon name")
+    flag("--limit", type=int, default=None, help="only the first problems")
+    flag("--n", type=int, default=1, help="samples per problem; pass_at_k has k = n")
+    flag("--strategy", nargs="+", default=["static", "dynamic"], choices=("static", "dynamic", "sequential", "entropy"))
+    flag("--threshold", type=float, default=0.9, help="confidence above which dynamic reveals a token")
+    flag("--temperature", type=float, default=1.0, help="0 is greedy")
+    flag("--top_k", type=int, default=0, help="draw among the k most probable tokens; 0 is all")
+    flag("--top_p", type=float, default=1.0, help="draw among the most probable tokens up to this sum; 1 is all")
+    flag("--block_size", type=int, default=None, help="K, if not the checkpoint's own")
+    flag("--max_new_tokens", type=int, default=2000, help="longest response; longer ones are truncated, and wrong")
+    flag("--max_prompt_tokens", type=int, default=784, help="longer prompts are skipped and counted")
+    flag("--slots", type=int, default=64, help="sequences decoded together on one process")
+    flag("--seed", type=int, default=0, help="of the first sample")
+    flag("--run", "--run_name", default="eval", help="folder under runs/; the same name and flags resume it")
+    args = parser.parse_args(argv)
+    if args.grade and not args.out:
+        parser.error("--grade needs --out")
+    if args.n < 1 or args.slots < 1 or args.max_new_tokens < 1:
+        parser.error(f"--n {args.n}, --slots {args.slots} and --max_new_tokens {args.max_new_tokens} must be at least 1")
+    return args
+
+
+def main(argv=None):
+    """Evaluates or grades."""
+    args = parse_args(argv)
+    return grade_command(args) if args.grade else evaluate_command(args)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--worker"]:
+        work()
+    else:
+        main()

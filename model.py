@@ -684,14 +684,25 @@ def write_json(path, value):
 
 
 class RunLog:
-    """runs/<name>/ on the first process: args.json, then one line of metrics.jsonl per step."""
+    """runs/<name>/ on the first process: args.json, and a file of JSON lines.
 
-    def __init__(self, folder, args):
-        self.folder, self.is_writer = folder, processes()[0] == 0
-        if self.is_writer:
-            os.makedirs(folder, exist_ok=True)
-            write_json(os.path.join(folder, "args.json"), args)
-            self.path = os.path.join(folder, "metrics.jsonl")
+    is_resumed: lines that are there already are kept, if they come from the same settings; else an error says so.
+    """
+
+    def __init__(self, folder, args, name="metrics.jsonl", is_resumed=False):
+        self.folder, self.path, self.is_writer = folder, os.path.join(folder, name), processes()[0] == 0
+        if not self.is_writer:
+            return
+        os.makedirs(folder, exist_ok=True)
+        settings = os.path.join(folder, "args.json")
+        if is_resumed and os.path.isfile(settings):
+            with open(settings, encoding="utf-8") as file:
+                old = json.load(file)
+            if old != json.loads(json.dumps(args)):
+                changed = sorted(name for name in {*old, *args} if old.get(name) != args.get(name))
+                raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --run_name")
+        write_json(settings, args)
+        if not is_resumed:
             open(self.path, "w", encoding="utf-8").close()
 
     def write(self, line):
@@ -699,6 +710,21 @@ class RunLog:
         if self.is_writer:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def read(self):
+        """The lines so far, on every process; a last line that was cut off by a crash is dropped."""
+        lines = []
+        if self.is_writer and os.path.isfile(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                whole = [line for line in file if line.endswith("\n")]
+            lines = [json.loads(line) for line in whole]
+            with open(self.path, "w", encoding="utf-8") as file:
+                file.writelines(whole)
+        if processes()[1] > 1:
+            box = [lines]
+            dist.broadcast_object_list(box)
+            lines = box[0]
+        return lines
 
     def save_checkpoint(self, model, tokenizer, step):
         """Saves checkpoints/step-<step>."""
@@ -708,10 +734,15 @@ class RunLog:
         barrier()
 
     def finish(self, summary):
-        """Writes summary.json, and curves.png of every number in metrics.jsonl."""
+        """Writes summary.json."""
         if not self.is_writer:
             return
         write_json(os.path.join(self.folder, "summary.json"), summary)
+
+    def plot(self):
+        """Draws every number of the log against the step, in curves.png."""
+        if not self.is_writer:
+            return
         with open(self.path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
         names = sorted({name for line in lines for name in line} - {"step"})

@@ -29,13 +29,18 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     of the canvas. The filling is trained as well: in decoding it is context for the tokens before it."""
     eos, K, examples = config.eos_ids[0], config.block_size, []
     for p in problems:
+        if not p.solution:
+            raise ValueError(f"no solution to learn from: {str(p.problem)[:80]!r}")
         response = tokenizer(p.solution, add_special_tokens=False).input_ids + [eos]
+        steps = list(p.step_map or range(1, len(response)))
+        if len(steps) != len(response) - 1:
+            raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: {str(p.problem)[:80]!r}")
         if len(response) > max_new_tokens:
             continue
-        room = max_new_tokens - len(response) if config.is_full else -(len(p.tokens) + len(response)) % K
-        response += [eos] * room
-        examples.append(Rollout(p.tokens, response, len(response), [1] * len(response),
-                                canvas=len(response) if config.is_full else 0))
+        room = 1 + (max_new_tokens - len(response) if config.is_full else -(len(p.tokens) + len(response)) % K)
+        response += [eos] * (room - 1)
+        steps += range(max(steps) + 1, max(steps) + 1 + room)  # the end comes last
+        examples.append(Rollout(p.tokens, response, len(response), steps, canvas=len(response) if config.is_full else 0))
     return examples
 
 
@@ -67,9 +72,16 @@ def sft_rows(examples, config, generator):
     return rollout.build_rows(tokens, lengths, prompts, is_masked[:, None], is_masked[:, None], config), weight
 
 
-def train_step(model, optimizer, examples, seed, is_weighted, max_tokens):
-    """One update on a batch of examples, the same one whatever the number of processes -> (loss, gradient norm)."""
-    rows, weight = sft_rows(examples, model.config, torch.Generator().manual_seed(seed))
+def train_step(model, optimizer, examples, seed, is_weighted, max_tokens, follows_trace=False):
+    """One update on a batch of examples, the same one whatever the number of processes -> (loss, gradient norm).
+
+    follows_trace: the views of each example's step map, every token a target once, in place of random views.
+    """
+    if follows_trace:
+        rows, weight = rollout.trace_rows(examples, model.config), None
+    else:
+        rows, weight = sft_rows(examples, model.config, torch.Generator().manual_seed(seed))
+    is_weighted = is_weighted and not follows_trace
     prompts = torch.tensor([len(r.prompt) for r in examples])
     normalizer = sum(len(r.response) for r in examples) if is_weighted else len(rows.target)
     rank, number = lm.processes()
@@ -106,7 +118,8 @@ def train(model, tokenizer, examples, dev_problems, args, log):
         lr = learning_rate(step, args.lr, args.warmup, args.cooldown, decay_start)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, norm = train_step(model, optimizer, batch, args.seed * 1_000_003 + step, args.weighted, args.micro_tokens)
+        loss, norm = train_step(model, optimizer, batch, args.seed * 1_000_003 + step, args.weighted, args.micro_tokens,
+                                args.objective == "trace")
         line = dict(step=step + 1, loss=loss, gradient_norm=norm, lr=lr)
         if dev_problems and (step + 1) % args.eval_every == 0:
             line["accuracy"] = eval_math.evaluate(
@@ -126,7 +139,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], allow_abbrev=False)
     flag = parser.add_argument
     flag("--model", default=None, help="checkpoint folder or hub id (default: a new tiny model)")
-    flag("--data", default="arithmetic", help="embedded arithmetic, or JSON Lines with problem and solution")
+    flag("--data", default="arithmetic", help="embedded arithmetic, or a file or hub id with problem and solution, prompt and "
+         "response, or messages; optionally step_map")
+    flag("--objective", choices=("random", "trace"), default="random", help="views: random masks in every block (full attention: "
+         "in the response), or the step map of the data (left to right where there is none)")
     flag("--run", "--run_name", default="sft", help="name of the folder under runs/")
     flag("--seed", type=int, default=0, help="of weights, order and masks")
     flag("--steps", type=int, default=3000, help="most updates")
@@ -134,7 +150,7 @@ def parse_args(argv=None):
     flag("--lr", type=float, default=6e-3, help="peak learning rate (a real checkpoint wants 1e-5)")
     flag("--warmup", type=int, default=30, help="updates of rising learning rate")
     flag("--cooldown", type=int, default=200, help="updates of falling learning rate at the end")
-    flag("--weight_decay", type=float, default=0.1, help="of AdamW, on matrices")
+    flag("--weight_decay", type=float, default=0.2, help="of AdamW, on matrices")
     flag("--weighted", action="store_true", help="weight each masked token by 1 / masked share (the diffusion bound)")
     flag("--stop_accuracy", type=float, default=None, help="start the cooldown at this accuracy on development problems")
     flag("--eval_every", type=int, default=100, help="updates between evaluations on development problems")
@@ -143,6 +159,7 @@ def parse_args(argv=None):
     flag("--block_size", type=int, default=None, help="K (default: the checkpoint's own, 4 for the tiny model)")
     flag("--max_new_tokens", type=int, default=16, help="longest response; full attention: length of the canvas")
     flag("--max_prompt_tokens", type=int, default=784, help="longer prompts are skipped and counted")
+    flag("--instruction", default=eval_math.INSTRUCTION, help="text after each problem; empty for data with whole prompts")
     flag("--micro_tokens", type=int, default=4096, help="tokens of one forward and backward")
     return parser.parse_args(argv)
 
@@ -158,8 +175,11 @@ def main(argv=None):
     else:
         model, tokenizer = lm.load_model(args.model, args.block_size, torch.float32)
     is_embedded = args.data == "arithmetic"
-    problems = eval_math.arithmetic("train", 20000, args.seed, args.slip) if is_embedded else eval_math.load_problems(args.data)
-    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens)
+    if is_embedded:
+        problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
+    else:
+        problems = eval_math.load_problems(args.data, needs_answer=False)
+    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction)
     examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
     dev_problems = []
     if is_embedded:

@@ -280,7 +280,7 @@ def parse_args(argv=None):
          "as the start of a flag of its own)", "--run_name")
     flag("--seed", int, 0, 0, "of rollouts, mini-batches and the warm start")
     flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
-    flag("--steps", int, 80, 80, "RL steps")
+    flag("--steps", int, 100, 80, "RL steps")
     flag("--prompts", int, 32, 64, "prompts per step")
     flag("--group_size", int, 16, 16, "G, responses per prompt")
     flag("--minibatches", int, 2, 1, "updates per pass over the rollouts of a step")
@@ -359,6 +359,7 @@ def main(argv=None):
     after = evaluate_all(model, tokenizer, test_problems, args)
     summary = dict(before=before, after=after, seconds=time.perf_counter() - started, replay_gap_max=gap, seed=args.seed)
     log.finish(summary)
+    log.plot()
     lm.say(f"\n{'accuracy on ' + str(len(test_problems)) + ' test problems':36s}{'before':>16s}{'after':>18s}")
     for name in before:
         cells = [f"{e[name]['accuracy']:.3f} +- {e[name]['standard_error']:.3f}" for e in (before, after)]

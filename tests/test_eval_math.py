@@ -1,14 +1,21 @@
 """Laws of problems and verdicts."""
 
+import json
 import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import FIXTURES, ROOT, random_model
 
 import eval_math
 import model as lm
-from eval_math import Problem, arithmetic, extract_answer, is_correct
+from eval_math import Problem, arithmetic, extract_answer, is_correct, load_problems, verdict
 from rollout import Rollout
 
 
@@ -79,13 +86,225 @@ def test_long_prompts_are_skipped_and_counted():
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"problem": "1+1=", "answer": "2"}\n{"problem": \n', "line 2"), ('{"problem": "1+1="}\n', "line 1"), ("\n", "no problems"),
-    ('{"problem": "1+1=", "answer": "2"}\n[1]\n', "line 2"),
+    ('{"problem": "1+1=", "answer": "2"}\n{"problem": \n', "line 2: broken JSON"), ('{"problem": "1+1="}\n', "row 1: no answer"),
+    ("\n", "no problems"), ('{"problem": "1+1=", "answer": "2"}\n[1]\n', "row 2: not an object"),
+    ('{"problem": "1+1=", "answer": "2"}\n{"text": "1", "answer": "2"}\n', "row 2: no problem; columns are text, answer"),
+    ('{"problem": "1+1=", "answer": ""}\n', "row 1: no answer"),
 ])
-def test_a_broken_data_file_is_named_with_its_line(content, message, tmp_path):
+def test_a_broken_data_file_is_named_with_its_row(content, message, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=f"data.jsonl.*{message}"):
-        eval_math.load_problems(str(path))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        eval_math.load_problems("nowhere.jsonl")
+        load_problems(str(path))
+
+
+def test_a_missing_source_or_column_is_named(tmp_path):
+    for source in ("nowhere.jsonl", "folder/nowhere.jsonl", "nowhere"):
+        with pytest.raises(FileNotFoundError, match=source):
+            load_problems(source)
+    with pytest.raises(ValueError, match="no column 'text'; it has problem, answer"):
+        load_problems(str(FIXTURES / "data/math500.jsonl"), problem_column="text")
+
+
+@pytest.mark.parametrize("name, answer", [("gsm8k", "18"), ("math500", "\\left( 3, \\frac{\\pi}{2} \\right)"), ("aime2024", "204")])
+def test_the_public_sets_load_as_their_owners_publish_them(name, answer):
+    problems = load_problems(str(FIXTURES / f"data/{name}.jsonl"))
+    assert len(problems) == 5 and problems[0].answer == answer and len(problems[0].problem) > 50
+    assert name != "gsm8k" or "<<16-3-4=9>>" in problems[0].solution
+
+
+def test_other_shapes_of_data_load_as_well(tmp_path):
+    import datasets
+    rows = [{"question": "1+1", "answer": "2", "level": 3}, {"question": "2+2", "answer": "4", "level": 1}]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
+    for name in ("list.json", "table.parquet"):
+        assert [(p.problem, p.answer) for p in load_problems(str(tmp_path / name))] == [("1+1", "2"), ("2+2", "4")]
+    assert load_problems(str(tmp_path / "list.json"), answer_column="level")[0].answer == "3"
+    talk = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            {"prompt": "u", "response": "so \\boxed{7}"}]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, talk)))
+    chat, plain = load_problems(str(tmp_path / "talk.jsonl"), needs_answer=False)
+    assert [m["role"] for m in chat.problem] == ["system", "user"] and chat.solution == "a"
+    assert (plain.problem, plain.solution, plain.answer) == ("u", "so \\boxed{7}", "7")
+
+
+# ------------------------------------------------------------------------------------------------------- the grader
+
+
+def pairs():
+    return [json.loads(line) for line in (FIXTURES / "grading/pairs.jsonl").read_text().splitlines()]
+
+
+def test_the_grader_meets_its_bars_on_the_pairs():
+    never = {"no_boxed", "empty_boxed", "unclosed_boxed", "reward_hack", "bases", "intervals", "thousands", "tuples", "negatives",
+             "decimals", "sets_lists", "scientific", "mixed_numbers"}
+    results = [(p, is_correct(extract_answer(p["response"]), p["gold"])) for p in pairs()]
+    wrong = [(p["category"], p["gold"], p["response"], verdict) for p, verdict in results if verdict != p["expected"]]
+    true = [(p, verdict) for p, verdict in results if p["expected"]]
+    assert len(wrong) <= 0.01 * len(results), wrong
+    assert sum(verdict for _, verdict in true) >= 0.98 * len(true), wrong
+    assert not [p for p, verdict in results if verdict and not p["expected"] and p["category"] in never]
+
+
+def style_variants(gold):
+    yield gold
+    yield f" {gold} "
+    yield gold + "."
+    yield gold.replace("\\frac", "\\dfrac")
+    yield gold.replace("\\frac", "\\tfrac")
+    yield f"${gold}$"
+    yield f"\\displaystyle {gold}"
+    yield "{" + gold + "}"
+    if "\\left" not in gold:
+        yield re.sub(r"(?<!\\)\(", r"\\left(", gold).replace(")", "\\right)")
+    if re.fullmatch(r"[a-zA-Z ]+|[-\d.]+", gold):
+        yield f"\\text{{{gold}}}"
+
+
+def test_every_published_gold_answer_equals_itself_in_every_style():
+    for gold in json.loads((FIXTURES / "data/golds.json").read_text()):
+        for variant in style_variants(gold.removeprefix("#### ")):
+            assert is_correct(extract_answer(f"so $\\boxed{{{variant}}}$"), gold), (variant, gold)
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("2^{-98}", "2^{-99}"), ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}"), ("6.283185", "2\\pi"), ("0.3333333333", "\\frac{1}{3}"),
+    ("204_6", "204_5"), ("204", "204_5"), ("(1,2]", "(1,2)"), ("(2,1)", "(1,2)"), ("1,2,3", "1,2"), ("1,2", "1,2,3"),
+    ("1,2,3,4,5", "3"), ("3 or 4", "3"), ("3\\text{ or 4}", "3"), ("3\\text{ or } 4", "3"), ("\\text{the gold}", "3"),
+    ("3+10^{-30}", "3"), ("\\sqrt{2}+10^{-20}", "\\sqrt{2}"), ("1 234", "1234"), ("1, 234", "1234"), ("3\\frac{1}{2}", "\\frac{31}{2}"),
+    ("seat", "east"), ("|x|", "x"), ("\\sqrt{x^2}", "x"), ("x=5", "y=5"), ("-5", "5"), ("\\pm 5", "5"), ("5\\pm 0", "5"),
+    ("\\text{5}6", "5"), ("\\frac{5}{0}", "5"), ("nan", "5"), ("\\infty", "5"), ("5\\infty", "5"), ("[1,2]", "\\{1,2\\}"),
+])
+def test_known_traps_are_wrong(answer, gold):
+    assert not is_correct(answer, gold)
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("\\frac{3}{6}", "0.5"), ("2,1", "\\{1,2\\}"), ("3\\tfrac12", "\\frac{7}{2}"), ("10\\,080", "10,\\!080"), ("1+\\sqrt 2", "\\sqrt2+1"),
+    ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("x\\in[-2,7]", "[-2,7]"),
+    ("2\\ge x", "x\\le 2"), ("y=0.5x-3", "y=\\frac12 x-3"), ("\\cos^2 x", "1-\\sin^2 x"), ("-\\frac{1}{2}", "\\frac{-1}{2}"),
+    ("4\\pm\\sqrt3", "4+\\sqrt3, 4-\\sqrt3"), ("5\\text{ cm}^2", "5"), ("$18", "18"), ("50\\%", "50"), ("(C)", "\\text{C}"),
+    ("4210_5", "4210_{5}"), ("i+1", "1+i"), ("2 \\cdot 10^{3}", "2000"), ("(1,2) \\cup (3,4)", "(3,4)\\cup(1,2)"),
+])
+def test_equal_answers_in_other_clothes_are_right(answer, gold):
+    assert is_correct(answer, gold)
+
+
+HOSTILE = """
+import json, os, sys, resource, tempfile, time
+sys.path.insert(0, sys.argv[1])
+import eval_math
+canary, before, out = tempfile.mkdtemp(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+for line in open(sys.argv[2]):
+    case = json.loads(line)
+    text = "".join(s * n for s, n in case["build"]).replace("{canary}", canary)
+    started = time.perf_counter()
+    answer = eval_math.extract_answer(text if case["raw"] else f"The answer is \\\\boxed{{{text}}}")
+    out.append((case["id"], case["must"], eval_math.is_correct(answer, case["gold"]), time.perf_counter() - started))
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(json.dumps([out, grown, os.listdir(canary), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024]))
+"""
+
+
+def test_hostile_answers_neither_hang_nor_grow_nor_run():
+    done = subprocess.run([sys.executable, "-c", HOSTILE, str(ROOT), str(FIXTURES / "grading/hostile.jsonl")], text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    results, grown_mib, canary, worker_mib = json.loads(done.stdout)
+    assert len(results) > 40 and canary == [] and grown_mib < 100 and worker_mib < 1024
+    for case, must, is_right, seconds in results:
+        assert must == "any" or str(is_right).lower() == must, case
+        assert seconds < 6, case  # 3 on a quiet machine
+
+
+def test_verdicts_do_not_depend_on_order_batch_or_thread():
+    cases = [(extract_answer(p["response"]), p["gold"]) for p in pairs()] * 2
+    expected = [is_correct(*case) for case in cases]
+    eval_math.WORKERS.cache.clear()
+    mixed = list(enumerate(cases))
+    random.Random(0).shuffle(mixed)
+    with ThreadPoolExecutor(8) as pool:
+        got = dict(pool.map(lambda item: (item[0], is_correct(*item[1])), mixed))
+    assert [got[i] for i in range(len(cases))] == expected
+    eval_math.WORKERS.cache.clear()
+    assert [v for v, _ in eval_math.grade(cases)] == expected
+
+
+def test_a_check_that_is_killed_is_wrong_and_counted_and_the_next_one_works(monkeypatch):
+    workers = eval_math.Workers()
+    assert workers.ask("x+1", "1+x") == (True, "expression")
+    process = workers.idle.get()
+    process.kill()
+    workers.idle.put(process)
+    workers.idle.put(workers.idle.get())  # both kinds of slot come round
+    results = [workers.run("\\sqrt{3}", "\\sqrt{3}") for _ in range(4)]
+    assert sorted(results) == [(False, "killed")] + [(True, "expression")] * 3 and workers.killed == 1
+    monkeypatch.setattr(eval_math.Workers, "WALL_SECONDS", 0.3)
+    stuck = workers.idle.get() or workers.start()
+    stuck.send_signal(19)  # SIGSTOP: a worker that sleeps uses no CPU time, so only the wall clock ends it
+    workers.idle.put(stuck)
+    assert (False, "killed") in [workers.run("\\sqrt{5}", "\\sqrt{5}") for _ in range(2)] and workers.killed == 2
+
+
+def test_the_cpu_limit_ends_a_check_in_time():
+    workers = eval_math.Workers()
+    started = time.perf_counter()
+    nested = "(" * 3 + "x+1" + ")^{99}" * 3  # past the guard on purpose: the limits must hold without it
+    is_right, how = workers.run(f"\\frac{{d}}{{dx}} {nested} + \\sum_{{k=1}}^{{10^{{9}}}} \\frac{{1}}{{k^k}} + 9^{{9^{{9^9}}}}", "1")
+    assert not is_right and time.perf_counter() - started < 10
+
+
+def test_the_interpreter_exits_promptly_with_workers_running():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval_math; eval_math.is_correct('x+1', '1+x'); print('done')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "done\n"
+    started = time.perf_counter()
+    process.wait(timeout=10)
+    assert time.perf_counter() - started < 2 and process.returncode == 0
+    assert threading.active_count() < 50
+
+
+def test_the_grader_is_a_command(tmp_path):
+    rows = [{"gold": p["gold"], "response": p["response"]} for p in pairs()[:40]]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out", "out.jsonl"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "checks per second" in done.stdout, done.stderr
+    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(out) == 40 and all(set(line) == {"correct", "answer", "how"} for line in out)
+    (tmp_path / "in.jsonl").write_text('{"gold": "1"}\n')
+    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out", "out.jsonl"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and "row 1" in done.stderr
+
+
+def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(FIXTURES / "tiny"), "--max_new_tokens=16", "--n=2", "--limit=20", "--slots=8"]
+    first = eval_math.main(flags)
+    path = tmp_path / "runs/eval/responses.jsonl"
+    lines = path.read_text().splitlines()
+    assert len(lines) == 80 and {"text", "response", "step_map", "correct", "how"} <= set(json.loads(lines[0]))
+    for metrics in first.values():
+        assert {"accuracy", "standard_error", "pass_at_k", "length", "truncated", "tokens_per_step", "tokens_per_second",
+                "unanswered", "killed"} <= set(metrics) and metrics["pass_at_k"] >= metrics["accuracy"]
+    path.write_text("\n".join(lines[:33]) + "\n" + lines[33][:20])
+    capsys.readouterr()
+    again = eval_math.main(flags)
+    assert "33 of 80 responses were there already" in capsys.readouterr().out
+    assert {s: m["accuracy"] for s, m in again.items()} == {s: m["accuracy"] for s, m in first.items()}
+    with pytest.raises(ValueError, match="temperature.*--run_name"):
+        eval_math.main([*flags, "--temperature=0.5"])
+
+
+def test_an_autoregressive_model_is_scored_under_the_same_prompts(tmp_path, monkeypatch):
+    import transformers
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(vocab_size=18, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+                                      num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
+    transformers.Qwen3ForCausalLM(config).save_pretrained("ar")
+    lm.tiny_tokenizer().save_pretrained("ar")
+    summary = eval_math.main(["--ar=ar", "--max_new_tokens=6", "--limit=9", "--slots=4", "--temperature=0"])
+    assert summary["autoregressive"]["n"] == 9 and summary["autoregressive"]["tokens_per_step"] == 1

@@ -1,0 +1,93 @@
+"""The commands of the README, run as a person would run them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FIXTURES, ROOT
+
+import model as lm
+
+TINY = str(FIXTURES / "tiny")
+DATA = ["--train_data=arithmetic", "--dev_data=arithmetic-dev", "--eval_data=arithmetic-test"]
+SMALL = ["--steps=2", "--prompts=6", "--group_size=4", "--max_new_tokens=16", "--lr=1e-3", "--minibatches=2", "--eval_every=0",
+         "--warmup=0", "--keep_range", "0", "1", "--micro_tokens=2048", "--slots=16", "--max_prompt_tokens=20"]
+
+
+def run(*command, cwd, processes=1, code=0):
+    """Runs a script of the project with torchrun -> its output."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launcher, str(ROOT / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same two RL steps on one process and on two."""
+    folder = tmp_path_factory.mktemp("runs")
+    output = run("tracerl.py", "--model", TINY, *DATA, *SMALL, "--run_name=one", cwd=folder)
+    run("tracerl.py", "--model", TINY, *DATA, *SMALL, "--run_name=two", cwd=folder, processes=2)
+    return folder / "runs", output
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_make_the_same_update_as_one(runs):
+    folder, _ = runs
+    for one, two in zip(lines(folder / "one"), lines(folder / "two"), strict=True):
+        assert one["kept_groups"] > 0 and one["skipped_updates"] == 0
+        for name, value in one.items():
+            if "seconds" not in name:
+                assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    one, two = (lm.load_model(folder / name / "checkpoints/step-2")[0] for name in ("one", "two"))
+    start, _ = lm.load_model(TINY)
+    moved = sum((p - q).norm() ** 2 for p, q in zip(one.parameters(), start.parameters())) ** 0.5
+    apart = sum((p - q).norm() ** 2 for p, q in zip(one.parameters(), two.parameters())) ** 0.5
+    assert moved > 0.1 and apart < 1e-3 * moved
+
+
+def test_a_run_leaves_behind_what_the_readme_says(runs):
+    folder, output = runs
+    assert {p.name for p in (folder / "one").iterdir()} == {"args.json", "checkpoints", "curves.png", "metrics.jsonl",
+                                                            "summary.json"}
+    summary = json.loads((folder / "one/summary.json").read_text())
+    assert set(summary) == {"before", "after", "seconds", "replay_gap_max", "seed"}
+    for part in (summary["before"], summary["after"]):
+        assert set(part) == {"dynamic", "static", "greedy"}
+        assert all(e["n"] == 400 and {"accuracy", "standard_error"} <= set(e) for e in part.values())
+    assert 0.4 < summary["before"]["dynamic"]["accuracy"] < 0.65 and summary["replay_gap_max"] < 1e-4
+    assert summary["before"]["static"]["tokens_per_step"] == pytest.approx(1)
+    assert "before" in output and "+-" in output and "step   2  reward" in output
+    readme = (ROOT / "README.md").read_text()
+    for name in lines(folder / "one")[0]:
+        assert f"`{name}`" in readme, f"the README does not explain {name}"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model=nowhere/at/all", *DATA], "no checkpoint folder"),
+    (["--model", TINY, *DATA[:2], "--eval_data=missing.jsonl"], "no data file 'missing.jsonl'"),
+    (["--stepz=3"], "unrecognized arguments: --stepz=3"),
+])
+def test_a_mistake_ends_with_a_clear_error(flags, message, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "tracerl.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr
+
+
+def test_the_readme_gives_the_install_and_main_commands():
+    readme = (ROOT / "README.md").read_text()
+    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
+    assert install + "torchrun tracerl.py\n" in readme and install + "pytest\n" in readme
+
+
+def test_importing_a_file_does_nothing():
+    for name in ("model", "rollout", "eval_math", "sft", "tracerl"):
+        done = subprocess.run([sys.executable, "-c", f"import {name}, torch; print(torch.distributed.is_initialized())"],
+                              cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == "False\n", done.stderr
