@@ -9,8 +9,10 @@ Reading order: Problem, the embedded arithmetic, load_problems, encode_prompts; 
 """
 
 import argparse
+import ast
 import atexit
 import json
+import operator
 import os
 import queue
 import random
@@ -240,95 +242,43 @@ def split_top(text, pattern):
     return [*parts, text[start:].strip()]
 
 
-class Number:
-    """An exact reader of rational arithmetic: digits, + - * / ^, \\frac, brackets, mixed numbers. Never floats.
-
-    Raises ValueError for anything else, and for powers too large to be worth it.
-    """
-
-    TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\frac|\\cdot|\\times|\\div|[-+*/^(){}])")
-
-    def __init__(self, text):
-        self.tokens, end = [], 0
-        while end < len(text.rstrip()):
-            match = self.TOKEN.match(text, end)
-            if not match or len(match.group(1)) > 400:
-                raise ValueError(text)
-            self.tokens.append(match.group(1))
-            end = match.end()
-        self.tokens.append("end")
-        self.value, self.depth = self.sum(), 0
-        if self.tokens != ["end"]:
-            raise ValueError(text)
-
-    def take(self, *wanted):
-        """The next token, if it is one of those wanted; else None."""
-        return self.tokens.pop(0) if self.tokens[0] in wanted else None
-
-    def sum(self):
-        """Terms with + and -."""
-        total = self.product()
-        while sign := self.take("+", "-"):
-            total += self.product() * (1 if sign == "+" else -1)
-        return total
-
-    def product(self):
-        """Factors with * and /."""
-        total = self.power()
-        while sign := self.take("*", "/", "\\cdot", "\\times", "\\div"):
-            factor = self.power()
-            if factor == 0 and sign in ("/", "\\div"):
-                raise ValueError("division by zero")
-            total = total / factor if sign in ("/", "\\div") else total * factor
-        return total
-
-    def power(self):
-        """A signed factor with an integer exponent."""
-        if sign := self.take("+", "-"):
-            return self.power() * (1 if sign == "+" else -1)
-        base = self.factor()
-        if self.take("^"):
-            exponent = self.group() if self.tokens[0] == "{" else self.power()
-            size = max(abs(base.numerator), base.denominator).bit_length() * abs(exponent)
-            if exponent.denominator != 1 or size > 20000 or (base == 0 and exponent < 0):
-                raise ValueError("exponent")
-            base = base ** int(exponent)
-        return base
-
-    def group(self):
-        """Something in brackets."""
-        close = {"(": ")", "{": "}"}.get(self.tokens.pop(0))
-        value = self.sum()
-        if close is None or self.tokens.pop(0) != close:
-            raise ValueError("brackets")
-        return value
-
-    def factor(self):
-        """A number, a mixed number, a fraction, or a group."""
-        if self.take("\\frac"):
-            top, bottom = self.group(), self.group()
-            if bottom == 0:
-                raise ValueError("division by zero")
-            return top / bottom
-        if self.tokens[0] in ("(", "{"):
-            return self.group()
-        token = self.tokens.pop(0)
-        if not token[0].isdigit() and token[0] != ".":
-            raise ValueError(token)
-        value = Fraction(token.rstrip("."))
-        if token.isdigit() and self.tokens[0] == "\\frac":
-            value += self.factor()
-        return value
-
-
 def number(text):
-    """The exact value of a rational number or expression, or None."""
-    if len(text) > 500 or text.count("(") + text.count("{") > 60:
+    """The exact value of rational arithmetic (digits, + - * / ^, \\frac, brackets, mixed numbers) as a Fraction, else None.
+
+    Python's parser reads the syntax; nothing is evaluated but the few operations of `fold`, and no float is ever made.
+    """
+    if len(text) > 500 or re.search(r"[^\d\s.+\-*/^(){}]", re.sub(r"\\(?:frac|cdot|times|div)(?![a-zA-Z])", "", text)):
         return None
+    text = re.sub(r"(\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}", r"(\1+\2/\3)", text)  # mixed numbers
+    before = None
+    while text != before:  # from the inside out
+        before, text = text, re.sub(r"\\frac ?\{([^{}\\]*)\} ?\{([^{}\\]*)\}", r"((\1)/(\2))", text)
+    for old, new in (("{", "("), ("}", ")"), ("^", "**"), ("\\cdot", "*"), ("\\times", "*"), ("\\div", "/")):
+        text = text.replace(old, new)
+    text = re.sub(r"\d+\.?\d*|\.\d+", lambda m: "({}/{})".format(*Fraction(m[0]).as_integer_ratio()), text)
     try:
-        return Number(text).value
-    except (ValueError, IndexError, ZeroDivisionError):
+        return fold(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
+
+
+def fold(node):
+    """The value of a syntax tree of integers, signs, + - * / and bounded powers. Raises ValueError for anything else."""
+    match node:
+        case ast.Constant(value=int()):
+            return Fraction(node.value)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
+            return fold(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+        case ast.BinOp(op=ast.Pow()):
+            base, exponent = fold(node.left), fold(node.right)
+            size = max(abs(base.numerator), base.denominator).bit_length() * abs(exponent)
+            if exponent.denominator != 1 or size > 20000:
+                raise ValueError("exponent")
+            return base ** int(exponent)
+        case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
+            operation = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+            return operation[type(node.op)](fold(node.left), fold(node.right))
+    raise ValueError("not rational arithmetic")
 
 
 RELATION = r"\\le(?![a-z])|\\ge(?![a-z])|\\ne(?:q)?(?![a-z])|<|>|="
