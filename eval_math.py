@@ -155,11 +155,37 @@ def to_problem(row, where, given, needs_answer):
     return Problem(problem, answer, "" if solution is None else str(solution), step_map=row.get("step_map"))
 
 
-def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTION):
-    """Sets Problem.tokens by the chat template -> (the problems that fit, how many did not)."""
+PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
+
+
+def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTION, style="chat", system=None):
+    """Sets Problem.tokens -> (the problems that fit, how many did not). system: a system message, if the chat has none.
+
+    style: how the chat template's text is used (METHOD: evaluation).
+      chat      as the template gives it
+      trado     without white space after the last "assistant": TraDo was trained on prompts that end there
+      think     followed by <think> and a newline (once), the opening of long chains of thought
+      no_think  the template's own switch enable_thinking=False (Qwen3: an empty <think></think> follows)
+      plain     no template: the problem and the instruction alone, for base models
+    """
+    if style not in PROMPT_STYLES:
+        raise ValueError(f"unknown prompt style {style!r}: choose one of {', '.join(PROMPT_STYLES)}")
+    if style != "plain" and not tokenizer.chat_template:
+        raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
+    switch = dict(enable_thinking=False) if style == "no_think" else {}
     for p in problems:
         chat = p.problem if isinstance(p.problem, list) else [{"role": "user", "content": p.problem + instruction}]
-        p.tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        if system is not None and chat[0]["role"] != "system":
+            chat = [{"role": "system", "content": system}, *chat]
+        if style == "plain":
+            text = "\n".join(message["content"] for message in chat)
+        else:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **switch)
+        if style == "trado":
+            text = text.rstrip()
+        if style == "think" and not text.rstrip().endswith("<think>"):
+            text += "<think>\n"
+        p.tokens = tokenizer(text, add_special_tokens=False).input_ids
     fitting = [p for p in problems if len(p.tokens) <= max_prompt_tokens]
     if not fitting:
         raise ValueError(f"none of {len(problems)} prompts has at most {max_prompt_tokens} tokens: "
@@ -664,7 +690,8 @@ def evaluate_command(args):
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     problems = load_problems(args.data, args.problem_column, args.answer_column)[:args.limit]
-    problems, num_long = encode_prompts(problems, tokenizer, args.max_prompt_tokens)
+    problems, num_long = encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction, args.prompt_style,
+                                        args.system)
     strategies = ["autoregressive"] if args.ar else args.strategy
     log = lm.RunLog(os.path.join("runs", args.run), vars(args), "responses.jsonl", is_resumed=True)
     done = {(line["strategy"], line["problem"], line["sample"]): line for line in log.read()}
@@ -745,6 +772,9 @@ def parse_args(argv=None):
     flag("--block_size", type=int, default=None, help="K, if not the checkpoint's own")
     flag("--max_new_tokens", type=int, default=2000, help="longest response; longer ones are truncated, and wrong")
     flag("--max_prompt_tokens", type=int, default=784, help="longer prompts are skipped and counted")
+    flag("--prompt_style", choices=PROMPT_STYLES, default="chat", help="how the chat template is used")
+    flag("--instruction", default=INSTRUCTION, help="text after each problem")
+    flag("--system", default=None, help="a system message before each problem")
     flag("--slots", type=int, default=64, help="sequences decoded together on one process")
     flag("--seed", type=int, default=0, help="of the first sample")
     flag("--run", "--run_name", default="eval", help="folder under runs/; the same name and flags resume it")

@@ -90,7 +90,8 @@ FAMILIES = {  # by model_type of config.json, in lower case
     "sdar": Family(True, False, False, "block", 151669, QWEN_NAMES),  # SDAR and TraDo
     "qwen3": Family(True, False, False, "block", 151669, QWEN_NAMES),  # autoregressive: sft.py makes it a block model
     "dream": Family(False, True, True, "full", 151666, QWEN_NAMES),  # Dream and DiffuCoder
-    "llada": Family(False, False, False, "full", 126336, LLADA_NAMES),  # LLaDA and MMaDA-text
+    "llada": Family(False, False, False, "full", 126336, LLADA_NAMES),
+    "mmada": Family(False, False, False, "full", 126336, LLADA_NAMES),  # its text part is LLaDA
 }
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>")  # any of these that a tokenizer has ends a response
 
@@ -148,7 +149,9 @@ class ModelConfig:
         spelling = dict(vocab_size="embedding_size", hidden_size="d_model", num_hidden_layers="n_layers",
                         num_attention_heads="n_heads", num_key_value_heads="n_kv_heads",
                         intermediate_size="mlp_hidden_size", tie_word_embeddings="weight_tying")
-        wanted = {ours: source.get(ours if family != "llada" else llada) for ours, llada in spelling.items()}
+        is_llada = FAMILIES[family].names is LLADA_NAMES
+        wanted = {ours: source.get(llada if is_llada else ours) for ours, llada in spelling.items()}
+        wanted["vocab_size"] = wanted["vocab_size"] or source.get("vocab_size")
         rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"rope type {rope} is not supported: only plain rotary positions are")
@@ -158,14 +161,17 @@ class ModelConfig:
         missing = [name for name, value in wanted.items() if value is None and name != "tie_word_embeddings"]
         if missing:
             raise ValueError(f"config.json of family {family!r} lacks {', '.join(missing)}")
-        default_theta = 5e5 if family == "llada" else 1e6
+        default_theta = 5e5 if is_llada else 1e6
         eos = source.get("eos_token_id")
         eos = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
         pad = source.get("pad_token_id")
         mask_id = source.get("mask_token_id")
         if mask_id is None:
             mask_id = FAMILIES[family].mask_id
-            if mask_id >= wanted["vocab_size"]:
+            if mask_id >= wanted["vocab_size"] and family == "qwen3":  # autoregressive: gets a row of its own
+                mask_id = wanted["vocab_size"]
+                wanted["vocab_size"] += 1
+            elif mask_id >= wanted["vocab_size"]:
                 raise ValueError(f"this checkpoint names no mask token: config.json has no mask_token_id, and {family}'s "
                                  f"usual {mask_id} is outside its vocabulary of {wanted['vocab_size']}")
         default_block = 32 if FAMILIES[family].attention == "full" else 4
@@ -454,6 +460,7 @@ def load_weights(model, path, dtype, device):
     shapes = {name: p.shape for name, p in model.named_parameters()}
     ours = {family_name(model.config, name): name for name in shapes}
     tied = family_name(model.config, "head.weight") if model.config.tie_word_embeddings else None
+    len_source = model.config.source.get("vocab_size")
     found, unexpected = {}, []
     for shard in shards:
         with safe_open(os.path.join(path, shard), framework="pt", device=str(device)) as file:
@@ -464,6 +471,8 @@ def load_weights(model, path, dtype, device):
                     unexpected.append(theirs)
                     continue
                 name, tensor = ours[theirs], file.get_tensor(theirs)
+                if name in ("embed.weight", "head.weight") and len(tensor) == len_source < model.config.vocab_size:
+                    tensor = torch.cat([tensor, tensor.mean(0, keepdim=True)])  # the mask token starts as the mean token
                 if tensor.shape != shapes[name]:
                     raise ValueError(f"{path}: {theirs} has shape {tuple(tensor.shape)}, "
                                      f"config.json asks for {tuple(shapes[name])}")
@@ -484,7 +493,7 @@ def load_tokenizer(path, config):
     """The folder's tokenizer, or None if it has none. Never runs code from the checkpoint."""
     if os.path.isfile(os.path.join(path, "tokenizer.json")):
         return PreTrainedTokenizerFast.from_pretrained(path)
-    if os.path.isfile(os.path.join(path, "vocab.json")) and config.family != "llada":  # SDAR, Dream: Qwen2's tokenizer
+    if os.path.isfile(os.path.join(path, "vocab.json")) and config.switches.names is QWEN_NAMES:  # SDAR, Dream: Qwen2's tokenizer
         return Qwen2Tokenizer.from_pretrained(path)
     return None
 
@@ -510,6 +519,7 @@ def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
     """
     config = model.config
     source = {**config.source, "mask_token_id": config.mask_id, "block_size": config.block_size}
+    source["embedding_size" if config.switches.names is LLADA_NAMES else "vocab_size"] = config.vocab_size
     partial = f"{path}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)

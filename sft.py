@@ -159,6 +159,8 @@ def parse_args(argv=None):
     flag("--block_size", type=int, default=None, help="K (default: the checkpoint's own, 4 for the tiny model)")
     flag("--max_new_tokens", type=int, default=16, help="longest response; full attention: length of the canvas")
     flag("--max_prompt_tokens", type=int, default=784, help="longer prompts are skipped and counted")
+    flag("--prompt_style", choices=eval_math.PROMPT_STYLES, default="chat", help="how the chat template is used")
+    flag("--system", default=None, help="a system message before each problem")
     flag("--instruction", default=eval_math.INSTRUCTION, help="text after each problem; empty for data with whole prompts")
     flag("--micro_tokens", type=int, default=4096, help="tokens of one forward and backward")
     return parser.parse_args(argv)
@@ -179,7 +181,8 @@ def main(argv=None):
         problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
     else:
         problems = eval_math.load_problems(args.data, needs_answer=False)
-    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction)
+    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction,
+                                                  args.prompt_style, args.system)
     examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
     dev_problems = []
     if is_embedded:

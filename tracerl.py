@@ -269,7 +269,7 @@ def parse_args(argv=None):
 
     def flag(name, kind, embedded, paper, text, *other_names, **more):
         defaults[name.lstrip("-")] = (embedded, paper)
-        both = f"{embedded}" if embedded == paper else f"{embedded}, with --model {paper}"
+        both = f"{embedded!r}" if embedded == paper else f"{embedded!r}, with --model {paper!r}"
         parser.add_argument(name, *other_names, type=kind, default=None, help=f"{text} (default {both})", **more)
 
     flag("--model", str, None, None, "checkpoint folder or hub id; without it, a tiny model is made and warm-started")
@@ -290,7 +290,7 @@ def parse_args(argv=None):
     flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
     flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
     flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
-    flag("--shrink", int, 1, 1, "s, denoising steps merged into one trace step")
+    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for full attention")
     flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; equal rewards always drop",
          nargs=2, metavar=("LOW", "HIGH"))
     flag("--strategy", str, "dynamic", "dynamic", "what a denoising step reveals", choices=rollout.STRATEGIES)
@@ -302,6 +302,9 @@ def parse_args(argv=None):
     flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
     flag("--max_new_tokens", int, 16, 2000, "longest response; full attention: length of the canvas")
     flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
+    flag("--prompt_style", str, "chat", "chat", "how the chat template is used", choices=eval_math.PROMPT_STYLES)
+    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION, "text after each problem")
+    flag("--system", str, None, None, "a system message before each problem")
     flag("--slots", int, None, 64, "sequences decoded together on one process; None is all")
     flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
     flag("--eval_every", int, 20, 10, "RL steps between evaluations on development problems; 0 is never")
@@ -318,13 +321,15 @@ def check_args(args, parser):
     """Bad values die at the door."""
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
-    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "shrink", "temperature",
+    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature",
                  "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     for name in ("warmup", "beta", "clip", "top_k", "eval_every", "save_every"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
+    if args.shrink is not None and args.shrink < 1:
+        parser.error(f"--shrink must be at least 1, got {args.shrink}")
     if args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     if not 0 <= args.keep_range[0] <= args.keep_range[1] <= 1:
@@ -337,7 +342,8 @@ def check_args(args, parser):
 
 def load_data(source, tokenizer, args):
     """Problems whose prompts fit -> list[Problem]; the others are counted and said."""
-    problems, num_long = eval_math.encode_prompts(eval_math.load_problems(source), tokenizer, args.max_prompt_tokens)
+    problems, num_long = eval_math.encode_prompts(eval_math.load_problems(source), tokenizer, args.max_prompt_tokens,
+                                                  args.instruction, args.prompt_style, args.system)
     lm.say(f"{source}: {len(problems)} problems" + (f"; skipped {num_long} with a prompt over {args.max_prompt_tokens} tokens"
                                                     if num_long else ""))
     return problems
@@ -349,6 +355,7 @@ def main(argv=None):
     lm.start_processes(is_tiny=args.model is None)
     path = args.model or sft.warm_start(args.seed, args.block_size or 4, args.attention)
     model, tokenizer = lm.load_model(path, args.block_size, torch.float32)
+    args.shrink = args.shrink or (8 if model.config.is_full else 1)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
     problems, test_problems = (load_data(source, tokenizer, args) for source in (args.train_data, args.eval_data))

@@ -129,6 +129,38 @@ def test_other_shapes_of_data_load_as_well(tmp_path):
     assert (plain.problem, plain.solution, plain.answer) == ("u", "so \\boxed{7}", "7")
 
 
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+          "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+
+
+@pytest.mark.parametrize("style, end", [
+    ("chat", "<|im_start|>assistant\n"), ("trado", "<|im_start|>assistant"), ("think", "<|im_start|>assistant\n<think>\n"),
+    ("no_think", "<|im_start|>assistant\n<think>\n\n</think>\n\n"), ("plain", "within \\boxed{}."),
+])
+def test_prompt_styles(style, end):
+    class Recorder:
+        """A tokenizer whose tokens are its characters."""
+
+        chat_template = CHATML
+
+        def apply_chat_template(self, chat, **settings):
+            import jinja2
+            settings.pop("tokenize")
+            return jinja2.Template(CHATML, keep_trailing_newline=True).render(messages=chat, **settings)
+
+        def __call__(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return type("Encoding", (), dict(input_ids=list(text)))
+
+    problem = Problem("1+1?", "2")
+    eval_math.encode_prompts([problem], Recorder(), 999, style=style, system="be brief")
+    text = "".join(problem.tokens)
+    assert text.endswith(end) and "1+1?\nPlease reason" in text and text.count("be brief") == 1
+    assert style == "plain" or text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n1+1?")
+    with pytest.raises(ValueError, match="unknown prompt style 'best'"):
+        eval_math.encode_prompts([problem], Recorder(), 999, style="best")
+
+
 # ------------------------------------------------------------------------------------------------------- the grader
 
 
