@@ -41,9 +41,13 @@ class Rollout:
     logp: list = field(default_factory=list)  # its log-probability then: softmax(logits / T), before top-k and top-p
     canvas: int = 0  # full attention: response positions in view, decoded or not
     is_truncated: bool = False  # no eos within max_new_tokens
+    seed: int = 0  # of its draws
     reward: float = 0.0
+    token_rewards: list = field(default_factory=list)  # process rewards of the trained tokens, if there are any
     advantage: list = field(default_factory=list)
     logp_old: list = field(default_factory=list)  # of the start-of-step policy, on the rows that are trained
+    value_old: list = field(default_factory=list)  # of the start-of-step value model
+    returns: list = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -321,6 +325,7 @@ def generate(model, prompts, *, max_new_tokens, strategy="dynamic", denoising_st
         for slot in decoder.finished(eos_ids):
             number = int(decoder.sequence[slot])
             rollouts[number] = decoder.release(slot, eos_set)
+            rollouts[number].seed = wrapped[number]
             free.append(slot)
     return rollouts
 
@@ -451,15 +456,36 @@ def build_rows(tokens, lengths, prompt_lengths, is_masked, is_target, config):
     return Rows(fields[0], Layout(*fields[1:]), flat - shift, tokens[n, position], n, position - prompt_lengths[n])
 
 
-def trace_rows(rollouts, config, shrink=1, trained_only=False, post_num=0):
+def masked_views(rollouts, config, is_coupled):
+    """The views of the paper's baselines: masks drawn at random instead of the trace (METHOD: policy loss).
+
+    Each block (full attention: the response) is masked with a ratio of its own from U(0.1, 0.9); the masked tokens are the targets.
+    is_coupled adds the complement, so that every token is a target once. The draws depend on Rollout.seed alone.
+    """
+    tokens, steps, _ = canvases(rollouts, config)
+    position = torch.arange(tokens.shape[1]).expand_as(tokens)
+    seed = torch.tensor([r.seed for r in rollouts])[:, None].expand_as(tokens)
+    block = torch.zeros_like(position) if config.is_full else position // config.block_size
+    ratio = 0.1 + 0.8 * uniform(seed, torch.full_like(position, -1), block)
+    is_masked = (uniform(seed, torch.full_like(position, -2), position) < ratio) & (steps > 0)
+    views = [is_masked, ~is_masked & (steps > 0)] if is_coupled else [is_masked]
+    return torch.stack(views, dim=1)
+
+
+def trace_rows(rollouts, config, shrink=1, trained_only=False, post_num=0, objective="tracerl"):
     """The rows TraceRL trains on: every response token is a target once, in the view of the step that revealed it.
 
     trained_only: only the first num_tokens (+ post_num) tokens of each response are targets; the others are still seen.
+    objective: "tracerl", or the random masks of "random" and "coupled" in place of the trace.
     """
     tokens, steps, lengths = canvases(rollouts, config)
     prompt_lengths = torch.tensor([len(r.prompt) for r in rollouts])
-    span = tokens.shape[1] if config.is_full else config.block_size
-    is_masked, is_target = trace_views(merge_steps(steps, span, shrink))
+    if objective == "tracerl":
+        span = tokens.shape[1] if config.is_full else config.block_size
+        is_masked, is_target = trace_views(merge_steps(steps, span, shrink))
+    else:
+        is_masked = masked_views(rollouts, config, objective == "coupled")
+        is_target = is_masked.clone()
     if trained_only:
         end = torch.tensor([len(r.prompt) + min(r.num_tokens + post_num, len(r.response)) for r in rollouts])
         is_target &= (torch.arange(tokens.shape[1]) < end[:, None])[:, None]
