@@ -4,7 +4,8 @@ One RL step, numbered as in the README and in `main`:
 
   1 roll out    G responses to each prompt, with the trace of every one               (rollout.generate)
   2 reward      1 if the boxed answer is right and the response was not truncated     (eval_math.score)
-  3 advantage   how much better than the other responses to the same prompt           (group_advantages)
+  3 advantage   how much better than the other responses to the same prompt           (set_advantages)
+                or than the value model expected, step by step                        (value_advantages)
   4 old logp    replay the traces with the policy that made them                      (old_logprobs)
   5 update      clipped policy gradient on the very states of the trace, with KL      (policy_loss, update)
   6 log         metrics, evaluation, checkpoint
@@ -19,6 +20,7 @@ a second inference engine, reward models.
 """
 
 import argparse
+import importlib.util
 import os
 import time
 from statistics import fmean
@@ -29,6 +31,7 @@ import eval_math
 import model as lm
 import rollout
 import sft
+import value
 
 # ------------------------------------------------------------------------------------------------------------------
 # The maths: pure functions of tensors.
@@ -89,24 +92,70 @@ def at_targets(rows, rollouts, name):
     return table[rows.owner.cpu(), rows.place.cpu()].to(rows.target.device)
 
 
-@torch.no_grad()
-def old_logprobs(model, rollouts, settings):
-    """Sets Rollout.logp_old: the start-of-step policy, on the very rows that will be trained (step 4 of the method)."""
-    longest = max((len(r.response) for r in rollouts), default=0)
-    table = torch.zeros(len(rollouts), longest)
-    for rows in train_rows(model, rollouts, settings):
-        logp, _ = rollout.forward_rows(model, rows, settings.temperature)
-        table[rows.owner.cpu(), rows.place.cpu()] = logp.cpu()
-    for r, values in zip(rollouts, table.tolist()):
-        r.logp_old = values[:len(r.response)]
-
-
-def train_rows(model, rollouts, settings):
+def train_rows(model, rollouts, settings, objective):
     """The micro-batches of some rollouts, on the model's device."""
     if rollouts:
-        rows = rollout.trace_rows(rollouts, model.config, settings.shrink, trained_only=True)
+        rows = rollout.trace_rows(rollouts, model.config, settings.shrink, trained_only=True, objective=objective)
         for part in rows.split(settings.micro_tokens):
             yield part.to(model.device)
+
+
+@torch.no_grad()
+def predict(function, parts, rollouts):
+    """function(rows) at every target of some micro-batches -> float32 (rollouts, longest response), 0 elsewhere; on the CPU."""
+    table = torch.zeros(len(rollouts), max((len(r.response) for r in rollouts), default=0))
+    for rows in parts:
+        table[rows.owner.cpu(), rows.place.cpu()] = function(rows).cpu()
+    return table
+
+
+def set_field(rollouts, name, table):
+    """Gives every rollout its row of a table."""
+    for r, row in zip(rollouts, table.tolist()):
+        setattr(r, name, row[:len(r.response)])
+
+
+def old_logprobs(model, rollouts, settings):
+    """Sets Rollout.logp_old: the start-of-step policy, on the very rows that will be trained (step 4 of the method)."""
+    parts = train_rows(model, rollouts, settings, settings.objective)
+    logp = predict(lambda rows: rollout.forward_rows(model, rows, settings.temperature)[0], parts, rollouts)
+    set_field(rollouts, "logp_old", logp)
+
+
+def value_advantages(critic, rollouts, settings):
+    """Sets value_old, returns and advantage of this process's rollouts -> what the log says about values (step 3, with values).
+
+    Raw rewards, no filter and no normalisation (METHOD: value model). The values are those of the trace's own states.
+    """
+    sums, square, count = [0.0] * 5, 0.0, 0
+    if rollouts:
+        values = predict(critic, train_rows(critic, rollouts, settings, "tracerl"), rollouts)
+        steps = value.global_steps(rollouts, critic.config, settings.shrink)
+        if any(r.token_rewards for r in rollouts):
+            R = steps.shape[1]
+            rewards = torch.tensor([(r.token_rewards + [0.0] * R)[:R] for r in rollouts])
+        else:
+            rewards = value.place_rewards(torch.tensor([r.reward for r in rollouts]), steps)
+        returns, advantages = value.returns_and_advantages(rewards, values, steps, settings.gamma, settings.lam)
+        for name, table in (("value_old", values), ("returns", returns), ("advantage", advantages)):
+            set_field(rollouts, name, table)
+        is_trained = steps > 0
+        sums = value.variance_sums(values[is_trained], returns[is_trained])
+        square, count = float((advantages[is_trained] ** 2).sum()), int(is_trained.sum())
+    *sums, square, count = lm.over_processes(sum, *sums, square, count)
+    return dict(explained_variance=value.explained_variance(*sums), advantage_rms=(square / count) ** 0.5)
+
+
+def update_value(critic, optimizer, batch, settings):
+    """One step of the value model on one mini-batch -> its loss."""
+    own, num_trained, total = own_share(batch), sum(r.num_tokens for r in batch), 0.0
+    for rows in train_rows(critic, own, settings, "tracerl"):
+        old, returns = (at_targets(rows, own, name) for name in ("value_old", "returns"))
+        loss = value.value_loss(critic(rows), old, returns, num_trained, settings.value_clip)
+        loss.backward()
+        total += float(loss.detach())
+    lm.optimizer_step(critic, optimizer, settings.max_norm)
+    return lm.over_processes(sum, total)[0]
 
 
 def update(model, optimizer, batch, is_first, settings):
@@ -114,9 +163,11 @@ def update(model, optimizer, batch, is_first, settings):
 
     is_first: no update has come before in this RL step, so the old policy is the present one and needs no replay of its own.
     """
-    own, num_trained = own_share(batch), sum(r.num_tokens for r in batch)
+    own = own_share(batch)
+    parts = list(train_rows(model, own, settings, settings.objective))
+    num_trained = int(lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0])
     sums, maxima = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0), dict(ratio_max=0.0, gap_max=0.0)
-    for rows in train_rows(model, own, settings):
+    for rows in parts:
         logp, entropy = rollout.forward_rows(model, rows, settings.temperature)
         logp_old = logp.detach() if is_first else at_targets(rows, own, "logp_old")
         loss, stats = policy_loss(logp, logp_old, at_targets(rows, own, "advantage"), num_trained,
@@ -134,6 +185,8 @@ def update(model, optimizer, batch, is_first, settings):
 
 def summarize(updates):
     """The metrics of one RL step: means over the trained tokens of its updates, maxima, and counts."""
+    if not updates:
+        return {}
     tokens = sum(u["tokens"] for u in updates)
     line = {name: sum(u[name] for u in updates) / tokens for name in ("loss", "kl", "clip_fraction", "entropy", "gap")}
     line |= {name: max(u[name] for u in updates) for name in ("ratio_max", "gap_max", "gradient_norm")}
@@ -169,47 +222,71 @@ def sampling(args, model, **changes):
     return {name: getattr(args, name) for name in names} | dict(eos_ids=model.config.eos_ids) | changes
 
 
-def keep_groups(rollouts, group_size, keep_range):
-    """Step 3: sets the advantages, and drops groups that teach nothing or fall outside keep_range (METHOD: advantages).
+def set_advantages(rollouts, kind, group_size, keep_range):
+    """Step 3 without a value model: sets the advantages -> the rollouts to train on, group by group; maybe none.
 
-    Whole records are kept or dropped, so nothing can fall out of step. Returns the kept rollouts, group by group; maybe none.
+    kind "group": standard scores; groups that teach nothing or fall outside keep_range are dropped (METHOD: advantages). "batch": the
+    reward minus the mean of the batch. "none": the reward. The last two, and "value" (set later), keep every group, unless no
+    advantage differs from 0. Whole records are kept or dropped, so nothing can fall out of step.
     """
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, group_size)
-    advantages = group_advantages(rewards)
-    mean = rewards.mean(-1)
-    is_kept = (rewards != rewards[:, :1]).any(-1) & (mean >= keep_range[0]) & (mean <= keep_range[1])
+    is_kept = torch.ones(len(rewards), dtype=torch.bool)
+    advantages = rewards
+    if kind == "group":
+        advantages, mean = group_advantages(rewards), rewards.mean(-1)
+        is_kept = (rewards != rewards[:, :1]).any(-1) & (mean >= keep_range[0]) & (mean <= keep_range[1])
+    elif kind == "batch":
+        advantages = rewards - rewards.mean()
+    if kind != "value" and not advantages.any():
+        return []
     for r, advantage in zip(rollouts, advantages.flatten().tolist()):
         r.advantage = [advantage] * len(r.response)
     return [r for r, kept in zip(rollouts, is_kept.repeat_interleave(group_size).tolist()) if kept]
 
 
-def learn(model, optimizer, kept, args, step):
-    """Steps 4 and 5: every mini-batch once per epoch -> metrics. logp_old is the start-of-step policy's throughout."""
+def learn(model, optimizer, critic, critic_optimizer, kept, args, step):
+    """Steps 3 (with values) to 5: every mini-batch once per epoch -> metrics. Old means start-of-step throughout."""
     batches = minibatches(kept, args.group_size, args.minibatches, seed=args.seed * 1_000_003 + step)
-    later = batches if args.epochs > 1 else batches[1:]
-    for batch in later:
-        old_logprobs(model, own_share(batch), args)
-    return summarize([update(model, optimizer, batch, is_first=number == 0, settings=args)
-                      for number, batch in enumerate(batches * args.epochs)])
+    line, updates, value_losses = {}, [], []
+    if critic is not None:
+        line = value_advantages(critic, [r for batch in batches for r in own_share(batch)], args)
+    is_warming_up = critic is not None and step <= args.value_warmup
+    for batch in batches if args.epochs > 1 else batches[1:]:
+        if not is_warming_up:
+            old_logprobs(model, own_share(batch), args)
+    for number, batch in enumerate(batches * args.epochs):
+        if critic is not None:
+            value_losses.append(update_value(critic, critic_optimizer, batch, args))
+        if not is_warming_up:
+            updates.append(update(model, optimizer, batch, is_first=number == 0, settings=args))
+    if value_losses:
+        line["value_loss"] = fmean(value_losses)
+    return line | summarize(updates)
 
 
 def train(model, tokenizer, problems, dev_problems, args, log):
     """The RL steps -> the largest replay gap seen."""
     optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.95))
+    critic = value.ValueModel(model) if args.advantage == "value" else None
+    critic_optimizer = lm.make_optimizer(critic, args.value_lr, (0.9, 0.95)) if critic is not None else None
+    reward = load_reward(args.reward) if args.reward else None
     worst_gap, bar = 0.0, lm.progress(range(1, args.steps + 1), "tracerl")
     for step in bar:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(args.warmup, 1))
         rollouts, repeated = roll_out(model, problems, args, step)  # 1
-        eval_math.score(rollouts, repeated, tokenizer)  # 2
+        if reward is None:
+            eval_math.score(rollouts, repeated, tokenizer)  # 2
+        else:
+            apply_reward(reward, rollouts, repeated, tokenizer)
         rolled_out = time.perf_counter()
-        kept = keep_groups(rollouts, args.group_size, args.keep_range)  # 3
+        kept = set_advantages(rollouts, args.advantage, args.group_size, args.keep_range)  # 3
         line = dict(step=step, reward=fmean(r.reward for r in rollouts), kept_groups=len(kept) // args.group_size,
                     **eval_math.describe(rollouts))
         if kept:
-            line |= learn(model, optimizer, kept, args, step)  # 4, 5
-        if not kept or args.shrink > 1:
+            line |= learn(model, optimizer, critic, critic_optimizer, kept, args, step)  # 3, 4, 5
+        if "ratio_max" not in line or args.shrink > 1 or args.objective != "tracerl":
             line |= replay_gap(model, rollouts[::16], args.temperature)
         line |= dict(rollout_seconds=rolled_out - started, update_seconds=time.perf_counter() - rolled_out)
         if dev_problems and args.eval_every and step % args.eval_every == 0:  # 6
@@ -221,8 +298,38 @@ def train(model, tokenizer, problems, dev_problems, args, log):
         check_gap(line, model, args)
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             log.save_checkpoint(model, tokenizer, step)
+            if critic is not None and lm.processes()[0] == 0:
+                value.save_value_model(critic, os.path.join(log.folder, "checkpoints", f"step-{step}", "value.safetensors"))
     bar.close()
     return worst_gap
+
+
+# FORK HERE (reward): without editing, --reward file.py:function.
+def load_reward(spec):
+    """The function of "file.py:function", from the user's own file. Raises ValueError that names what is missing."""
+    path, _, name = spec.partition(":")
+    if not os.path.isfile(path):
+        raise ValueError(f"--reward {spec!r}: no file {path!r}; give file.py:function")
+    module_spec = importlib.util.spec_from_file_location("reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"--reward {spec!r}: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+def apply_reward(function, rollouts, problems, tokenizer):
+    """Rewards by function(problem, response text, token ids): a float, or one float per trained token (process rewards)."""
+    for r, p in zip(rollouts, problems):
+        tokens = r.response[:r.num_tokens]
+        got = function(p, eval_math.response_text(r, tokenizer), tokens)
+        if isinstance(got, (int, float)):
+            r.reward, r.token_rewards = float(got), []
+        else:
+            r.token_rewards = [float(x) for x in got]
+            r.reward = sum(r.token_rewards)
+            if len(r.token_rewards) != len(tokens):
+                raise ValueError(f"the reward function gave {len(r.token_rewards)} numbers for {len(tokens)} tokens")
 
 
 def check_gap(line, model, args):
@@ -247,7 +354,9 @@ def describe_line(line):
         parts += [f"ratio max {line['ratio_max']:.2f}", f"clipped {line['clip_fraction']:.3f}", f"KL {line['kl']:.4f}",
                   f"entropy {line['entropy']:.3f}", f"grad {line['gradient_norm']:.2f}"]
     else:
-        parts += ["no group with unequal rewards in range: no update"]
+        parts += ["value model only" if "value_loss" in line else "no group with unequal rewards in range: no update"]
+    if "value_loss" in line:
+        parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
     parts += [f"gap {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s", f"update {line['update_seconds']:.1f}s"]
     if "dev_accuracy" in line:
         parts.append(f"dev accuracy {line['dev_accuracy']:.3f}")
@@ -291,6 +400,16 @@ def parse_args(argv=None):
     flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
     flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
     flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for full attention")
+    flag("--objective", str, "tracerl", "tracerl", "views: the trace, or the baselines' random masks, without or with complement",
+         choices=("tracerl", "random", "coupled"))
+    flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; minus the batch mean; raw reward",
+         choices=("group", "value", "batch", "none"))
+    flag("--value_lr", float, 1e-3, 5e-6, "learning rate of the value model")
+    flag("--value_warmup", int, 5, 5, "RL steps that train the value model only")
+    flag("--value_clip", float, None, None, "bound on the change of a value in its loss; None is no clipping (the paper: 0.2)")
+    flag("--gamma", float, 1.0, 1.0, "discount per trace step")
+    flag("--lam", float, 1.0, 1.0, "lambda of GAE")
+    flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float or one per token")
     flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; equal rewards always drop",
          nargs=2, metavar=("LOW", "HIGH"))
     flag("--strategy", str, "dynamic", "dynamic", "what a denoising step reveals", choices=rollout.STRATEGIES)
@@ -321,16 +440,19 @@ def check_args(args, parser):
     """Bad values die at the door."""
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
-    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature",
+    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature", "value_lr",
                  "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    for name in ("warmup", "beta", "clip", "top_k", "eval_every", "save_every"):
+    for name in ("value_warmup", "warmup", "beta", "clip", "top_k", "eval_every", "save_every"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
     if args.shrink is not None and args.shrink < 1:
         parser.error(f"--shrink must be at least 1, got {args.shrink}")
-    if args.group_size < 2:
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}")
+    if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     if not 0 <= args.keep_range[0] <= args.keep_range[1] <= 1:
         parser.error(f"--keep_range takes two shares in rising order, got {args.keep_range}")

@@ -12,10 +12,10 @@ import model as lm
 import rollout
 import tracerl
 from rollout import Rollout
-from tracerl import group_advantages, keep_groups, policy_loss
+from tracerl import group_advantages, policy_loss, set_advantages
 
 SETTINGS = dict(temperature=1.0, shrink=1, micro_tokens=16384, clip=0.2, beta=0.01, max_norm=1e9, minibatches=1, epochs=1,
-                group_size=4, seed=0)
+                group_size=4, seed=0, objective="tracerl", gamma=1.0, lam=1.0, value_clip=None, value_warmup=0)
 
 
 def settings(**changes):
@@ -44,9 +44,9 @@ def test_group_advantages_are_standard_scores_within_the_group():
 def test_a_group_is_kept_or_dropped_whole():
     make = lambda rewards: [Rollout([1], [2, 3], 2, [1, 2], reward=r) for r in rewards]
     rollouts = make([1.0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1])
-    assert keep_groups(rollouts, 4, (0.0, 1.0)) == rollouts[8:]
-    assert keep_groups(rollouts, 4, (0.3, 0.8)) == rollouts[12:]
-    assert keep_groups(rollouts[:8], 4, (0.0, 1.0)) == []
+    assert set_advantages(rollouts, "group", 4, (0.0, 1.0)) == rollouts[8:]
+    assert set_advantages(rollouts, "group", 4, (0.3, 0.8)) == rollouts[12:]
+    assert set_advantages(rollouts[:8], "group", 4, (0.0, 1.0)) == []
     assert all(r.advantage == [pytest.approx(3**0.5 if r.reward else -(3**-0.5))] * 2 for r in rollouts[8:12])
 
 
@@ -88,19 +88,30 @@ def test_beyond_the_clip_there_is_no_gradient_and_k3_is_never_negative():
     assert all(policy_loss(v[None], torch.zeros(1), torch.ones(1), 1)[0].isfinite() for v in x)
 
 
+def test_batch_and_raw_advantages_keep_every_group_unless_nothing_differs():
+    make = lambda rewards: [Rollout([1], [2, 3], 2, [1, 2], reward=float(r)) for r in rewards]
+    rollouts = make([1, 1, 0, 0, 0, 0])
+    assert set_advantages(rollouts, "batch", 2, (0, 1)) == rollouts
+    assert [r.advantage[0] for r in rollouts] == pytest.approx([2 / 3, 2 / 3] + [-1 / 3] * 4)
+    assert set_advantages(rollouts, "none", 2, (0, 1)) == rollouts and [r.advantage[1] for r in rollouts] == [1, 1, 0, 0, 0, 0]
+    assert set_advantages(make([1] * 4), "batch", 2, (0, 1)) == [] == set_advantages(make([0] * 4), "none", 2, (0, 1))
+    equal = make([1] * 4)
+    assert set_advantages(equal, "value", 2, (0.2, 0.8)) == equal
+
+
 # ------------------------------------------------------------------------------------------------------- the update
 
 
 def one_update(model, batch, lr=0.1, **changes):
     args = settings(**changes)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    metrics = tracerl.learn(model, optimizer, batch, args, step=1)
+    metrics = tracerl.learn(model, optimizer, None, None, batch, args, step=1)
     return metrics, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_the_first_update_has_ratio_1_and_no_gap():
     model = random_model()
-    kept = keep_groups(rollouts_with_rewards(model), 4, (0, 1))
+    kept = set_advantages(rollouts_with_rewards(model), "group", 4, (0, 1))
     metrics, _ = one_update(model, kept)
     assert metrics["ratio_max"] == 1 and metrics["kl"] == 0 and metrics["clip_fraction"] == 0
     assert metrics["gap_max"] < 1e-4 and metrics["trained_tokens"] == sum(r.num_tokens for r in kept)
@@ -111,7 +122,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(kind):
     results = []
     for micro_tokens in (1, 100, 100_000):
         model = random_model(kind)
-        kept = keep_groups(rollouts_with_rewards(model), 4, (0, 1))
+        kept = set_advantages(rollouts_with_rewards(model), "group", 4, (0, 1))
         results.append(one_update(model, kept, micro_tokens=micro_tokens))
     for metrics, weights in results[1:]:
         torch.testing.assert_close(weights, results[0][1], atol=1e-6, rtol=1e-5)
@@ -124,7 +135,7 @@ def test_the_clip_acts_on_the_gradient_of_the_whole_update():
     for micro_tokens in (1, 100_000):
         model = random_model()
         start = torch.cat([p.detach().flatten() for p in model.parameters()])
-        kept = keep_groups(rollouts_with_rewards(model), 4, (0, 1))
+        kept = set_advantages(rollouts_with_rewards(model), "group", 4, (0, 1))
         metrics, weights = one_update(model, kept, micro_tokens=micro_tokens, max_norm=0.05)
         assert metrics["gradient_norm"] > 0.1
         assert (weights - start).norm().item() == pytest.approx(0.1 * 0.05, rel=1e-3)
@@ -133,7 +144,7 @@ def test_the_clip_acts_on_the_gradient_of_the_whole_update():
 def test_later_updates_use_the_start_of_step_policy():
     """Two epochs: logp_old is replayed before the first update, and equals the recorded log-probabilities."""
     model = random_model()
-    kept = keep_groups(rollouts_with_rewards(model), 4, (0, 1))
+    kept = set_advantages(rollouts_with_rewards(model), "group", 4, (0, 1))
     metrics, _ = one_update(model, kept, epochs=2, minibatches=2)
     assert metrics["ratio_max"] > 1.001 and metrics["gap_max"] < 1e-4
     for r in kept:
@@ -152,7 +163,7 @@ def test_every_kept_rollout_is_trained_once_per_epoch():
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     model = random_model()
-    kept = keep_groups(rollouts_with_rewards(model), 4, (0, 1))
+    kept = set_advantages(rollouts_with_rewards(model), "group", 4, (0, 1))
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     kept[0].advantage = [float("nan")] * len(kept[0].response)
     metrics, weights = one_update(model, kept)
@@ -161,7 +172,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def test_an_update_raises_the_probability_of_what_was_rewarded():
     model = random_model()
-    kept = keep_groups(rollouts_with_rewards(model), 4, (0, 1))
+    kept = set_advantages(rollouts_with_rewards(model), "group", 4, (0, 1))
     total = lambda: sum(logp[:r.num_tokens].sum().item() * r.advantage[0]
                         for r, logp in zip(kept, rollout.replay(model, kept)))
     before = total()
@@ -176,6 +187,63 @@ def test_a_broken_replay_law_stops_a_float32_run():
         with pytest.raises(RuntimeError, match="replay law"):
             tracerl.check_gap(line, model, args)
     tracerl.check_gap(dict(gap=0.1, gap_max=1.0), model.bfloat16(), args)
+
+
+def test_random_masks_are_theirs_alone_and_coupled_ones_make_every_token_a_target_once():
+    model = random_model()
+    rollouts = rollouts_with_rewards(model)
+    random, coupled = (rollout.trace_rows(rollouts, model.config, objective=name) for name in ("random", "coupled"))
+    seen = lambda rows: sorted(zip(rows.owner.tolist(), rows.place.tolist()))
+    assert seen(coupled) == [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.response))]
+    assert 0.3 < len(random.target) / len(coupled.target) < 0.7
+    alone = rollout.trace_rows(rollouts[5:6], model.config, objective="random")
+    assert [place for owner, place in seen(random) if owner == 5] == [place for _, place in seen(alone)]
+
+
+@pytest.mark.parametrize("objective", ["random", "coupled"])
+def test_the_baselines_go_through_the_same_update(objective):
+    results = []
+    for micro_tokens in (1, 100_000):
+        model = random_model()
+        kept = set_advantages(rollouts_with_rewards(model), "group", 4, (0, 1))
+        results.append(one_update(model, kept, objective=objective, minibatches=2, micro_tokens=micro_tokens))
+    assert results[0][0]["trained_tokens"] == results[1][0]["trained_tokens"] > 0
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-5)
+
+
+def test_a_value_model_learns_the_returns_and_the_policy_waits_for_its_warm_up():
+    model = random_model()
+    critic = tracerl.value.ValueModel(model)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=3e-3) for m in (model, critic)]
+    start = [p.clone() for p in model.parameters()]
+    kept = set_advantages(rollouts_with_rewards(model), "value", 4, (0, 1))
+    lines = [tracerl.learn(model, optimizers[0], critic, optimizers[1], kept, settings(value_warmup=30), step)
+             for step in range(1, 31)]
+    assert lines[0]["explained_variance"] == 0 and lines[-1]["explained_variance"] > 0.5
+    assert lines[-1]["value_loss"] < 0.3 * lines[0]["value_loss"] and "ratio_max" not in lines[-1]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
+    for r in kept:  # gamma = lambda = 1: the return is the reward, the advantage what the value missed
+        assert r.returns[:r.num_tokens] == pytest.approx([r.reward] * r.num_tokens)
+        assert r.advantage[:r.num_tokens] == pytest.approx([r.reward - v for v in r.value_old[:r.num_tokens]], abs=1e-5)
+    line = tracerl.learn(model, optimizers[0], critic, optimizers[1], kept, settings(value_warmup=30), 31)
+    assert line["ratio_max"] == 1 and not all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
+
+
+def test_a_reward_function_gives_one_number_or_one_per_token(tmp_path):
+    (tmp_path / "mine.py").write_text("def short(problem, text, tokens):\n    return -len(tokens)\n\n"
+                                      "def each(problem, text, tokens):\n    return [0.5] * len(tokens)\n\n"
+                                      "def bad(problem, text, tokens):\n    return [1.0]\n")
+    rollouts = [Rollout([3], [4, 5, 1, 1], 3, [1, 2, 3, 4])]
+    problems, tokenizer = [eval_math.Problem("", "")], lm.tiny_tokenizer()
+    tracerl.apply_reward(tracerl.load_reward(f"{tmp_path}/mine.py:short"), rollouts, problems, tokenizer)
+    assert rollouts[0].reward == -3 and rollouts[0].token_rewards == []
+    tracerl.apply_reward(tracerl.load_reward(f"{tmp_path}/mine.py:each"), rollouts, problems, tokenizer)
+    assert rollouts[0].reward == 1.5 and rollouts[0].token_rewards == [0.5] * 3
+    with pytest.raises(ValueError, match="1 numbers for 3 tokens"):
+        tracerl.apply_reward(tracerl.load_reward(f"{tmp_path}/mine.py:bad"), rollouts, problems, tokenizer)
+    for spec, message in (("nowhere.py:f", "no file 'nowhere.py'"), (f"{tmp_path}/mine.py:g", "no function 'g'")):
+        with pytest.raises(ValueError, match=message):
+            tracerl.load_reward(spec)
 
 
 # ------------------------------------------------------------------------------------------------- the authors' numbers
