@@ -3,7 +3,7 @@
 Problems (embedded, local files, the hub), the prompt around them, the answer in a response, the verdict, and accuracy
 with its standard error. The verdict is also the training reward: a wrong one teaches something false.
 
-    python eval_math.py --model runs/tracerl/checkpoints/step-40 --data arithmetic-test
+    python eval_math.py --model runs/tracerl/checkpoints/step-100 --data arithmetic-test
 
 Reading order: Problem, the embedded arithmetic, load_problems, encode_prompts; extract_answer, is_correct; evaluate.
 """

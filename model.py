@@ -25,6 +25,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -93,7 +94,6 @@ FAMILIES = {  # by model_type of config.json, in lower case
     "llada": Family(False, False, False, "full", 126336, LLADA_NAMES),
     "mmada": Family(False, False, False, "full", 126336, LLADA_NAMES),  # its text part is LLaDA
 }
-END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>")  # any of these that a tokenizer has ends a response
 
 
 @dataclass
@@ -180,7 +180,7 @@ class ModelConfig:
             num_layers=wanted["num_hidden_layers"], num_heads=wanted["num_attention_heads"],
             num_kv_heads=wanted["num_key_value_heads"], intermediate_size=wanted["intermediate_size"],
             head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
-            mask_id=mask_id, block_size=block_size or source.get("block_size") or default_block,
+            mask_id=mask_id, block_size=block_size if block_size is not None else source.get("block_size") or default_block,
             rms_norm_eps=source.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
             rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or default_theta),
             pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos), source=dict(source))
@@ -234,6 +234,8 @@ def dense_mask(layout):
 
 def attend(q, k, v, mask):
     """Softmax attention. q (B, H, T, D), k and v (B, H_kv, T_key, D), mask bool, broadcast to (B, H, T, T_key)."""
+    if q.is_cuda and k.shape[1] != q.shape[1]:  # with a mask, CUDA's fast kernels want as many kv heads as heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -471,6 +473,8 @@ def load_weights(model, path, dtype, device):
                     unexpected.append(theirs)
                     continue
                 name, tensor = ours[theirs], file.get_tensor(theirs)
+                if name in found:
+                    raise ValueError(f"{path}: {theirs} is in more than one file: is this two checkpoints in one folder?")
                 if name in ("embed.weight", "head.weight") and len(tensor) == len_source < model.config.vocab_size:
                     tensor = torch.cat([tensor, tensor.mean(0, keepdim=True)])  # the mask token starts as the mean token
                 if tensor.shape != shapes[name]:
@@ -499,16 +503,19 @@ def load_tokenizer(path, config):
 
 
 def find_eos_ids(path, config, tokenizer):
-    """Every id that ends a response, from config.json, generation_config.json and the tokenizer, first found first."""
-    ids = list(config.eos_ids)
+    """Every id that ends a response, from the tokenizer, config.json and generation_config.json.
+
+    The first is the one that sft.py teaches: the end of a chat turn, where the tokenizer has such a token.
+    """
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    ids = [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>") if token in vocabulary] + list(config.eos_ids)
     generation = os.path.join(path, "generation_config.json")
     if os.path.isfile(generation):
         with open(generation, encoding="utf-8") as file:
             eos = json.load(file).get("eos_token_id")
         ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
     if tokenizer is not None:
-        vocabulary = tokenizer.get_vocab()
-        ids += [vocabulary[token] for token in (tokenizer.eos_token, *END_TOKENS) if token in vocabulary]
+        ids += [vocabulary[token] for token in (tokenizer.eos_token, "<|endoftext|>") if token in vocabulary]
     return tuple(dict.fromkeys(ids))
 
 
@@ -518,7 +525,8 @@ def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
     The folder is written under a temporary name and renamed, so that `path` is whole or absent.
     """
     config = model.config
-    source = {**config.source, "mask_token_id": config.mask_id, "block_size": config.block_size}
+    source = {name: value for name, value in config.source.items() if name != "auto_map"}  # its code is not in this folder
+    source |= {"mask_token_id": config.mask_id, "block_size": config.block_size}
     source["embedding_size" if config.switches.names is LLADA_NAMES else "vocab_size"] = config.vocab_size
     partial = f"{path}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -556,8 +564,9 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def tiny_model(seed=0, block_size=4, attention="block", num_layers=2, hidden_size=64, vocab_size=18):
+def tiny_model(seed=0, block_size=4, attention="block"):
     """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
+    num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
     source = dict(
         block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0, rms_norm_eps=1e-6, rope_theta=1e4,
         hidden_act="silu")
@@ -589,20 +598,28 @@ def initialize(model, seed):
 
 
 def start_processes(is_tiny=False):
-    """Joins torchrun's process group, if there is one -> (rank, number of processes).
+    """Joins torchrun's process group, if there is one.
 
     is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time, and costs fifty times as
     much as soon as another program wants it (threads that wait for each other spin).
     """
     if is_tiny:
         torch.set_num_threads(1)
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
-    if not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(default_device())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    is_cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if is_cuda and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. Start fewer processes, "
+                         "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
+    if is_cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(hours=2))  # others wait for the longest rollout
+
+
+def end_processes():
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def default_device():
@@ -639,11 +656,15 @@ def over_processes(combine, *numbers):
     return [float(combine(column)) for column in zip(*parts)]
 
 
+MAX_SKIPPED = 5  # updates in a row whose gradient is not finite, before the run stops
+
+
 def optimizer_step(model, optimizer, max_norm):
     """Adds up the gradients of all processes, clips their common norm, and steps -> (norm, whether it stepped).
 
     The losses are sums over this process's tokens divided by the number of tokens of ALL processes, so gradients add,
-    they are not averaged. A norm that is not finite skips the update, on every process alike.
+    they are not averaged. A norm that is not finite skips the update, on every process alike; RuntimeError after
+    MAX_SKIPPED in a row.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if processes()[1] > 1:
@@ -655,9 +676,14 @@ def optimizer_step(model, optimizer, max_norm):
             p.grad.copy_(part.view_as(p))
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     is_finite = bool(norm.isfinite())
+    optimizer.num_skipped = 0 if is_finite else getattr(optimizer, "num_skipped", 0) + 1
     if is_finite:
         optimizer.step()
+    else:
+        say(f"the gradient norm is {float(norm)}: update skipped ({optimizer.num_skipped} in a row)")
     optimizer.zero_grad(set_to_none=True)
+    if optimizer.num_skipped >= MAX_SKIPPED:
+        raise RuntimeError(f"{MAX_SKIPPED} updates in a row had a gradient that is not finite: lower the learning rate")
     return float(norm), is_finite
 
 
@@ -667,6 +693,25 @@ def make_optimizer(model, lr, betas, weight_decay=0.0):
     groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def add_flag(parser, name, kind, embedded, paper, text, *other_names, **more):
+    """A flag with two defaults: of the embedded task, and of a run with --model. None in both means: see the text."""
+    if kind is bool:
+        parser.add_argument(name, action="store_true", help=text)
+        return
+    both = f"{embedded!r}" if embedded == paper else f"{embedded!r}, with --model {paper!r}"
+    action = parser.add_argument(name, *other_names, type=kind, default=None, help=f"{text} (default {both})".replace("%", "%%"), **more)
+    action.pair = (embedded, paper)
+
+
+def fill_defaults(parser, argv):
+    """Parses, and gives every flag that was not set its default for the case at hand."""
+    args = parser.parse_args(argv)
+    for action in parser._actions:
+        if hasattr(action, "pair") and getattr(args, action.dest) is None:
+            setattr(args, action.dest, action.pair[args.model is not None])
+    return args
 
 
 def barrier():
@@ -712,7 +757,9 @@ class RunLog:
                 changed = sorted(name for name in {*old, *args} if old.get(name) != args.get(name))
                 raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --run_name")
         write_json(settings, args)
-        if not is_resumed:
+        if not is_resumed:  # a new run of the same name: nothing of the old one stays to be mixed up with it
+            for old in ("checkpoints", "summary.json", "curves.png"):
+                shutil.rmtree(os.path.join(folder, old)) if os.path.isdir(os.path.join(folder, old)) else None
             open(self.path, "w", encoding="utf-8").close()
 
     def write(self, line):

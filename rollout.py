@@ -211,8 +211,9 @@ class Decoder:
                                             for d in (torch.int64, torch.float32, torch.float32, torch.float32))
         step = self.step[rows].expand_as(columns)[is_masked]
         draw = choose.draws(self.sequence[rows].expand_as(columns)[is_masked], step, columns[is_masked])
-        token[is_masked], confidence[is_masked], logp[is_masked], entropy[is_masked] = sample(
-            self.model.head(h[is_masked]), draw, self.config.mask_id, choose.temperature, choose.top_k, choose.top_p)
+        chunks = [sample(self.model.head(states), draws, self.config.mask_id, choose.temperature, choose.top_k, choose.top_p)
+                  for states, draws in zip(h[is_masked].split(256), draw.split(256))]  # (256, V) at a time
+        token[is_masked], confidence[is_masked], logp[is_masked], entropy[is_masked] = map(torch.cat, zip(*chunks))
         n, extra = divmod(K, choose.denoising_steps)
         quota = n + (self.step_in_block[slots] < extra).long()
         keep = reveal(confidence, entropy, is_masked, quota, choose.strategy, choose.threshold)
@@ -232,6 +233,10 @@ class Decoder:
         is_response = is_inside & (columns >= self.prompt[slots, None])
         has_eos = (torch.isin(self.token[rows, columns], eos_ids) & is_response).any(-1)
         is_last = self.start[slots] + self.config.block_size >= self.end[slots]
+        if self.config.is_full:  # no cache, so no commit: on to the next block at once
+            ready = slots[is_whole & ~has_eos & ~is_last]
+            self.start[ready] += self.config.block_size
+            self.step_in_block[ready] = 0
         return slots[is_whole & (has_eos | is_last)].tolist()
 
     def release(self, slot, eos_ids):
@@ -504,9 +509,8 @@ def replay(model, rollouts, shrink=1, temperature=1.0, max_tokens=16384):
     One packed forward per max_tokens tokens -> list of float32 tensors, one per rollout, as long as its response; with
     gradient, unless called under no_grad. shrink 1 and the sampling temperature give Rollout.logp back (the replay law).
     """
-    out = [torch.zeros(len(r.response), device=model.device) for r in rollouts]
     if not rollouts:
-        return out
+        return []
     longest = max(len(r.response) for r in rollouts)
     flat = torch.zeros(len(rollouts) * longest, device=model.device)
     for rows in trace_rows(rollouts, model.config, shrink).split(max_tokens):

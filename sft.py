@@ -4,13 +4,14 @@ Supervised fine-tuning of a block diffusion model: hide some tokens of every blo
 the clean blocks before it. The rows are those of TraceRL itself (rollout.build_rows), with one random view per block in
 place of the views of a trace. From an autoregressive Qwen3 checkpoint this makes a block diffusion model (SDAR's recipe).
 
-    python sft.py                                        # the tiny model on embedded arithmetic, about a minute
-    torchrun --nproc_per_node=8 sft.py --model JetLM/SDAR-4B-Chat --data solutions.jsonl --out runs/sft
+    python sft.py                                        # the tiny model on embedded arithmetic, two minutes
+    torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --run_name qwen3-block
 
 Reading order: to_examples, sft_noise, sft_loss, train, main.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from rollout import Rollout
 def to_examples(problems, tokenizer, config, max_new_tokens):
     """Worked problems -> list[Rollout] with the response filled up with eos: to its block's end, or (full attention) to the end
     of the canvas. The filling is trained as well: in decoding it is context for the tokens before it."""
+    if not config.eos_ids:
+        raise ValueError("this checkpoint names no eos token: without one a response cannot end")
     eos, K, examples = config.eos_ids[0], config.block_size, []
     for p in problems:
         if not p.solution:
@@ -132,38 +135,52 @@ def train(model, tokenizer, examples, dev_problems, args, log):
         if decay_start is not None and step + 1 >= decay_start + args.cooldown:
             break
     bar.close()
+    if args.stop_accuracy is not None:
+        lm.say(f"sft: {step + 1} updates; accuracy on {len(dev_problems)} development problems {line.get('accuracy', 0):.3f}")
+        if decay_start is None:
+            raise RuntimeError(f"accuracy never reached --stop_accuracy {args.stop_accuracy} in {args.steps} updates: give it more --steps")
 
 
 def parse_args(argv=None):
-    """The flags of sft.py. Each: name, type, default, meaning."""
+    """The flags of sft.py. Defaults differ with and without --model: the tiny model, and a real checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], allow_abbrev=False)
-    flag = parser.add_argument
-    flag("--model", default=None, help="checkpoint folder or hub id (default: a new tiny model)")
-    flag("--data", default="arithmetic", help="embedded arithmetic, or a file or hub id with problem and solution, prompt and "
-         "response, or messages; optionally step_map")
-    flag("--objective", choices=("random", "trace"), default="random", help="views: random masks in every block (full attention: "
-         "in the response), or the step map of the data (left to right where there is none)")
-    flag("--run", "--run_name", default="sft", help="name of the folder under runs/")
-    flag("--seed", type=int, default=0, help="of weights, order and masks")
-    flag("--steps", type=int, default=3000, help="most updates")
-    flag("--batch_size", type=int, default=64, help="examples per update")
-    flag("--lr", type=float, default=6e-3, help="peak learning rate (a real checkpoint wants 1e-5)")
-    flag("--warmup", type=int, default=30, help="updates of rising learning rate")
-    flag("--cooldown", type=int, default=200, help="updates of falling learning rate at the end")
-    flag("--weight_decay", type=float, default=0.2, help="of AdamW, on matrices")
-    flag("--weighted", action="store_true", help="weight each masked token by 1 / masked share (the diffusion bound)")
-    flag("--stop_accuracy", type=float, default=None, help="start the cooldown at this accuracy on development problems")
-    flag("--eval_every", type=int, default=100, help="updates between evaluations on development problems")
-    flag("--slip", type=float, default=0.6, help="embedded data: how often the pupil forgets a carry")
-    flag("--attention", choices=("block", "full"), default="block", help="of the new tiny model")
-    flag("--block_size", type=int, default=None, help="K (default: the checkpoint's own, 4 for the tiny model)")
-    flag("--max_new_tokens", type=int, default=16, help="longest response; full attention: length of the canvas")
-    flag("--max_prompt_tokens", type=int, default=784, help="longer prompts are skipped and counted")
-    flag("--prompt_style", choices=eval_math.PROMPT_STYLES, default="chat", help="how the chat template is used")
-    flag("--system", default=None, help="a system message before each problem")
-    flag("--instruction", default=eval_math.INSTRUCTION, help="text after each problem; empty for data with whole prompts")
-    flag("--micro_tokens", type=int, default=4096, help="tokens of one forward and backward")
-    return parser.parse_args(argv)
+    flag = functools.partial(lm.add_flag, parser)
+    flag("--model", str, None, None, "checkpoint folder or hub id; without it, a new tiny model")
+    flag("--data", str, "arithmetic", None, "embedded arithmetic, or a file or hub id with problem and solution, prompt and response, "
+         "or messages; optionally step_map")
+    flag("--objective", str, "random", "random", "views: random masks in every block (full attention: in the response), or the step "
+         "map of the data (left to right where there is none)", choices=("random", "trace"))
+    flag("--weighted", bool, False, False, "weight each masked token by 1 / masked share (the diffusion bound)")
+    flag("--run", str, "sft", "sft", "name of the folder under runs/ (with torchrun: --run_name)", "--run_name")
+    flag("--seed", int, 0, 0, "of weights, order and masks")
+    flag("--steps", int, 3000, 1000, "most updates")
+    flag("--batch_size", int, 64, 64, "examples per update")
+    flag("--lr", float, 6e-3, 1e-5, "peak learning rate of AdamW")
+    flag("--warmup", int, 30, 30, "updates of rising learning rate")
+    flag("--cooldown", int, 200, 200, "updates of falling learning rate at the end")
+    flag("--weight_decay", float, 0.2, 0.0, "of AdamW, on matrices")
+    flag("--stop_accuracy", float, None, None, "embedded data: start the cooldown at this accuracy on development problems")
+    flag("--eval_every", int, 100, 100, "embedded data: updates between evaluations on development problems")
+    flag("--slip", float, 0.6, 0.6, "embedded data: how often the pupil forgets a carry")
+    flag("--attention", str, "block", "block", "of the new tiny model", choices=("block", "full"))
+    flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
+    flag("--max_new_tokens", int, 16, 2000, "longer responses are skipped and counted; full attention: length of the canvas")
+    flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
+    flag("--prompt_style", str, "chat", "chat", "how the chat template is used", choices=eval_math.PROMPT_STYLES)
+    flag("--system", str, None, None, "a system message before each problem")
+    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION, "text after each problem; empty for data with whole "
+         "prompts")
+    flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
+    args = lm.fill_defaults(parser, argv)
+    if args.data is None:
+        parser.error("--model needs --data")
+    for name in ("steps", "batch_size", "lr", "warmup", "cooldown", "eval_every", "max_new_tokens", "max_prompt_tokens",
+                 "micro_tokens"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
+    if args.stop_accuracy is not None and args.data != "arithmetic":
+        parser.error("--stop_accuracy needs the development problems of the embedded data")
+    return args
 
 
 def main(argv=None):
@@ -176,6 +193,8 @@ def main(argv=None):
         model.to(lm.default_device())
     else:
         model, tokenizer = lm.load_model(args.model, args.block_size, torch.float32)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer: examples cannot be encoded")
     is_embedded = args.data == "arithmetic"
     if is_embedded:
         problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
@@ -184,6 +203,9 @@ def main(argv=None):
     problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction,
                                                   args.prompt_style, args.system)
     examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
+    if len(examples) < args.batch_size:
+        raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer than a batch of "
+                         f"{args.batch_size}: lower --batch_size or raise --max_new_tokens")
     dev_problems = []
     if is_embedded:
         dev_problems, _ = eval_math.encode_prompts(eval_math.arithmetic("dev", 200), tokenizer, args.max_prompt_tokens)
@@ -214,3 +236,4 @@ def warm_start(seed, block_size=4, attention="block"):
 
 if __name__ == "__main__":
     main()
+    lm.end_processes()

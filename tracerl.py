@@ -20,6 +20,7 @@ a second inference engine, reward models.
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import time
@@ -79,17 +80,16 @@ def own_share(rollouts):
 def minibatches(rollouts, group_size, number, seed):
     """Deals whole groups, in a seeded order, into at most `number` mini-batches -> list of lists of Rollout."""
     groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = shuffled(len(groups), seed)
     batches = [[r for i in order[start::number] for r in groups[i]] for start in range(number)]
     return [batch for batch in batches if batch]
 
 
-def at_targets(rows, rollouts, name):
-    """A per-token field of the rollouts, read at the targets of rows -> float32 (N,)."""
-    values = [getattr(r, name) for r in rollouts]
-    longest = max(map(len, values))
-    table = torch.tensor([v + [0.0] * (longest - len(v)) for v in values])
-    return table[rows.owner.cpu(), rows.place.cpu()].to(rows.target.device)
+def field_tables(rollouts, *names, device):
+    """Per-token fields of the rollouts as float32 tables (N, longest), to be read at [rows.owner, rows.place]."""
+    longest = max((len(r.response) for r in rollouts), default=0)
+    pad = lambda values: (values + [0.0] * longest)[:longest]
+    return [torch.tensor([pad(getattr(r, name)) for r in rollouts]).to(device) for name in names]
 
 
 def train_rows(model, rollouts, settings, objective):
@@ -131,11 +131,10 @@ def value_advantages(critic, rollouts, settings):
     if rollouts:
         values = predict(critic, train_rows(critic, rollouts, settings, "tracerl"), rollouts)
         steps = value.global_steps(rollouts, critic.config, settings.shrink)
-        if any(r.token_rewards for r in rollouts):
-            R = steps.shape[1]
-            rewards = torch.tensor([(r.token_rewards + [0.0] * R)[:R] for r in rollouts])
-        else:
-            rewards = value.place_rewards(torch.tensor([r.reward for r in rollouts]), steps)
+        rewards = value.place_rewards(torch.tensor([r.reward for r in rollouts]), steps)
+        for row, r in zip(rewards, rollouts):
+            if r.token_rewards:
+                row[:len(r.token_rewards)] = torch.tensor(r.token_rewards)
         returns, advantages = value.returns_and_advantages(rewards, values, steps, settings.gamma, settings.lam)
         for name, table in (("value_old", values), ("returns", returns), ("advantage", advantages)):
             set_field(rollouts, name, table)
@@ -149,9 +148,10 @@ def value_advantages(critic, rollouts, settings):
 def update_value(critic, optimizer, batch, settings):
     """One step of the value model on one mini-batch -> its loss."""
     own, num_trained, total = own_share(batch), sum(r.num_tokens for r in batch), 0.0
+    value_old, returns = field_tables(own, "value_old", "returns", device=critic.device)
     for rows in train_rows(critic, own, settings, "tracerl"):
-        old, returns = (at_targets(rows, own, name) for name in ("value_old", "returns"))
-        loss = value.value_loss(critic(rows), old, returns, num_trained, settings.value_clip)
+        at = rows.owner, rows.place
+        loss = value.value_loss(critic(rows), value_old[at], returns[at], num_trained, settings.value_clip)
         loss.backward()
         total += float(loss.detach())
     lm.optimizer_step(critic, optimizer, settings.max_norm)
@@ -167,13 +167,14 @@ def update(model, optimizer, batch, is_first, settings):
     parts = list(train_rows(model, own, settings, settings.objective))
     num_trained = int(lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0])
     sums, maxima = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0), dict(ratio_max=0.0, gap_max=0.0)
+    old, advantage, recorded = field_tables(own, "logp_old", "advantage", "logp", device=model.device)
     for rows in parts:
+        at = rows.owner, rows.place
         logp, entropy = rollout.forward_rows(model, rows, settings.temperature)
-        logp_old = logp.detach() if is_first else at_targets(rows, own, "logp_old")
-        loss, stats = policy_loss(logp, logp_old, at_targets(rows, own, "advantage"), num_trained,
-                                  settings.clip, settings.beta)
+        logp_old = logp.detach() if is_first else old[at]
+        loss, stats = policy_loss(logp, logp_old, advantage[at], num_trained, settings.clip, settings.beta)
         loss.backward()
-        gap = (logp_old - at_targets(rows, own, "logp")).abs()
+        gap = (logp_old - recorded[at]).abs()
         stats.update(loss=loss.detach() * num_trained, entropy=entropy.sum(), gap=gap.sum(), gap_max=gap.max())
         sums = {name: total + float(stats[name]) for name, total in sums.items()}
         maxima = {name: max(top, float(stats[name])) for name, top in maxima.items()}
@@ -207,10 +208,18 @@ def replay_gap(model, rollouts, temperature):
 # The loop.
 
 
+@functools.lru_cache(maxsize=2)
+def shuffled(number, seed):
+    """A seeded permutation of range(number)."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def roll_out(model, problems, args, step):
     """Step 1: args.group_size responses to each of this step's prompts -> rollouts, group by group, on every process."""
-    first = ((step - 1) * args.prompts) % len(problems)
-    chosen = [problems[(first + i) % len(problems)] for i in range(args.prompts)]
+    chosen = []
+    for i in range((step - 1) * args.prompts, step * args.prompts):  # every epoch in an order of its own
+        epoch, place = divmod(i, len(problems))
+        chosen.append(problems[shuffled(len(problems), args.seed * 1_000_003 + epoch)[place]])
     repeated = [p for p in chosen for _ in range(args.group_size)]
     seeds = [(args.seed * 1_000_003 + step) * 1_000_003 + i for i in range(len(repeated))]
     return rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **sampling(args, model)), repeated
@@ -239,7 +248,7 @@ def set_advantages(rollouts, kind, group_size, keep_range):
         advantages = rewards - rewards.mean()
     if kind != "value" and not advantages.any():
         return []
-    for r, advantage in zip(rollouts, advantages.flatten().tolist()):
+    for r, advantage in zip(rollouts, advantages.flatten().tolist() if kind != "value" else []):
         r.advantage = [advantage] * len(r.response)
     return [r for r, kept in zip(rollouts, is_kept.repeat_interleave(group_size).tolist()) if kept]
 
@@ -254,40 +263,39 @@ def learn(model, optimizer, critic, critic_optimizer, kept, args, step):
     for batch in batches if args.epochs > 1 else batches[1:]:
         if not is_warming_up:
             old_logprobs(model, own_share(batch), args)
-    for number, batch in enumerate(batches * args.epochs):
-        if critic is not None:
-            value_losses.append(update_value(critic, critic_optimizer, batch, args))
-        if not is_warming_up:
-            updates.append(update(model, optimizer, batch, is_first=number == 0, settings=args))
+    for batch in batches * args.value_epochs if critic is not None else []:
+        value_losses.append(update_value(critic, critic_optimizer, batch, args))
+    for number, batch in enumerate(batches * args.epochs if not is_warming_up else []):
+        updates.append(update(model, optimizer, batch, is_first=number == 0, settings=args))
     if value_losses:
         line["value_loss"] = fmean(value_losses)
     return line | summarize(updates)
 
 
-def train(model, tokenizer, problems, dev_problems, args, log):
+def train(model, tokenizer, problems, dev_problems, reward, args, log):
     """The RL steps -> the largest replay gap seen."""
     optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.95))
     critic = value.ValueModel(model) if args.advantage == "value" else None
     critic_optimizer = lm.make_optimizer(critic, args.value_lr, (0.9, 0.95)) if critic is not None else None
-    reward = load_reward(args.reward) if args.reward else None
     worst_gap, bar = 0.0, lm.progress(range(1, args.steps + 1), "tracerl")
     for step in bar:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(args.warmup, 1))
         rollouts, repeated = roll_out(model, problems, args, step)  # 1
-        if reward is None:
-            eval_math.score(rollouts, repeated, tokenizer)  # 2
-        else:
-            apply_reward(reward, rollouts, repeated, tokenizer)
+        give_rewards(rollouts, repeated, tokenizer, reward)  # 2
         rolled_out = time.perf_counter()
         kept = set_advantages(rollouts, args.advantage, args.group_size, args.keep_range)  # 3
         line = dict(step=step, reward=fmean(r.reward for r in rollouts), kept_groups=len(kept) // args.group_size,
                     **eval_math.describe(rollouts))
+        is_update = bool(kept) and (critic is None or step > args.value_warmup)
+        if is_update and args.shrink == 1 and args.objective == "tracerl":
+            gap = {}  # the update itself replays every trained token
+        else:
+            gap = replay_gap(model, rollouts[::16], args.temperature)
         if kept:
             line |= learn(model, optimizer, critic, critic_optimizer, kept, args, step)  # 3, 4, 5
-        if "ratio_max" not in line or args.shrink > 1 or args.objective != "tracerl":
-            line |= replay_gap(model, rollouts[::16], args.temperature)
+        line |= gap
         line |= dict(rollout_seconds=rolled_out - started, update_seconds=time.perf_counter() - rolled_out)
         if dev_problems and args.eval_every and step % args.eval_every == 0:  # 6
             line["dev_accuracy"] = eval_math.evaluate(model, tokenizer, dev_problems, seed=args.seed,
@@ -299,7 +307,7 @@ def train(model, tokenizer, problems, dev_problems, args, log):
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             log.save_checkpoint(model, tokenizer, step)
             if critic is not None and lm.processes()[0] == 0:
-                value.save_value_model(critic, os.path.join(log.folder, "checkpoints", f"step-{step}", "value.safetensors"))
+                value.save_value_model(critic, os.path.join(log.folder, "checkpoints", f"step-{step}", "value", "model.safetensors"))
     bar.close()
     return worst_gap
 
@@ -323,13 +331,26 @@ def apply_reward(function, rollouts, problems, tokenizer):
     for r, p in zip(rollouts, problems):
         tokens = r.response[:r.num_tokens]
         got = function(p, eval_math.response_text(r, tokenizer), tokens)
-        if isinstance(got, (int, float)):
-            r.reward, r.token_rewards = float(got), []
-        else:
+        if hasattr(got, "__len__"):
             r.token_rewards = [float(x) for x in got]
             r.reward = sum(r.token_rewards)
             if len(r.token_rewards) != len(tokens):
                 raise ValueError(f"the reward function gave {len(r.token_rewards)} numbers for {len(tokens)} tokens")
+        else:
+            r.reward, r.token_rewards = float(got), []
+
+
+def give_rewards(rollouts, problems, tokenizer, function=None):
+    """Step 2: the math grader, or the user's function. Each process judges its share, and all then hold the same rewards:
+    a verdict that a time limit decided, or a random reward, must not be another one elsewhere."""
+    rank, number = lm.processes()
+    own, own_problems = rollouts[rank::number], problems[rank::number]
+    if function is None:
+        eval_math.score(own, own_problems, tokenizer)
+    else:
+        apply_reward(function, own, own_problems, tokenizer)
+    for r, (reward, token_rewards) in zip(rollouts, lm.gather_lists([(r.reward, r.token_rewards) for r in own])):
+        r.reward, r.token_rewards = reward, token_rewards
 
 
 def check_gap(line, model, args):
@@ -358,6 +379,8 @@ def describe_line(line):
     if "value_loss" in line:
         parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
     parts += [f"gap {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s", f"update {line['update_seconds']:.1f}s"]
+    if line.get("skipped_updates"):
+        parts.append(f"SKIPPED {line['skipped_updates']} updates")
     if "dev_accuracy" in line:
         parts.append(f"dev accuracy {line['dev_accuracy']:.3f}")
     return "  ".join(parts)
@@ -374,13 +397,7 @@ def evaluate_all(model, tokenizer, problems, args):
 def parse_args(argv=None):
     """The flags of tracerl.py. Defaults differ with and without --model: the embedded task, and the paper's for SDAR."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    defaults = {}
-
-    def flag(name, kind, embedded, paper, text, *other_names, **more):
-        defaults[name.lstrip("-")] = (embedded, paper)
-        both = f"{embedded!r}" if embedded == paper else f"{embedded!r}, with --model {paper!r}"
-        parser.add_argument(name, *other_names, type=kind, default=None, help=f"{text} (default {both})", **more)
-
+    flag = functools.partial(lm.add_flag, parser)
     flag("--model", str, None, None, "checkpoint folder or hub id; without it, a tiny model is made and warm-started")
     flag("--train_data", str, "arithmetic", None, "problems to train on: embedded arithmetic or a file")
     flag("--dev_data", str, "arithmetic-dev", None, "problems for --eval_every; test problems never guide a run")
@@ -399,17 +416,19 @@ def parse_args(argv=None):
     flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
     flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
     flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
-    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for full attention")
+    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for full attention (the tiny "
+         "task has too few steps for that)")
     flag("--objective", str, "tracerl", "tracerl", "views: the trace, or the baselines' random masks, without or with complement",
          choices=("tracerl", "random", "coupled"))
     flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; minus the batch mean; raw reward",
          choices=("group", "value", "batch", "none"))
     flag("--value_lr", float, 1e-3, 5e-6, "learning rate of the value model")
     flag("--value_warmup", int, 5, 5, "RL steps that train the value model only")
+    flag("--value_epochs", int, 4, 1, "passes of the value model over the rollouts of a step")
     flag("--value_clip", float, None, None, "bound on the change of a value in its loss; None is no clipping (the paper: 0.2)")
     flag("--gamma", float, 1.0, 1.0, "discount per trace step")
     flag("--lam", float, 1.0, 1.0, "lambda of GAE")
-    flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float or one per token")
+    flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float or one per token, in place of the math grader (which still evaluates)")
     flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; equal rewards always drop",
          nargs=2, metavar=("LOW", "HIGH"))
     flag("--strategy", str, "dynamic", "dynamic", "what a denoising step reveals", choices=rollout.STRATEGIES)
@@ -428,10 +447,9 @@ def parse_args(argv=None):
     flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
     flag("--eval_every", int, 20, 10, "RL steps between evaluations on development problems; 0 is never")
     flag("--save_every", int, 0, 20, "RL steps between checkpoints; 0 is at the end only")
-    args = parser.parse_args(argv)
-    for name, pair in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, pair[args.model is not None])
+    args = lm.fill_defaults(parser, argv)
+    if args.reward and args.keep_range in ((0.0, 1.0), (0.2, 0.8)):
+        args.keep_range = (-1e9, 1e9)  # a reward of one's own has a scale of its own
     check_args(args, parser)
     return args
 
@@ -440,7 +458,7 @@ def check_args(args, parser):
     """Bad values die at the door."""
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
-    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature", "value_lr",
+    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature", "value_lr", "value_epochs",
                  "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
@@ -454,8 +472,11 @@ def check_args(args, parser):
             parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
-    if not 0 <= args.keep_range[0] <= args.keep_range[1] <= 1:
-        parser.error(f"--keep_range takes two shares in rising order, got {args.keep_range}")
+    for name in ("block_size", "slots", "denoising_steps", "value_clip"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
+    if not args.keep_range[0] <= args.keep_range[1]:
+        parser.error(f"--keep_range takes two numbers in rising order, got {args.keep_range}")
     if not 0 < args.top_p <= 1 or not 0 <= args.threshold <= 1:
         parser.error(f"--top_p {args.top_p} must be in (0, 1] and --threshold {args.threshold} in [0, 1]")
     if os.path.basename(args.run) != args.run or args.run in ("", ".", ".."):
@@ -464,7 +485,7 @@ def check_args(args, parser):
 
 def load_data(source, tokenizer, args):
     """Problems whose prompts fit -> list[Problem]; the others are counted and said."""
-    problems, num_long = eval_math.encode_prompts(eval_math.load_problems(source), tokenizer, args.max_prompt_tokens,
+    problems, num_long = eval_math.encode_prompts(eval_math.load_problems(source, needs_answer=args.reward is None), tokenizer, args.max_prompt_tokens,
                                                   args.instruction, args.prompt_style, args.system)
     lm.say(f"{source}: {len(problems)} problems" + (f"; skipped {num_long} with a prompt over {args.max_prompt_tokens} tokens"
                                                     if num_long else ""))
@@ -474,17 +495,20 @@ def load_data(source, tokenizer, args):
 def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args, started = parse_args(argv), time.perf_counter()
+    reward = load_reward(args.reward) if args.reward else None
     lm.start_processes(is_tiny=args.model is None)
     path = args.model or sft.warm_start(args.seed, args.block_size or 4, args.attention)
     model, tokenizer = lm.load_model(path, args.block_size, torch.float32)
     args.shrink = args.shrink or (8 if model.config.is_full else 1)
+    if not 1 <= (args.denoising_steps or 1) <= model.config.block_size:
+        raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 and the block size, {model.config.block_size}")
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
     problems, test_problems = (load_data(source, tokenizer, args) for source in (args.train_data, args.eval_data))
     dev_problems = load_data(args.dev_data, tokenizer, args) if args.dev_data and args.eval_every else []
     log = lm.RunLog(os.path.join("runs", args.run), vars(args) | dict(model=path))
     before = evaluate_all(model, tokenizer, test_problems, args)
-    gap = train(model, tokenizer, problems, dev_problems, args, log)
+    gap = train(model, tokenizer, problems, dev_problems, reward, args, log)
     after = evaluate_all(model, tokenizer, test_problems, args)
     summary = dict(before=before, after=after, seconds=time.perf_counter() - started, replay_gap_max=gap, seed=args.seed)
     log.finish(summary)
@@ -494,6 +518,7 @@ def main(argv=None):
         cells = [f"{e[name]['accuracy']:.3f} +- {e[name]['standard_error']:.3f}" for e in (before, after)]
         lm.say(f"  {name:34s}{cells[0]:>16s}  {cells[1]:>16s}")
     lm.say(f"{summary['seconds']:.0f} seconds; the run is in {log.folder}: {', '.join(log.files())}")
+    lm.end_processes()
     return summary
 
 

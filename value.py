@@ -11,6 +11,7 @@ Reading order: ValueModel, global_steps, returns_and_advantages, value_loss, exp
 """
 
 import copy
+import os
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,6 +126,7 @@ def explained_variance(count, total, squares, error, error_squares):
 def save_value_model(model, path):
     """Writes the value model as one safetensors file: the family's names, and value_head.weight."""
     state = {lm.family_name(model.config, name): p for name, p in model.backbone.state_dict().items()}
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     save_file({**state, "value_head.weight": model.value_head.weight.data}, path)
 
 

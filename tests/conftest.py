@@ -1,8 +1,11 @@
 """What the tests share: where the fixtures are, and small random models whose distributions are neither flat nor certain."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the laws are float32 on the CPU; set it to test on a GPU
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ from rollout import Rollout
 from tracerl import group_advantages, policy_loss, set_advantages
 
 SETTINGS = dict(temperature=1.0, shrink=1, micro_tokens=16384, clip=0.2, beta=0.01, max_norm=1e9, minibatches=1, epochs=1,
-                group_size=4, seed=0, objective="tracerl", gamma=1.0, lam=1.0, value_clip=None, value_warmup=0)
+                group_size=4, seed=0, objective="tracerl", gamma=1.0, lam=1.0, value_clip=None, value_warmup=0, value_epochs=1)
 
 
 def settings(**changes):
@@ -348,7 +348,7 @@ def test_the_authors_shifted_layout_is_not_ours(authors_policy):
 
 @pytest.mark.parametrize("flags, message", [
     (["--steps=0"], "--steps must be above 0"), (["--lr=-1"], "--lr must be above 0"), (["--group_size=1"], "--group_size"),
-    (["--keep_range", "0.9", "0.1"], "--keep_range"), (["--top_p=0"], "--top_p"), (["--strategy=best"], "invalid choice"),
+    (["--keep_range", "0.9", "0.1"], "--keep_range"), (["--slots=0"], "--slots"), (["--block_size=0"], "--block_size"), (["--top_p=0"], "--top_p"), (["--strategy=best"], "invalid choice"),
     (["--run=a/b"], "plain folder name"), (["--unknown=1"], "unrecognized"), (["--step=5"], "unrecognized"),
     (["--model=x"], "--train_data and --eval_data"), (["--temperature=0"], "--temperature"), (["--lr=nan"], "--lr"),
 ])
