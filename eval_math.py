@@ -1,11 +1,13 @@
 """eval_math.py - what counts as right.
 
-Problems (embedded, local files, the hub), the prompt around them, the answer in a response, the verdict, and accuracy
-with its standard error. The verdict is also the training reward: a wrong one teaches something false.
+Problems (embedded, local files, the hub), the prompt around them, the answer in a response, the verdict, and
+accuracy with its standard error. The verdict is also the training reward: a wrong one teaches something
+false.
 
     python eval_math.py --model runs/tracerl/checkpoints/step-100 --data arithmetic-test
 
-Reading order: Problem, the embedded arithmetic, load_problems, encode_prompts; extract_answer, is_correct; evaluate.
+Reading order: Problem, the embedded arithmetic, load_problems, encode_prompts; extract_answer, is_correct;
+evaluate.
 """
 
 import argparse
@@ -42,16 +44,16 @@ class Problem:
     tokens: list = field(default_factory=list)  # the prompt, once encode_prompts has made it
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The embedded task: three-digit addition, worked out column by column, units first.
 
 
 def arithmetic(split, number, seed=0, slip=0.0):
     """`number` distinct problems like 237+682= with worked solutions 09;11;09;\\boxed{919} -> list[Problem].
 
-    split: "train", "dev" or "test"; every sum belongs to one split for good. slip: the probability with which the pupil who
-    writes the solutions forgets a carry, and carries on consistently: a bad habit for reinforcement learning to remove.
-    The `answer` is always the right one.
+    split: "train", "dev" or "test"; every sum belongs to one split for good. slip: the probability with which
+    the pupil who writes the solutions forgets a carry, and carries on consistently: a bad habit for
+    reinforcement learning to remove. The `answer` is always the right one.
     """
     buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]
     rng, seen = random.Random(f"{split} {seed}"), {}
@@ -74,36 +76,42 @@ def work_out(a, b, slip, rng):
     return "".join(f"{column:02d};" for column in columns) + f"\\boxed{{{answer}}}"
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Problems from files and from the hub.
 
 
-HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:test", "gsm8k-train": "openai/gsm8k:main:train",
+HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:test",
+       "gsm8k-train": "openai/gsm8k:main:train",
        "aime2024": "Maxwell-Jia/AIME_2024::train"}
-COLUMNS = dict(problem=("problem", "question", "prompt", "messages"), answer=("answer", "final_answer", "solution", "response"),
+COLUMNS = dict(problem=("problem", "question", "prompt", "messages"),
+               answer=("answer", "final_answer", "solution", "response"),
                solution=("solution", "response", "answer"))
 
 
 def load_problems(source, problem_column=None, answer_column=None, needs_answer=True):
     """Problems from any source -> list[Problem].
 
-    source: "arithmetic[-dev|-test]"; a local .jsonl, .json or .parquet file; a name (math500, gsm8k, gsm8k-train, aime2024); or a
-    hub id, owner/name[:config[:split]]. Columns are found by name (problem, question, prompt or messages; answer; solution or
-    response), or given. In GSM8K's style the answer stands behind ####; in a solution without an answer, in the last \\boxed{}.
-    needs_answer: whether a row without one is an error (for SFT it is not).
-    Raises FileNotFoundError, or ValueError that names the source and the row of what is broken, missing or empty.
+    source: "arithmetic[-dev|-test]"; a local .jsonl, .json or .parquet file; a name (math500, gsm8k,
+    gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. Columns are found by name (problem,
+    question, prompt or messages; answer; solution or response), or given. In GSM8K's style the answer stands
+    behind ####; in a solution without an answer, in the last \\boxed{}. needs_answer: whether a row without
+    one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the source and the
+    row of what is broken, missing or empty.
     """
     if source in ("arithmetic", "arithmetic-dev", "arithmetic-test"):
-        return arithmetic(source.removeprefix("arithmetic").lstrip("-") or "train", 400 if "-" in source else 20000)
+        split = source.removeprefix("arithmetic").lstrip("-") or "train"
+        return arithmetic(split, 20000 if split == "train" else 400)
     rows = read_rows(source)
     if not rows:
         raise ValueError(f"{source} holds no problems")
     given = dict(problem=problem_column, answer=answer_column, solution=None)
-    return [to_problem(row, f"{source}, row {number}", given, needs_answer) for number, row in enumerate(rows, 1)]
+    return [to_problem(row, f"{source}, row {number}", given, needs_answer)
+            for number, row in enumerate(rows, 1)]
 
 
 def read_rows(source):
-    """The rows of a local file or of a hub data set, as dicts (a broken JSON line: ValueError with its number)."""
+    """The rows of a local file or of a hub data set, as dicts (a broken JSON line: ValueError with its
+    number)."""
     if os.path.isfile(source) and source.endswith((".json", ".jsonl")):
         with open(source, encoding="utf-8") as file:
             text = file.read()
@@ -123,8 +131,11 @@ def read_rows(source):
         if not source.endswith(".parquet"):
             raise ValueError(f"{source}: the name must end in .jsonl, .json or .parquet")
         return list(datasets.Dataset.from_parquet(source, cache_dir=None))
-    if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source) or source.endswith((".json", ".jsonl")):
-        raise FileNotFoundError(f"no data file {source!r}, and no name among {', '.join(HUB)}, and not a hub id owner/name")
+    is_file = source.endswith((".json", ".jsonl"))
+    is_id = not is_file and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source)
+    if source not in HUB and not is_id:
+        raise FileNotFoundError(f"no data file {source!r}, and no name among {', '.join(HUB)}, and not a "
+                                f"hub id owner/name")
     name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
     return list(datasets.load_dataset(name, config or None, split=split or "train"))
 
@@ -144,22 +155,26 @@ def to_problem(row, where, given, needs_answer):
     if isinstance(problem, list):  # a conversation: the last message is the response
         problem, solution = problem[:-1], problem[-1]["content"]
     if not problem:
-        raise ValueError(f"{where}: no problem; columns are {', '.join(row)}, looked for {', '.join(COLUMNS['problem'])}")
+        raise ValueError(
+            f"{where}: no problem; columns are {', '.join(row)}, looked for {', '.join(COLUMNS['problem'])}")
     answer = "" if answer is None else str(answer)
     if "####" in answer:
         answer = answer.rsplit("####", 1)[1].strip()
     elif (boxed := extract_answer(answer)) is not None:
         answer = boxed
     if needs_answer and not answer.strip():
-        raise ValueError(f"{where}: no answer; columns are {', '.join(row)}, looked for {', '.join(COLUMNS['answer'])}")
+        raise ValueError(
+            f"{where}: no answer; columns are {', '.join(row)}, looked for {', '.join(COLUMNS['answer'])}")
     return Problem(problem, answer, "" if solution is None else str(solution), step_map=row.get("step_map"))
 
 
 PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
 
 
-def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTION, style="chat", system=None):
-    """Sets Problem.tokens -> (the problems that fit, how many did not). system: a system message, if the chat has none.
+def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTION, style="chat",
+                   system=None):
+    """Sets Problem.tokens -> (the problems that fit, how many did not). system: a system message, if the chat
+    has none.
 
     style: how the chat template's text is used (METHOD: evaluation).
       chat      as the template gives it
@@ -174,7 +189,9 @@ def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTI
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
     switch = dict(enable_thinking=False) if style == "no_think" else {}
     for p in problems:
-        chat = p.problem if isinstance(p.problem, list) else [{"role": "user", "content": p.problem + instruction}]
+        chat = p.problem
+        if not isinstance(chat, list):
+            chat = [{"role": "user", "content": p.problem + instruction}]
         if system is not None and chat[0]["role"] != "system":
             chat = [{"role": "system", "content": system}, *chat]
         if style == "plain":
@@ -193,12 +210,13 @@ def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTI
     return fitting, len(problems) - len(fitting)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The verdict.
 
 
 def extract_answer(response):
-    """What stands in the last \\boxed{...} with balanced braces, or None: no box, an unclosed one, or one without end."""
+    """What stands in the last \\boxed{...} with balanced braces, or None: no box, an unclosed one, or one
+    without end."""
     start = response.rfind("\\boxed{")
     if start < 0:
         return None
@@ -207,10 +225,13 @@ def extract_answer(response):
 
 
 MAX_ANSWER = 1000  # characters of an answer worth reading
-UNITS = ("degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|foot|yards?|"
-         "meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|per|mph|percent|people|ways")
+UNITS = (
+    "degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|foot|"
+         "yards?|meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|per|mph|"
+    "percent|people|ways")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"[−–‒]", "-"), (r"[°º]", ""), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"×", r"\\times "), (r"·", r"\\cdot "), (r"√", r"\\sqrt"),
+    (r"[−–‒]", "-"), (r"[°º]", ""), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"×", r"\\times "),
+    (r"·", r"\\cdot "), (r"√", r"\\sqrt"),
     (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"[\u200b\u2060\ufeff\u00a0]", " "),
     (r"\\\\(?=[a-zA-Z])", r"\\"),  # \\frac for \frac; matrices are read before this
     (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
@@ -220,10 +241,13 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge"), (r"\\lt(?![a-zA-Z])", "<"), (r"\\gt(?![a-zA-Z])", ">"),
     (r"\\(?:varnothing)(?![a-zA-Z])", r"\\emptyset"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\(?:degree|circ)(?![a-zA-Z])", ""), (r"\\?[$%]", ""),
-    (r"(?<=[\d})])\s*\\(?:text|mbox|textnormal|textrm|mathrm)\s*\{(?!\s*(?:or|and|not)\b)[a-zA-Z ./-]*\}(?:\s*\^\s*(?:\d|\{\d\}))?", ""),
-    (r"\\(?:text|mbox|textnormal|textbf|textit|textrm|mathrm|mathbf|bf|rm|operatorname)\s*\{([^{}]*)\}", r"\1"),
+    (r"(?<=[\d})])\s*\\(?:text|mbox|textnormal|textrm|mathrm)\s*\{(?!\s*(?:or|and|not)\b)[a-zA-Z "
+     r"./-]*\}(?:\s*\^\s*(?:\d|\{\d\}))?", ""),
+    (r"\\(?:text|mbox|textnormal|textbf|textit|textrm|mathrm|mathbf|bf|rm|operatorname)\s*\{([^{}]*)\}",
+     r"\1"),
     (rf"(?<=[\d}})])\s*(?:(?:{UNITS})\b\s*)+(?:\^\s*(?:\d|\{{\d\}}))?\s*$", ""),
-    (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"), (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"), (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)",
+                                                             r"\\sqrt{\1}"),
     (r"(?<![\\a-zA-Z])(pi|infty|frac)(?![a-zA-Z])", r"\\\1"), (r"\+\s*(?=\\infty)", ""),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
@@ -232,8 +256,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
 
 
 def normalize(text):
-    """One spelling for what is written in many ways: signs, spacing, sizes, fractions, units, $ and %, thousands, a final
-    period. Linear in the length of the text, which the caller has bounded."""
+    """One spelling for what is written in many ways: signs, spacing, sizes, fractions, units, $ and %,
+    thousands, a final period. Linear in the length of the text, which the caller has bounded."""
     text = text.strip()
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
@@ -244,7 +268,8 @@ def normalize(text):
 
 
 def closing(text, start, opening="([{", ending=")]}"):
-    """Where the bracket that opens at `start` closes, or -1. Brackets of any kind match: intervals are half-open."""
+    """Where the bracket that opens at `start` closes, or -1. Brackets of any kind match: intervals are
+    half-open."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in opening) - (text[i] in ending)
@@ -269,11 +294,14 @@ def split_top(text, pattern):
 
 
 def number(text):
-    """The exact value of rational arithmetic (digits, + - * / ^, \\frac, brackets, mixed numbers) as a Fraction, else None.
+    """The exact value of rational arithmetic (digits, + - * / ^, \\frac, brackets, mixed numbers) as a
+    Fraction, else None.
 
-    Python's parser reads the syntax; nothing is evaluated but the few operations of `fold`, and no float is ever made.
+    Python's parser reads the syntax; nothing is evaluated but the few operations of `fold`, and no float is
+    ever made.
     """
-    if len(text) > 500 or re.search(r"[^\d\s.+\-*/^(){}]", re.sub(r"\\(?:frac|cdot|times|div)(?![a-zA-Z])", "", text)):
+    if len(text) > 500 or re.search(r"[^\d\s.+\-*/^(){}]", re.sub(r"\\(?:frac|cdot|times|div)(?![a-zA-Z])",
+                                                                  "", text)):
         return None
     text = re.sub(r"(\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}", r"(\1+\2/\3)", text)  # mixed numbers
     before = None
@@ -289,7 +317,8 @@ def number(text):
 
 
 def fold(node):
-    """The value of a syntax tree of integers, signs, + - * / and bounded powers. Raises ValueError for anything else."""
+    """The value of a syntax tree of integers, signs, + - * / and bounded powers. Raises ValueError for
+    anything else."""
     match node:
         case ast.Constant(value=int()):
             return Fraction(node.value)
@@ -302,7 +331,8 @@ def fold(node):
                 raise ValueError("exponent")
             return base ** int(exponent)
         case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
-            operation = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+            operation = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                         ast.Div: operator.truediv}
             return operation[type(node.op)](fold(node.left), fold(node.right))
     raise ValueError("not rational arithmetic")
 
@@ -313,14 +343,17 @@ NAME = r"(?:[a-zA-Z](?:_\{?\w+\}?)?|\\[a-z]+)"
 
 def strip_name(text):
     """x = 5 -> (x, 5); (p,q) = (3,2) -> (p,q), (3,2); x \\in [0,1] -> x, [0,1]; others -> None, text."""
-    match = re.fullmatch(rf"({NAME}|[a-zA-Z]\({NAME}\)|\({NAME}(?:, ?{NAME})+\)) ?(?:=|\\in(?![a-z])) ?([^=<>]+)", text)
+    match = re.fullmatch(rf"({NAME}|[a-zA-Z]\({NAME}\)|\({NAME}(?:, ?{NAME})+\)) ?(?:=|\\in(?![a-z])) "
+                         rf"?([^=<>]+)", text)
     return (match[1].replace(" ", ""), match[2].strip()) if match else (None, text)
 
 
 def parts_of(text):
-    """The kind of an answer and its parts: ("matrix", rows...), ("union", ...), ("list", ...), ("(", "]", ...), or ("one",).
+    """The kind of an answer and its parts: ("matrix", rows...), ("union", ...), ("list", ...), ("(", "]",
+    ...), or ("one",).
 
-    Bare lists and sets are one kind, whose order does not matter; tuples and intervals keep brackets and order.
+    Bare lists and sets are one kind, whose order does not matter; tuples and intervals keep brackets and
+    order.
     """
     matrix = re.fullmatch(r"\\begin ?\{([pbvB]?matrix)\}(.*)\\end ?\{\1\}", text, re.DOTALL)
     if matrix:
@@ -347,7 +380,7 @@ def parts_of(text):
 
 def expand(parts):
     """A list whose elements with \\pm are written out."""
-    return [text for part in parts for text in ([part.replace("\\pm", sign) for sign in "+-"] if "\\pm" in part else [part])]
+    return [part.replace("\\pm", sign) for part in parts for sign in ("+-" if "\\pm" in part else "+")]
 
 
 def compare(answer, gold, depth=0):
@@ -365,8 +398,8 @@ def compare(answer, gold, depth=0):
     if name_a or name_g:
         return compare(answer, gold, depth + 1)
     base = re.compile(r"\(?([0-9a-zA-Z]+)\)? ?_ ?\{?(\d+)\}?")
-    if (m := base.fullmatch(gold)) and m[1][0].isdigit() or (m := base.fullmatch(answer)) and m[1][0].isdigit():
-        a, g = base.fullmatch(answer), base.fullmatch(gold)
+    a, g = base.fullmatch(answer), base.fullmatch(gold)
+    if any(m and m[1][0].isdigit() for m in (a, g)):
         return bool(a and g and a.groups() == g.groups()), "structure"
     sides_a, sides_g = split_top(answer, RELATION), split_top(gold, RELATION)
     if len(sides_a) > 1 or len(sides_g) > 1:
@@ -395,7 +428,8 @@ def is_same_bag(parts_a, parts_g, depth):
 
 
 def compare_relations(answer, gold, sides_a, sides_g, depth):
-    """Equations and inequalities: the same signs, turned to point one way, and sides whose difference is the same."""
+    """Equations and inequalities: the same signs, turned to point one way, and sides whose difference is the
+    same."""
     signs_a, signs_g = (re.findall(RELATION, text) for text in (answer, gold))
     turned = {">": "<", "\\ge": "\\le"}
     if signs_a and all(sign in turned for sign in signs_a):
@@ -416,11 +450,13 @@ def compare_relations(answer, gold, sides_a, sides_g, depth):
 FUNCTIONS = r"sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|max|min"
 WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
 COSTLY = re.compile(
-    r"\^\s*\{?[^{}]*\^|\^\s*\{?\s*[-+]?\s*\d{3,}|\d{51,}|!\s*!|\d{4,}\s*!|\\(?:sum|prod|int|lim|gcd|lcm|binom|begin)|_\s*\{?\s*\d{3,}")
+    r"\^\s*\{?[^{}]*\^|\^\s*\{?\s*[-+]?\s*\d{3,}|\d{51,}|!\s*!|\d{4,}\s*!"
+    r"|\\(?:sum|prod|int|lim|gcd|lcm|binom|begin)|_\s*\{?\s*\d{3,}")
 
 
 def compare_expressions(answer, gold):
-    """The last resort: words as text; expressions that are cheap enough by a computer algebra system, in a worker."""
+    """The last resort: words as text; expressions that are cheap enough by a computer algebra system, in a
+    worker."""
     if WORD.search(answer) or WORD.search(gold):
         return answer.casefold() == gold.casefold(), "text"
     for text in (answer, gold):
@@ -433,8 +469,9 @@ def compare_expressions(answer, gold):
 def verdict(answer, gold):
     """Whether an answer equals the gold one, and how that was decided -> (bool, str).
 
-    how: "none" (nothing in a box), "text", "number" (exactly, by fractions), "structure" (lists, tuples, intervals, matrices,
-    relations, bases), "expression" (computer algebra), "guard" (too costly to try), "killed" (tried, and ended by a limit).
+    how: "none" (nothing in a box), "text", "number" (exactly, by fractions), "structure" (lists, tuples,
+    intervals, matrices, relations, bases), "expression" (computer algebra), "guard" (too costly to try),
+    "killed" (tried, and ended by a limit).
     """
     if answer is None or not answer.strip("$ \n\t"):
         return False, "none"
@@ -445,20 +482,23 @@ def verdict(answer, gold):
 
 
 def is_correct(answer, gold):
-    """Whether an extracted answer (or None) equals the gold answer. The same verdict from any thread, under any load."""
+    """Whether an extracted answer (or None) equals the gold answer. The same verdict from any thread, under
+    any load."""
     return verdict(answer, gold)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The workers: model text meets a computer algebra system only in processes that may be killed.
 
 
 class Workers:
-    """Two persistent processes that compare expressions, each under kernel limits on memory and CPU time per check.
+    """Two persistent processes that compare expressions, each under kernel limits on memory and CPU time per
+    check.
 
-    They are started fresh, when first needed, as `python eval_math.py --worker`: never forked from a process with threads or
-    CUDA. A check that dies is wrong, and counted; its worker is replaced. CPU time, not wall time, decides, so the load of the
-    machine does not; the wall clock is only the backstop for a check that sleeps.
+    They are started fresh, when first needed, as `python eval_math.py --worker`: never forked from a process
+    with threads or CUDA. A check that dies is wrong, and counted; its worker is replaced. CPU time, not wall
+    time, decides, so the load of the machine does not; the wall clock is only the backstop for a check that
+    sleeps.
     """
 
     NUMBER, CPU_SECONDS, WALL_SECONDS, MEMORY = 2, 2, 20, 1 << 30
@@ -507,7 +547,8 @@ class Workers:
 
     def start(self):
         """A new worker, ready."""
-        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], stdin=subprocess.PIPE,
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"],
+                                   stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         process.stdout.readline()
         atexit.register(process.kill)
@@ -540,15 +581,16 @@ def work():
 def is_same_expression(answer, gold):
     """Whether two LaTeX expressions are the same function of their letters (run in a worker only).
 
-    math-verify's parser reads them; equality is decided here, at random rational points to 60 digits. math-verify's own
-    comparison rounds to six digits, and so takes 6.283185 for 2 pi and 2^-99 for 2^-98.
+    math-verify's parser reads them; equality is decided here, at random rational points to 60 digits.
+    math-verify's own comparison rounds to six digits, and so takes 6.283185 for 2 pi and 2^-99 for 2^-98.
     """
     import sympy
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
     conversion = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
-    a, g = (sympy.nsimplify(latex2sympy(text, conversion_config=conversion), rational=True) for text in (answer, gold))
+    a, g = (sympy.nsimplify(latex2sympy(text, conversion_config=conversion), rational=True)
+            for text in (answer, gold))
     if a == g:
         return True
     imaginary = {sympy.Symbol("i"): sympy.I}
@@ -566,7 +608,7 @@ def is_same_expression(answer, gold):
     return agreed >= (3 if letters else 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation.
 
 
@@ -582,7 +624,8 @@ def response_text(r, tokenizer):
 
 
 def score(rollouts, problems, tokenizer):
-    """Sets the reward of each rollout: 1 if its answer is right and it was not truncated, else 0 (METHOD: rewards).
+    """Sets the reward of each rollout: 1 if its answer is right and it was not truncated, else 0 (METHOD:
+    rewards).
 
     Returns the (verdict, how) of each; a truncated response is wrong whatever it says.
     """
@@ -595,7 +638,8 @@ def score(rollouts, problems, tokenizer):
 
 
 def evaluate(model, tokenizer, problems, num_samples=1, seed=0, **settings):
-    """Samples num_samples responses per problem and scores them -> dict with accuracy, standard_error, n and more.
+    """Samples num_samples responses per problem and scores them -> dict with accuracy, standard_error, n and
+    more.
 
     settings go to rollout.generate. The standard error is that of the mean over problems.
     """
@@ -606,11 +650,13 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, **settings):
     rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **settings)
     score(rollouts, repeated, tokenizer)
     rewards = [r.reward for r in rollouts]
-    return accuracy([rewards[i:i + num_samples] for i in range(0, len(rewards), num_samples)]) | describe(rollouts)
+    samples = [rewards[i:i + num_samples] for i in range(0, len(rewards), num_samples)]
+    return accuracy(samples) | describe(rollouts)
 
 
 def accuracy(rewards):
-    """Rewards of each problem's samples -> accuracy, its standard error over problems, n, and pass@k for k = all samples."""
+    """Rewards of each problem's samples -> accuracy, its standard error over problems, n, and pass@k for k =
+    all samples."""
     means = [fmean(samples) for samples in rewards]
     mean = fmean(means)
     variance = sum((m - mean) ** 2 for m in means) / max(1, len(means) - 1)
@@ -622,25 +668,29 @@ def describe(rollouts):
     """Mean length (trained tokens), share of truncated responses, and tokens revealed per denoising step."""
     return dict(length=sum(r.num_tokens for r in rollouts) / len(rollouts),
                 truncated=sum(r.is_truncated for r in rollouts) / len(rollouts),
-                tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
+                tokens_per_step=sum(len(r.response) for r in rollouts)
+                / sum(max(r.step_map) for r in rollouts))
 
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Commands.
 
 
 def diffusion_responder(args):
-    """A function (problems, seeds, strategy) -> responses of a diffusion model, the prompts dealt out over the processes."""
+    """A function (problems, seeds, strategy) -> responses of a diffusion model, the prompts dealt out over
+    the processes."""
     import model as lm
     import rollout
 
     model, tokenizer = lm.load_model(args.model, args.block_size)
 
     def respond(problems, seeds, strategy):
+        """Responses to the problems, on every process."""
         rollouts = rollout.generate_everywhere(
             model, [p.tokens for p in problems], seeds, max_new_tokens=args.max_new_tokens, strategy=strategy,
-            threshold=args.threshold, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, slots=args.slots,
+            threshold=args.threshold, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+            slots=args.slots,
             eos_ids=model.config.eos_ids)
         return [dict(response=response_text(r, tokenizer), length=r.num_tokens, truncated=r.is_truncated,
                      decoded=len(r.response), step_map=r.step_map) for r in rollouts]
@@ -649,7 +699,8 @@ def diffusion_responder(args):
 
 
 def autoregressive_responder(args):
-    """The same of an autoregressive model, by transformers' generate: batched, left-padded, one token per step."""
+    """The same of an autoregressive model, by transformers' generate: batched, left-padded, one token per
+    step."""
     import torch
     import transformers
 
@@ -657,24 +708,28 @@ def autoregressive_responder(args):
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.ar, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.ar, dtype="auto").to(lm.default_device()).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.ar, dtype="auto")
+    model = model.to(lm.default_device()).eval()
     eos = model.generation_config.eos_token_id
     eos = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     sampling = dict(do_sample=False) if args.temperature == 0 else dict(
         do_sample=True, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
 
     def respond(problems, seeds, strategy):
+        """Responses to the problems, on every process."""
         rank, number = lm.processes()
         own, out = problems[rank::number], []
         for start in range(0, len(own), args.slots):
             batch = [{"input_ids": p.tokens} for p in own[start:start + args.slots]]
             inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
             torch.manual_seed(seeds[rank::number][start])
-            tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+            tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens,
+                                    pad_token_id=tokenizer.pad_token_id, **sampling)
             for row in tokens[:, inputs["input_ids"].shape[1]:].tolist():
                 end = next((i + 1 for i, token in enumerate(row) if token in eos), 0)
                 length = end or len(row)
-                out.append(dict(response=tokenizer.decode(row[:length], skip_special_tokens=True), length=length,
+                out.append(dict(response=tokenizer.decode(row[:length], skip_special_tokens=True),
+                                length=length,
                                 truncated=end == 0, decoded=length, step_map=list(range(1, length + 1))))
         return lm.gather_lists(out)
 
@@ -682,7 +737,8 @@ def autoregressive_responder(args):
 
 
 def evaluate_command(args):
-    """Samples, grades and tabulates; every response goes to runs/<run>/responses.jsonl at once, so a run can be resumed."""
+    """Samples, grades and tabulates; every response goes to runs/<run>/responses.jsonl at once, so a run can
+    be resumed."""
     import model as lm
 
     lm.start_processes()
@@ -690,36 +746,47 @@ def evaluate_command(args):
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     problems = load_problems(args.data, args.problem_column, args.answer_column)[:args.limit]
-    problems, num_long = encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction, args.prompt_style,
+    problems, num_long = encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction,
+                                        args.prompt_style,
                                         args.system)
     strategies = ["autoregressive"] if args.ar else args.strategy
     log = lm.RunLog(os.path.join("runs", args.run), vars(args), "responses.jsonl", is_resumed=True)
     done = {(line["strategy"], line["problem"], line["sample"]): line for line in log.read()}
     work = [(strategy, i, k) for strategy in strategies for i in range(len(problems)) for k in range(args.n)]
     todo = [key for key in work if key not in done]
-    lm.say(f"{args.data}: {len(problems)} problems, {num_long} skipped for their length; {len(work) - len(todo)} of {len(work)} "
-           "responses were there already")
+    lm.say(f"{args.data}: {len(problems)} problems, {num_long} skipped for their length; "
+           f"{len(work) - len(todo)} of {len(work)} responses were there already")
     size = args.slots * lm.processes()[1] * 2
-    chunks = [[key for key in todo if key[0] == s][i:i + size] for s in strategies for i in range(0, len(work), size)]
-    for chunk in lm.progress([chunk for chunk in chunks if chunk], "evaluate"):
+    chunks = []
+    for strategy in strategies:
+        keys = [key for key in todo if key[0] == strategy]
+        chunks += [keys[i:i + size] for i in range(0, len(keys), size)]
+    for chunk in lm.progress(chunks, "evaluate"):
         started = time.perf_counter()
-        responses = respond([problems[i] for _, i, _ in chunk], [args.seed + i * args.n + k for _, i, k in chunk], chunk[0][0])
+        seeds = [args.seed + i * args.n + k for _, i, k in chunk]
+        responses = respond([problems[i] for _, i, _ in chunk], seeds, chunk[0][0])
         seconds = (time.perf_counter() - started) / len(chunk)
         pairs = [(None if r["truncated"] else extract_answer(r["response"]), problems[i].answer)
                  for r, (_, i, _) in zip(responses, chunk)]
         for key, r, (answer, gold), (is_right, how) in zip(chunk, responses, pairs, grade(pairs)):
-            done[key] = dict(strategy=key[0], problem=key[1], sample=key[2], text=problems[key[1]].problem, gold=gold, answer=answer,
-                             correct=is_right, how="truncated" if r["truncated"] else how, seconds=seconds, **r)
+            done[key] = dict(strategy=key[0], problem=key[1], sample=key[2], text=problems[key[1]].problem,
+                             gold=gold, answer=answer,
+                             correct=is_right, how="truncated" if r["truncated"] else how, seconds=seconds,
+                             **r)
             log.write(done[key])
     summary = {}
     for strategy in strategies:
         lines = [done[key] for key in work if key[0] == strategy]
-        summary[strategy] = accuracy([[float(line["correct"]) for line in lines[i:i + args.n]] for i in range(0, len(lines), args.n)])
+        summary[strategy] = accuracy([[float(line["correct"]) for line in lines[i:i + args.n]]
+                                      for i in range(0, len(lines), args.n)])
         summary[strategy].update(
-            length=fmean(line["length"] for line in lines), truncated=fmean(line["truncated"] for line in lines),
-            tokens_per_step=sum(line["decoded"] for line in lines) / sum(max(line["step_map"]) for line in lines),
+            length=fmean(line["length"] for line in lines), truncated=fmean(line["truncated"]
+                                                                            for line in lines),
+            tokens_per_step=sum(line["decoded"] for line in lines) / sum(max(line["step_map"])
+                                                                         for line in lines),
             tokens_per_second=sum(line["length"] for line in lines) / sum(line["seconds"] for line in lines),
-            unanswered=fmean(line["answer"] is None for line in lines), killed=sum(line["how"] == "killed" for line in lines))
+            unanswered=fmean(line["answer"] is None for line in lines), killed=sum(line["how"] == "killed"
+                                                                                   for line in lines))
     log.finish(summary)
     names = list(summary[strategies[0]])
     lm.say(f"{args.data}, n = {args.n}" + "".join(f"{strategy:>16s}" for strategy in strategies))
@@ -729,11 +796,14 @@ def evaluate_command(args):
 
 
 def grade_command(args):
-    """{"gold", "response"} rows -> {"correct", "answer", "how"} rows in args.out, and a summary with the speed."""
+    """{"gold", "response"} rows -> {"correct", "answer", "how"} rows in args.out, and a summary with the
+    speed."""
     rows = read_rows(args.grade)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("gold"), str) or not isinstance(row.get("response"), str):
-            raise ValueError(f"{args.grade}, row {number}: needs the texts gold and response, has {str(row)[:80]!r}")
+        if not isinstance(row, dict) or not isinstance(row.get("gold"),
+                                                       str) or not isinstance(row.get("response"), str):
+            raise ValueError(f"{args.grade}, row {number}: needs the texts gold and response, has "
+                             f"{str(row)[:80]!r}")
     is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
     started = time.perf_counter()
     answers = [extract_answer(row["response"]) for row in rows]
@@ -752,25 +822,32 @@ def grade_command(args):
 
 def parse_args(argv=None):
     """The flags of eval_math.py. Each: name, type, default, meaning."""
-    parser = argparse.ArgumentParser(description="Evaluate a model on math problems, or grade a file.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Evaluate a model on math problems, or grade a file.",
+                                     allow_abbrev=False)
     flag = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="diffusion model: checkpoint folder or hub id")
-    what.add_argument("--ar", metavar="MODEL", help="autoregressive model, by transformers' generate, under the same prompts and grader")
-    what.add_argument("--grade", metavar="FILE", help="grade a JSON Lines file of gold and response instead of sampling")
+    what.add_argument("--ar", metavar="MODEL", help="autoregressive model, by transformers' generate, under "
+                      "the same prompts and grader")
+    what.add_argument("--grade", metavar="FILE", help="grade a JSON Lines file of gold and response instead "
+                      "of sampling")
     flag("--out", help="with --grade: where the verdicts go")
-    flag("--data", default="arithmetic-test", help=f"arithmetic-test, {', '.join(HUB)}, a file, or a hub id owner/name[:config[:split]]")
+    flag("--data", default="arithmetic-test", help=f"arithmetic-test, {', '.join(HUB)}, a file, or a hub id "
+         f"owner/name[:config[:split]]")
     flag("--problem_column", help="column of the problem, if it has an uncommon name")
     flag("--answer_column", help="column of the answer, if it has an uncommon name")
     flag("--limit", type=int, default=None, help="only the first problems")
     flag("--n", type=int, default=1, help="samples per problem; pass_at_k has k = n")
-    flag("--strategy", nargs="+", default=["static", "dynamic"], choices=("static", "dynamic", "sequential", "entropy"))
+    flag("--strategy", nargs="+", default=["static", "dynamic"], choices=("static", "dynamic", "sequential",
+                                                                          "entropy"))
     flag("--threshold", type=float, default=0.9, help="confidence above which dynamic reveals a token")
     flag("--temperature", type=float, default=1.0, help="0 is greedy")
     flag("--top_k", type=int, default=0, help="draw among the k most probable tokens; 0 is all")
-    flag("--top_p", type=float, default=1.0, help="draw among the most probable tokens up to this sum; 1 is all")
+    flag("--top_p", type=float, default=1.0, help="draw among the most probable tokens up to this sum; 1 is "
+         "all")
     flag("--block_size", type=int, default=None, help="K, if not the checkpoint's own")
-    flag("--max_new_tokens", type=int, default=2000, help="longest response; longer ones are truncated, and wrong")
+    flag("--max_new_tokens", type=int, default=2000, help="longest response; longer ones are truncated, and "
+         "wrong")
     flag("--max_prompt_tokens", type=int, default=784, help="longer prompts are skipped and counted")
     flag("--prompt_style", choices=PROMPT_STYLES, default="chat", help="how the chat template is used")
     flag("--instruction", default=INSTRUCTION, help="text after each problem")
@@ -782,7 +859,8 @@ def parse_args(argv=None):
     if args.grade and not args.out:
         parser.error("--grade needs --out")
     if args.n < 1 or args.slots < 1 or args.max_new_tokens < 1:
-        parser.error(f"--n {args.n}, --slots {args.slots} and --max_new_tokens {args.max_new_tokens} must be at least 1")
+        parser.error(f"--n {args.n}, --slots {args.slots} and --max_new_tokens {args.max_new_tokens} must "
+                     f"be at least 1")
     return args
 
 

@@ -3,20 +3,24 @@
 A block diffusion language model is an ordinary decoder-only transformer with three changes:
 
   1. it has a mask token, and its logits at position i predict the token AT position i (Dream: at i + 1);
-  2. attention looks back by whole blocks of K tokens instead of by single tokens (or, for Dream and LLaDA, everywhere);
-  3. a training row holds not only the clean text but also *views*: copies of a block as it was while it was decoded.
+  2. attention looks back by whole blocks of K tokens instead of by single tokens (or, for Dream and LLaDA,
+     everywhere);
+  3. a training row holds not only the clean text but also *views*: copies of a block as it was while it was
+     decoded.
 
-All three, in prefill, decoding, replay and fine-tuning, are one attention rule over four small integers per token:
-see `Layout` and `may_attend`, the only place in this project that knows who sees whom.
+All three, in prefill, decoding, replay and fine-tuning, are one attention rule over four small integers per
+token: see `Layout` and `may_attend`, the only place in this project that knows who sees whom.
 
-Reading order: ModelConfig, Layout and may_attend, KVCache, Layer, BlockDiffusionLM, token_logprobs; then checkpoints
-(load_model, save_checkpoint), the tiny model, and last where all this runs (processes, optimizer step, run folder).
+Reading order: ModelConfig, Layout and may_attend, KVCache, Layer, BlockDiffusionLM, token_logprobs; then
+checkpoints (load_model, save_checkpoint), the tiny model, and last where all this runs (processes, optimizer
+step, run folder).
 
 Left out on purpose: dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism.
 
 Sizes, used with one meaning everywhere:
-  B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block   S trace steps
-  V vocabulary   C channels   H heads   D channels of a head   G responses per prompt   N items of a list
+  B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block   S trace
+  steps V vocabulary   C channels   H heads   D channels of a head   G responses per prompt   N items of a
+  list
 """
 
 import dataclasses
@@ -40,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Configuration: one network, four families. A family is a row of switches and a table of weight names.
 
 
@@ -89,7 +93,8 @@ class Family(NamedTuple):
 
 FAMILIES = {  # by model_type of config.json, in lower case
     "sdar": Family(True, False, False, "block", 151669, QWEN_NAMES),  # SDAR and TraDo
-    "qwen3": Family(True, False, False, "block", 151669, QWEN_NAMES),  # autoregressive: sft.py makes it a block model
+    # autoregressive: sft.py makes it a block model
+    "qwen3": Family(True, False, False, "block", 151669, QWEN_NAMES),
     "dream": Family(False, True, True, "full", 151666, QWEN_NAMES),  # Dream and DiffuCoder
     "llada": Family(False, False, False, "full", 126336, LLADA_NAMES),
     "mmada": Family(False, False, False, "full", 126336, LLADA_NAMES),  # its text part is LLaDA
@@ -172,7 +177,8 @@ class ModelConfig:
                 mask_id = wanted["vocab_size"]
                 wanted["vocab_size"] += 1
             elif mask_id >= wanted["vocab_size"]:
-                raise ValueError(f"this checkpoint names no mask token: config.json has no mask_token_id, and {family}'s "
+                raise ValueError(f"this checkpoint names no mask token: config.json has no mask_token_id, "
+                                 f"and {family}'s "
                                  f"usual {mask_id} is outside its vocabulary of {wanted['vocab_size']}")
         default_block = 32 if FAMILIES[family].attention == "full" else 4
         return cls(
@@ -180,13 +186,16 @@ class ModelConfig:
             num_layers=wanted["num_hidden_layers"], num_heads=wanted["num_attention_heads"],
             num_kv_heads=wanted["num_key_value_heads"], intermediate_size=wanted["intermediate_size"],
             head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
-            mask_id=mask_id, block_size=block_size if block_size is not None else source.get("block_size") or default_block,
-            rms_norm_eps=source.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
+            mask_id=mask_id, block_size=block_size if block_size is not None else source.get("block_size")
+            or default_block,
+            rms_norm_eps=source.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
             rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or default_theta),
-            pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos), source=dict(source))
+            pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos),
+            source=dict(source))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The one attention rule.
 
 
@@ -208,11 +217,13 @@ class Layout(NamedTuple):
     def clean(cls, position, block_size, is_full, document=None):
         """The layout of plain text without views: ordinary block (or full) attention."""
         zero = torch.zeros_like(position)
-        return cls(position, zero if document is None else document, zero if is_full else position // block_size, zero)
+        return cls(position, zero if document is None else document, zero if is_full
+                   else position // block_size, zero)
 
 
 def may_attend(query, key):
-    """Whether a token sees another: THE rule (METHOD: replay). Layouts (or single numbers) that broadcast -> bool.
+    """Whether a token sees another: THE rule (METHOD: replay). Layouts (or single numbers) that broadcast ->
+    bool.
 
     Inside one document, a token sees the clean text of earlier blocks, and its own block in its own view.
     - prefill, plain text: every token is in view 0, so this is block-causal attention (K = 1: causal);
@@ -233,8 +244,10 @@ def dense_mask(layout):
 
 
 def attend(q, k, v, mask):
-    """Softmax attention. q (B, H, T, D), k and v (B, H_kv, T_key, D), mask bool, broadcast to (B, H, T, T_key)."""
-    if q.is_cuda and k.shape[1] != q.shape[1]:  # with a mask, CUDA's fast kernels want as many kv heads as heads
+    """Softmax attention. q (B, H, T, D), k and v (B, H_kv, T_key, D), mask bool, broadcast to (B, H, T,
+    T_key)."""
+    # with a mask, CUDA's fast kernels want as many kv heads as heads
+    if q.is_cuda and k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -242,9 +255,10 @@ def attend(q, k, v, mask):
 class KVCache:
     """Keys and values of every slot's sequence so far, (slots, length, H_kv, D) per layer.
 
-    The cache needs no bookkeeping: a forward writes its keys and values at the positions of its tokens, and reads
-    everything before its own end. A block under denoising therefore lies in the cache while it is noisy, but only its own
-    next forward comes before it is written again; the last writing, once no mask is left, is the clean one.
+    The cache needs no bookkeeping: a forward writes its keys and values at the positions of its tokens, and
+    reads everything before its own end. A block under denoising therefore lies in the cache while it is
+    noisy, but only its own next forward comes before it is written again; the last writing, once no mask is
+    left, is the clean one.
     """
 
     def __init__(self, config, num_slots, length, dtype, device):
@@ -257,7 +271,8 @@ class KVCache:
         self.slots, self.position = slots, position
         self.length = int(position.max()) + 1
         key_position = torch.arange(self.length, device=position.device)
-        self.mask = (key_position <= position[:, -1:])[:, None, None]  # (B, 1, 1, length): up to the end of its block
+        # (B, 1, 1, length): up to the end of its block
+        self.mask = (key_position <= position[:, -1:])[:, None, None]
         return self
 
     def write(self, layer, k, v):
@@ -266,12 +281,15 @@ class KVCache:
         self.values[layer, self.slots[:, None], self.position] = v.transpose(1, 2)
 
     def attend(self, layer, q, k, v):
-        """Attention of one block per slot, q (B, H, K, D), over all that the slot holds up to the block's end."""
+        """Attention of one block per slot, q (B, H, K, D), over all that the slot holds up to the block's
+        end."""
         if flash_attn_with_kvcache is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            # Writes k and v at cache_seqlens and attends to everything up to there and to the whole new block.
+            # Writes k and v at cache_seqlens and attends to everything up to there and to the whole new
+            # block.
             return flash_attn_with_kvcache(
                 q.transpose(1, 2), self.keys[layer], self.values[layer], k.transpose(1, 2), v.transpose(1, 2),
-                cache_seqlens=self.position[:, 0].int(), cache_batch_idx=self.slots.int(), causal=False).transpose(1, 2)
+                cache_seqlens=self.position[:, 0].int(), cache_batch_idx=self.slots.int(),
+                causal=False).transpose(1, 2)
         self.write(layer, k, v)
         keys = self.keys[layer, self.slots, :self.length].transpose(1, 2)
         values = self.values[layer, self.slots, :self.length].transpose(1, 2)
@@ -283,13 +301,15 @@ try:  # optional: needs CUDA and a compiler
 except ImportError:
     flash_attn_with_kvcache = None
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The network.
 
 
 def rotary(position, head_dim, theta):
-    """Cosines and sines of the rotary embedding: position (B, T) -> two float32 (B, 1, T, D), halves convention."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
+    """Cosines and sines of the rotary embedding: position (B, T) -> two float32 (B, 1, T, D), halves
+    convention."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device,
+                                        dtype=torch.float32) / head_dim)
     angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
@@ -325,10 +345,12 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, C, bias=False)
 
     def forward(self, x, cos, sin, mask, cache):
-        """x (B, T, C) -> (B, T, C). With a cache, k and v are stored there; without a mask, read from there."""
+        """x (B, T, C) -> (B, T, C). With a cache, k and v are stored there; without a mask, read from
+        there."""
         B, T, _ = x.shape
         h = self.attention_norm(x)
-        q = rotate(self.q_norm(self.q_proj(h).view(B, T, -1, self.head_dim)).transpose(1, 2), cos, sin)  # (B, H, T, D)
+        # (B, H, T, D)
+        q = rotate(self.q_norm(self.q_proj(h).view(B, T, -1, self.head_dim)).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(self.k_proj(h).view(B, T, -1, self.head_dim)).transpose(1, 2), cos, sin)
         v = self.v_proj(h).view(B, T, -1, self.head_dim).transpose(1, 2)
         if mask is None:
@@ -343,7 +365,8 @@ class Layer(nn.Module):
 
 
 class BlockDiffusionLM(nn.Module):
-    """The language model. `model(tokens)` gives logits; `hidden` is what rollout, replay and value model build on."""
+    """The language model. `model(tokens)` gives logits; `hidden` is what rollout, replay and value model
+    build on."""
 
     def __init__(self, config):
         super().__init__()
@@ -363,8 +386,9 @@ class BlockDiffusionLM(nn.Module):
     def hidden(self, tokens, layout, cache=None, reads_cache=False):
         """Final normalised states of rows laid out by `layout`: tokens int64 (B, T) -> (B, T, C).
 
-        cache: a KVCache after `select`; keys and values are stored in it. reads_cache: the tokens are one block per slot
-        and see the cache up to their own end (decoding) instead of one another by the rule (prefill).
+        cache: a KVCache after `select`; keys and values are stored in it. reads_cache: the tokens are one
+        block per slot and see the cache up to their own end (decoding) instead of one another by the rule
+        (prefill).
         """
         cos, sin = rotary(layout.position, self.config.head_dim, self.config.rope_theta)
         mask = None if reads_cache else dense_mask(layout)
@@ -376,18 +400,20 @@ class BlockDiffusionLM(nn.Module):
     def forward(self, tokens):
         """Logits (B, T, V) for int64 tokens (B, T) under the model's own attention.
 
-        logits[:, i] predict tokens[:, i] in every family: Dream's output is moved by one here (its position 0, which
-        nothing predicts, keeps its own). The mask token's logit is left as the network gives it.
+        logits[:, i] predict tokens[:, i] in every family: Dream's output is moved by one here (its position
+        0, which nothing predicts, keeps its own). The mask token's logit is left as the network gives it.
         """
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits = self.head(self.hidden(tokens, Layout.clean(position, self.config.block_size, self.config.is_full)))
+        logits = self.head(self.hidden(tokens, Layout.clean(position, self.config.block_size,
+                                                            self.config.is_full)))
         if self.config.switches.shifts_logits:
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
 
 
 def policy_logits(logits, mask_id):
-    """Logits in float32 with the mask token ruled out: a policy never says "mask", in decoding and in replay alike."""
+    """Logits in float32 with the mask token ruled out: a policy never says "mask", in decoding and in replay
+    alike."""
     logits = logits.float()
     return logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
 
@@ -397,32 +423,38 @@ def chunk_logprobs(h, tokens, head, mask_id, temperature):
     logits = policy_logits(head(h), mask_id) / temperature
     total = logits.logsumexp(-1)
     logp = logits.gather(-1, tokens[:, None])[:, 0] - total
-    with torch.no_grad():  # sum p log p, with 0 log 0 = 0 for the mask token; a figure for the log, never trained on
+    # sum p log p, with 0 log 0 = 0 for the mask token; a figure for the log, never trained on
+    with torch.no_grad():
         p = (logits - total[:, None]).exp()
         entropy = total - (p * logits.masked_fill(logits == -math.inf, 0)).sum(-1)
     return logp, entropy
 
 
 def token_logprobs(model, h, tokens, temperature=1.0, chunk=1024):
-    """Log-probabilities of `tokens` (N,) and the entropy of their distributions, at final states h (N, C). float32.
+    """Log-probabilities of `tokens` (N,) and the entropy of their distributions, at final states h (N, C).
+    float32.
 
-    Logits live for one chunk of positions at a time and are computed again in the backward pass: with V = 152k, the
-    float32 logits of 4,000 positions and their gradient would take 5 GB. Temperature 0 stands for 1, as in decoding.
+    Logits live for one chunk of positions at a time and are computed again in the backward pass: with V =
+    152k, the float32 logits of 4,000 positions and their gradient would take 5 GB. Temperature 0 stands for
+    1, as in decoding.
     """
     outputs = [(h.new_zeros(0, dtype=torch.float32),) * 2]
     for start in range(0, len(h), chunk):
-        args = (h[start:start + chunk], tokens[start:start + chunk], model.head, model.config.mask_id, temperature or 1.0)
+        args = (h[start:start + chunk], tokens[start:start + chunk], model.head, model.config.mask_id,
+                temperature or 1.0)
         is_small = len(h) * model.config.vocab_size < 2**24  # under 64 MB: not worth computing twice
-        outputs.append(chunk_logprobs(*args) if is_small else checkpoint(chunk_logprobs, *args, use_reentrant=False))
+        outputs.append(chunk_logprobs(*args) if is_small else checkpoint(chunk_logprobs, *args,
+                                                                         use_reentrant=False))
     return tuple(torch.cat(part) for part in zip(*outputs))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints, in the layout Hugging Face gave each family.
 
 
 def family_name(config, ours):
-    """Our parameter name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight."""
+    """Our parameter name in the family's spelling: layers.3.q_proj.weight ->
+    model.layers.3.self_attn.q_proj.weight."""
     module, _, kind = ours.rpartition(".")
     parts = module.split(".")
     if parts[0] != "layers":
@@ -433,9 +465,10 @@ def family_name(config, ours):
 def load_model(path_or_id, block_size=None, dtype=None, device=None):
     """Loads a checkpoint folder or hub id -> (BlockDiffusionLM, tokenizer or None).
 
-    block_size: K, if not the checkpoint's own. dtype: of the weights in memory (default: as stored). device: default
-    this process's GPU, else the CPU. Weights go shard by shard to where they are used; there is never a second copy.
-    Raises FileNotFoundError or ValueError that names the missing file, weight, shape, model_type or mask token.
+    block_size: K, if not the checkpoint's own. dtype: of the weights in memory (default: as stored). device:
+    default this process's GPU, else the CPU. Weights go shard by shard to where they are used; there is never
+    a second copy. Raises FileNotFoundError or ValueError that names the missing file, weight, shape,
+    model_type or mask token.
     """
     path = os.fspath(path_or_id)
     if not os.path.isdir(path):
@@ -474,9 +507,12 @@ def load_weights(model, path, dtype, device):
                     continue
                 name, tensor = ours[theirs], file.get_tensor(theirs)
                 if name in found:
-                    raise ValueError(f"{path}: {theirs} is in more than one file: is this two checkpoints in one folder?")
-                if name in ("embed.weight", "head.weight") and len(tensor) == len_source < model.config.vocab_size:
-                    tensor = torch.cat([tensor, tensor.mean(0, keepdim=True)])  # the mask token starts as the mean token
+                    raise ValueError(f"{path}: {theirs} is in more than one file: is this two checkpoints "
+                                     f"in one folder?")
+                if name in ("embed.weight",
+                            "head.weight") and len(tensor) == len_source < model.config.vocab_size:
+                    # the mask token starts as the mean token
+                    tensor = torch.cat([tensor, tensor.mean(0, keepdim=True)])
                 if tensor.shape != shapes[name]:
                     raise ValueError(f"{path}: {theirs} has shape {tuple(tensor.shape)}, "
                                      f"config.json asks for {tuple(shapes[name])}")
@@ -497,7 +533,8 @@ def load_tokenizer(path, config):
     """The folder's tokenizer, or None if it has none. Never runs code from the checkpoint."""
     if os.path.isfile(os.path.join(path, "tokenizer.json")):
         return PreTrainedTokenizerFast.from_pretrained(path)
-    if os.path.isfile(os.path.join(path, "vocab.json")) and config.switches.names is QWEN_NAMES:  # SDAR, Dream: Qwen2's tokenizer
+    # SDAR, Dream: Qwen2's tokenizer
+    if os.path.isfile(os.path.join(path, "vocab.json")) and config.switches.names is QWEN_NAMES:
         return Qwen2Tokenizer.from_pretrained(path)
     return None
 
@@ -508,7 +545,8 @@ def find_eos_ids(path, config, tokenizer):
     The first is the one that sft.py teaches: the end of a chat turn, where the tokenizer has such a token.
     """
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    ids = [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>") if token in vocabulary] + list(config.eos_ids)
+    ids = [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>")
+           if token in vocabulary] + list(config.eos_ids)
     generation = os.path.join(path, "generation_config.json")
     if os.path.isfile(generation):
         with open(generation, encoding="utf-8") as file:
@@ -520,12 +558,14 @@ def find_eos_ids(path, config, tokenizer):
 
 
 def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
-    """Writes weights, config.json and tokenizer in the family's own layout; `load_model` reads it back bit for bit.
+    """Writes weights, config.json and tokenizer in the family's own layout; `load_model` reads it back bit
+    for bit.
 
     The folder is written under a temporary name and renamed, so that `path` is whole or absent.
     """
     config = model.config
-    source = {name: value for name, value in config.source.items() if name != "auto_map"}  # its code is not in this folder
+    # its code is not in this folder
+    source = {name: value for name, value in config.source.items() if name != "auto_map"}
     source |= {"mask_token_id": config.mask_id, "block_size": config.block_size}
     source["embedding_size" if config.switches.names is LLADA_NAMES else "vocab_size"] = config.vocab_size
     partial = f"{path}.partial"
@@ -545,21 +585,23 @@ def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
     os.rename(partial, path)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tiny model of the embedded default: a checkpoint like any other, only small.
 
 
 def tiny_tokenizer():
     """One token per character of the embedded arithmetic, and one for \\boxed{. A Hugging Face tokenizer.
 
-    Its chat template keeps the first line of a message: the instruction that follows the problem in a real prompt
-    ("Please reason step by step ...") would be unknown words to a model of 18 tokens.
+    Its chat template keeps the first line of a message: the instruction that follows the problem in a real
+    prompt ("Please reason step by step ...") would be unknown words to a model of 18 tokens.
     """
     words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)},
+                                         unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", mask_token="<mask>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>",
+                                        mask_token="<mask>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('\\n')[0] }}{% endfor %}"
     return tokenizer
 
@@ -568,13 +610,15 @@ def tiny_model(seed=0, block_size=4, attention="block"):
     """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
     num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
     source = dict(
-        block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0, rms_norm_eps=1e-6, rope_theta=1e4,
+        block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0, rms_norm_eps=1e-6,
+        rope_theta=1e4,
         hidden_act="silu")
     if attention == "full":
         source.update(model_type="llada", d_model=hidden_size, n_layers=num_layers, n_heads=4, n_kv_heads=4,
                       mlp_hidden_size=3 * hidden_size, embedding_size=vocab_size, weight_tying=False)
     else:
-        source.update(model_type="sdar", hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=4,
+        source.update(model_type="sdar", hidden_size=hidden_size, num_hidden_layers=num_layers,
+                      num_attention_heads=4,
                       num_key_value_heads=2, head_dim=hidden_size // 4, intermediate_size=3 * hidden_size,
                       vocab_size=vocab_size, tie_word_embeddings=False, architectures=["SDARForCausalLM"])
     model = BlockDiffusionLM(ModelConfig.from_dict(source))
@@ -583,25 +627,27 @@ def tiny_model(seed=0, block_size=4, attention="block"):
 
 
 def initialize(model, seed):
-    """Fills every weight: norms with 1, biases with 0, matrices from N(0, 0.02) (residual outputs smaller, as in GPT-2)."""
+    """Fills every weight: norms with 1, biases with 0, matrices from N(0, 0.02) (residual outputs smaller, as
+    in GPT-2)."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() == 1:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         else:
-            std = 0.02 / math.sqrt(2 * model.config.num_layers) if "o_proj" in name or "down_proj" in name else 0.02
+            std = 0.02 / math.sqrt(
+                2 * model.config.num_layers) if "o_proj" in name or "down_proj" in name else 0.02
             nn.init.normal_(p, std=std, generator=generator)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where it runs: processes, the optimizer step, the run folder.
 
 
 def start_processes(is_tiny=False):
     """Joins torchrun's process group, if there is one.
 
-    is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time, and costs fifty times as
-    much as soon as another program wants it (threads that wait for each other spin).
+    is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time, and costs
+    fifty times as much as soon as another program wants it (threads that wait for each other spin).
     """
     if is_tiny:
         torch.set_num_threads(1)
@@ -609,11 +655,13 @@ def start_processes(is_tiny=False):
         return
     is_cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if is_cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. Start fewer processes, "
+        raise ValueError(f"process {local} of this machine has no GPU: there are "
+                         f"{torch.cuda.device_count()}. Start fewer processes, "
                          "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
     if is_cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(hours=2))  # others wait for the longest rollout
+    # others wait for the longest rollout
+    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(hours=2))
 
 
 def end_processes():
@@ -635,7 +683,8 @@ def processes():
 
 
 def gather_lists(own):
-    """Every process's list, dealt out as items[rank::number], back in the original order, on every process."""
+    """Every process's list, dealt out as items[rank::number], back in the original order, on every
+    process."""
     rank, number = processes()
     if number == 1:
         return own
@@ -660,11 +709,12 @@ MAX_SKIPPED = 5  # updates in a row whose gradient is not finite, before the run
 
 
 def optimizer_step(model, optimizer, max_norm):
-    """Adds up the gradients of all processes, clips their common norm, and steps -> (norm, whether it stepped).
+    """Adds up the gradients of all processes, clips their common norm, and steps -> (norm, whether it
+    stepped).
 
-    The losses are sums over this process's tokens divided by the number of tokens of ALL processes, so gradients add,
-    they are not averaged. A norm that is not finite skips the update, on every process alike; RuntimeError after
-    MAX_SKIPPED in a row.
+    The losses are sums over this process's tokens divided by the number of tokens of ALL processes, so
+    gradients add, they are not averaged. A norm that is not finite skips the update, on every process alike;
+    RuntimeError after MAX_SKIPPED in a row.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if processes()[1] > 1:
@@ -683,7 +733,8 @@ def optimizer_step(model, optimizer, max_norm):
         say(f"the gradient norm is {float(norm)}: update skipped ({optimizer.num_skipped} in a row)")
     optimizer.zero_grad(set_to_none=True)
     if optimizer.num_skipped >= MAX_SKIPPED:
-        raise RuntimeError(f"{MAX_SKIPPED} updates in a row had a gradient that is not finite: lower the learning rate")
+        raise RuntimeError(f"{MAX_SKIPPED} updates in a row had a gradient that is not finite: lower the "
+                           f"learning rate")
     return float(norm), is_finite
 
 
@@ -696,12 +747,14 @@ def make_optimizer(model, lr, betas, weight_decay=0.0):
 
 
 def add_flag(parser, name, kind, embedded, paper, text, *other_names, **more):
-    """A flag with two defaults: of the embedded task, and of a run with --model. None in both means: see the text."""
+    """A flag with two defaults: of the embedded task, and of a run with --model. None in both means: see the
+    text."""
     if kind is bool:
         parser.add_argument(name, action="store_true", help=text)
         return
     both = f"{embedded!r}" if embedded == paper else f"{embedded!r}, with --model {paper!r}"
-    action = parser.add_argument(name, *other_names, type=kind, default=None, help=f"{text} (default {both})".replace("%", "%%"), **more)
+    action = parser.add_argument(name, *other_names, type=kind, default=None,
+                                 help=f"{text} (default {both})".replace("%", "%%"), **more)
     action.pair = (embedded, paper)
 
 
@@ -741,7 +794,8 @@ def write_json(path, value):
 class RunLog:
     """runs/<name>/ on the first process: args.json, and a file of JSON lines.
 
-    is_resumed: lines that are there already are kept, if they come from the same settings; else an error says so.
+    is_resumed: lines that are there already are kept, if they come from the same settings; else an error says
+    so.
     """
 
     def __init__(self, folder, args, name="metrics.jsonl", is_resumed=False):
@@ -755,7 +809,8 @@ class RunLog:
                 old = json.load(file)
             if old != json.loads(json.dumps(args)):
                 changed = sorted(name for name in {*old, *args} if old.get(name) != args.get(name))
-                raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --run_name")
+                raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose "
+                                 f"another --run_name")
         write_json(settings, args)
         if not is_resumed:  # a new run of the same name: nothing of the old one stays to be mixed up with it
             for old in ("checkpoints", "summary.json", "curves.png"):

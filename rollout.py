@@ -1,18 +1,21 @@
 """rollout.py - a trace: recorded, then replayed.
 
-TraceRL trains a diffusion language model on the very states it was in while it decoded. This file is both halves:
+TraceRL trains a diffusion language model on the very states it was in while it decoded. This file is both
+halves:
 
-  generate   decodes block by block and records, for every token, the denoising step that revealed it, with which
+  generate   decodes block by block and records, for every token, the denoising step that revealed it, with
+             which
              confidence and which log-probability;
   replay     rebuilds those states as *views* in one training row, and reads off the same log-probabilities.
 
-With shrink 1 the two numbers are equal to float32 rounding (the replay law). If they are not, then masks, positions, blocks, cache
-or step map differ between sampling and training, and the policy gradient is of some other policy.
+With shrink 1 the two numbers are equal to float32 rounding (the replay law). If they are not, then masks,
+positions, blocks, cache or step map differ between sampling and training, and the policy gradient is of some
+other policy.
 
 Reading order: Rollout, sample, reveal, generate; then merge_steps, the views, Rows, replay.
 
-Left out: approximate prefix and dual caches for full attention (every forward sees the whole canvas: exact, slower),
-speculative decoding, classifier-free guidance.
+Left out: approximate prefix and dual caches for full attention (every forward sees the whole canvas: exact,
+slower), speculative decoding, classifier-free guidance.
 """
 
 from collections import deque
@@ -37,27 +40,32 @@ class Rollout:
     response: list  # token ids of every decoded block, the last one whole
     num_tokens: int  # trained tokens: up to and including eos, or up to max_new_tokens
     step_map: list  # denoising step that revealed each token, 1-based over the whole response
-    confidence: list = field(default_factory=list)  # probability of the token in the distribution it was drawn from
-    logp: list = field(default_factory=list)  # its log-probability then: softmax(logits / T), before top-k and top-p
+    # probability of the token in the distribution it was drawn from
+    confidence: list = field(default_factory=list)
+    # its log-probability then: softmax(logits / T), before top-k and top-p
+    logp: list = field(default_factory=list)
     canvas: int = 0  # full attention: response positions in view, decoded or not
     is_truncated: bool = False  # no eos within max_new_tokens
     seed: int = 0  # of its draws
     reward: float = 0.0
-    token_rewards: list = field(default_factory=list)  # process rewards of the trained tokens, if there are any
+    # process rewards of the trained tokens, if there are any
+    token_rewards: list = field(default_factory=list)
     advantage: list = field(default_factory=list)
     logp_old: list = field(default_factory=list)  # of the start-of-step policy, on the rows that are trained
     value_old: list = field(default_factory=list)  # of the start-of-step value model
     returns: list = field(default_factory=list)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One denoising step: draw a token for every masked position, then keep some of them.
 
 
 def uniform(seed, step, position):
-    """One draw in [0, 1), float64, from three int64 tensors: a counter-based hash (three rounds of splitmix64).
+    """One draw in [0, 1), float64, from three int64 tensors: a counter-based hash (three rounds of
+    splitmix64).
 
-    A draw depends on nothing but its own numbers, so a sequence is the same alone, in a batch, or on another process.
+    A draw depends on nothing but its own numbers, so a sequence is the same alone, in a batch, or on another
+    process.
     """
     x = torch.zeros_like(position)
     for word in (seed, step, position):
@@ -71,7 +79,8 @@ def uniform(seed, step, position):
 def filter_probabilities(logp, top_k, top_p):
     """Probabilities (N, V) after top-k, then top-p, renormalised. top_k 0 and top_p 1 keep everything.
 
-    Top-k keeps every token as probable as the k-th. Top-p keeps the most probable tokens until their sum exceeds top_p.
+    Top-k keeps every token as probable as the k-th. Top-p keeps the most probable tokens until their sum
+    exceeds top_p.
     """
     if 0 < top_k < logp.shape[-1]:
         kth = logp.topk(top_k, dim=-1).values[:, -1:]
@@ -90,9 +99,10 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0):
     """Draws a token at each position by inverse CDF (METHOD: decoding, step 1).
 
     logits (N, V), draws float64 (N,) in [0, 1) -> token int64 (N,), confidence, logp, entropy, float32 (N,).
-    The token is the smallest v whose cumulative probability exceeds the draw. logp is log softmax(logits / T) before the
-    filters: they shape what is drawn, not the policy that is trained. Greedy (temperature 0 or top_k 1) would make every filtered
-    confidence 1; confidence and entropy, which set the order, then come from the unfiltered distribution (T = 1 at T = 0).
+    The token is the smallest v whose cumulative probability exceeds the draw. logp is log softmax(logits / T)
+    before the filters: they shape what is drawn, not the policy that is trained. Greedy (temperature 0 or
+    top_k 1) would make every filtered confidence 1; confidence and entropy, which set the order, then come
+    from the unfiltered distribution (T = 1 at T = 0).
     """
     logp = (policy_logits(logits, mask_id) / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0 or top_k == 1:
@@ -109,7 +119,8 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entropy_bound=ENTROPY_BOUND):
-    """Which of the sampled tokens to keep (METHOD: decoding, the table). (B, K) in, bool (B, K) out, within is_masked.
+    """Which of the sampled tokens to keep (METHOD: decoding, the table). (B, K) in, bool (B, K) out, within
+    is_masked.
 
     quota int64 (B,): n of the table, the fewest tokens a step reveals (all that are left, if fewer are left).
     """
@@ -130,9 +141,10 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
     return is_best
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Decoding. Every slot holds one sequence; each forward advances each slot by one denoising step, or writes the clean keys
-# and values of its finished block. A slot whose sequence has ended takes the next prompt: batches are ragged throughout.
+# ------------------------------------------------------------------------------------------------------------
+# Decoding. Every slot holds one sequence; each forward advances each slot by one denoising step, or writes
+# the clean keys and values of its finished block. A slot whose sequence has ended takes the next prompt:
+# batches are ragged throughout.
 
 
 class Decoder:
@@ -149,7 +161,8 @@ class Decoder:
         self.step_map = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.confidence = torch.zeros(shape, device=self.device)
         self.logp = torch.zeros(shape, device=self.device)
-        # per slot: sequence number (-1: free), prompt length, end of what may be decoded, block start, steps so far, seed
+        # per slot: sequence number (-1: free), prompt length, end of what may be decoded, block start, steps
+        # so far, seed
         self.sequence, self.prompt, self.end, self.start, self.step, self.step_in_block = torch.zeros(
             6, slots, dtype=torch.int64, device=self.device)
         self.sequence -= 1
@@ -173,7 +186,8 @@ class Decoder:
         for state in (self.step_map, self.confidence, self.logp, self.step, self.step_in_block):
             state[slots] = 0
         longest = int(self.start[slots].max())
-        if not is_full and longest > 0:  # shorter prompts write some of their masks, too: decoding writes there again
+        # shorter prompts write some of their masks, too: decoding writes there again
+        if not is_full and longest > 0:
             position = torch.arange(longest, device=self.device).expand(len(slots), -1)
             layout = Layout.clean(position, K, False)
             self.model.hidden(self.token[slots, :longest], layout, self.cache.select(slots, position))
@@ -183,7 +197,8 @@ class Decoder:
         rows = slots[:, None]
         if not self.config.is_full:
             layout = Layout.clean(columns, self.config.block_size, False)
-            return self.model.hidden(self.token[rows, columns], layout, self.cache.select(slots, columns), True)
+            return self.model.hidden(self.token[rows, columns], layout, self.cache.select(slots, columns),
+                                     True)
         longest = int(self.end[slots].max())
         position = torch.arange(longest, device=self.device).expand(len(slots), -1)
         document = torch.where(position < self.end[slots, None], 0, -1)  # a shorter canvas is padded
@@ -208,12 +223,15 @@ class Decoder:
             return
         self.step[slots[~is_done]] += 1
         token, confidence, logp, entropy = (torch.zeros(is_masked.shape, dtype=d, device=self.device)
-                                            for d in (torch.int64, torch.float32, torch.float32, torch.float32))
+                                            for d in (torch.int64, torch.float32, torch.float32,
+                                                      torch.float32))
         step = self.step[rows].expand_as(columns)[is_masked]
         draw = choose.draws(self.sequence[rows].expand_as(columns)[is_masked], step, columns[is_masked])
-        chunks = [sample(self.model.head(states), draws, self.config.mask_id, choose.temperature, choose.top_k, choose.top_p)
+        chunks = [sample(self.model.head(states), draws, self.config.mask_id, choose.temperature,
+                         choose.top_k, choose.top_p)
                   for states, draws in zip(h[is_masked].split(256), draw.split(256))]  # (256, V) at a time
-        token[is_masked], confidence[is_masked], logp[is_masked], entropy[is_masked] = map(torch.cat, zip(*chunks))
+        token[is_masked], confidence[is_masked], logp[is_masked], entropy[is_masked] = map(torch.cat,
+                                                                                           zip(*chunks))
         n, extra = divmod(K, choose.denoising_steps)
         quota = n + (self.step_in_block[slots] < extra).long()
         keep = reveal(confidence, entropy, is_masked, quota, choose.strategy, choose.threshold)
@@ -223,7 +241,8 @@ class Decoder:
         self.step_map[at], self.is_masked[at] = self.step[at[0]], False
 
     def finished(self, eos_ids):
-        """Slots whose current block is whole and is the last: it holds an eos of the response, or the room is used up."""
+        """Slots whose current block is whole and is the last: it holds an eos of the response, or the room is
+        used up."""
         slots = (self.sequence >= 0).nonzero()[:, 0]
         columns = self.start[slots, None] + torch.arange(self.config.block_size, device=self.device)
         is_inside = columns < self.end[slots, None]
@@ -273,7 +292,8 @@ class Choose:
         for name, is_good in (("threshold", 0 <= self.threshold <= 1), ("temperature", self.temperature >= 0),
                               ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1)):
             if not is_good:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range: threshold 0..1, temperature >= 0, "
+                raise ValueError(f"{name} {getattr(self, name)} is out of range: threshold 0..1, "
+                                 f"temperature >= 0, "
                                  "top_k >= 0 (0 keeps all), 0 < top_p <= 1")
 
     def draws(self, sequence, step, position):
@@ -293,12 +313,12 @@ def generate(model, prompts, *, max_new_tokens, strategy="dynamic", denoising_st
              temperature=1.0, top_k=0, top_p=1.0, eos_ids=(), seed=0, slots=None, uniforms=None):
     """Decodes a response to every prompt and records its trace -> list[Rollout], in the prompts' order.
 
-    prompts: lists of token ids, none empty. max_new_tokens: room for the response. strategy, denoising_steps (per block,
-    default K), threshold, temperature, top_k, top_p: see `reveal` and `sample`. eos_ids: tokens that end a response; none
-    of them in a prompt does. seed: one int per prompt, or an int s for s, s + 1, ... slots: sequences decoded together
-    (default all); memory grows with it, results do not depend on it. uniforms: for tests, a callable (sequence number,
-    1-based denoising step, absolute positions int64 (n,) of the masked tokens) -> n draws in [0, 1).
-    Raises ValueError for an empty prompt, or a setting out of range.
+    prompts: lists of token ids, none empty. max_new_tokens: room for the response. strategy, denoising_steps
+    (per block, default K), threshold, temperature, top_k, top_p: see `reveal` and `sample`. eos_ids: tokens
+    that end a response; none of them in a prompt does. seed: one int per prompt, or an int s for s, s + 1,
+    ... slots: sequences decoded together (default all); memory grows with it, results do not depend on it.
+    uniforms: for tests, a callable (sequence number, 1-based denoising step, absolute positions int64 (n,) of
+    the masked tokens) -> n draws in [0, 1). Raises ValueError for an empty prompt, or a setting out of range.
     """
     K = model.config.block_size
     prompts = [list(prompt) for prompt in prompts]
@@ -341,15 +361,16 @@ def generate_everywhere(model, prompts, seeds, **settings):
     return gather_lists(generate(model, prompts[rank::number], seed=seeds[rank::number], **settings))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Replay: the states the policy was in, as views.
 
 
 def merge_steps(steps, span, shrink=1):
-    """Denoising steps -> trace steps (METHOD: replay). int64 (N, L), 0 where nothing was decoded -> the same shape.
+    """Denoising steps -> trace steps (METHOD: replay). int64 (N, L), 0 where nothing was decoded -> the same
+    shape.
 
-    Inside each span of positions (a block; the whole row for full attention) the distinct steps are numbered 1, 2, ... in
-    order, then every `shrink` neighbours share one number. L must be a multiple of span.
+    Inside each span of positions (a block; the whole row for full attention) the distinct steps are numbered
+    1, 2, ... in order, then every `shrink` neighbours share one number. L must be a multiple of span.
     """
     N, L = steps.shape
     ordered, order = steps.view(N, L // span, span).sort(dim=-1)
@@ -370,7 +391,8 @@ def trace_views(trace):
 
 @dataclass
 class Rows:
-    """Training rows (B, T) and the places in them where tokens are predicted. Everything int64, on one device."""
+    """Training rows (B, T) and the places in them where tokens are predicted. Everything int64, on one
+    device."""
 
     tokens: torch.Tensor  # (B, T)
     layout: Layout  # of (B, T); document -1 is padding
@@ -382,11 +404,13 @@ class Rows:
     def to(self, device):
         """The same rows on another device."""
         layout = Layout(*(t.to(device, non_blocking=True) for t in self.layout))
-        rest = (getattr(self, name).to(device, non_blocking=True) for name in ("source", "target", "owner", "place"))
+        rest = (getattr(self, name).to(device, non_blocking=True) for name in ("source", "target", "owner",
+                                                                               "place"))
         return Rows(self.tokens.to(device, non_blocking=True), layout, *rest)
 
     def split(self, max_tokens):
-        """Cuts into micro-batches of at most max_tokens tokens (at least one row each), without needless padding."""
+        """Cuts into micro-batches of at most max_tokens tokens (at least one row each), without needless
+        padding."""
         T = self.tokens.shape[1]
         lengths = (self.layout.document >= 0).sum(-1).tolist()
         start = 0
@@ -398,15 +422,17 @@ class Rows:
             own = (row >= start) & (row < stop)
             cut = (slice(start, stop), slice(longest))
             yield Rows(self.tokens[cut], Layout(*(t[cut] for t in self.layout)),
-                       ((row - start) * longest + column)[own], self.target[own], self.owner[own], self.place[own])
+                       ((row - start) * longest + column)[own], self.target[own], self.owner[own],
+                       self.place[own])
             start = stop
 
 
 def canvases(rollouts, config):
-    """Prompt + response of each rollout, padded alike -> tokens, steps (0: not decoded), lengths: (N, L), (N, L), (N,).
+    """Prompt + response of each rollout, padded alike -> tokens, steps (0: not decoded), lengths: (N, L), (N,
+    L), (N,).
 
-    Full attention: undecoded positions of the canvas are masks that stay masks. Only the order of steps counts, so step
-    maps of other code may start at any number.
+    Full attention: undecoded positions of the canvas are masks that stay masks. Only the order of steps
+    counts, so step maps of other code may start at any number.
     """
     texts = [r.prompt + r.response + [config.mask_id] * (r.canvas - len(r.response)) for r in rollouts]
     lengths = [len(text) for text in texts]
@@ -422,9 +448,10 @@ def canvases(rollouts, config):
 def build_rows(tokens, lengths, prompt_lengths, is_masked, is_target, config):
     """Lays out clean text and views as training rows (METHOD: replay, "one forward for all of it").
 
-    tokens (N, L), lengths and prompt_lengths (N,), is_masked and is_target bool (N, S, L) -> Rows, one row per text
-    [clean | view | view | ...], views in the order of their blocks. A view without targets is left out, and so is clean
-    text after the last block that anyone looks back from. Full attention: no clean text; one row per view, a whole canvas.
+    tokens (N, L), lengths and prompt_lengths (N,), is_masked and is_target bool (N, S, L) -> Rows, one row
+    per text [clean | view | view | ...], views in the order of their blocks. A view without targets is left
+    out, and so is clean text after the last block that anyone looks back from. Full attention: no clean text;
+    one row per view, a whole canvas.
     """
     N, L = tokens.shape
     S = is_masked.shape[1]
@@ -452,20 +479,23 @@ def build_rows(tokens, lengths, prompt_lengths, is_masked, is_target, config):
     T = int(counts.max()) if len(counts) else 0
     column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
     shape, flat = (len(counts), T), row * T + column
-    shown = torch.where((view > 0) & is_masked[n, (view - 1).clamp(min=0), position], config.mask_id, tokens[n, position])
+    shown = torch.where((view > 0) & is_masked[n, (view - 1).clamp(min=0), position], config.mask_id,
+                        tokens[n, position])
     fields = [torch.full(shape, fill).flatten().index_put((flat,), value).view(shape) for fill, value in
               ((config.pad_id, shown), (0, position), (-1, row), (0, b), (0, view))]
     is_read = (view > 0) & is_target[n, (view - 1).clamp(min=0), position]
     n, position, flat = n[is_read], position[is_read], flat[is_read]
     shift = (position > 0).long() * config.switches.shifts_logits
-    return Rows(fields[0], Layout(*fields[1:]), flat - shift, tokens[n, position], n, position - prompt_lengths[n])
+    return Rows(fields[0], Layout(*fields[1:]), flat - shift, tokens[n, position], n, position
+                - prompt_lengths[n])
 
 
 def masked_views(rollouts, config, is_coupled):
     """The views of the paper's baselines: masks drawn at random instead of the trace (METHOD: policy loss).
 
-    Each block (full attention: the response) is masked with a ratio of its own from U(0.1, 0.9); the masked tokens are the targets.
-    is_coupled adds the complement, so that every token is a target once. The draws depend on Rollout.seed alone.
+    Each block (full attention: the response) is masked with a ratio of its own from U(0.1, 0.9); the masked
+    tokens are the targets. is_coupled adds the complement, so that every token is a target once. The draws
+    depend on Rollout.seed alone.
     """
     tokens, steps, _ = canvases(rollouts, config)
     position = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -478,10 +508,11 @@ def masked_views(rollouts, config, is_coupled):
 
 
 def trace_rows(rollouts, config, shrink=1, trained_only=False, post_num=0, objective="tracerl"):
-    """The rows TraceRL trains on: every response token is a target once, in the view of the step that revealed it.
+    """The rows TraceRL trains on: every response token is a target once, in the view of the step that
+    revealed it.
 
-    trained_only: only the first num_tokens (+ post_num) tokens of each response are targets; the others are still seen.
-    objective: "tracerl", or the random masks of "random" and "coupled" in place of the trace.
+    trained_only: only the first num_tokens (+ post_num) tokens of each response are targets; the others are
+    still seen. objective: "tracerl", or the random masks of "random" and "coupled" in place of the trace.
     """
     tokens, steps, lengths = canvases(rollouts, config)
     prompt_lengths = torch.tensor([len(r.prompt) for r in rollouts])
@@ -498,7 +529,8 @@ def trace_rows(rollouts, config, shrink=1, trained_only=False, post_num=0, objec
 
 
 def forward_rows(model, rows, temperature=1.0):
-    """Log-probability and entropy of every target of one micro-batch, float32 (N,), in the order of rows.target."""
+    """Log-probability and entropy of every target of one micro-batch, float32 (N,), in the order of
+    rows.target."""
     h = model.hidden(rows.tokens, rows.layout).flatten(0, 1)[rows.source]
     return token_logprobs(model, h, rows.target, temperature)
 
@@ -506,8 +538,9 @@ def forward_rows(model, rows, temperature=1.0):
 def replay(model, rollouts, shrink=1, temperature=1.0, max_tokens=16384):
     """Log-probabilities of every response token, given the states in which the trace revealed them.
 
-    One packed forward per max_tokens tokens -> list of float32 tensors, one per rollout, as long as its response; with
-    gradient, unless called under no_grad. shrink 1 and the sampling temperature give Rollout.logp back (the replay law).
+    One packed forward per max_tokens tokens -> list of float32 tensors, one per rollout, as long as its
+    response; with gradient, unless called under no_grad. shrink 1 and the sampling temperature give
+    Rollout.logp back (the replay law).
     """
     if not rollouts:
         return []

@@ -1,8 +1,9 @@
 """sft.py - how the starting model is made.
 
-Supervised fine-tuning of a block diffusion model: hide some tokens of every block, predict them from the rest of the block and
-the clean blocks before it. The rows are those of TraceRL itself (rollout.build_rows), with one random view per block in
-place of the views of a trace. From an autoregressive Qwen3 checkpoint this makes a block diffusion model (SDAR's recipe).
+Supervised fine-tuning of a block diffusion model: hide some tokens of every block, predict them from the rest
+of the block and the clean blocks before it. The rows are those of TraceRL itself (rollout.build_rows), with
+one random view per block in place of the views of a trace. From an autoregressive Qwen3 checkpoint this makes
+a block diffusion model (SDAR's recipe).
 
     python sft.py                                        # the tiny model on embedded arithmetic, two minutes
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --run_name qwen3-block
@@ -26,8 +27,9 @@ from rollout import Rollout
 
 
 def to_examples(problems, tokenizer, config, max_new_tokens):
-    """Worked problems -> list[Rollout] with the response filled up with eos: to its block's end, or (full attention) to the end
-    of the canvas. The filling is trained as well: in decoding it is context for the tokens before it."""
+    """Worked problems -> list[Rollout] with the response filled up with eos: to its block's end, or (full
+    attention) to the end of the canvas. The filling is trained as well: in decoding it is context for the
+    tokens before it."""
     if not config.eos_ids:
         raise ValueError("this checkpoint names no eos token: without one a response cannot end")
     eos, K, examples = config.eos_ids[0], config.block_size, []
@@ -37,21 +39,25 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
         response = tokenizer(p.solution, add_special_tokens=False).input_ids + [eos]
         steps = list(p.step_map or range(1, len(response)))
         if len(steps) != len(response) - 1:
-            raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: {str(p.problem)[:80]!r}")
+            raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: "
+                             f"{str(p.problem)[:80]!r}")
         if len(response) > max_new_tokens:
             continue
-        room = 1 + (max_new_tokens - len(response) if config.is_full else -(len(p.tokens) + len(response)) % K)
+        room = 1 + (max_new_tokens - len(response) if config.is_full else
+                    -(len(p.tokens) + len(response)) % K)
         response += [eos] * (room - 1)
         steps += range(max(steps) + 1, max(steps) + 1 + room)  # the end comes last
-        examples.append(Rollout(p.tokens, response, len(response), steps, canvas=len(response) if config.is_full else 0))
+        examples.append(Rollout(p.tokens, response, len(response), steps, canvas=len(response)
+                                if config.is_full else 0))
     return examples
 
 
 def sft_noise(is_response, span, generator):
-    """Hides tokens at random: in each span (a block, or the whole row) k of its c response tokens, k uniform in 1..c.
+    """Hides tokens at random: in each span (a block, or the whole row) k of its c response tokens, k uniform
+    in 1..c.
 
-    is_response bool (N, L) -> is_masked bool (N, L), weight float32 (N, L): 1 / t with t = k / c the masked share, the factor
-    that makes the sum over masked tokens an unbiased diffusion bound (METHOD: SFT).
+    is_response bool (N, L) -> is_masked bool (N, L), weight float32 (N, L): 1 / t with t = k / c the masked
+    share, the factor that makes the sum over masked tokens an unbiased diffusion bound (METHOD: SFT).
     """
     N, L = is_response.shape
     cells = is_response.view(N, L // span, span)
@@ -63,7 +69,8 @@ def sft_noise(is_response, span, generator):
 
 
 def sft_loss(logp, weight, normalizer):
-    """Minus the weighted log-likelihood of the masked tokens, over the normaliser of the whole update. All (N,)."""
+    """Minus the weighted log-likelihood of the masked tokens, over the normaliser of the whole update. All
+    (N,)."""
     return -(weight * logp).sum() / normalizer
 
 
@@ -71,12 +78,15 @@ def sft_rows(examples, config, generator):
     """Random views of a batch -> (Rows, weight (N, L) by rollout and absolute position)."""
     tokens, steps, lengths = rollout.canvases(examples, config)
     prompts = torch.tensor([len(r.prompt) for r in examples])
-    is_masked, weight = sft_noise(steps > 0, tokens.shape[1] if config.is_full else config.block_size, generator)
-    return rollout.build_rows(tokens, lengths, prompts, is_masked[:, None], is_masked[:, None], config), weight
+    is_masked, weight = sft_noise(steps > 0, tokens.shape[1] if config.is_full else config.block_size,
+                                  generator)
+    return rollout.build_rows(tokens, lengths, prompts, is_masked[:, None], is_masked[:, None],
+                              config), weight
 
 
 def train_step(model, optimizer, examples, seed, is_weighted, max_tokens, follows_trace=False):
-    """One update on a batch of examples, the same one whatever the number of processes -> (loss, gradient norm).
+    """One update on a batch of examples, the same one whatever the number of processes -> (loss, gradient
+    norm).
 
     follows_trace: the views of each example's step map, every token a target once, in place of random views.
     """
@@ -92,7 +102,8 @@ def train_step(model, optimizer, examples, seed, is_weighted, max_tokens, follow
     for turn, part in enumerate(rows.split(min(max_tokens, -(-rows.tokens.numel() // number)))):
         if turn % number != rank:
             continue
-        scale = weight[part.owner, part.place + prompts[part.owner]] if is_weighted else torch.ones(len(part.target))
+        scale = weight[part.owner, part.place
+                       + prompts[part.owner]] if is_weighted else torch.ones(len(part.target))
         part = part.to(model.device)
         logp, _ = rollout.forward_rows(model, part)
         loss = sft_loss(logp, scale.to(model.device), normalizer)
@@ -103,14 +114,15 @@ def train_step(model, optimizer, examples, seed, is_weighted, max_tokens, follow
 
 
 def learning_rate(step, peak, warmup, cooldown, decay_start):
-    """Up over `warmup` steps, level, then down to a tenth over `cooldown` steps from decay_start (None: not yet)."""
+    """Up over `warmup` steps, level, then down to a tenth over `cooldown` steps from decay_start (None: not
+    yet)."""
     down = 1.0 if decay_start is None else 1 - 0.9 * min(1.0, (step - decay_start + 1) / cooldown)
     return peak * min((step + 1) / warmup, down)
 
 
 def train(model, tokenizer, examples, dev_problems, args, log):
-    """The loop. Stops after args.steps, or earlier: once accuracy on the development problems reaches args.stop_accuracy, the
-    learning rate goes down over args.cooldown steps and training ends."""
+    """The loop. Stops after args.steps, or earlier: once accuracy on the development problems reaches
+    args.stop_accuracy, the learning rate goes down over args.cooldown steps and training ends."""
     optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay)
     order, decay_start = [], None
     bar = lm.progress(range(args.steps), "sft")
@@ -121,38 +133,47 @@ def train(model, tokenizer, examples, dev_problems, args, log):
         lr = learning_rate(step, args.lr, args.warmup, args.cooldown, decay_start)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, norm = train_step(model, optimizer, batch, args.seed * 1_000_003 + step, args.weighted, args.micro_tokens,
+        loss, norm = train_step(model, optimizer, batch, args.seed * 1_000_003 + step, args.weighted,
+                                args.micro_tokens,
                                 args.objective == "trace")
         line = dict(step=step + 1, loss=loss, gradient_norm=norm, lr=lr)
         if dev_problems and (step + 1) % args.eval_every == 0:
             line["accuracy"] = eval_math.evaluate(
-                model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens, eos_ids=model.config.eos_ids,
+                model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens,
+                eos_ids=model.config.eos_ids,
                 seed=args.seed)["accuracy"]
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{line['accuracy']:.3f}")
         is_reached = args.stop_accuracy is not None and line.get("accuracy", 0) >= args.stop_accuracy
         if decay_start is None and (is_reached or step + 1 >= args.steps - args.cooldown):
             decay_start = step + 1
             if args.stop_accuracy is not None and not is_reached:
-                lm.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; going on from here")
+                lm.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; going on "
+                       f"from here")
         log(line)
         if decay_start is not None and step + 1 >= decay_start + args.cooldown:
             break
     bar.close()
     if args.stop_accuracy is not None:
-        lm.say(f"sft: {step + 1} updates; accuracy on {len(dev_problems)} development problems {line.get('accuracy', 0):.3f}")
+        lm.say(f"sft: {step + 1} updates; accuracy on {len(dev_problems)} development problems "
+               f"{line.get('accuracy', 0):.3f}")
 
 
 def parse_args(argv=None):
-    """The flags of sft.py. Defaults differ with and without --model: the tiny model, and a real checkpoint."""
+    """The flags of sft.py. Defaults differ with and without --model: the tiny model, and a real
+    checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], allow_abbrev=False)
     flag = functools.partial(lm.add_flag, parser)
     flag("--model", str, None, None, "checkpoint folder or hub id; without it, a new tiny model")
-    flag("--data", str, "arithmetic", None, "embedded arithmetic, or a file or hub id with problem and solution, prompt and response, "
+    flag("--data", str, "arithmetic", None, "embedded arithmetic, or a file or hub id with problem and "
+         "solution, prompt and response, "
          "or messages; optionally step_map")
-    flag("--objective", str, "random", "random", "views: random masks in every block (full attention: in the response), or the step "
+    flag("--objective", str, "random", "random", "views: random masks in every block (full attention: in "
+         "the response), or the step "
          "map of the data (left to right where there is none)", choices=("random", "trace"))
-    flag("--weighted", bool, False, False, "weight each masked token by 1 / masked share (the diffusion bound)")
-    flag("--run", str, "sft", "sft", "name of the folder under runs/ (with torchrun: --run_name)", "--run_name")
+    flag("--weighted", bool, False, False, "weight each masked token by 1 / masked share (the diffusion "
+         "bound)")
+    flag("--run", str, "sft", "sft", "name of the folder under runs/ (with torchrun: --run_name)",
+         "--run_name")
     flag("--seed", int, 0, 0, "of weights, order and masks")
     flag("--steps", int, 3000, 1000, "most updates")
     flag("--batch_size", int, 64, 64, "examples per update")
@@ -160,22 +181,27 @@ def parse_args(argv=None):
     flag("--warmup", int, 30, 30, "updates of rising learning rate")
     flag("--cooldown", int, 200, 200, "updates of falling learning rate at the end")
     flag("--weight_decay", float, 0.2, 0.0, "of AdamW, on matrices")
-    flag("--stop_accuracy", float, None, None, "embedded data: start the cooldown at this accuracy on development problems")
+    flag("--stop_accuracy", float, None, None, "embedded data: start the cooldown at this accuracy on "
+         "development problems")
     flag("--eval_every", int, 100, 100, "embedded data: updates between evaluations on development problems")
     flag("--slip", float, 0.6, 0.6, "embedded data: how often the pupil forgets a carry")
     flag("--attention", str, "block", "block", "of the new tiny model", choices=("block", "full"))
     flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
-    flag("--max_new_tokens", int, 16, 2000, "longer responses are skipped and counted; full attention: length of the canvas")
+    flag("--max_new_tokens", int, 16, 2000, "longer responses are skipped and counted; full attention: "
+         "length of the canvas")
     flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
-    flag("--prompt_style", str, "chat", "chat", "how the chat template is used", choices=eval_math.PROMPT_STYLES)
+    flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
+         choices=eval_math.PROMPT_STYLES)
     flag("--system", str, None, None, "a system message before each problem")
-    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION, "text after each problem; empty for data with whole "
+    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION,
+         "text after each problem; empty for data with whole "
          "prompts")
     flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
     args = lm.fill_defaults(parser, argv)
     if args.data is None:
         parser.error("--model needs --data")
-    for name in ("steps", "batch_size", "lr", "warmup", "cooldown", "eval_every", "max_new_tokens", "max_prompt_tokens",
+    for name in ("steps", "batch_size", "lr", "warmup", "cooldown", "eval_every", "max_new_tokens",
+                 "max_prompt_tokens",
                  "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
@@ -201,16 +227,21 @@ def main(argv=None):
         problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
     else:
         problems = eval_math.load_problems(args.data, needs_answer=False)
-    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction,
+    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens,
+                                                  args.instruction,
                                                   args.prompt_style, args.system)
     examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
     if len(examples) < args.batch_size:
-        raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer than a batch of "
+        raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "
+                         f"than a batch of "
                          f"{args.batch_size}: lower --batch_size or raise --max_new_tokens")
     dev_problems = []
     if is_embedded:
-        dev_problems, _ = eval_math.encode_prompts(eval_math.arithmetic("dev", 200), tokenizer, args.max_prompt_tokens)
-    lm.say(f"sft: {len(examples)} examples; skipped {num_long} long prompts, {len(problems) - len(examples)} long responses")
+        dev_problems, _ = eval_math.encode_prompts(eval_math.arithmetic("dev", 200), tokenizer,
+                                                   args.max_prompt_tokens)
+    lm.say(
+        f"sft: {len(examples)} examples; skipped {num_long} long prompts, {len(problems) - len(examples)} "
+        f"long responses")
     log = lm.RunLog(folder, vars(args))
     train(model, tokenizer, examples, dev_problems, args, log.write)
     checkpoint = os.path.join(folder, "checkpoint")
@@ -221,7 +252,8 @@ def main(argv=None):
 
 
 def warm_start(seed, block_size=4, attention="block"):
-    """The embedded default's starting model -> checkpoint folder. Made once for each seed and setting, then reused."""
+    """The embedded default's starting model -> checkpoint folder. Made once for each seed and setting, then
+    reused."""
     stop_accuracy = 0.4 if attention == "block" else 0.2  # full attention learns this more slowly
     settings = dict(seed=seed, block_size=block_size, attention=attention, stop_accuracy=stop_accuracy)
     flags = [f"--{name}={value}" for name, value in settings.items()]

@@ -10,13 +10,14 @@ One RL step, numbered as in the README and in `main`:
   5 update      clipped policy gradient on the very states of the trace, with KL      (policy_loss, update)
   6 log         metrics, evaluation, checkpoint
 
-    torchrun tracerl.py                                        # everything on a laptop: a tiny model, embedded arithmetic
-    torchrun --nproc_per_node=8 tracerl.py --model JetLM/SDAR-4B-Chat --train_data train.jsonl --eval_data test.jsonl
+    torchrun tracerl.py                           # everything on a laptop: a tiny model, embedded arithmetic
+    torchrun --nproc_per_node=8 tracerl.py --model JetLM/SDAR-4B-Chat \
+        --train_data gsm8k-train --eval_data math500
 
 To change the method for a paper, look for the three marks FORK HERE: reward, advantage, loss.
 
-Left out: a frozen reference model (the KL is to the policy that made the rollout), rollouts that are older than the policy,
-a second inference engine, reward models.
+Left out: a frozen reference model (the KL is to the policy that made the rollout), rollouts that are older
+than the policy, a second inference engine, reward models.
 """
 
 import argparse
@@ -34,13 +35,14 @@ import rollout
 import sft
 import value
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The maths: pure functions of tensors.
 
 
 # FORK HERE (advantage): from rewards to the A of the loss.
 def group_advantages(rewards):
-    """A = (r - mean) / std within the group (population std), 0 where all rewards are equal. float (N, G) -> (N, G)."""
+    """A = (r - mean) / population std within the group, 0 where all rewards are equal. float (N, G) ->
+    same."""
     std = rewards.std(-1, unbiased=False, keepdim=True)
     return (rewards - rewards.mean(-1, keepdim=True)) / std.masked_fill(std < 1e-6, torch.inf)
 
@@ -49,12 +51,14 @@ def group_advantages(rewards):
 def policy_loss(logp, logp_old, advantage, num_trained, clip=0.2, beta=0.01):
     """The clipped policy gradient with a KL penalty (METHOD: policy loss; paper, the TraceRL objective).
 
-    logp, logp_old, advantage: float32 (N,), the trained tokens at hand. num_trained: how many the WHOLE update has, over all
-    micro-batches and processes, so that their losses and gradients simply add. clip: epsilon. beta: weight of the KL.
-    Returns the loss and a dict of detached sums over the tokens (and maxima) for the log.
+    logp, logp_old, advantage: float32 (N,), the trained tokens at hand. num_trained: how many the WHOLE
+    update has, over all micro-batches and processes, so that their losses and gradients simply add. clip:
+    epsilon. beta: weight of the KL. Returns the loss and a dict of detached sums over the tokens (and maxima)
+    for the log.
 
-    The samples come from the old policy, so KL(old || new) is estimated by k3 = (ratio - 1) - log ratio, which is never negative.
-    The log-ratio is clamped to 10: a ratio of e^10 is a collapse, and must not become inf before it is seen.
+    The samples come from the old policy, so KL(old || new) is estimated by k3 = (ratio - 1) - log ratio,
+    which is never negative. The log-ratio is clamped to 10: a ratio of e^10 is a collapse, and must not
+    become inf before it is seen.
     """
     log_ratio = (logp - logp_old).clamp(-10, 10)
     ratio = log_ratio.exp()
@@ -63,22 +67,23 @@ def policy_loss(logp, logp_old, advantage, num_trained, clip=0.2, beta=0.01):
     loss = (beta * k3 - gain).sum() / num_trained
     with torch.no_grad():
         deviation = (ratio - 1).abs()
-        stats = dict(kl=k3.sum(), clip_fraction=(deviation > clip).sum(), ratio_max=ratio.amax() if len(ratio) else 0.0)
+        stats = dict(kl=k3.sum(), clip_fraction=(deviation > clip).sum(),
+                     ratio_max=ratio.amax() if len(ratio) else 0.0)
     return loss, stats
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One update.
 
 
 def own_share(rollouts):
-    """This process's part of a mini-batch: longest first, dealt out in turn, so that the work is about equal."""
+    """This process's part of a mini-batch: longest first, dealt out in turn, so that work is about equal."""
     rank, number = lm.processes()
     return sorted(rollouts, key=lambda r: (-len(r.response), r.prompt, r.response))[rank::number]
 
 
 def minibatches(rollouts, group_size, number, seed):
-    """Deals whole groups, in a seeded order, into at most `number` mini-batches -> list of lists of Rollout."""
+    """Deals whole groups, in a seeded order, into at most `number` mini-batches -> lists of Rollout."""
     groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
     order = shuffled(len(groups), seed)
     batches = [[r for i in order[start::number] for r in groups[i]] for start in range(number)]
@@ -86,7 +91,7 @@ def minibatches(rollouts, group_size, number, seed):
 
 
 def field_tables(rollouts, *names, device):
-    """Per-token fields of the rollouts as float32 tables (N, longest), to be read at [rows.owner, rows.place]."""
+    """Per-token fields of rollouts as float32 tables (N, longest), to be read at [rows.owner, rows.place]."""
     longest = max((len(r.response) for r in rollouts), default=0)
     pad = lambda values: (values + [0.0] * longest)[:longest]
     return [torch.tensor([pad(getattr(r, name)) for r in rollouts]).to(device) for name in names]
@@ -95,14 +100,16 @@ def field_tables(rollouts, *names, device):
 def train_rows(model, rollouts, settings, objective):
     """The micro-batches of some rollouts, on the model's device."""
     if rollouts:
-        rows = rollout.trace_rows(rollouts, model.config, settings.shrink, trained_only=True, objective=objective)
+        rows = rollout.trace_rows(rollouts, model.config, settings.shrink, trained_only=True,
+                                  objective=objective)
         for part in rows.split(settings.micro_tokens):
             yield part.to(model.device)
 
 
 @torch.no_grad()
 def predict(function, parts, rollouts):
-    """function(rows) at every target of some micro-batches -> float32 (rollouts, longest response), 0 elsewhere; on the CPU."""
+    """function(rows) at every target of some micro-batches -> float32 (rollouts, longest), 0 elsewhere,
+    CPU."""
     table = torch.zeros(len(rollouts), max((len(r.response) for r in rollouts), default=0))
     for rows in parts:
         table[rows.owner.cpu(), rows.place.cpu()] = function(rows).cpu()
@@ -116,16 +123,18 @@ def set_field(rollouts, name, table):
 
 
 def old_logprobs(model, rollouts, settings):
-    """Sets Rollout.logp_old: the start-of-step policy, on the very rows that will be trained (step 4 of the method)."""
+    """Step 4: sets Rollout.logp_old, of the start-of-step policy, on the very rows that will be trained."""
     parts = train_rows(model, rollouts, settings, settings.objective)
     logp = predict(lambda rows: rollout.forward_rows(model, rows, settings.temperature)[0], parts, rollouts)
     set_field(rollouts, "logp_old", logp)
 
 
 def value_advantages(critic, rollouts, settings):
-    """Sets value_old, returns and advantage of this process's rollouts -> what the log says about values (step 3, with values).
+    """Sets value_old, returns and advantage of this process's rollouts -> what the log says about values
+    (step 3, with values).
 
-    Raw rewards, no filter and no normalisation (METHOD: value model). The values are those of the trace's own states.
+    Raw rewards, no filter and no normalisation (METHOD: value model). The values are those of the trace's own
+    states.
     """
     sums, square, count = [0.0] * 5, 0.0, 0
     if rollouts:
@@ -135,7 +144,8 @@ def value_advantages(critic, rollouts, settings):
         for row, r in zip(rewards, rollouts):
             if r.token_rewards:
                 row[:len(r.token_rewards)] = torch.tensor(r.token_rewards)
-        returns, advantages = value.returns_and_advantages(rewards, values, steps, settings.gamma, settings.lam)
+        returns, advantages = value.returns_and_advantages(rewards, values, steps, settings.gamma,
+                                                           settings.lam)
         for name, table in (("value_old", values), ("returns", returns), ("advantage", advantages)):
             set_field(rollouts, name, table)
         is_trained = steps > 0
@@ -161,12 +171,14 @@ def update_value(critic, optimizer, batch, settings):
 def update(model, optimizer, batch, is_first, settings):
     """One optimizer step on one mini-batch -> its metrics, over all processes; see the README's glossary.
 
-    is_first: no update has come before in this RL step, so the old policy is the present one and needs no replay of its own.
+    is_first: no update has come before in this RL step, so the old policy is the present one and needs no
+    replay of its own.
     """
     own = own_share(batch)
     parts = list(train_rows(model, own, settings, settings.objective))
     num_trained = int(lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0])
-    sums, maxima = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0), dict(ratio_max=0.0, gap_max=0.0)
+    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0)
+    maxima = dict(ratio_max=0.0, gap_max=0.0)
     old, advantage, recorded = field_tables(own, "logp_old", "advantage", "logp", device=model.device)
     for rows in parts:
         at = rows.owner, rows.place
@@ -175,7 +187,8 @@ def update(model, optimizer, batch, is_first, settings):
         loss, stats = policy_loss(logp, logp_old, advantage[at], num_trained, settings.clip, settings.beta)
         loss.backward()
         gap = (logp_old - recorded[at]).abs()
-        stats.update(loss=loss.detach() * num_trained, entropy=entropy.sum(), gap=gap.sum(), gap_max=gap.max())
+        stats.update(loss=loss.detach() * num_trained, entropy=entropy.sum(), gap=gap.sum(),
+                     gap_max=gap.max())
         sums = {name: total + float(stats[name]) for name, total in sums.items()}
         maxima = {name: max(top, float(stats[name])) for name, top in maxima.items()}
     norm, is_finite = lm.optimizer_step(model, optimizer, settings.max_norm)
@@ -189,14 +202,15 @@ def summarize(updates):
     if not updates:
         return {}
     tokens = sum(u["tokens"] for u in updates)
-    line = {name: sum(u[name] for u in updates) / tokens for name in ("loss", "kl", "clip_fraction", "entropy", "gap")}
+    line = {name: sum(u[name] for u in updates) / tokens for name in ("loss", "kl", "clip_fraction",
+                                                                      "entropy", "gap")}
     line |= {name: max(u[name] for u in updates) for name in ("ratio_max", "gap_max", "gradient_norm")}
     return line | dict(trained_tokens=tokens, skipped_updates=sum(u["skipped_updates"] for u in updates))
 
 
 @torch.no_grad()
 def replay_gap(model, rollouts, temperature):
-    """The replay law, measured on shrink-1 views: |replayed - recorded log-probability| -> its mean and maximum."""
+    """The replay law on shrink-1 views: |replayed - recorded log-probability| -> its mean and maximum."""
     own = own_share(rollouts)
     gaps = [abs(a - b) for r, logp in zip(own, rollout.replay(model, own, temperature=temperature))
             for a, b in zip(logp.tolist(), r.logp)]
@@ -204,7 +218,7 @@ def replay_gap(model, rollouts, temperature):
     return dict(gap=total / max(count, 1), gap_max=lm.over_processes(max, max(gaps, default=0.0))[0])
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop.
 
 
@@ -215,28 +229,32 @@ def shuffled(number, seed):
 
 
 def roll_out(model, problems, args, step):
-    """Step 1: args.group_size responses to each of this step's prompts -> rollouts, group by group, on every process."""
+    """Step 1: G responses to each of this step's prompts -> rollouts, group by group, and their problems."""
     chosen = []
     for i in range((step - 1) * args.prompts, step * args.prompts):  # every epoch in an order of its own
         epoch, place = divmod(i, len(problems))
         chosen.append(problems[shuffled(len(problems), args.seed * 1_000_003 + epoch)[place]])
     repeated = [p for p in chosen for _ in range(args.group_size)]
     seeds = [(args.seed * 1_000_003 + step) * 1_000_003 + i for i in range(len(repeated))]
-    return rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **sampling(args, model)), repeated
+    return rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds,
+                                       **sampling(args, model)), repeated
 
 
 def sampling(args, model, **changes):
     """The settings of rollout.generate, from the flags."""
-    names = ("max_new_tokens", "strategy", "threshold", "temperature", "top_k", "top_p", "denoising_steps", "slots")
+    names = ("max_new_tokens", "strategy", "threshold", "temperature", "top_k", "top_p", "denoising_steps",
+             "slots")
     return {name: getattr(args, name) for name in names} | dict(eos_ids=model.config.eos_ids) | changes
 
 
 def set_advantages(rollouts, kind, group_size, keep_range):
-    """Step 3 without a value model: sets the advantages -> the rollouts to train on, group by group; maybe none.
+    """Step 3 without a value model: sets the advantages -> the rollouts to train on, group by group; maybe
+    none.
 
-    kind "group": standard scores; groups that teach nothing or fall outside keep_range are dropped (METHOD: advantages). "batch": the
-    reward minus the mean of the batch. "none": the reward. The last two, and "value" (set later), keep every group, unless no
-    advantage differs from 0. Whole records are kept or dropped, so nothing can fall out of step.
+    kind "group": standard scores; groups that teach nothing or fall outside keep_range are dropped (METHOD:
+    advantages). "batch": the reward minus the mean of the batch. "none": the reward. The last two, and
+    "value" (set later), keep every group, unless no advantage differs from 0. Whole records are kept or
+    dropped, so nothing can fall out of step.
     """
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, group_size)
     is_kept = torch.ones(len(rewards), dtype=torch.bool)
@@ -254,7 +272,7 @@ def set_advantages(rollouts, kind, group_size, keep_range):
 
 
 def learn(model, optimizer, critic, critic_optimizer, kept, args, step):
-    """Steps 3 (with values) to 5: every mini-batch once per epoch -> metrics. Old means start-of-step throughout."""
+    """Steps 3 (with values) to 5: every mini-batch once per epoch -> metrics. Old means start-of-step."""
     batches = minibatches(kept, args.group_size, args.minibatches, seed=args.seed * 1_000_003 + step)
     line, updates, value_losses = {}, [], []
     if critic is not None:
@@ -286,7 +304,8 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log):
         give_rewards(rollouts, repeated, tokenizer, reward)  # 2
         rolled_out = time.perf_counter()
         kept = set_advantages(rollouts, args.advantage, args.group_size, args.keep_range)  # 3
-        line = dict(step=step, reward=fmean(r.reward for r in rollouts), kept_groups=len(kept) // args.group_size,
+        line = dict(step=step, reward=fmean(r.reward for r in rollouts),
+                    kept_groups=len(kept) // args.group_size,
                     **eval_math.describe(rollouts))
         is_update = bool(kept) and (critic is None or step > args.value_warmup)
         if is_update and args.shrink == 1 and args.objective == "tracerl":
@@ -307,14 +326,16 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log):
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             log.save_checkpoint(model, tokenizer, step)
             if critic is not None and lm.processes()[0] == 0:
-                value.save_value_model(critic, os.path.join(log.folder, "checkpoints", f"step-{step}", "value", "model.safetensors"))
+                value.save_value_model(critic, os.path.join(log.folder, "checkpoints", f"step-{step}",
+                                                            "value", "model.safetensors"))
     bar.close()
     return worst_gap
 
 
 # FORK HERE (reward): without editing, --reward file.py:function.
 def load_reward(spec):
-    """The function of "file.py:function", from the user's own file. Raises ValueError that names what is missing."""
+    """The function of "file.py:function", the user's own file. Raises ValueError that names what is
+    missing."""
     path, _, name = spec.partition(":")
     if not os.path.isfile(path):
         raise ValueError(f"--reward {spec!r}: no file {path!r}; give file.py:function")
@@ -327,7 +348,8 @@ def load_reward(spec):
 
 
 def apply_reward(function, rollouts, problems, tokenizer):
-    """Rewards by function(problem, response text, token ids): a float, or one float per trained token (process rewards)."""
+    """Rewards by function(problem, text, token ids): a float, or one float per trained token (process
+    rewards)."""
     for r, p in zip(rollouts, problems):
         tokens = r.response[:r.num_tokens]
         got = function(p, eval_math.response_text(r, tokenizer), tokens)
@@ -335,35 +357,40 @@ def apply_reward(function, rollouts, problems, tokenizer):
             r.token_rewards = [float(x) for x in got]
             r.reward = sum(r.token_rewards)
             if len(r.token_rewards) != len(tokens):
-                raise ValueError(f"the reward function gave {len(r.token_rewards)} numbers for {len(tokens)} tokens")
+                raise ValueError(f"the reward function gave {len(r.token_rewards)} numbers for "
+                                 f"{len(tokens)} tokens")
         else:
             r.reward, r.token_rewards = float(got), []
 
 
 def give_rewards(rollouts, problems, tokenizer, function=None):
-    """Step 2: the math grader, or the user's function. Each process judges its share, and all then hold the same rewards:
-    a verdict that a time limit decided, or a random reward, must not be another one elsewhere."""
+    """Step 2: the math grader, or the user's function. Each process judges its share, and all then hold the
+    same rewards: a verdict that a time limit decided, or a random reward, must not be another one
+    elsewhere."""
     rank, number = lm.processes()
     own, own_problems = rollouts[rank::number], problems[rank::number]
     if function is None:
         eval_math.score(own, own_problems, tokenizer)
     else:
         apply_reward(function, own, own_problems, tokenizer)
-    for r, (reward, token_rewards) in zip(rollouts, lm.gather_lists([(r.reward, r.token_rewards) for r in own])):
+    for r, (reward, token_rewards) in zip(rollouts, lm.gather_lists([(r.reward, r.token_rewards)
+                                                                     for r in own])):
         r.reward, r.token_rewards = reward, token_rewards
 
 
 def check_gap(line, model, args):
     """Stops a float32 run that breaks the replay law: it would train on states the policy never was in.
 
-    A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding stays below
-    1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop.
+    A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding
+    stays below 1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop.
     """
     bound = 1e-4 / min(args.temperature, 1.0)
     is_law = line["gap"] <= bound and line["gap_max"] <= 10 * bound
     if model.embed.weight.dtype == torch.float32 and not is_law:
-        raise RuntimeError(f"the replay law is broken: replayed and recorded log-probabilities differ by {line['gap']:.1e} on "
-                           f"average and by up to {line['gap_max']:.1e}, far more than rounding ({bound:.0e}). Training and "
+        raise RuntimeError(f"the replay law is broken: replayed and recorded log-probabilities differ by "
+                           f"{line['gap']:.1e} on "
+                           f"average and by up to {line['gap_max']:.1e}, far more than rounding "
+                           f"({bound:.0e}). Training and "
                            "sampling disagree about masks, positions, blocks or steps.")
 
 
@@ -372,13 +399,16 @@ def describe_line(line):
     parts = [f"step {line['step']:3d}", f"reward {line['reward']:.3f}", f"kept {line['kept_groups']:d}",
              f"length {line['length']:.1f}", f"tokens/step {line['tokens_per_step']:.2f}"]
     if "ratio_max" in line:
-        parts += [f"ratio max {line['ratio_max']:.2f}", f"clipped {line['clip_fraction']:.3f}", f"KL {line['kl']:.4f}",
+        parts += [f"ratio max {line['ratio_max']:.2f}", f"clipped {line['clip_fraction']:.3f}",
+                  f"KL {line['kl']:.4f}",
                   f"entropy {line['entropy']:.3f}", f"grad {line['gradient_norm']:.2f}"]
     else:
-        parts += ["value model only" if "value_loss" in line else "no group with unequal rewards in range: no update"]
+        parts += ["value model only" if "value_loss" in line
+                  else "no group with unequal rewards in range: no update"]
     if "value_loss" in line:
         parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
-    parts += [f"gap {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s", f"update {line['update_seconds']:.1f}s"]
+    parts += [f"gap {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s",
+              f"update {line['update_seconds']:.1f}s"]
     if line.get("skipped_updates"):
         parts.append(f"SKIPPED {line['skipped_updates']} updates")
     if "dev_accuracy" in line:
@@ -395,14 +425,17 @@ def evaluate_all(model, tokenizer, problems, args):
 
 
 def parse_args(argv=None):
-    """The flags of tracerl.py. Defaults differ with and without --model: the embedded task, and the paper's for SDAR."""
+    """The flags of tracerl.py. Two defaults: of the embedded task, and with --model the paper's for SDAR."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     flag = functools.partial(lm.add_flag, parser)
-    flag("--model", str, None, None, "checkpoint folder or hub id; without it, a tiny model is made and warm-started")
+    flag("--model", str, None, None, "checkpoint folder or hub id; without it, a tiny model is made and "
+         "warm-started")
     flag("--train_data", str, "arithmetic", None, "problems to train on: embedded arithmetic or a file")
-    flag("--dev_data", str, "arithmetic-dev", None, "problems for --eval_every; test problems never guide a run")
+    flag("--dev_data", str, "arithmetic-dev", None, "problems for --eval_every; test problems never guide a "
+         "run")
     flag("--eval_data", str, "arithmetic-test", None, "test problems, scored before and after training only")
-    flag("--run", str, "tracerl", "tracerl", "name of the folder under runs/ (torchrun refuses the short form, which it reads "
+    flag("--run", str, "tracerl", "tracerl", "name of the folder under runs/ (torchrun refuses the short "
+         "form, which it reads "
          "as the start of a flag of its own)", "--run_name")
     flag("--seed", int, 0, 0, "of rollouts, mini-batches and the warm start")
     flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
@@ -416,31 +449,39 @@ def parse_args(argv=None):
     flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
     flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
     flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
-    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for full attention (the tiny "
+    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for "
+         "full attention (the tiny "
          "task has too few steps for that)")
-    flag("--objective", str, "tracerl", "tracerl", "views: the trace, or the baselines' random masks, without or with complement",
+    flag("--objective", str, "tracerl", "tracerl", "views: the trace, or the baselines' random masks, "
+         "without or with complement",
          choices=("tracerl", "random", "coupled"))
-    flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; minus the batch mean; raw reward",
+    flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; minus "
+         "the batch mean; raw reward",
          choices=("group", "value", "batch", "none"))
     flag("--value_lr", float, 1e-3, 5e-6, "learning rate of the value model")
     flag("--value_warmup", int, 5, 5, "RL steps that train the value model only")
     flag("--value_epochs", int, 4, 1, "passes of the value model over the rollouts of a step")
-    flag("--value_clip", float, None, None, "bound on the change of a value in its loss; None is no clipping (the paper: 0.2)")
+    flag("--value_clip", float, None, None, "bound on the change of a value in its loss; None is no "
+         "clipping (the paper: 0.2)")
     flag("--gamma", float, 1.0, 1.0, "discount per trace step")
     flag("--lam", float, 1.0, 1.0, "lambda of GAE")
-    flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float or one per token, in place of the math grader (which still evaluates)")
-    flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; equal rewards always drop",
+    flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float or "
+         "one per token, in place of the math grader (which still evaluates)")
+    flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; equal rewards "
+         "always drop",
          nargs=2, metavar=("LOW", "HIGH"))
     flag("--strategy", str, "dynamic", "dynamic", "what a denoising step reveals", choices=rollout.STRATEGIES)
     flag("--threshold", float, 0.9, 0.9, "confidence above which dynamic reveals a token")
-    flag("--denoising_steps", int, None, None, "steps per block that the quota of revealed tokens is made for; None is K")
+    flag("--denoising_steps", int, None, None, "steps per block that the quota of revealed tokens is made "
+         "for; None is K")
     flag("--temperature", float, 1.0, 1.0, "T, of rollouts and of the policy that is trained")
     flag("--top_k", int, 0, 0, "draw among the k most probable tokens; 0 is all")
     flag("--top_p", float, 1.0, 1.0, "draw among the most probable tokens up to this sum; 1 is all")
     flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
     flag("--max_new_tokens", int, 16, 2000, "longest response; full attention: length of the canvas")
     flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
-    flag("--prompt_style", str, "chat", "chat", "how the chat template is used", choices=eval_math.PROMPT_STYLES)
+    flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
+         choices=eval_math.PROMPT_STYLES)
     flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION, "text after each problem")
     flag("--system", str, None, None, "a system message before each problem")
     flag("--slots", int, None, 64, "sequences decoded together on one process; None is all")
@@ -458,7 +499,8 @@ def check_args(args, parser):
     """Bad values die at the door."""
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
-    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature", "value_lr", "value_epochs",
+    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature",
+                 "value_lr", "value_epochs",
                  "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
@@ -485,9 +527,11 @@ def check_args(args, parser):
 
 def load_data(source, tokenizer, args):
     """Problems whose prompts fit -> list[Problem]; the others are counted and said."""
-    problems, num_long = eval_math.encode_prompts(eval_math.load_problems(source, needs_answer=args.reward is None), tokenizer, args.max_prompt_tokens,
+    problems = eval_math.load_problems(source, needs_answer=args.reward is None)
+    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens,
                                                   args.instruction, args.prompt_style, args.system)
-    lm.say(f"{source}: {len(problems)} problems" + (f"; skipped {num_long} with a prompt over {args.max_prompt_tokens} tokens"
+    lm.say(f"{source}: {len(problems)} problems" + (f"; skipped {num_long} with a prompt over "
+                                                    f"{args.max_prompt_tokens} tokens"
                                                     if num_long else ""))
     return problems
 
@@ -501,19 +545,23 @@ def main(argv=None):
     model, tokenizer = lm.load_model(path, args.block_size, torch.float32)
     args.shrink = args.shrink or (8 if model.config.is_full else 1)
     if not 1 <= (args.denoising_steps or 1) <= model.config.block_size:
-        raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 and the block size, {model.config.block_size}")
+        raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 and the block size, "
+                         f"{model.config.block_size}")
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
-    problems, test_problems = (load_data(source, tokenizer, args) for source in (args.train_data, args.eval_data))
+    problems, test_problems = (load_data(source, tokenizer, args) for source in (args.train_data,
+                                                                                 args.eval_data))
     dev_problems = load_data(args.dev_data, tokenizer, args) if args.dev_data and args.eval_every else []
     log = lm.RunLog(os.path.join("runs", args.run), vars(args) | dict(model=path))
     before = evaluate_all(model, tokenizer, test_problems, args)
     gap = train(model, tokenizer, problems, dev_problems, reward, args, log)
     after = evaluate_all(model, tokenizer, test_problems, args)
-    summary = dict(before=before, after=after, seconds=time.perf_counter() - started, replay_gap_max=gap, seed=args.seed)
+    summary = dict(before=before, after=after, seconds=time.perf_counter() - started, replay_gap_max=gap,
+                   seed=args.seed)
     log.finish(summary)
     log.plot()
-    lm.say(f"\n{'accuracy on ' + str(len(test_problems)) + ' test problems':36s}{'before':>16s}{'after':>18s}")
+    lm.say(
+        f"\n{'accuracy on ' + str(len(test_problems)) + ' test problems':36s}{'before':>16s}{'after':>18s}")
     for name in before:
         cells = [f"{e[name]['accuracy']:.3f} +- {e[name]['standard_error']:.3f}" for e in (before, after)]
         lm.say(f"  {name:34s}{cells[0]:>16s}  {cells[1]:>16s}")

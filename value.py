@@ -1,11 +1,13 @@
 """value.py - a baseline per trace step.
 
-The diffusion value model (paper, section on the diffusion value model; METHOD: value model): a copy of the policy's backbone with
-a linear head to one number. It reads the very rows the policy is trained on, at the very places where the policy predicts, so
-V_j is the value of the state just before the denoising step that reveals token j.
+The diffusion value model (paper, section on the diffusion value model; METHOD: value model): a copy of the
+policy's backbone with a linear head to one number. It reads the very rows the policy is trained on, at the
+very places where the policy predicts, so V_j is the value of the state just before the denoising step that
+reveals token j.
 
-Tokens revealed at one step share that state, so time runs over trace steps, not over tokens: rewards and values are averaged
-over the trained tokens of a step (a star marks these means), GAE runs over steps, and each token gets its own share back.
+Tokens revealed at one step share that state, so time runs over trace steps, not over tokens: rewards and
+values are averaged over the trained tokens of a step (a star marks these means), GAE runs over steps, and
+each token gets its own share back.
 
 Reading order: ValueModel, global_steps, returns_and_advantages, value_loss, explained_variance.
 """
@@ -39,16 +41,18 @@ class ValueModel(nn.Module):
         return self.backbone.device
 
     def forward(self, rows):
-        """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in the order of rows.target."""
+        """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in the order of
+        rows.target."""
         h = self.backbone.hidden(rows.tokens, rows.layout).flatten(0, 1)[rows.source]
         return self.value_head(h)[:, 0].float()
 
 
 def global_steps(rollouts, config, shrink=1, post_num=0):
-    """Trace steps over the whole response, of the trained tokens -> int64 (N, R), 0 where a token is not trained.
+    """Trace steps over the whole response, of the trained tokens -> int64 (N, R), 0 where a token is not
+    trained.
 
-    1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. Steps that revealed no
-    trained token (only the filling after eos) are not counted.
+    1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. Steps
+    that revealed no trained token (only the filling after eos) are not counted.
     """
     tokens, steps, _ = rollout.canvases(rollouts, config)
     L = tokens.shape[1]
@@ -60,27 +64,32 @@ def global_steps(rollouts, config, shrink=1, post_num=0):
     order = torch.where(is_trained, torch.arange(L) // span * (L + 1) + trace, 0)
     order = rollout.merge_steps(order, L)
     R = max(len(r.response) for r in rollouts)
-    out = torch.zeros(len(rollouts), R + 1, dtype=torch.int64)  # the last column takes what lies outside the response
+    # the last column takes what lies outside the response
+    out = torch.zeros(len(rollouts), R + 1, dtype=torch.int64)
     return out.scatter(1, torch.where(is_trained, place, R), order)[:, :R]
 
 
 def place_rewards(rewards, steps):
-    """Sequence rewards as token rewards: float (N,), steps (N, R) -> (N, R), on the trained tokens of the last step."""
+    """Sequence rewards as token rewards: float (N,), steps (N, R) -> (N, R), on the trained tokens of the
+    last step."""
     is_last = (steps == steps.amax(-1, keepdim=True)) & (steps > 0)
     return torch.where(is_last, rewards[:, None], 0.0)
 
 
 def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
-    """Returns and GAE advantages over trace steps (METHOD: value model) -> two float (N, R), 0 on untrained tokens.
+    """Returns and GAE advantages over trace steps (METHOD: value model) -> two float (N, R), 0 on untrained
+    tokens.
 
-    rewards, values: per token, float (N, R). steps: `global_steps`, int64 (N, R), 0 = not trained. For token j of step t, with
-    means over the trained tokens of a step marked *, and everything after the last step 0:
+    rewards, values: per token, float (N, R). steps: `global_steps`, int64 (N, R), 0 = not trained. For token
+    j of step t, with means over the trained tokens of a step marked *, and everything after the last step 0:
 
-        R*_t = r*_t + gamma R*_{t+1}      delta_t = r*_t - V*_t + gamma V*_{t+1}      A*_t = delta_t + gamma lam A*_{t+1}
+        R*_t = r*_t + gamma R*_{t+1}      delta_t = r*_t - V*_t + gamma V*_{t+1}      A*_t = delta_t + gamma
+        lam A*_{t+1}
         R_j  = r_j + gamma R*_{t+1}       A_j = (r_j - V_j) + gamma V*_{t+1} + gamma lam A*_{t+1}
     """
     N, S = len(steps), int(steps.max())
-    zeros = rewards.new_zeros(N, S + 2)  # column t is step t; column 0 collects untrained tokens, column S + 1 stays 0
+    # column t is step t; column 0 collects untrained tokens, column S + 1 stays 0
+    zeros = rewards.new_zeros(N, S + 2)
     count = zeros.scatter_add(1, steps, torch.ones_like(rewards)).clamp(min=1)
     r = zeros.scatter_add(1, steps, rewards) / count
     v = zeros.scatter_add(1, steps, values) / count
@@ -92,12 +101,14 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     after = steps + 1
     is_trained = steps > 0
     token_returns = rewards + gamma * returns.gather(1, after)
-    token_advantages = rewards - values + gamma * v.gather(1, after) + gamma * lam * advantages.gather(1, after)
+    token_advantages = rewards - values + gamma * v.gather(1, after) + gamma * lam * advantages.gather(1,
+                                                                                                       after)
     return token_returns * is_trained, token_advantages * is_trained
 
 
 def value_loss(values, values_old, returns, num_trained, clip=None):
-    """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by the trained tokens of the whole update.
+    """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by the trained tokens of the
+    whole update.
 
     All float32 (N,). clip None: plain 0.5 (V - R)^2.
     """
@@ -109,10 +120,12 @@ def value_loss(values, values_old, returns, num_trained, clip=None):
 
 
 def variance_sums(values, returns):
-    """What explained_variance needs, as sums that may be added over processes -> five floats. float (N,) each."""
+    """What explained_variance needs, as sums that may be added over processes -> five floats. float (N,)
+    each."""
     error = (returns - values).double()
     returns = returns.double()
-    return [float(x) for x in (len(returns), returns.sum(), (returns**2).sum(), error.sum(), (error**2).sum())]
+    return [float(x) for x in (len(returns), returns.sum(), (returns**2).sum(), error.sum(),
+                               (error**2).sum())]
 
 
 def explained_variance(count, total, squares, error, error_squares):

@@ -14,14 +14,18 @@ import tracerl
 
 TINY = str(FIXTURES / "tiny")
 DATA = ["--train_data=arithmetic", "--dev_data=arithmetic-dev", "--eval_data=arithmetic-test"]
-SMALL = ["--steps=2", "--prompts=6", "--group_size=4", "--max_new_tokens=16", "--lr=1e-3", "--minibatches=2", "--eval_every=0",
-         "--warmup=0", "--keep_range", "0", "1", "--micro_tokens=2048", "--slots=16", "--max_prompt_tokens=20"]
+SMALL = ["--steps=2", "--prompts=6", "--group_size=4", "--max_new_tokens=16", "--lr=1e-3", "--minibatches=2",
+         "--eval_every=0",
+         "--warmup=0", "--keep_range", "0", "1", "--micro_tokens=2048", "--slots=16",
+         "--max_prompt_tokens=20"]
 
 
 def run(*command, cwd, processes=1, code=0):
     """Runs a script of the project with torchrun -> its output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launcher, str(ROOT / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True,
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launcher, str(ROOT / command[0]), *command[1:]], cwd=cwd, capture_output=True,
+                          text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -56,7 +60,8 @@ def test_two_processes_make_the_same_update_as_one(runs):
 
 def test_a_run_leaves_behind_what_the_readme_says(runs):
     folder, output = runs
-    assert {p.name for p in (folder / "one").iterdir()} == {"args.json", "checkpoints", "curves.png", "metrics.jsonl",
+    assert {p.name for p in (folder / "one").iterdir()} == {"args.json", "checkpoints", "curves.png",
+                                                            "metrics.jsonl",
                                                             "summary.json"}
     summary = json.loads((folder / "one/summary.json").read_text())
     assert set(summary) == {"before", "after", "seconds", "replay_gap_max", "seed"}
@@ -77,7 +82,8 @@ def test_a_run_leaves_behind_what_the_readme_says(runs):
     (["--stepz=3"], "unrecognized arguments: --stepz=3"),
 ])
 def test_a_mistake_ends_with_a_clear_error(flags, message, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tracerl.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "tracerl.py"), *flags], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr
 
 
@@ -95,15 +101,21 @@ def test_importing_the_files_does_nothing():
 
 
 @pytest.mark.parametrize("flags", [
-    ["--advantage=value", "--value_warmup=1", "--value_lr=1e-3"], ["--advantage=batch", "--objective=coupled"],
-    ["--advantage=none", "--objective=random"], ["--shrink=2"], ["--reward=mine.py:short", "--keep_range", "-99", "0"], ["--strategy=static", "--block_size=8"],
+    ["--advantage=value", "--value_warmup=1", "--value_lr=1e-3"], ["--advantage=batch",
+                                                                   "--objective=coupled"],
+    ["--advantage=none", "--objective=random"], ["--shrink=2"], ["--reward=mine.py:short", "--keep_range",
+                                                                 "-99", "0"], ["--strategy=static",
+                                                                               "--block_size=8"],
     ["--advantage=value", "--value_warmup=0", "--reward=mine.py:each", "--gamma=0.9", "--lam=0.5"],
 ], ids=" ".join)
 def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, tmp_path, monkeypatch):
-    """Two RL steps of each, by `main` itself: the gap holds before the update, the policy moves, and what was saved loads."""
+    """Two RL steps of each, by `main` itself: the gap holds before the update, the policy moves, and what was
+    saved loads."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("def short(problem, text, tokens):\n    return -float(len(set(tokens)))\n\n"
-                                      "def each(problem, text, tokens):\n    return [float(t % 2) for t in tokens]\n")
+    (tmp_path / "mine.py").write_text("def short(problem, text, tokens):\n    return "
+                                      "-float(len(set(tokens)))\n\n"
+                                      "def each(problem, text, tokens):\n    return [float(t % 2) for t in "
+                                      "tokens]\n")
     (tmp_path / "test.jsonl").write_text('{"problem": "123+456=", "answer": "579"}\n' * 4)
     trained = []
     keep = tracerl.train

@@ -21,7 +21,8 @@ from rollout import Rollout
 
 @pytest.mark.parametrize("text, answer", [
     ("so \\boxed{12}", "12"), ("\\boxed{1} then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("\\boxed{}", ""),
-    ("no box: 12", None), ("\\boxed{12", None), ("\\boxed{1} and \\boxed{2", None), ("", None), ("\\boxed{{a}{b}}", "{a}{b}"),
+    ("no box: 12", None), ("\\boxed{12", None), ("\\boxed{1} and \\boxed{2", None), ("", None),
+    ("\\boxed{{a}{b}}", "{a}{b}"),
 ])
 def test_the_answer_is_in_the_last_balanced_box(text, answer):
     assert extract_answer(text) == answer
@@ -33,15 +34,19 @@ def test_equal_numbers_are_equal_and_nothing_else_is():
 
 
 def test_the_splits_of_the_embedded_task_never_share_a_problem():
-    texts = {name: {p.problem for p in arithmetic(name, 2000, seed)} for seed in (0, 1) for name in ("train", "dev", "test")}
-    assert not texts["train"] & texts["test"] and not texts["train"] & texts["dev"] and not texts["dev"] & texts["test"]
+    texts = {name: {p.problem for p in arithmetic(name, 2000, seed)} for seed in (0, 1) for name in ("train",
+                                                                                                     "dev",
+                                                                                                     "test")}
+    assert not texts["train"] & texts["test"] and not texts["train"] & texts["dev"] and not texts[
+        "dev"] & texts["test"]
 
 
 def test_a_pupil_who_never_slips_is_always_right():
     for p in arithmetic("train", 500):
         a, b = p.problem[:-1].split("+")
         assert int(p.answer) == int(a) + int(b) and is_correct(extract_answer(p.solution), p.answer)
-    assert Problem("237+682=", "919", "09;11;09;\\boxed{919}").solution == eval_math.work_out(237, 682, 0, random.Random())
+    assert Problem("237+682=", "919", "09;11;09;\\boxed{919}").solution == eval_math.work_out(237, 682, 0,
+                                                                                              random.Random())
 
 
 def test_a_pupil_who_slips_is_wrong_when_a_carry_was_due():
@@ -55,7 +60,8 @@ def test_a_pupil_who_slips_is_wrong_when_a_carry_was_due():
 def test_a_truncated_response_is_wrong_even_with_the_right_answer():
     tokenizer = lm.tiny_tokenizer()
     tokens = tokenizer("\\boxed{5}", add_special_tokens=False).input_ids
-    rollouts = [Rollout([3], [*tokens, 1], 4, [1] * 4), Rollout([3], [*tokens, 1], 4, [1] * 4, is_truncated=True),
+    rollouts = [Rollout([3], [*tokens, 1], 4, [1] * 4), Rollout([3], [*tokens, 1], 4, [1] * 4,
+                                                                is_truncated=True),
                 Rollout([3], [*tokens, 1], 2, [1] * 4)]
     eval_math.score(rollouts, [Problem("", "5")] * 3, tokenizer)
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0]
@@ -86,9 +92,11 @@ def test_long_prompts_are_skipped_and_counted():
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"problem": "1+1=", "answer": "2"}\n{"problem": \n', "line 2: broken JSON"), ('{"problem": "1+1="}\n', "row 1: no answer"),
+    ('{"problem": "1+1=", "answer": "2"}\n{"problem": \n', "line 2: broken JSON"), ('{"problem": "1+1="}\n',
+                                                                                    "row 1: no answer"),
     ("\n", "no problems"), ('{"problem": "1+1=", "answer": "2"}\n[1]\n', "row 2: not an object"),
-    ('{"problem": "1+1=", "answer": "2"}\n{"text": "1", "answer": "2"}\n', "row 2: no problem; columns are text, answer"),
+    ('{"problem": "1+1=", "answer": "2"}\n{"text": "1", "answer": "2"}\n',
+     "row 2: no problem; columns are text, answer"),
     ('{"problem": "1+1=", "answer": ""}\n', "row 1: no answer"),
 ])
 def test_a_broken_data_file_is_named_with_its_row(content, message, tmp_path):
@@ -106,7 +114,8 @@ def test_a_missing_source_or_column_is_named(tmp_path):
         load_problems(str(FIXTURES / "data/math500.jsonl"), problem_column="text")
 
 
-@pytest.mark.parametrize("name, answer", [("gsm8k", "18"), ("math500", "\\left( 3, \\frac{\\pi}{2} \\right)"), ("aime2024", "204")])
+@pytest.mark.parametrize("name, answer", [("gsm8k", "18"), ("math500", "\\left( 3, \\frac{\\pi}{2} "
+                                                            "\\right)"), ("aime2024", "204")])
 def test_the_public_sets_load_as_their_owners_publish_them(name, answer):
     problems = load_problems(str(FIXTURES / f"data/{name}.jsonl"))
     assert len(problems) == 5 and problems[0].answer == answer and len(problems[0].problem) > 50
@@ -119,9 +128,11 @@ def test_other_shapes_of_data_load_as_well(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(rows))
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
     for name in ("list.json", "table.parquet"):
-        assert [(p.problem, p.answer) for p in load_problems(str(tmp_path / name))] == [("1+1", "2"), ("2+2", "4")]
+        assert [(p.problem, p.answer) for p in load_problems(str(tmp_path / name))] == [("1+1", "2"),
+                                                                                        ("2+2", "4")]
     assert load_problems(str(tmp_path / "list.json"), answer_column="level")[0].answer == "3"
-    talk = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+    talk = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+                          {"role": "assistant", "content": "a"}]},
             {"prompt": "u", "response": "so \\boxed{7}"}]
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, talk)))
     chat, plain = load_problems(str(tmp_path / "talk.jsonl"), needs_answer=False)
@@ -129,12 +140,14 @@ def test_other_shapes_of_data_load_as_well(tmp_path):
     assert (plain.problem, plain.solution, plain.answer) == ("u", "so \\boxed{7}", "7")
 
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
           "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
 
 
 @pytest.mark.parametrize("style, end", [
-    ("chat", "<|im_start|>assistant\n"), ("trado", "<|im_start|>assistant"), ("think", "<|im_start|>assistant\n<think>\n"),
+    ("chat", "<|im_start|>assistant\n"), ("trado", "<|im_start|>assistant"),
+    ("think", "<|im_start|>assistant\n<think>\n"),
     ("no_think", "<|im_start|>assistant\n<think>\n\n</think>\n\n"), ("plain", "within \\boxed{}."),
 ])
 def test_prompt_styles(style, end):
@@ -156,12 +169,13 @@ def test_prompt_styles(style, end):
     eval_math.encode_prompts([problem], Recorder(), 999, style=style, system="be brief")
     text = "".join(problem.tokens)
     assert text.endswith(end) and "1+1?\nPlease reason" in text and text.count("be brief") == 1
-    assert style == "plain" or text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n1+1?")
+    assert style == "plain" or text.startswith("<|im_start|>system\nbe "
+                                               "brief<|im_end|>\n<|im_start|>user\n1+1?")
     with pytest.raises(ValueError, match="unknown prompt style 'best'"):
         eval_math.encode_prompts([problem], Recorder(), 999, style="best")
 
 
-# ------------------------------------------------------------------------------------------------------- the grader
+# ------------------------------------------------------------------------------------------------------- the 
 
 
 def pairs():
@@ -169,10 +183,12 @@ def pairs():
 
 
 def test_the_grader_meets_its_bars_on_the_pairs():
-    never = {"no_boxed", "empty_boxed", "unclosed_boxed", "reward_hack", "bases", "intervals", "thousands", "tuples", "negatives",
+    never = {"no_boxed", "empty_boxed", "unclosed_boxed", "reward_hack", "bases", "intervals", "thousands",
+             "tuples", "negatives",
              "decimals", "sets_lists", "scientific", "mixed_numbers"}
     results = [(p, is_correct(extract_answer(p["response"]), p["gold"])) for p in pairs()]
-    wrong = [(p["category"], p["gold"], p["response"], verdict) for p, verdict in results if verdict != p["expected"]]
+    wrong = [(p["category"], p["gold"], p["response"], verdict) for p, verdict in results
+             if verdict != p["expected"]]
     true = [(p, verdict) for p, verdict in results if p["expected"]]
     assert len(wrong) <= 0.01 * len(results), wrong
     assert sum(verdict for _, verdict in true) >= 0.98 * len(true), wrong
@@ -201,23 +217,34 @@ def test_every_published_gold_answer_equals_itself_in_every_style():
 
 
 @pytest.mark.parametrize("answer, gold", [
-    ("2^{-98}", "2^{-99}"), ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}"), ("6.283185", "2\\pi"), ("0.3333333333", "\\frac{1}{3}"),
-    ("204_6", "204_5"), ("204", "204_5"), ("(1,2]", "(1,2)"), ("(2,1)", "(1,2)"), ("1,2,3", "1,2"), ("1,2", "1,2,3"),
-    ("1,2,3,4,5", "3"), ("3 or 4", "3"), ("3\\text{ or 4}", "3"), ("3\\text{ or } 4", "3"), ("\\text{the gold}", "3"),
-    ("3+10^{-30}", "3"), ("\\sqrt{2}+10^{-20}", "\\sqrt{2}"), ("1 234", "1234"), ("1, 234", "1234"), ("3\\frac{1}{2}", "\\frac{31}{2}"),
-    ("seat", "east"), ("|x|", "x"), ("\\sqrt{x^2}", "x"), ("x=5", "y=5"), ("-5", "5"), ("\\pm 5", "5"), ("5\\pm 0", "5"),
-    ("\\text{5}6", "5"), ("\\frac{5}{0}", "5"), ("nan", "5"), ("\\infty", "5"), ("5\\infty", "5"), ("[1,2]", "\\{1,2\\}"),
+    ("2^{-98}", "2^{-99}"), ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}"), ("6.283185", "2\\pi"),
+    ("0.3333333333", "\\frac{1}{3}"),
+    ("204_6", "204_5"), ("204", "204_5"), ("(1,2]", "(1,2)"), ("(2,1)", "(1,2)"), ("1,2,3", "1,2"),
+    ("1,2", "1,2,3"),
+    ("1,2,3,4,5", "3"), ("3 or 4", "3"), ("3\\text{ or 4}", "3"), ("3\\text{ or } 4", "3"),
+    ("\\text{the gold}", "3"),
+    ("3+10^{-30}", "3"), ("\\sqrt{2}+10^{-20}", "\\sqrt{2}"), ("1 234", "1234"), ("1, 234", "1234"),
+    ("3\\frac{1}{2}", "\\frac{31}{2}"),
+    ("seat", "east"), ("|x|", "x"), ("\\sqrt{x^2}", "x"), ("x=5", "y=5"), ("-5", "5"), ("\\pm 5", "5"),
+    ("5\\pm 0", "5"),
+    ("\\text{5}6", "5"), ("\\frac{5}{0}", "5"), ("nan", "5"), ("\\infty", "5"), ("5\\infty", "5"),
+    ("[1,2]", "\\{1,2\\}"),
 ])
 def test_known_traps_are_wrong(answer, gold):
     assert not is_correct(answer, gold)
 
 
 @pytest.mark.parametrize("answer, gold", [
-    ("\\frac{3}{6}", "0.5"), ("2,1", "\\{1,2\\}"), ("3\\tfrac12", "\\frac{7}{2}"), ("10\\,080", "10,\\!080"), ("1+\\sqrt 2", "\\sqrt2+1"),
-    ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("x\\in[-2,7]", "[-2,7]"),
-    ("2\\ge x", "x\\le 2"), ("y=0.5x-3", "y=\\frac12 x-3"), ("\\cos^2 x", "1-\\sin^2 x"), ("-\\frac{1}{2}", "\\frac{-1}{2}"),
-    ("4\\pm\\sqrt3", "4+\\sqrt3, 4-\\sqrt3"), ("5\\text{ cm}^2", "5"), ("$18", "18"), ("50\\%", "50"), ("(C)", "\\text{C}"),
-    ("4210_5", "4210_{5}"), ("i+1", "1+i"), ("2 \\cdot 10^{3}", "2000"), ("(1,2) \\cup (3,4)", "(3,4)\\cup(1,2)"),
+    ("\\frac{3}{6}", "0.5"), ("2,1", "\\{1,2\\}"), ("3\\tfrac12", "\\frac{7}{2}"), ("10\\,080", "10,\\!080"),
+    ("1+\\sqrt 2", "\\sqrt2+1"),
+    ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+    ("x\\in[-2,7]", "[-2,7]"),
+    ("2\\ge x", "x\\le 2"), ("y=0.5x-3", "y=\\frac12 x-3"), ("\\cos^2 x", "1-\\sin^2 x"),
+    ("-\\frac{1}{2}", "\\frac{-1}{2}"),
+    ("4\\pm\\sqrt3", "4+\\sqrt3, 4-\\sqrt3"), ("5\\text{ cm}^2", "5"), ("$18", "18"), ("50\\%", "50"),
+    ("(C)", "\\text{C}"),
+    ("4210_5", "4210_{5}"), ("i+1", "1+i"), ("2 \\cdot 10^{3}", "2000"), ("(1,2) \\cup (3,4)",
+                                                                          "(3,4)\\cup(1,2)"),
 ])
 def test_equal_answers_in_other_clothes_are_right(answer, gold):
     assert is_correct(answer, gold)
@@ -240,7 +267,8 @@ print(json.dumps([out, grown, os.listdir(canary), resource.getrusage(resource.RU
 
 
 def test_hostile_answers_neither_hang_nor_grow_nor_run():
-    done = subprocess.run([sys.executable, "-c", HOSTILE, str(ROOT), str(FIXTURES / "grading/hostile.jsonl")], text=True,
+    done = subprocess.run([sys.executable, "-c", HOSTILE, str(ROOT),
+                           str(FIXTURES / "grading/hostile.jsonl")], text=True,
                           capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     results, grown_mib, canary, worker_mib = json.loads(done.stdout)
@@ -276,14 +304,16 @@ def test_a_check_that_is_killed_is_wrong_and_counted_and_the_next_one_works(monk
     stuck = workers.idle.get() or workers.start()
     stuck.send_signal(19)  # SIGSTOP: a worker that sleeps uses no CPU time, so only the wall clock ends it
     workers.idle.put(stuck)
-    assert (False, "killed") in [workers.run("\\sqrt{5}", "\\sqrt{5}") for _ in range(2)] and workers.killed == 2
+    assert (False, "killed") in [workers.run("\\sqrt{5}", "\\sqrt{5}")
+                                 for _ in range(2)] and workers.killed == 2
 
 
 def test_the_cpu_limit_ends_a_check_in_time():
     workers = eval_math.Workers()
     started = time.perf_counter()
     nested = "(" * 3 + "x+1" + ")^{99}" * 3  # past the guard on purpose: the limits must hold without it
-    is_right, how = workers.run(f"\\frac{{d}}{{dx}} {nested} + \\sum_{{k=1}}^{{10^{{9}}}} \\frac{{1}}{{k^k}} + 9^{{9^{{9^9}}}}", "1")
+    is_right, how = workers.run(f"\\frac{{d}}{{dx}} {nested} + \\sum_{{k=1}}^{{10^{{9}}}} "
+                                f"\\frac{{1}}{{k^k}} + 9^{{9^{{9^9}}}}", "1")
     assert not is_right and time.perf_counter() - started < 10
 
 
@@ -300,13 +330,15 @@ def test_the_interpreter_exits_promptly_with_workers_running():
 def test_the_grader_is_a_command(tmp_path):
     rows = [{"gold": p["gold"], "response": p["response"]} for p in pairs()[:40]]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out", "out.jsonl"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out",
+                           "out.jsonl"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "checks per second" in done.stdout, done.stderr
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(out) == 40 and all(set(line) == {"correct", "answer", "how"} for line in out)
     (tmp_path / "in.jsonl").write_text('{"gold": "1"}\n')
-    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out", "out.jsonl"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out",
+                           "out.jsonl"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode != 0 and "row 1" in done.stderr
 
@@ -317,9 +349,11 @@ def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, mo
     first = eval_math.main(flags)
     path = tmp_path / "runs/eval/responses.jsonl"
     lines = path.read_text().splitlines()
-    assert len(lines) == 80 and {"text", "response", "step_map", "correct", "how"} <= set(json.loads(lines[0]))
+    assert len(lines) == 80 and {"text", "response", "step_map", "correct",
+                                 "how"} <= set(json.loads(lines[0]))
     for metrics in first.values():
-        assert {"accuracy", "standard_error", "pass_at_k", "length", "truncated", "tokens_per_step", "tokens_per_second",
+        assert {"accuracy", "standard_error", "pass_at_k", "length", "truncated", "tokens_per_step",
+                "tokens_per_second",
                 "unanswered", "killed"} <= set(metrics) and metrics["pass_at_k"] >= metrics["accuracy"]
     path.write_text("\n".join(lines[:33]) + "\n" + lines[33][:20])
     capsys.readouterr()
@@ -334,8 +368,10 @@ def test_an_autoregressive_model_is_scored_under_the_same_prompts(tmp_path, monk
     import transformers
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(vocab_size=18, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
-                                      num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
+    config = transformers.Qwen3Config(vocab_size=18, hidden_size=32, intermediate_size=32,
+                                      num_hidden_layers=1, head_dim=8,
+                                      num_attention_heads=4, num_key_value_heads=2, eos_token_id=1,
+                                      pad_token_id=0)
     transformers.Qwen3ForCausalLM(config).save_pretrained("ar")
     lm.tiny_tokenizer().save_pretrained("ar")
     summary = eval_math.main(["--ar=ar", "--max_new_tokens=6", "--limit=9", "--slots=4", "--temperature=0"])

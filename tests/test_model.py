@@ -85,7 +85,8 @@ def test_the_network_does_not_know_how_its_rows_are_packed():
 def test_block_size_1_equals_transformers_qwen3(is_tied):
     theirs_config = transformers.Qwen3Config(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, rope_theta=1e6, tie_word_embeddings=is_tied, attn_implementation="eager")
+        num_key_value_heads=2, head_dim=16, rope_theta=1e6, tie_word_embeddings=is_tied,
+        attn_implementation="eager")
     torch.manual_seed(0)
     theirs = transformers.Qwen3ForCausalLM(theirs_config).eval()
     for p in theirs.parameters():
@@ -133,7 +134,7 @@ def test_log_probabilities_are_float32_whatever_the_weights_are():
     assert logp.dtype == entropy.dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------- checkpo
 
 
 @pytest.mark.parametrize("kind", ["sdar", "qwen3", "dream", "llada"])
@@ -194,7 +195,8 @@ def test_transformers_own_qwen3_loads_what_we_save(tmp_path):
 
 def test_a_qwen3_checkpoint_without_a_mask_token_gets_a_row_for_one(tmp_path):
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(vocab_size=18, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+    config = transformers.Qwen3Config(vocab_size=18, hidden_size=32, intermediate_size=48,
+                                      num_hidden_layers=1, head_dim=8,
                                       num_attention_heads=4, num_key_value_heads=2, eos_token_id=1)
     theirs = transformers.Qwen3ForCausalLM(config)
     theirs.save_pretrained(tmp_path / "ar")
@@ -205,12 +207,14 @@ def test_a_qwen3_checkpoint_without_a_mask_token_gets_a_row_for_one(tmp_path):
     torch.testing.assert_close(model(tokens)[..., :18], theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     lm.save_checkpoint(model, None, tmp_path / "again")
     again, _ = lm.load_model(tmp_path / "again")
-    assert again.config.mask_id == 18 and all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    assert again.config.mask_id == 18 and all(torch.equal(p, q) for p, q in zip(model.parameters(),
+                                                                                again.parameters()))
 
 
 @pytest.mark.parametrize("family", ["dream", "sdar"])
 def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
-    """Dream's and SDAR's folders name a tokenizer class of their own; it is Qwen2's, and no code is run for it."""
+    """Dream's and SDAR's folders name a tokenizer class of their own; it is Qwen2's, and no code is run for
+    it."""
     import json
 
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -220,15 +224,19 @@ def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
     backend.train_from_iterator(["so the answer is 12"] * 9, trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     backend.model.save(str(tmp_path / "c"))
-    added = {str(300 + i): dict(content=text, special=True, lstrip=False, rstrip=False, normalized=False, single_word=False)
+    added = {str(300 + i): dict(content=text, special=True, lstrip=False, rstrip=False, normalized=False,
+                                single_word=False)
              for i, text in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"))}
     (tmp_path / "c/tokenizer_config.json").write_text(json.dumps(dict(
-        tokenizer_class="DreamTokenizer", auto_map=dict(AutoTokenizer=["tokenization_dream.DreamTokenizer", None]),
-        added_tokens_decoder=added, eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mask|>",
+        tokenizer_class="DreamTokenizer", auto_map=dict(AutoTokenizer=["tokenization_dream.DreamTokenizer",
+                                                                       None]),
+        added_tokens_decoder=added, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        mask_token="<|mask|>",
         chat_template="{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}")))
     model, tokenizer = lm.load_model(tmp_path / "c")
     ids = tokenizer("<|im_start|>so the answer", add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == "<|im_start|>so the answer" and ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert tokenizer.decode(ids) == "<|im_start|>so the answer" and ids[0] == tokenizer.convert_tokens_to_ids(
+        "<|im_start|>")
     assert set(model.config.eos_ids) == {1, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])}
     lm.save_checkpoint(model, tokenizer, tmp_path / "again")
     _, again = lm.load_model(tmp_path / "again")
@@ -238,19 +246,27 @@ def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
 def test_published_configurations_are_understood():
     """The fields of the published config.json files that matter here."""
     sdar = lm.ModelConfig.from_dict(dict(
-        model_type="sdar", vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, head_dim=128,
-        num_key_value_heads=8, intermediate_size=9728, rope_theta=1000000, tie_word_embeddings=False, eos_token_id=151643))
+        model_type="sdar", vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32,
+        head_dim=128,
+        num_key_value_heads=8, intermediate_size=9728, rope_theta=1000000, tie_word_embeddings=False,
+        eos_token_id=151643))
     assert (sdar.mask_id, sdar.block_size, sdar.is_full, sdar.head_dim) == (151669, 4, False, 128)
     dream = lm.ModelConfig.from_dict(dict(
-        model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, mask_token_id=151666,
-        num_key_value_heads=4, intermediate_size=18944, rope_theta=1000000.0, tie_word_embeddings=False, eos_token_id=151643))
+        model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28,
+        num_attention_heads=28, mask_token_id=151666,
+        num_key_value_heads=4, intermediate_size=18944, rope_theta=1000000.0, tie_word_embeddings=False,
+        eos_token_id=151643))
     assert (dream.mask_id, dream.block_size, dream.is_full, dream.head_dim) == (151666, 32, True, 128)
     assert dream.switches.shifts_logits and dream.switches.has_qkv_bias and not dream.switches.has_qk_norm
     llada = lm.ModelConfig.from_dict(dict(
-        model_type="llada", vocab_size=126464, embedding_size=126464, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
-        mlp_hidden_size=12288, rope_theta=500000.0, weight_tying=False, mask_token_id=126336, eos_token_id=126081))
-    assert (llada.mask_id, llada.rope_theta, llada.num_kv_heads, llada.eos_ids) == (126336, 5e5, 32, (126081,))
-    new = lm.ModelConfig.from_dict({**sdar.source, "rope_parameters": dict(rope_type="default", rope_theta=123.0)})
+        model_type="llada", vocab_size=126464, embedding_size=126464, d_model=4096, n_layers=32, n_heads=32,
+        n_kv_heads=32,
+        mlp_hidden_size=12288, rope_theta=500000.0, weight_tying=False, mask_token_id=126336,
+        eos_token_id=126081))
+    assert (llada.mask_id, llada.rope_theta, llada.num_kv_heads, llada.eos_ids) == (126336, 5e5, 32,
+                                                                                    (126081,))
+    new = lm.ModelConfig.from_dict({**sdar.source, "rope_parameters": dict(rope_type="default",
+                                                                           rope_theta=123.0)})
     assert new.rope_theta == 123.0
 
 
@@ -279,18 +295,22 @@ print((max(peak, anonymous()) - start) / size)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux memory figures")
 def test_loading_never_holds_a_second_copy(tmp_path):
-    """Of TEST_LOAD_MILLIONS million parameters in bfloat16 (default 60; 500 is the size of the smallest real checkpoint)."""
+    """Of TEST_LOAD_MILLIONS million parameters in bfloat16 (default 60; 500 is the size of the smallest real
+    checkpoint)."""
     millions = int(os.environ.get("TEST_LOAD_MILLIONS", 60))
     layers = max(1, millions // 15)
     with torch.device("meta"):
         shape = lm.BlockDiffusionLM(lm.ModelConfig.from_dict(dict(
-            model_type="sdar", vocab_size=8000, hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, head_dim=64,
-            num_key_value_heads=8, intermediate_size=3072, mask_token_id=7999, eos_token_id=1, tie_word_embeddings=True)))
+            model_type="sdar", vocab_size=8000, hidden_size=1024, num_hidden_layers=layers,
+            num_attention_heads=16, head_dim=64,
+            num_key_value_heads=8, intermediate_size=3072, mask_token_id=7999, eos_token_id=1,
+            tie_word_embeddings=True)))
     model = shape.to_empty(device="cpu").bfloat16()
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(0.01)
     lm.save_checkpoint(model, None, tmp_path / "big", max_shard_size="50MB")
-    done = subprocess.run([sys.executable, "-c", LOAD, str(ROOT), str(tmp_path / "big"), str(FIXTURES / "authors/sdar")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(ROOT), str(tmp_path / "big"),
+                           str(FIXTURES / "authors/sdar")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.3

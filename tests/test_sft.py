@@ -14,7 +14,8 @@ from rollout import Rollout
 def examples(lengths=((5, 7), (8, 12), (3, 9)), canvas=False):
     prompts = random_prompts([p for p, _ in lengths])
     responses = random_prompts([r for _, r in lengths], seed=1)
-    return [Rollout(p, r, len(r), [1] * len(r), canvas=len(r) if canvas else 0) for p, r in zip(prompts, responses)]
+    return [Rollout(p, r, len(r), [1] * len(r), canvas=len(r) if canvas else 0) for p,
+            r in zip(prompts, responses)]
 
 
 @pytest.mark.parametrize("span", [4, 20])
@@ -30,7 +31,9 @@ def test_noise_hides_k_uniform_in_1_to_c_of_each_spans_response_tokens(span):
             assert not k.any()
             continue
         shares = torch.bincount(k, minlength=count + 1)[1:] / 2000
-        assert k.min() == 1 and k.max() == count and (shares - 1 / count).abs().max() < 4 * (1 / count / 2000) ** 0.5 + 1e-6
+        assert k.min() == 1 and k.max() == count and (shares
+                                                      - 1 / count).abs().max() < 4 * (
+                                                          1 / count / 2000) ** 0.5 + 1e-6
         each = is_masked[:, inside][is_response[:, inside]].view(2000, count).float().mean(0)
         assert (each - (count + 1) / 2 / count).abs().max() < 0.05  # every token as often as any other
         assert torch.allclose(weight[:, inside], (count / k)[:, None].expand(-1, span))
@@ -58,16 +61,20 @@ def test_a_hidden_token_is_predicted_from_its_block_and_the_clean_past(kind):
         at = P + place
         stop = len(text) if kind == "llada" else at // K * K + K
         start = 0 if kind == "llada" else at // K * K
-        shown = [model.config.mask_id if i >= start and (n, i - P) in hidden else token for i, token in enumerate(text[:stop])]
+        shown = [model.config.mask_id if i >= start and (n, i - P) in hidden else token for i,
+                 token in enumerate(text[:stop])]
         logits = lm.policy_logits(model(torch.tensor([shown])), model.config.mask_id)[0, at]
         torch.testing.assert_close(value, logits.log_softmax(-1)[text[at]], atol=1e-5, rtol=1e-5)
 
 
 def test_the_end_is_filled_with_eos_to_the_block_or_the_canvas():
     tokenizer = lm.tiny_tokenizer()
-    problems, _ = eval_math.encode_prompts([eval_math.Problem("12+3=", "15", "5;1;\\boxed{15}")], tokenizer, 99)
+    problems, _ = eval_math.encode_prompts([eval_math.Problem("12+3=", "15", "5;1;\\boxed{15}")], tokenizer,
+                                           99)
     block, = sft.to_examples(problems, tokenizer, random_model().config, 16)
-    assert len(block.prompt) == 5 and block.response[-4:] == [17, 1, 1, 1] and (5 + len(block.response)) % 4 == 0
+    assert len(block.prompt) == 5 and block.response[-4:] == [17, 1, 1, 1] and (5
+                                                                                + len(
+                                                                                    block.response)) % 4 == 0
     full, = sft.to_examples(problems, tokenizer, random_model("llada").config, 16)
     assert full.response[8:] == [1] * 8 and full.canvas == len(full.response) == 16
     assert sft.to_examples(problems, tokenizer, random_model().config, 8) == []
@@ -78,10 +85,12 @@ def test_the_update_does_not_depend_on_micro_batches():
     for max_tokens in (10, 60, 10_000):
         model = random_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loss, norm = sft.train_step(model, optimizer, examples(), seed=1, is_weighted=True, max_tokens=max_tokens)
+        loss, norm = sft.train_step(model, optimizer, examples(), seed=1, is_weighted=True,
+                                    max_tokens=max_tokens)
         results.append((loss, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
     for loss, norm, weights in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-5) and norm == pytest.approx(results[0][1], rel=1e-4)
+        assert loss == pytest.approx(results[0][0], rel=1e-5) and norm == pytest.approx(results[0][1],
+                                                                                        rel=1e-4)
         torch.testing.assert_close(weights, results[0][2], atol=1e-6, rtol=1e-5)
 
 
@@ -97,7 +106,8 @@ def test_a_few_steps_learn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("K", [4, 8])
 def test_the_sft_loss_is_the_authors(K, authors_policy):
-    """Theirs is divided by rows and padded length; ours by masked tokens. The hidden tokens are the fixture's."""
+    """Theirs is divided by rows and padded length; ours by masked tokens. The hidden tokens are the
+    fixture's."""
     case = next(c for c in fixture_cases("sdar_sft") if c["id"] == f"sft_semiar_b{K}")
     data = fixture_tensors(f"sdar_sft_semiar_b{K}")
     model, _ = lm.load_model(FIXTURES / "authors/sdar", block_size=K)
@@ -107,7 +117,8 @@ def test_the_sft_loss_is_the_authors(K, authors_policy):
     is_masked = data["p_mask"][:, None]
     rows = rollout.build_rows(tokens, lengths, prompts, is_masked, is_masked, model.config)
     logp, _ = rollout.forward_rows(model, rows)
-    torch.testing.assert_close(logp, data["logp"][rows.owner, rows.place + prompts[rows.owner]], atol=2e-4, rtol=0)
+    torch.testing.assert_close(logp, data["logp"][rows.owner, rows.place + prompts[rows.owner]], atol=2e-4,
+                               rtol=0)
     loss = sft.sft_loss(logp, torch.ones_like(logp), case["n_rows"] * case["L1"])
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=2e-5)

@@ -36,7 +36,8 @@ def slow(rewards, values, steps, gamma, lam):
                     returns[n, j] = rewards[n, j] + gamma * R_next
                     advantages[n, j] = rewards[n, j] - values[n, j] + gamma * V_next + gamma * lam * A_next
             delta = mean(rewards, t) - mean(values, t) + gamma * V_next
-            R_next, A_next, V_next = mean(rewards, t) + gamma * R_next, delta + gamma * lam * A_next, mean(values, t)
+            R_next, A_next, V_next = mean(rewards,
+                                          t) + gamma * R_next, delta + gamma * lam * A_next, mean(values, t)
     return returns, advantages
 
 
@@ -55,7 +56,8 @@ def test_without_discounting_a_return_is_the_reward_and_an_advantage_what_the_va
     is_trained = steps > 0
     last = steps == steps.amax(-1, keepdim=True)
     torch.testing.assert_close(returns, torch.where(is_trained, total[:, None], 0.0))
-    torch.testing.assert_close(advantages, torch.where(is_trained, total[:, None] - values, 0.0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(advantages, torch.where(is_trained, total[:, None] - values, 0.0), atol=1e-5,
+                               rtol=1e-5)
     assert last.any()
 
 
@@ -104,7 +106,8 @@ def test_explained_variance_knows_good_from_bad():
     explained = lambda values, returns: explained_variance(*variance_sums(values, returns))
     assert explained(returns, returns) == 1 and explained(torch.zeros(4), returns) == 0
     assert explained(-returns, returns) == -3 and explained(returns, torch.ones(4)) == 0
-    halves = [sum(pair) for pair in zip(variance_sums(returns[:1] / 2, returns[:1]), variance_sums(returns[1:] / 2, returns[1:]))]
+    halves = [sum(pair) for pair in zip(variance_sums(returns[:1] / 2, returns[:1]),
+                                        variance_sums(returns[1:] / 2, returns[1:]))]
     assert explained_variance(*halves) == explained(returns / 2, returns) == 0.75
 
 
@@ -117,7 +120,7 @@ def test_a_saved_value_model_comes_back(kind, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- the authors' numbers
+# ------------------------------------------------------------------------------------------------- the author
 
 
 @pytest.mark.parametrize("case", fixture_cases("sdar_gae"), ids=lambda c: c["id"])
@@ -130,7 +133,8 @@ def test_returns_and_advantages_are_the_authors(case):
         rewards = place_rewards(torch.tensor(case["reward"]), steps)
     else:
         rewards = torch.tensor([r + [0.0] * (R - len(r)) for r in case["reward"]])
-    returns, advantages = returns_and_advantages(rewards, own["old_values"], steps, case["gamma"], case["lam"])
+    returns, advantages = returns_and_advantages(rewards, own["old_values"], steps, case["gamma"],
+                                                 case["lam"])
     torch.testing.assert_close(returns, data[f"{case['id']}.returns"], atol=1e-5, rtol=0)
     torch.testing.assert_close(advantages, data[f"{case['id']}.advantages"], atol=1e-5, rtol=0)
 
@@ -144,7 +148,8 @@ def test_the_value_loss_and_gradient_are_the_authors(K):
     model = value.ValueModel(policy)
     value.load_value_model(model, FIXTURES / "authors/sdar_value/model.safetensors")
     texts, L0 = data["input_ids"].tolist(), case["L0"]
-    rollouts = [Rollout(text[:L0], text[L0:], len(text) - L0, steps) for text, steps in zip(texts, data["step_map"].tolist())]
+    step_maps = data["step_map"].tolist()
+    rollouts = [Rollout(text[:L0], text[L0:], len(text) - L0, steps) for text, steps in zip(texts, step_maps)]
     rows = rollout.trace_rows(rollouts, policy.config)
     where = {(int(data["row_to_response"][row]), column - L0): (row, column)
              for row, column in data["p_mask"].nonzero().tolist()}
