@@ -227,7 +227,7 @@ def extract_answer(response):
 MAX_ANSWER = 1000  # characters of an answer worth reading
 UNITS = (
     "degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|foot|"
-         "yards?|meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|per|mph|"
+    "yards?|meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|per|mph|"
     "percent|people|ways")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[−–‒]", "-"), (r"[°º]", ""), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"×", r"\\times "),
@@ -541,6 +541,8 @@ class Workers:
             process = None
             with self.lock:
                 self.killed += 1
+            print(f"eval_math: a check was killed by its limits, and counts as wrong: {answer!r}",
+                  file=sys.stderr)
             return False, "killed"
         finally:
             self.idle.put(process)

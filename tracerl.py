@@ -1,9 +1,9 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
-One RL step, numbered as in the README and in `main`:
+One RL step, numbered as in the README and in `train`:
 
   1 roll out    G responses to each prompt, with the trace of every one               (rollout.generate)
-  2 reward      1 if the boxed answer is right and the response was not truncated     (eval_math.score)
+  2 reward      1 if the boxed answer is right and the response was not truncated     (give_rewards)
   3 advantage   how much better than the other responses to the same prompt           (set_advantages)
                 or than the value model expected, step by step                        (value_advantages)
   4 old logp    replay the traces with the policy that made them                      (old_logprobs)
@@ -11,8 +11,7 @@ One RL step, numbered as in the README and in `main`:
   6 log         metrics, evaluation, checkpoint
 
     torchrun tracerl.py                           # everything on a laptop: a tiny model, embedded arithmetic
-    torchrun --nproc_per_node=8 tracerl.py --model JetLM/SDAR-4B-Chat \
-        --train_data gsm8k-train --eval_data math500
+    torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data gsm8k-train --eval_data math500
 
 To change the method for a paper, look for the three marks FORK HERE: reward, advantage, loss.
 

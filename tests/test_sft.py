@@ -104,6 +104,44 @@ def test_a_few_steps_learn(tmp_path, monkeypatch):
     assert tokenizer.eos_token_id in model.config.eos_ids
 
 
+def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monkeypatch):
+    """From transformers' own Qwen3 without a mask token to a folder that decodes by blocks, on data with
+    columns prompt and response, by random masks and by a trace."""
+    import json
+
+    import transformers
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=18, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=1, pad_token_id=0)).save_pretrained("ar")
+    lm.tiny_tokenizer().save_pretrained("ar")
+    rows = [{"prompt": p.problem, "response": p.solution} for p in eval_math.arithmetic("train", 64)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for objective in ("random", "trace"):
+        path = sft.main(["--model=ar", "--data=data.jsonl", "--steps=30", "--cooldown=5", "--lr=1e-2",
+                         "--batch_size=32",
+                         f"--objective={objective}", "--max_new_tokens=16", "--weighted"])
+        losses = [json.loads(line)["loss"] for line in open("runs/sft/metrics.jsonl")]
+        assert losses[-1] < 0.7 * losses[0]
+        model, tokenizer = lm.load_model(path)
+        assert model.config.mask_id == 18 and model.config.block_size == 4
+        r, = rollout.generate(model, [tokenizer("12+3=").input_ids], max_new_tokens=8)
+        assert 18 not in r.response and max(r.step_map) >= 2
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model=x"], "--model needs --data"), (["--warmup=0"], "--warmup"),
+    (["--stop_accuracy=0.5", "--model=x", "--data=y"],
+                                                                           "development problems"),
+])
+def test_a_bad_flag_is_refused_by_name(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        sft.parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("K", [4, 8])
 def test_the_sft_loss_is_the_authors(K, authors_policy):
     """Theirs is divided by rows and padded length; ours by masked tokens. The hidden tokens are the
