@@ -27,6 +27,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,12 +35,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from matplotlib.figure import Figure
 from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -791,6 +794,12 @@ def write_json(path, value):
     os.replace(f"{path}.partial", path)
 
 
+def train_state(trainers):
+    """Weights and optimizer states of (model, optimizer) pairs, for torch.distributed.checkpoint."""
+    return {str(number): get_state_dict(model, optimizer) for number,
+            (model, optimizer) in enumerate(trainers)}
+
+
 class RunLog:
     """runs/<name>/ on the first process: args.json, and a file of JSON lines.
 
@@ -838,12 +847,60 @@ class RunLog:
             lines = box[0]
         return lines
 
-    def save_checkpoint(self, model, tokenizer, step):
-        """Saves checkpoints/step-<step>."""
+    def checkpoints(self):
+        """Paths of the whole checkpoints, by step. (A half-written one is still called .partial.)"""
+        folder = os.path.join(self.folder, "checkpoints")
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        steps = sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
+        return [os.path.join(folder, f"step-{step}") for step in steps]
+
+    def save_checkpoint(self, tokenizer, trainers, progress, keep, write_more=None):
+        """Saves checkpoints/step-<progress["step"]>: the first model of `trainers` in its Hugging Face
+        layout, and in train_state/ all that `restore` needs. Written aside, then renamed; all but the newest
+        `keep` are deleted after.
+
+        trainers: (model, optimizer) pairs. progress: JSON values. write_more(folder) may add files of its
+        own.
+        """
+        path = os.path.join(self.folder, "checkpoints", f"step-{progress['step']}")
         if self.is_writer:
-            os.makedirs(os.path.join(self.folder, "checkpoints"), exist_ok=True)
-            save_checkpoint(model, tokenizer, os.path.join(self.folder, "checkpoints", f"step-{step}"))
+            save_checkpoint(trainers[0][0], tokenizer, f"{path}.partial")
+            if write_more is not None:
+                write_more(f"{path}.partial")
         barrier()
+        dcp.save(train_state(trainers), checkpoint_id=os.path.join(f"{path}.partial", "train_state"))
+        barrier()
+        if self.is_writer:
+            write_json(os.path.join(f"{path}.partial", "train_state", "progress.json"), progress)
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(f"{path}.partial", path)
+            for old in self.checkpoints()[:-keep]:
+                shutil.rmtree(old)
+        barrier()
+
+    def restore(self, trainers):
+        """Loads the newest checkpoint into the models and optimizers, and cuts metrics.jsonl back to its step
+        -> its progress, or None where there is no checkpoint yet. Raises ValueError for a checkpoint without
+        train state."""
+        barrier()
+        if not (paths := self.checkpoints()):
+            return None
+        folder = os.path.join(paths[-1], "train_state")
+        if not os.path.isfile(os.path.join(folder, "progress.json")):
+            raise ValueError(f"{paths[-1]} has no train_state to resume from: use it with --model, or "
+                             f"remove it")
+        state = train_state(trainers)
+        dcp.load(state, checkpoint_id=folder)
+        for (model, optimizer), (model_state, optimizer_state) in zip(trainers, state.values()):
+            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+        with open(os.path.join(folder, "progress.json"), encoding="utf-8") as file:
+            progress = json.load(file)
+        lines = [line for line in self.read() if line["step"] <= progress["step"]]
+        if self.is_writer:
+            with open(self.path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        barrier()
+        return progress
 
     def finish(self, summary):
         """Writes summary.json."""

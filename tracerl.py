@@ -289,13 +289,22 @@ def learn(model, optimizer, critic, critic_optimizer, kept, args, step):
     return line | summarize(updates)
 
 
-def train(model, tokenizer, problems, dev_problems, reward, args, log):
-    """The RL steps -> the largest replay gap seen."""
+def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
+    """The RL steps, from the start or from where --resume finds them -> the progress at the end.
+
+    before() evaluates the start, once. All randomness is a function of (seed, step), so that weights,
+    optimizer states and the step number are the whole state of a run.
+    """
     optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.95))
     critic = value.ValueModel(model) if args.advantage == "value" else None
     critic_optimizer = lm.make_optimizer(critic, args.value_lr, (0.9, 0.95)) if critic is not None else None
-    worst_gap, bar = 0.0, lm.progress(range(1, args.steps + 1), "tracerl")
-    for step in bar:
+    trainers = [(model, optimizer)] + ([(critic, critic_optimizer)] if critic is not None else [])
+    progress = log.restore(trainers) if args.resume else None
+    if progress is None:
+        progress = dict(step=0, gap_max=0.0, before=before())
+    else:
+        lm.say(f"resuming {log.folder} after step {progress['step']}")
+    for step in lm.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(args.warmup, 1))
@@ -320,15 +329,13 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log):
                                                       **sampling(args, model))["accuracy"]
         log.write(line)
         lm.say(describe_line(line))
-        worst_gap = max(worst_gap, line["gap_max"])
         check_gap(line, model, args)
+        progress |= dict(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
         if step == args.steps or (args.save_every and step % args.save_every == 0):
-            log.save_checkpoint(model, tokenizer, step)
-            if critic is not None and lm.processes()[0] == 0:
-                value.save_value_model(critic, os.path.join(log.folder, "checkpoints", f"step-{step}",
-                                                            "value", "model.safetensors"))
-    bar.close()
-    return worst_gap
+            log.save_checkpoint(tokenizer, trainers, progress, args.keep_checkpoints,
+                                functools.partial(value.save_value_model, critic) if critic is not None
+                                else None)
+    return progress
 
 
 # FORK HERE (reward): without editing, --reward file.py:function.
@@ -486,7 +493,10 @@ def parse_args(argv=None):
     flag("--slots", int, None, 64, "sequences decoded together on one process; None is all")
     flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
     flag("--eval_every", int, 20, 10, "RL steps between evaluations on development problems; 0 is never")
-    flag("--save_every", int, 0, 20, "RL steps between checkpoints; 0 is at the end only")
+    flag("--save_every", int, 20, 20, "RL steps between checkpoints; 0 is at the end only")
+    flag("--keep_checkpoints", int, 3, 3, "the newest ones to keep")
+    flag("--resume", bool, False, False, "go on with the run of this name from its newest checkpoint, or "
+         "from the start")
     args = lm.fill_defaults(parser, argv)
     if args.reward and args.keep_range in ((0.0, 1.0), (0.2, 0.8)):
         args.keep_range = (-1e9, 1e9)  # a reward of one's own has a scale of its own
@@ -499,7 +509,7 @@ def check_args(args, parser):
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
     for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature",
-                 "value_lr", "value_epochs",
+                 "value_lr", "value_epochs", "keep_checkpoints",
                  "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
@@ -551,12 +561,13 @@ def main(argv=None):
     problems, test_problems = (load_data(source, tokenizer, args) for source in (args.train_data,
                                                                                  args.eval_data))
     dev_problems = load_data(args.dev_data, tokenizer, args) if args.dev_data and args.eval_every else []
-    log = lm.RunLog(os.path.join("runs", args.run), vars(args) | dict(model=path))
-    before = evaluate_all(model, tokenizer, test_problems, args)
-    gap = train(model, tokenizer, problems, dev_problems, reward, args, log)
-    after = evaluate_all(model, tokenizer, test_problems, args)
-    summary = dict(before=before, after=after, seconds=time.perf_counter() - started, replay_gap_max=gap,
-                   seed=args.seed)
+    settings = {name: value for name, value in vars(args).items() if name != "resume"} | dict(model=path)
+    log = lm.RunLog(os.path.join("runs", args.run), settings, is_resumed=args.resume)
+    evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, args)
+    progress = train(model, tokenizer, problems, dev_problems, reward, args, log, before=evaluate)
+    before, after = progress["before"], evaluate()
+    summary = dict(before=before, after=after, seconds=time.perf_counter() - started,
+                   replay_gap_max=progress["gap_max"], seed=args.seed)
     log.finish(summary)
     log.plot()
     lm.say(

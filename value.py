@@ -136,11 +136,12 @@ def explained_variance(count, total, squares, error, error_squares):
     return 1 - (error_squares / count - (error / count) ** 2) / variance
 
 
-def save_value_model(model, path):
-    """Writes the value model as one safetensors file: the family's names, and value_head.weight."""
+def save_value_model(model, folder):
+    """Writes folder/value/model.safetensors: the backbone under the family's names, and value_head.weight."""
     state = {lm.family_name(model.config, name): p for name, p in model.backbone.state_dict().items()}
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    save_file({**state, "value_head.weight": model.value_head.weight.data}, path)
+    os.makedirs(os.path.join(folder, "value"), exist_ok=True)
+    save_file({**state, "value_head.weight": model.value_head.weight.data},
+              os.path.join(folder, "value", "model.safetensors"))
 
 
 def load_value_model(model, path):

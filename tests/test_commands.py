@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import FIXTURES, ROOT
+from safetensors.torch import load_file
 
 import model as lm
 import tracerl
@@ -100,6 +101,41 @@ def test_importing_the_files_does_nothing():
     assert done.stdout == "False 0\n", done.stderr
 
 
+@pytest.mark.parametrize("more", [[], ["--advantage=value", "--value_warmup=1", "--value_epochs=1"]],
+                         ids=["group", "value"])
+def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
+    """Killed while step 4's checkpoint is half written, resumed: weights and metrics are those of a run left
+    in peace."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test.jsonl").write_text('{"problem": "123+456=", "answer": "579"}\n' * 4)
+    flags = ["--model", TINY, "--train_data=arithmetic", "--eval_data=test.jsonl", *SMALL, *more,
+             "--steps=5", "--save_every=1",
+             "--keep_checkpoints=2"]
+    tracerl.main([*flags, "--run=whole"])
+    script = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import model, tracerl\n"
+              "write = model.write_json\n"
+              "def stop(path, value):\n"
+              "    os.kill(os.getpid(), 9) if 'step-4.partial' in str(path) else write(path, value)\n"
+              "model.write_json = stop\ntracerl.main(sys.argv[1:])\n")
+    done = subprocess.run([sys.executable, "-c", script, *flags, "--run=killed"], capture_output=True,
+                          text=True)
+    assert done.returncode == -9, done.stderr
+    assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} == {"step-2", "step-3",
+                                                                                  "step-4.partial"}
+    tracerl.main([*flags, "--run=killed", "--resume"])
+    for name in ("model.safetensors", "value/model.safetensors")[:1 + bool(more)]:
+        whole, resumed = (load_file(tmp_path / f"runs/{run}/checkpoints/step-5/{name}") for run in ("whole",
+                                                                                                    "killed"))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    quiet = lambda line: {name: value for name, value in line.items() if "seconds" not in name}
+    assert [quiet(line) for line in lines(tmp_path / "runs/whole")] == [quiet(line)
+                                                                        for line in lines(
+                                                                            tmp_path / "runs/killed")]
+    assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} >= {"step-4", "step-5"}
+    with pytest.raises(ValueError, match="other settings .*lr"):
+        tracerl.main([*flags, "--run=killed", "--resume", "--lr=1"])
+
+
 @pytest.mark.parametrize("flags", [
     ["--advantage=value", "--value_warmup=1", "--value_lr=1e-3"], ["--advantage=batch",
                                                                    "--objective=coupled"],
@@ -119,7 +155,8 @@ def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, tmp_path, mo
     (tmp_path / "test.jsonl").write_text('{"problem": "123+456=", "answer": "579"}\n' * 4)
     trained = []
     keep = tracerl.train
-    monkeypatch.setattr(tracerl, "train", lambda model, *rest: (trained.append(model), keep(model, *rest))[1])
+    monkeypatch.setattr(tracerl, "train", lambda model, *rest, **more: (
+        trained.append(model), keep(model, *rest, **more))[1])
     tracerl.main(["--model", TINY, "--train_data=arithmetic", "--eval_data=test.jsonl", *SMALL, *flags])
     metrics = lines(tmp_path / "runs/tracerl")
     assert all(line["gap_max"] < 1e-4 for line in metrics) and "kl" in metrics[-1]

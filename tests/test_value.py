@@ -115,8 +115,8 @@ def test_explained_variance_knows_good_from_bad():
 def test_a_saved_value_model_comes_back(kind, tmp_path):
     model, other = value.ValueModel(random_model(kind)), value.ValueModel(random_model(kind, seed=1))
     model.value_head.weight.data.normal_()
-    value.save_value_model(model, tmp_path / "value.safetensors")
-    value.load_value_model(other, tmp_path / "value.safetensors")
+    value.save_value_model(model, tmp_path)
+    value.load_value_model(other, tmp_path / "value/model.safetensors")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
