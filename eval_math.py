@@ -226,61 +226,76 @@ def extract_answer(response):
 
 
 MAX_ANSWER = 1000  # characters of an answer worth reading
-UNITS = (
-    "degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|foot|yards?|"
-         "meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|per|mph|percent|people|ways")
-POWERS, INDICES = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "₀₁₂₃₄₅₆₇₈₉"
+
+# The spelling table. First single characters, then LaTeX commands that are another name (or none) for the
+# same thing, then REWRITES, regular expressions applied in order; each says what it is for.
 PLAIN = str.maketrans({
-    **dict.fromkeys("−–‒‑﹣－", "-"), **dict.fromkeys("°º˚∘％¢£€¥₹\"", " "),
+    **dict.fromkeys("−–‒‑﹣－", "-"), **dict.fromkeys("°º˚∘％¢£€¥₹\"", " "), **dict.fromkeys("·⋅∗", r" \cdot "),
     **dict.fromkeys("\u200b\u2060\ufeff\u200e\u00a0\u202f\u2009", " "),
-    **dict.fromkeys("·⋅∗", r" \cdot "), **dict(zip("⁄∕，；：（）＝＜＞＋", "//,;:()=<>+")), "π": r"\pi ",
-    "∞": r"\infty ", "×": r"\times ",
-    "÷": "/", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "±": r"\pm ",
-    "∓": r"\mp ", "∪": r"\cup ",
-    "∅": r"\emptyset ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "γ": r"\gamma ", "λ": r"\lambda ",
-    "φ": r"\phi ", "ω": r"\omega ",
-    **{c: rf"\frac{{{a}}}{{{b}}}" for c, a, b in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅛18", "⅙16")}})
-NUMBERS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
-FUNCTIONS = r"arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|sinh|cosh|tanh|sqrt|max|min"
+    **dict(zip("÷⁄∕，；：（）＝＜＞＋", "///,;:()=<>+")),
+    **{c: rf"\{name} " for c, name in zip(
+        "π∞×≤⩽≥⩾≠±∓∪∅∈θαβγλφω", ("pi infty times le le ge ge ne pm mp cup emptyset in theta alpha beta gamma "
+                                    "lambda phi omega").split())},
+    **{c: rf"\frac{{{a}}}{{{b}}}" for c, a, b in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅛18", "⅙16")},
+    "ℝ": r"\mathbb{R}"})
+POWERS, INDICES = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "₀₁₂₃₄₅₆₇₈₉"
+COMMANDS = {  # new name (or text): old names
+    r"\frac": "dfrac|tfrac|cfrac", r"\le ": "leq|leqslant|leqq", r"\ge ": "geq|geqslant|geqq", r"\ne ": "neq",
+    "<": "lt", ">": "gt", r"\emptyset": "varnothing", r"\{": "lbrace", r"\}": "rbrace", r"\cup": "bigcup",
+    r"\\ ": "cr", " ": "quad|qquad",
+    "": "left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|large|Large|huge|bf|rm"}
+FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|sinh|cosh|tanh|sqrt|max|min"
+WRAPPERS = (
+    r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|mathtt|"
+            r"boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath)\s*")
+UNITS = (
+    "degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|"
+         "foot|yards?|meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|"
+         "per|mph|percent|people|ways")
+NOT_UNITS = (r"\s*(?:or|and|not|wrong|plus|minus|million|billion|trillion|thousand|hundred|dozen|"
+             r"[a-fi-ln-rt-zA-Z](?![a-zA-Z.]))\b")  # text behind a number that changes it
+AFTER_NUMBER = r"(?:(?<=[\d})])|(?<=\\pi)|(?<=\\pi ))\s*"
+SQUARED = r"(?:\s*\^\s*(?:\d|\{\d\}))?"
 GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-WRAP = (
-    "text|mbox|hbox|textnormal|textbf|textit|textrm|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|mathtt|boldsymbol|bm|bold|underline|"
-        "operatorname|bf|rm|ensuremath")
-NOT_UNITS = r"\s*(?:or|and|not|wrong|plus|minus|million|billion|trillion|thousand|hundred|dozen|[a-fi-ln-rt-zA-Z](?![a-zA-Z.]))\b"
+ARGUMENT = rf"(\d|[a-zA-Z]|\\pi(?![a-zA-Z])|{GROUP})"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"√\s*(\d+)", r"\\sqrt{\1}"), (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√", r"\\sqrt"),
-    (rf"[{POWERS}]+", lambda m: "^{" + "".join("-" if c == "⁻" else str(POWERS.index(c))
-                                               for c in m[0]) + "}"),
+    (r"√\s*(\d+)", r"\\sqrt{\1}"),
+    (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"√", r"\\sqrt"),
+    (rf"[{POWERS}]+", lambda m: "^{" + "".join("0123456789-"[POWERS.index(c)] for c in m[0]) + "}"),
     (rf"[{INDICES}]+", lambda m: "_{" + "".join(str(INDICES.index(c)) for c in m[0]) + "}"),
-    (r"\\\\\s*\[[\d.]*\s*(?:pt|em|ex|mm|cm)\]|\\cr(?![a-zA-Z])", r"\\\\ "), (r"(?<!\\)\\[\[\]()]", ""),
+    (r"\\\\\s*\[[\d.]*\s*(?:pt|em|ex|mm|cm)\]", r"\\\\ "),  # a matrix row's extra space
+    (r"(?<!\\)\\[\[\]()]", ""),  # the brackets of display mathematics
     (r"(?<=\d)(?:\{,\}(?:\\!)?|\\text\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),  # commas that can only be thousands
-    (r"\\\\(?=[a-zA-Z])", r"\\"),  # \\frac for \frac; matrices are read before this
-    (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|large|Large|huge|bf|rm)(?![a-zA-Z{])", ""),
-    (r"(?<=\d)\\[,;]\s*(?=\d{3}(?!\d))", ""),  # 10\,080
-    (r"\\!\s*|(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|~", lambda m: "" if m.group().startswith("\\!") else " "),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"<=|\\(?:leq|leqslant|leqq)(?![a-zA-Z])", r"\\le "),
-    (r">=|\\(?:geq|geqslant|geqq)(?![a-zA-Z])", r"\\ge "), (r"!=|\\neq(?![a-zA-Z])|\\not\s*=", r"\\ne "),
-    (r"\\lt(?![a-zA-Z])", "<"),
-    (r"\\gt(?![a-zA-Z])", ">"), (r"\\(?:varnothing)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset"),
-    (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-    (r"\\rbrace(?![a-zA-Z])", r"\\}"), (r"\\bigcup(?![a-zA-Z])", r"\\cup"), (r"\\mathbb\s*R(?![a-zA-Z])",
-                                                                             r"\\mathbb{R}"),
-    (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ(?![a-zA-Z]))|\{\s*\^\s*\\circ\s*\}|\\(?:degree|circ|textdegree)(?![a-zA-Z])", ""), (r"\\?[$%]", ""),
-    (rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\\pi ))\s*\\(?:text|mbox|hbox|textnormal|textrm|mathrm)\s*\{{(?!{NOT_UNITS})[a-zA-Z ./()-]*\}}(?:\s*\^\s*(?:\d|\{{\d\}}))?",
-     " "),
-    (rf"\\(?:{WRAP})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}", r"\1"), (rf"\\(?:{WRAP})\s*\{{([^{{}}]*)\}}",
-                                                                      r"\1"),
-    (rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\\pi ))\s*(?:(?:{UNITS})\b\s*/?\s*)+(?:\^\s*(?:\d|\{{\d\}}))?\s*$", ""),
-    (rf"(?<![\\a-zA-Z])({FUNCTIONS})(?![a-zA-Z])", r"\\\1"), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"), (r"(\\sqrt\s*\[\w\])\s*(\w)", r"\1{\2}"),
-    (r"(?<![\\a-zA-Z])(pi|infty|frac)(?![a-zA-Z])", r"\\\1"), (r"\+\s*(?=\\infty)", ""),
-    (rf"\\frac\s*(\d|[a-zA-Z]|\\pi(?![a-zA-Z])|{GROUP})\s*(\d|[a-zA-Z]|\\pi(?![a-zA-Z])|{GROUP})",
+    (r"(?<=\d)\\[,;]\s*(?=\d{3}(?!\d))", ""),  # and spaces that can only be
+    (r"\\\\(?=[a-zA-Z])", r"\\"),  # \\frac for \frac
+    (r"\\(?:left|right)\s*\.", ""),
+    *((rf"\\(?:{old})(?![a-zA-Z{{])", lambda m, new=new: new) for new, old in COMMANDS.items()),
+    (r"\\!\s*", ""),
+    (r"(?<!\\)\\[,;:> ]|~", " "),
+    (r"<=", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"!=|\\not\s*=", r"\\ne "),
+    (r"\\\{\s*\\\}", r"\\emptyset"),
+    (r"\\mathbb\s*R(?![a-zA-Z])", r"\\mathbb{R}"),
+    (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ(?![a-zA-Z]))|\{\s*\^\s*\\circ\s*\}", ""),  # degrees
+    (r"\\(?:degree|circ|textdegree)(?![a-zA-Z])", ""),
+    (r"\\?[$%]", ""),
+    (AFTER_NUMBER + rf"\\(?:text|mbox|hbox|textnormal|textrm|mathrm)\s*\{{(?!{NOT_UNITS})[a-zA-Z ./()-]*\}}"
+     + SQUARED, " "),
+    (WRAPPERS + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1"),
+    (WRAPPERS + r"\{([^{}]*)\}", r"\1"),  # once more: they nest
+    (AFTER_NUMBER + rf"(?:(?:{UNITS})\b\s*/?\s*)+" + SQUARED + r"\s*$", ""),
+    (rf"(?<![\\a-zA-Z])({FUNCTIONS}|pi|infty|frac)(?![a-zA-Z])", r"\\\1"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
+    (r"(\\sqrt\s*\[\w\])\s*(\w)", r"\1{\2}"),
+    (r"\+\s*(?=\\infty)", ""),
+    (rf"\\frac\s*{ARGUMENT}\s*{ARGUMENT}",
      lambda m: r"\frac" + "".join(x if x[0] == "{" else "{" + x + "}" for x in m.groups())),
     (r"\^\s*(\\frac\{[^{}]*\}\{[^{}]*\})", r"^{\1}"),
-    # mixed numbers
-    (r"(?<![\d.}_^])(\d+)\s*(\\frac\{\d+\}\{\d+\})", r"(\1+\2)"), (r"(?<![\d./])(\d+) (\d+/\d+)(?![\d/])",
-                                                                   r"(\1+\2)"),
+    (r"(?<![\d.}_^])(\d+)\s*(\\frac\{\d+\}\{\d+\})", r"(\1+\2)"),  # mixed numbers
+    (r"(?<![\d./])(\d+) (\d+/\d+)(?![\d/])", r"(\1+\2)"),
     (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w)", r"\1\\cdot10^{\2}"),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", lambda m: repeating(*m.groups())),
     (r"^\s*(?:\\approx|=)", ""),
@@ -355,7 +370,8 @@ def number(text):
     text = re.sub(r"(\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}", r"(\1+\2/\3)", text)  # mixed numbers
     before = None
     while text != before:  # from the inside out
-        before, text = text, re.sub(r"\\frac ?\{([^{}\\]*)\} ?\{([^{}\\]*)\}", r"((\1)/(\2))", text)
+        before, text = text, re.sub(r"\^ ?\{([^{}\\]*)\}", r"^(\1)", text)
+        text = re.sub(r"\\frac ?\{([^{}\\]*)\} ?\{([^{}\\]*)\}", r"((\1)/(\2))", text)
     text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\d)", "*", text)  # juxtaposed factors
     for old, new in (("{", "("), ("}", ")"), ("^", "**"), ("\\cdot", "*"), ("\\times", "*"), ("\\div", "/")):
         text = text.replace(old, new)
@@ -438,6 +454,9 @@ def expand(parts):
     return [part.replace("\\pm", sign) for part in parts for sign in ("+-" if "\\pm" in part else "+")]
 
 
+NUMBERS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
+
+
 def in_base(text):
     """204_5, (204)_{5}, 204_{five} -> ("204", "5"); None for what has no base."""
     match = re.fullmatch(r"(-?)[({]?([0-9a-zA-Z.]+)[)}]? ?_ ?\{? ?\(?(\d+|[a-z]+)\)? ?\}?", text)
@@ -512,8 +531,13 @@ def compare_relations(answer, gold, sides_a, sides_g, depth):
 
 
 WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
-COSTLY = re.compile(
-    r"\^\s*(?:\{[^{}]*\^|\([^()]*\^|(?:\d+|\w|\{[^{}]*\})\s*\^)|\^\s*\{?\s*[-+]?\s*\d{3,}|\d{51,}|!\s*!|\d{4,}\s*!|\\(?:sum|prod|int|lim|gcd|lcm|binom|begin)|_\s*\{?\s*\d{3,}")
+COSTLY = re.compile("|".join((
+    r"\^\s*(?:\{[^{}]*\^|\([^()]*\^|(?:\d+|\w|\{[^{}]*\})\s*\^)",  # towers of powers
+    r"\^\s*\{?\s*[-+]?\s*\d{3,}|\d{41,}|!\s*!|\d{4,}\s*!|_\s*\{?\s*\d{3,}",
+    r"\\(?:sum|prod|int|lim|gcd|lcm|binom|begin)")))
+# What the parser would drop or misread: unknown signs, subscripts of numbers, tails that say "about".
+STRANGE = re.compile(
+    r"[^\w\s\\{}()\[\]+\-*/^.|!]|[^\x00-\x7f]|\d[)}]?\s*_|[!_^] \d|\\(?:approx|[lc]?dots|sim|phantom)|\.\.")
 
 
 def compare_expressions(answer, gold, mode="equal"):
@@ -522,9 +546,8 @@ def compare_expressions(answer, gold, mode="equal"):
     if WORD.search(answer) or WORD.search(gold):
         return answer.casefold() == gold.casefold(), "text"
     for text in (answer, gold):
-        strange = re.search(
-            r"[^\w\s\\{}()\[\]+\-*/^.|!]|\d[)}]?\s*_|[!_^] \d|\\(?:approx|[lc]?dots|sim|phantom)|\.\.|\d\d{39}", text) or not text.isascii()
-        if strange or len(text) > 200 or text.count("{") + text.count("(") > 20 or COSTLY.search(text):
+        is_long = len(text) > 200 or text.count("{") + text.count("(") > 20
+        if is_long or STRANGE.search(text) or COSTLY.search(text):
             return answer.replace(" ", "") == gold.replace(" ", ""), "guard"
     return WORKERS.ask(answer, gold, mode)
 
