@@ -243,11 +243,11 @@ COMMANDS = {  # new name (or text): old names
     r"\frac": "dfrac|tfrac|cfrac", r"\le ": "leq|leqslant|leqq", r"\ge ": "geq|geqslant|geqq", r"\ne ": "neq",
     "<": "lt", ">": "gt", r"\emptyset": "varnothing", r"\{": "lbrace", r"\}": "rbrace", r"\cup": "bigcup",
     r"\\ ": "cr", " ": "quad|qquad",
-    "": "left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|large|Large|huge|bf|rm"}
+    "": r"left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|large|Large|huge|bf(?!\{)|rm(?!\{)"}
 FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|sinh|cosh|tanh|sqrt|max|min"
 WRAPPERS = (
-    r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|mathtt|"
-            r"boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath)\s*")
+    r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|"
+    r"mathtt|boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath)\s*")
 UNITS = (
     "degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|"
          "foot|yards?|meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|"
@@ -270,7 +270,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)\\[,;]\s*(?=\d{3}(?!\d))", ""),  # and spaces that can only be
     (r"\\\\(?=[a-zA-Z])", r"\\"),  # \\frac for \frac
     (r"\\(?:left|right)\s*\.", ""),
-    *((rf"\\(?:{old})(?![a-zA-Z{{])", lambda m, new=new: new) for new, old in COMMANDS.items()),
+    *((rf"\\(?:{old})(?![a-zA-Z])", lambda m, new=new: new) for new, old in COMMANDS.items()),
     (r"\\!\s*", ""),
     (r"(?<!\\)\\[,;:> ]|~", " "),
     (r"<=", r"\\le "),
