@@ -868,7 +868,8 @@ class RunLog:
             if write_more is not None:
                 write_more(f"{path}.partial")
         barrier()
-        dcp.save(train_state(trainers), checkpoint_id=os.path.join(f"{path}.partial", "train_state"))
+        dcp.save(train_state(trainers), checkpoint_id=os.path.join(f"{path}.partial", "train_state"),
+                 no_dist=not dist.is_initialized())
         barrier()
         if self.is_writer:
             write_json(os.path.join(f"{path}.partial", "train_state", "progress.json"), progress)
@@ -890,7 +891,7 @@ class RunLog:
             raise ValueError(f"{paths[-1]} has no train_state to resume from: use it with --model, or "
                              f"remove it")
         state = train_state(trainers)
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         for (model, optimizer), (model_state, optimizer_state) in zip(trainers, state.values()):
             set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
         with open(os.path.join(folder, "progress.json"), encoding="utf-8") as file:

@@ -10,6 +10,7 @@ import torch
 from conftest import FIXTURES, ROOT
 from safetensors.torch import load_file
 
+import eval_math
 import model as lm
 import tracerl
 
@@ -39,6 +40,15 @@ def runs(tmp_path_factory):
     output = run("tracerl.py", "--model", TINY, *DATA, *SMALL, "--run_name=one", cwd=folder)
     run("tracerl.py", "--model", TINY, *DATA, *SMALL, "--run_name=two", cwd=folder, processes=2)
     return folder / "runs", output
+
+
+def small_data(folder):
+    """A train.jsonl of 60 problems and a test.jsonl of 4."""
+    rows = [json.dumps(dict(problem=p.problem, answer=p.answer)) + "\n"
+            for p in eval_math.arithmetic("train", 64)]
+    (folder / "train.jsonl").write_text("".join(rows[4:]))
+    (folder / "test.jsonl").write_text("".join(rows[:4]))
+    return ["--train_data=train.jsonl", "--eval_data=test.jsonl"]
 
 
 def lines(folder):
@@ -107,8 +117,8 @@ def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
     """Killed while step 4's checkpoint is half written, resumed: weights and metrics are those of a run left
     in peace."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "test.jsonl").write_text('{"problem": "123+456=", "answer": "579"}\n' * 4)
-    flags = ["--model", TINY, "--train_data=arithmetic", "--eval_data=test.jsonl", *SMALL, *more,
+    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    flags = ["--model", TINY, *small_data(tmp_path), *SMALL, *more,
              "--steps=5", "--save_every=1",
              "--keep_checkpoints=2"]
     tracerl.main([*flags, "--run=whole"])
@@ -152,18 +162,18 @@ def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, tmp_path, mo
                                       "-float(len(set(tokens)))\n\n"
                                       "def each(problem, text, tokens):\n    return [float(t % 2) for t in "
                                       "tokens]\n")
-    (tmp_path / "test.jsonl").write_text('{"problem": "123+456=", "answer": "579"}\n' * 4)
+    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)  # slow, and seen above
     trained = []
     keep = tracerl.train
     monkeypatch.setattr(tracerl, "train", lambda model, *rest, **more: (
         trained.append(model), keep(model, *rest, **more))[1])
-    tracerl.main(["--model", TINY, "--train_data=arithmetic", "--eval_data=test.jsonl", *SMALL, *flags])
+    tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL, *flags])
     metrics = lines(tmp_path / "runs/tracerl")
-    assert all(line["gap_max"] < 1e-4 for line in metrics) and "kl" in metrics[-1]
+    assert all(line["gap_max"] < 1e-4 for line in metrics) and any("kl" in line for line in metrics)
     saved, _ = lm.load_model(tmp_path / "runs/tracerl/checkpoints/step-2")
     start, _ = lm.load_model(TINY)
     assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), trained[0].parameters()))
     assert not all(torch.equal(p, q) for p, q in zip(saved.parameters(), start.parameters()))
     readme = (ROOT / "README.md").read_text()
-    for name in metrics[-1]:
+    for name in {name for line in metrics for name in line}:
         assert f"`{name}`" in readme, f"the README does not explain {name}"
