@@ -4,7 +4,7 @@ Problems (embedded, local files, the hub), the prompt around them, the answer in
 accuracy with its standard error. The verdict is also the training reward: a wrong one teaches something
 false.
 
-    python eval_math.py --model runs/tracerl/checkpoints/step-100 --data arithmetic-test
+    python eval_math.py --model runs/tracerl/checkpoints/step-60 --data arithmetic-test
 
 Reading order: Problem, the embedded arithmetic, load_problems, encode_prompts; extract_answer, is_correct;
 evaluate.

@@ -445,7 +445,7 @@ def parse_args(argv=None):
          "as the start of a flag of its own)", "--run_name")
     flag("--seed", int, 0, 0, "of rollouts, mini-batches and the warm start")
     flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
-    flag("--steps", int, 100, 80, "RL steps")
+    flag("--steps", int, 60, 80, "RL steps")
     flag("--prompts", int, 32, 64, "prompts per step")
     flag("--group_size", int, 16, 16, "G, responses per prompt")
     flag("--minibatches", int, 2, 1, "updates per pass over the rollouts of a step")

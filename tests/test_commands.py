@@ -127,8 +127,9 @@ def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
               "def stop(path, value):\n"
               "    os.kill(os.getpid(), 9) if 'step-4.partial' in str(path) else write(path, value)\n"
               "model.write_json = stop\ntracerl.main(sys.argv[1:])\n")
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: other threads, other rounding
     done = subprocess.run([sys.executable, "-c", script, *flags, "--run=killed"], capture_output=True,
-                          text=True)
+                          text=True, env=one_thread)
     assert done.returncode == -9, done.stderr
     assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} == {"step-2", "step-3",
                                                                                   "step-4.partial"}
