@@ -175,7 +175,7 @@ def parse_args(argv=None):
     flag("--run", str, "sft", "sft", "name of the folder under runs/ (with torchrun: --run_name)",
          "--run_name")
     flag("--seed", int, 0, 0, "of weights, order and masks")
-    flag("--steps", int, 3000, 1000, "most updates")
+    flag("--steps", int, 2700, 1000, "most updates")
     flag("--batch_size", int, 64, 64, "examples per update")
     flag("--lr", float, 6e-3, 1e-5, "peak learning rate of AdamW")
     flag("--warmup", int, 30, 30, "updates of rising learning rate")
