@@ -480,8 +480,9 @@ def compare(answer, gold, depth=0):
         return compare(value_a, value_g, depth + 1)
     if name_a and name_g and (number(value_a) is not None or "(" in name_a + name_g):
         return False, "structure"
-    if (a := in_base(answer)) or (g := in_base(gold)):
-        return a is not None and a == in_base(gold), "structure"
+    a, g = in_base(answer), in_base(gold)
+    if a or g:
+        return a == g, "structure"
     sides_a, sides_g = split_top(answer, RELATION), split_top(gold, RELATION)
     if len(split_top(answer, LIST)) > 1 or len(split_top(gold, LIST)) > 1:
         sides_a = sides_g = ()
@@ -654,7 +655,7 @@ def work():
     """The life of a worker: one line in, one line out, until its input closes."""
     import resource
 
-    from latex2sympy2_extended import latex2sympy  # noqa: F401, imported before the limits
+    from latex2sympy2_extended import latex2sympy  # noqa: F401 - before the limits
     sys.setrecursionlimit(2000)
     resource.setrlimit(resource.RLIMIT_AS, (Workers.MEMORY, Workers.MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -23,7 +23,6 @@ Sizes, used with one meaning everywhere:
   list
 """
 
-import dataclasses
 import json
 import math
 import os

@@ -15,7 +15,7 @@ from conftest import FIXTURES, ROOT, random_model
 
 import eval_math
 import model as lm
-from eval_math import Problem, arithmetic, extract_answer, is_correct, load_problems, verdict
+from eval_math import Problem, arithmetic, extract_answer, is_correct, load_problems
 from rollout import Rollout
 
 
@@ -175,7 +175,7 @@ def test_prompt_styles(style, end):
         eval_math.encode_prompts([problem], Recorder(), 999, style="best")
 
 
-# ------------------------------------------------------------------------------------------------------- the 
+# ------------------------------------------------------------------------------------------------- the grader
 
 
 def pairs():

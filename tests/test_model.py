@@ -134,7 +134,7 @@ def test_log_probabilities_are_float32_whatever_the_weights_are():
     assert logp.dtype == entropy.dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------- checkpo
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 @pytest.mark.parametrize("kind", ["sdar", "qwen3", "dream", "llada"])

@@ -51,7 +51,7 @@ def slow_logprobs(r, model, shrink=1, temperature=1.0):
     return torch.stack(out)
 
 
-# --------------------------------------------------------------------------------------------------- the repl
+# --------------------------------------------------------------------------------------------- the replay law
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -107,7 +107,7 @@ def test_a_wrong_replay_breaks_the_law():
     assert gap(model, rollouts) > 1e-2
 
 
-# -------------------------------------------------------------------------- the fast replay against one row p
+# ------------------------------------------------------------------ the fast replay against one row per state
 
 
 @pytest.mark.parametrize("kind, K, shrink", [("sdar", 4, 1), ("sdar", 8, 1), ("sdar", 4, 2), ("sdar", 8, 3),
@@ -170,7 +170,7 @@ def test_shrink_1_changes_nothing():
         assert [sorted(set(row)).index(s) + 1 for s in row] == new
 
 
-# ----------------------------------------------------------------------------------------------------- decodi
+# --------------------------------------------------------------------------------------------------- decoding
 
 
 @pytest.mark.parametrize("kind", ["sdar", "llada"])
@@ -299,7 +299,7 @@ def test_an_empty_prompt_is_refused_and_no_prompts_are_fine():
     assert generate(random_model(), [], max_new_tokens=4) == [] and replay(random_model(), []) == []
 
 
-# -------------------------------------------------------------------------------------------- the authors' nu
+# --------------------------------------------------------------------------------------- the authors' numbers
 
 
 @pytest.mark.parametrize("case", [c for c in fixture_cases("sdar_generate") if "topk1" not in c["id"]],

@@ -33,7 +33,7 @@ def rollouts_with_rewards(model, num_groups=3, group_size=4, temperature=1.0):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- adva
+# ------------------------------------------------------------------------------------------------- advantages
 
 
 def test_group_advantages_are_standard_scores_within_the_group():
@@ -53,7 +53,7 @@ def test_a_group_is_kept_or_dropped_whole():
     assert all(r.advantage == [pytest.approx(3**0.5 if r.reward else -(3**-0.5))] * 2 for r in rollouts[8:12])
 
 
-# ------------------------------------------------------------------------------------------------------- the 
+# --------------------------------------------------------------------------------------------------- the loss
 
 
 def test_the_loss_is_the_formula():
@@ -105,7 +105,7 @@ def test_batch_and_raw_advantages_keep_every_group_unless_nothing_differs():
     assert set_advantages(equal, "value", 2, (0.2, 0.8)) == equal
 
 
-# ------------------------------------------------------------------------------------------------------- the 
+# ------------------------------------------------------------------------------------------------- the update
 
 
 def one_update(model, batch, lr=0.1, **changes):
@@ -260,12 +260,12 @@ def test_a_reward_function_gives_one_number_or_one_per_token(tmp_path):
             tracerl.load_reward(spec)
 
 
-# ------------------------------------------------------------------------------------------------- the author
+# --------------------------------------------------------------------------------------- the authors' numbers
 
 
 def authors_case(stem, name):
     case = next(c for c in fixture_cases(f"{stem}_tracerl") if c["id"] == name)
-    data, L0 = fixture_tensors(f"{stem}_tracerl_{name}"), case["L0"]
+    data = fixture_tensors(f"{stem}_tracerl_{name}")
     model, _ = lm.load_model(FIXTURES / "authors" / stem, block_size=case.get("block_size"))
     rollouts = [Rollout(p, r, len(r), s, canvas=len(r) if model.config.is_full else 0)
                 for p, r, s in zip(case["prompts"], case["responses"], case["step_maps"])]
@@ -367,7 +367,7 @@ def test_the_authors_shifted_layout_is_not_ours(authors_policy):
     assert off.mean() > 0.3
 
 
-# ------------------------------------------------------------------------------------------------------- the 
+# -------------------------------------------------------------------------------------------------- the flags
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -120,7 +120,7 @@ def test_a_saved_value_model_comes_back(kind, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- the author
+# --------------------------------------------------------------------------------------- the authors' numbers
 
 
 @pytest.mark.parametrize("case", fixture_cases("sdar_gae"), ids=lambda c: c["id"])
