@@ -28,6 +28,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
@@ -39,9 +40,16 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from matplotlib.figure import Figure
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -245,9 +253,28 @@ def dense_mask(layout):
     return may_attend(query, key)[:, None]
 
 
+def block_mask(layout):
+    """The rule for FlexAttention: the mask is never stored, only which tiles of 128 x 128 it touches.
+
+    Views follow one another in the order of their blocks, so most tiles are empty and cost nothing. Compiled
+    on a GPU, where the dense mask of a packed row would take a gigabyte while it is made.
+    """
+    def rule(row, head, i, j):
+        return may_attend(Layout(*(t[row, i] for t in layout)), Layout(*(t[row, j] for t in layout)))
+
+    create = torch.compile(create_block_mask) if layout.block.is_cuda else create_block_mask
+    B, T = layout.block.shape
+    return create(rule, B, None, T, T, device=layout.block.device)
+
+
 def attend(q, k, v, mask):
-    """Softmax attention. q (B, H, T, D), k and v (B, H_kv, T_key, D), mask bool, broadcast to (B, H, T,
-    T_key)."""
+    """Softmax attention. q (B, H, T, D), k and v (B, H_kv, T_key, D).
+
+    mask: bool, broadcast to (B, H, T, T_key), or the BlockMask of packed rows on a GPU.
+    """
+    if isinstance(mask, BlockMask):
+        flex = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+        return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     # with a mask, CUDA's fast kernels want as many kv heads as heads
     if q.is_cuda and k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -331,6 +358,7 @@ class Layer(nn.Module):
         C, D = config.hidden_size, config.head_dim
         bias = config.switches.has_qkv_bias
         self.number, self.head_dim = number, D
+        self.recomputes = False  # keep no activations but the input, and compute the others again (--recompute)
         self.attention_norm = nn.RMSNorm(C, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(C, config.num_heads * D, bias=bias)
         self.k_proj = nn.Linear(C, config.num_kv_heads * D, bias=bias)
@@ -349,6 +377,12 @@ class Layer(nn.Module):
     def forward(self, x, cos, sin, mask, cache):
         """x (B, T, C) -> (B, T, C). With a cache, k and v are stored there; without a mask, read from
         there."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, cos, sin, mask, cache, use_reentrant=False)
+        return self.compute(x, cos, sin, mask, cache)
+
+    def compute(self, x, cos, sin, mask, cache):
+        """The layer itself."""
         B, T, _ = x.shape
         h = self.attention_norm(x)
         # (B, H, T, D)
@@ -385,15 +419,16 @@ class BlockDiffusionLM(nn.Module):
         """Where the weights are."""
         return self.embed.weight.device
 
-    def hidden(self, tokens, layout, cache=None, reads_cache=False):
+    def hidden(self, tokens, layout, cache=None, reads_cache=False, mask=None):
         """Final normalised states of rows laid out by `layout`: tokens int64 (B, T) -> (B, T, C).
 
         cache: a KVCache after `select`; keys and values are stored in it. reads_cache: the tokens are one
         block per slot and see the cache up to their own end (decoding) instead of one another by the rule
-        (prefill).
+        (prefill). mask: the rule in another form than the dense one, from `block_mask`.
         """
         cos, sin = rotary(layout.position, self.config.head_dim, self.config.rope_theta)
-        mask = None if reads_cache else dense_mask(layout)
+        if mask is None and not reads_cache:
+            mask = dense_mask(layout)
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)
@@ -425,28 +460,25 @@ def chunk_logprobs(h, tokens, head, mask_id, temperature):
     logits = policy_logits(head(h), mask_id) / temperature
     total = logits.logsumexp(-1)
     logp = logits.gather(-1, tokens[:, None])[:, 0] - total
-    # sum p log p, with 0 log 0 = 0 for the mask token; a figure for the log, never trained on
-    with torch.no_grad():
-        p = (logits - total[:, None]).exp()
-        entropy = total - (p * logits.masked_fill(logits == -math.inf, 0)).sum(-1)
+    with torch.no_grad():  # a figure for the log, never trained on
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
     return logp, entropy
 
 
-def token_logprobs(model, h, tokens, temperature=1.0, chunk=1024):
+def token_logprobs(model, h, tokens, temperature=1.0, max_logits=2**24):
     """Log-probabilities of `tokens` (N,) and the entropy of their distributions, at final states h (N, C).
     float32.
 
-    Logits live for one chunk of positions at a time and are computed again in the backward pass: with V =
-    152k, the float32 logits of 4,000 positions and their gradient would take 5 GB. Temperature 0 stands for
-    1, as in decoding.
+    At most max_logits logits (64 MiB) live at a time, and are computed again in the backward pass: with V =
+    152k, those of 4,000 positions with their gradient would take 5 GB. Temperature 0 stands for 1, as in
+    decoding.
     """
-    outputs = [(h.new_zeros(0, dtype=torch.float32),) * 2]
-    for start in range(0, len(h), chunk):
+    outputs, chunk = [], max(1, max_logits // model.config.vocab_size)
+    for start in range(0, max(len(h), 1), chunk):
         args = (h[start:start + chunk], tokens[start:start + chunk], model.head, model.config.mask_id,
                 temperature or 1.0)
-        is_small = len(h) * model.config.vocab_size < 2**24  # under 64 MB: not worth computing twice
-        outputs.append(chunk_logprobs(*args) if is_small else checkpoint(chunk_logprobs, *args,
-                                                                         use_reentrant=False))
+        outputs.append(chunk_logprobs(*args) if len(h) <= chunk else  # few: not worth computing twice
+                       checkpoint(chunk_logprobs, *args, use_reentrant=False))
     return tuple(torch.cat(part) for part in zip(*outputs))
 
 
@@ -563,9 +595,13 @@ def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
     """Writes weights, config.json and tokenizer in the family's own layout; `load_model` reads it back bit
     for bit.
 
-    The folder is written under a temporary name and renamed, so that `path` is whole or absent.
+    The folder is written under a temporary name and renamed, so that `path` is whole or absent. To be called
+    on every process: the first one writes. LoRA: the merged weights, and the adapter alone in path/adapter,
+    in the layout of the peft library.
     """
-    config = model.config
+    config, state = model.config, whole_state(model)
+    if processes()[0] > 0:
+        return
     # its code is not in this folder
     source = {name: value for name, value in config.source.items() if name != "auto_map"}
     source |= {"mask_token_id": config.mask_id, "block_size": config.block_size}
@@ -573,10 +609,15 @@ def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
     partial = f"{path}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
-    tied = {"head.weight"} if config.tie_word_embeddings else set()
-    state = {family_name(config, name): p for name, p in model.state_dict().items() if name not in tied}
-    save_torch_state_dict(state, partial, max_shard_size=max_shard_size)
-    source["dtype"] = source["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
+    if rank := lora_rank(model):
+        save_adapter(config, state, rank, os.path.join(partial, "adapter"))
+    state = merge_lora(state, rank)
+    if config.tie_word_embeddings:
+        del state["head.weight"]
+    dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
+    save_torch_state_dict({family_name(config, name): p for name, p in state.items()}, partial,
+                          max_shard_size=max_shard_size)
+    source["dtype"] = source["torch_dtype"] = dtype
     with open(os.path.join(partial, "config.json"), "w", encoding="utf-8") as file:
         json.dump(source, file, indent=2)
     with open(os.path.join(partial, "generation_config.json"), "w", encoding="utf-8") as file:
@@ -585,6 +626,73 @@ def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
         tokenizer.save_pretrained(partial)
     shutil.rmtree(path, ignore_errors=True)
     os.rename(partial, path)
+
+
+def whole_state(model):
+    """Parameters by our names, whole, of a model that may be sharded; on the first process only, if there
+    are several. To be called on every process."""
+    if not dist.is_initialized():
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA: the trunk stays as it is and takes no gradient; two thin matrices beside each linear layer learn.
+
+
+LORA_ALPHA = 2  # times the rank: what B A x is scaled by, as is usual
+
+
+class LoRALinear(nn.Linear):
+    """W x + b + 2 B A x with frozen W and b; A (rank, in), B (out, rank), zero at the start (arXiv
+    2106.09685)."""
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        return super().forward(x) + LORA_ALPHA * F.linear(F.linear(x, self.lora_A.to(x.dtype)),
+                                                          self.lora_B.to(x.dtype))
+
+
+def add_lora(model, rank, seed=0):
+    """Freezes a BlockDiffusionLM and puts trainable float32 adapters beside every linear layer but the
+    head."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for linear in [m for m in model.layers.modules() if isinstance(m, nn.Linear)]:
+        linear.__class__ = LoRALinear
+        A = torch.randn(rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
+        linear.lora_A = nn.Parameter(A.to(model.device))
+        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=model.device))
+
+
+def lora_rank(model):
+    """The rank of the model's adapters; 0 without."""
+    return next((len(m.lora_A) for m in model.modules() if isinstance(m, LoRALinear)), 0)
+
+
+def merge_lora(state, rank):
+    """Adds each B A of a state to its W and drops A and B, in place -> the state of a plain model."""
+    for name in [name for name in state if rank and name.endswith("lora_A")]:
+        A, B = state.pop(name), state.pop(name.removesuffix("A") + "B")
+        W = state[name.removesuffix("lora_A") + "weight"]
+        state[name.removesuffix("lora_A") + "weight"] = (W.float() + LORA_ALPHA * B @ A).to(W.dtype)
+    return state
+
+
+def save_adapter(config, state, rank, folder):
+    """Writes the adapters of a state as adapter_model.safetensors and adapter_config.json."""
+    os.makedirs(folder)
+    tensors = {}
+    for name, p in state.items():
+        module, _, kind = name.rpartition(".")
+        if kind.startswith("lora_"):
+            theirs = family_name(config, f"{module}.{kind}")  # model.layers.0.self_attn.q_proj.lora_A
+            tensors[f"base_model.model.{theirs}.weight"] = p.contiguous()
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
+    targets = {theirs.rpartition(".")[2] for ours, theirs in config.switches.names.items()
+               if ours.endswith("_proj")}
+    write_json(os.path.join(folder, "adapter_config.json"), dict(
+        peft_type="LORA", r=rank, lora_alpha=LORA_ALPHA * rank, target_modules=sorted(targets), bias="none"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -645,15 +753,16 @@ def initialize(model, seed):
 # Where it runs: processes, the optimizer step, the run folder.
 
 
-def start_processes(is_tiny=False):
-    """Joins torchrun's process group, if there is one.
+def start_processes(is_tiny=False, needs_group=False):
+    """Joins torchrun's process group, if there is one. needs_group: makes a group of one, if there is none.
 
     is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time, and costs
     fifty times as much as soon as another program wants it (threads that wait for each other spin).
     """
     if is_tiny:
         torch.set_num_threads(1)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if is_alone and not needs_group or dist.is_initialized():
         return
     is_cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if is_cuda and local >= torch.cuda.device_count():
@@ -662,8 +771,9 @@ def start_processes(is_tiny=False):
                          "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
     if is_cuda:
         torch.cuda.set_device(local)
-    # others wait for the longest rollout
-    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(hours=2))
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if is_alone else {}
+    # two hours: the others wait for the longest rollout
+    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(hours=2), **alone)
 
 
 def end_processes():
@@ -707,26 +817,54 @@ def over_processes(combine, *numbers):
     return [float(combine(column)) for column in zip(*parts)]
 
 
+def shard(model, layers, dtype=torch.float32):
+    """Shards parameters, gradients and optimizer states over all processes (FSDP2), layer by layer, in place.
+
+    dtype: what layers compute in. The sharded weights are float32 whatever it is, and gradients are added up
+    in float32: they are sums over tokens (see `optimizer_step`), so no process average is taken. Frozen
+    weights (LoRA) stay whole on every process. Without a process group this does nothing.
+    """
+    if not dist.is_initialized():
+        return
+    mesh = init_device_mesh(default_device().type, (processes()[1],))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if hasattr(model, "hidden"):
+        register_fsdp_forward_method(model, "hidden")
+
+
+@contextmanager
+def unsharded(model):
+    """Inside, every process holds the whole weights, and may run as many forwards as it likes: no layer
+    waits for another process. Nothing to do for a model that is not sharded."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
 MAX_SKIPPED = 5  # updates in a row whose gradient is not finite, before the run stops
 
 
 def optimizer_step(model, optimizer, max_norm):
-    """Adds up the gradients of all processes, clips their common norm, and steps -> (norm, whether it
-    stepped).
+    """Clips the gradient to a norm common to all processes and steps -> (norm, whether it stepped).
 
     The losses are sums over this process's tokens divided by the number of tokens of ALL processes, so
-    gradients add, they are not averaged. A norm that is not finite skips the update, on every process alike;
-    RuntimeError after MAX_SKIPPED in a row.
+    gradients add, they are not averaged (`shard` sees to that during the backward pass). A norm that is not
+    finite skips the update, on every process alike; RuntimeError after MAX_SKIPPED in a row.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if processes()[1] > 1:
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(part.view_as(p))
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     is_finite = bool(norm.isfinite())
     optimizer.num_skipped = 0 if is_finite else getattr(optimizer, "num_skipped", 0) + 1
     if is_finite:
@@ -769,6 +907,35 @@ def fill_defaults(parser, argv):
     return args
 
 
+def add_scale_flags(flag):
+    """The flags of sft.py and tracerl.py that decide what fits where."""
+    flag("--dtype", str, "float32", "bfloat16" if torch.cuda.is_available() else "float32",
+         "what layers compute in; weights, optimizer states, gradients and losses are float32 anyhow",
+         choices=("float32", "bfloat16"))
+    flag("--recompute", bool, False, False, "keep one activation per layer and compute the others again in "
+         "the backward pass: slower by a third, fits far longer rows")
+    flag("--lora_rank", int, 0, 0, "train adapters of this rank beside a frozen trunk; 0 trains everything")
+    flag("--resume", bool, False, False, "go on with the run of this name from its newest checkpoint, or "
+         "from the start")
+
+
+def load_to_train(args, path=None):
+    """load_model for training by the flags above -> the same. Not sharded yet: see `shard`.
+
+    Full training on several GPUs reads the checkpoint into main memory, from where `shard` takes each
+    process's part. A frozen trunk has the dtype of its computations, and stays whole on every GPU.
+    """
+    is_sharded = dist.is_initialized() and not args.lora_rank
+    model, tokenizer = load_model(
+        path or args.model, args.block_size, getattr(torch, args.dtype) if args.lora_rank else torch.float32,
+        "cpu" if is_sharded else None)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, args.seed)
+    for layer in model.layers:
+        layer.recomputes = args.recompute
+    return model, tokenizer
+
+
 def barrier():
     """Waits for the other processes."""
     if processes()[1] > 1:
@@ -793,10 +960,13 @@ def write_json(path, value):
     os.replace(f"{path}.partial", path)
 
 
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # a frozen trunk is in --model already
+
+
 def train_state(trainers):
     """Weights and optimizer states of (model, optimizer) pairs, for torch.distributed.checkpoint."""
-    return {str(number): get_state_dict(model, optimizer) for number,
-            (model, optimizer) in enumerate(trainers)}
+    return {str(number): get_state_dict(model, optimizer, options=TRAINED_ONLY)
+            for number, (model, optimizer) in enumerate(trainers)}
 
 
 class RunLog:
@@ -862,10 +1032,9 @@ class RunLog:
         own.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{progress['step']}")
-        if self.is_writer:
-            save_checkpoint(trainers[0][0], tokenizer, f"{path}.partial")
-            if write_more is not None:
-                write_more(f"{path}.partial")
+        save_checkpoint(trainers[0][0], tokenizer, f"{path}.partial")
+        if write_more is not None:
+            write_more(f"{path}.partial")
         barrier()
         dcp.save(train_state(trainers), checkpoint_id=os.path.join(f"{path}.partial", "train_state"),
                  no_dist=not dist.is_initialized())
@@ -892,7 +1061,8 @@ class RunLog:
         state = train_state(trainers)
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         for (model, optimizer), (model_state, optimizer_state) in zip(trainers, state.values()):
-            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state,
+                           options=TRAINED_ONLY)
         with open(os.path.join(folder, "progress.json"), encoding="utf-8") as file:
             progress = json.load(file)
         lines = [line for line in self.read() if line["step"] <= progress["step"]]

@@ -22,8 +22,11 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
-from model import KVCache, Layout, gather_lists, policy_logits, processes, token_logprobs
+from model import (
+    KVCache, Layout, block_mask, gather_lists, over_processes, policy_logits, processes, token_logprobs,
+    unsharded)
 
 ENTROPY_BOUND = 0.35  # of the "entropy" strategy, in nats
 STRATEGIES = ("static", "dynamic", "sequential", "entropy")
@@ -358,7 +361,9 @@ def generate(model, prompts, *, max_new_tokens, strategy="dynamic", denoising_st
 def generate_everywhere(model, prompts, seeds, **settings):
     """`generate` with the prompts dealt out over all processes; every process gets all rollouts, in order."""
     rank, number = processes()
-    return gather_lists(generate(model, prompts[rank::number], seed=seeds[rank::number], **settings))
+    with unsharded(model):
+        own = generate(model, prompts[rank::number], seed=seeds[rank::number], **settings)
+    return gather_lists(own)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -408,23 +413,65 @@ class Rows:
                                                                                "place"))
         return Rows(self.tokens.to(device, non_blocking=True), layout, *rest)
 
-    def split(self, max_tokens):
+    def split(self, max_tokens, is_packed=False):
         """Cuts into micro-batches of at most max_tokens tokens (at least one row each), without needless
-        padding."""
+        padding. is_packed: all rows of a micro-batch end to end in one (see `packed`)."""
         T = self.tokens.shape[1]
         lengths = (self.layout.document >= 0).sum(-1).tolist()
         start = 0
         while start < len(lengths):
-            stop, longest = start + 1, lengths[start]
-            while stop < len(lengths) and max(longest, lengths[stop]) * (stop + 1 - start) <= max_tokens:
-                longest, stop = max(longest, lengths[stop]), stop + 1
+            stop, longest, total = start + 1, lengths[start], lengths[start]
+            while stop < len(lengths):
+                longest, total = max(longest, lengths[stop]), total + lengths[stop]
+                if (total if is_packed else longest * (stop + 1 - start)) > max_tokens:
+                    break
+                stop += 1
+            longest = max(lengths[start:stop])
             row, column = self.source // T, self.source % T
             own = (row >= start) & (row < stop)
             cut = (slice(start, stop), slice(longest))
-            yield Rows(self.tokens[cut], Layout(*(t[cut] for t in self.layout)),
-                       ((row - start) * longest + column)[own], self.target[own], self.owner[own],
-                       self.place[own])
+            part = Rows(self.tokens[cut], Layout(*(t[cut] for t in self.layout)),
+                        ((row - start) * longest + column)[own], self.target[own], self.owner[own],
+                        self.place[own])
+            yield part.packed(-(-max_tokens // 4)) if is_packed else part
             start = stop
+
+    def packed(self, multiple):
+        """The same rows end to end as one row, kept apart by their document numbers; padded to a multiple of
+        `multiple` tokens, so that kernels are compiled for few lengths."""
+        is_token = self.layout.document.flatten() >= 0
+        room = -int(is_token.sum()) % multiple
+        tokens, position, document, block, view = (
+            F.pad(t.flatten()[is_token], (0, room), value=fill)[None]
+            for t, fill in zip((self.tokens, *self.layout), (0, 0, -1, 0, 0)))
+        source = (is_token.cumsum(0) - 1)[self.source]
+        return Rows(tokens, Layout(position, document, block, view), source, self.target, self.owner,
+                    self.place)
+
+    def states(self, backbone):
+        """Final states (N, C) of a BlockDiffusionLM at the places that predict the targets."""
+        is_flex = self.tokens.is_cuda and len(self.tokens) == 1
+        mask = block_mask(self.layout) if is_flex else None
+        return backbone.hidden(self.tokens, self.layout, mask=mask).flatten(0, 1)[self.source]
+
+
+def micro_batches(rows, max_tokens, device, is_shared=False):
+    """Rows (or None for none) -> a list of micro-batches on `device`, as many on every process.
+
+    is_shared: all processes have the same rows, and each takes its share of them. Sharded layers wait for
+    each other, so a process that has fewer micro-batches goes along on one token of padding without targets:
+    its losses are sums over nothing, its gradients 0. Packed on a GPU, where FlexAttention skips what lies
+    between documents; on a CPU rows of like length together.
+    """
+    rank, number = processes() if is_shared else (0, 1)
+    parts = []
+    if rows is not None:
+        max_tokens = min(max_tokens, -(-rows.tokens.numel() // number)) if is_shared else max_tokens
+        parts = list(rows.split(max_tokens, is_packed=device.type == "cuda"))[rank::number]
+    one, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    missing = int(over_processes(max, len(parts))[0]) - len(parts)
+    parts += [Rows(one, Layout(one, one - 1, one, one), none, none, none, none)] * missing
+    return [part.to(device) for part in parts]
 
 
 def canvases(rollouts, config):
@@ -531,8 +578,7 @@ def trace_rows(rollouts, config, shrink=1, trained_only=False, post_num=0, objec
 def forward_rows(model, rows, temperature=1.0):
     """Log-probability and entropy of every target of one micro-batch, float32 (N,), in the order of
     rows.target."""
-    h = model.hidden(rows.tokens, rows.layout).flatten(0, 1)[rows.source]
-    return token_logprobs(model, h, rows.target, temperature)
+    return token_logprobs(model, rows.states(model), rows.target, temperature)
 
 
 def replay(model, rollouts, shrink=1, temperature=1.0, max_tokens=16384):

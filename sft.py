@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import os
-import random
 
 import torch
 
@@ -95,18 +94,13 @@ def train_step(model, optimizer, examples, seed, is_weighted, max_tokens, follow
     else:
         rows, weight = sft_rows(examples, model.config, torch.Generator().manual_seed(seed))
     is_weighted = is_weighted and not follows_trace
-    prompts = torch.tensor([len(r.prompt) for r in examples])
     normalizer = sum(len(r.response) for r in examples) if is_weighted else len(rows.target)
-    rank, number = lm.processes()
-    total = 0.0
-    for turn, part in enumerate(rows.split(min(max_tokens, -(-rows.tokens.numel() // number)))):
-        if turn % number != rank:
-            continue
-        scale = weight[part.owner, part.place
-                       + prompts[part.owner]] if is_weighted else torch.ones(len(part.target))
-        part = part.to(model.device)
+    prompts, total = torch.tensor([len(r.prompt) for r in examples], device=model.device), 0.0
+    weight = weight.to(model.device) if is_weighted else None
+    for part in rollout.micro_batches(rows, max_tokens, model.device, is_shared=True):
         logp, _ = rollout.forward_rows(model, part)
-        loss = sft_loss(logp, scale.to(model.device), normalizer)
+        scale = weight[part.owner, part.place + prompts[part.owner]] if is_weighted else torch.ones_like(logp)
+        loss = sft_loss(logp, scale, normalizer)
         loss.backward()
         total += float(loss.detach())
     norm, _ = lm.optimizer_step(model, optimizer, 1.0)
@@ -120,41 +114,52 @@ def learning_rate(step, peak, warmup, cooldown, decay_start):
     return peak * min((step + 1) / warmup, down)
 
 
+@functools.lru_cache(maxsize=2)
+def shuffled(number, seed):
+    """A seeded permutation of range(number)."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def train(model, tokenizer, examples, dev_problems, args, log):
     """The loop. Stops after args.steps, or earlier: once accuracy on the development problems reaches
-    args.stop_accuracy, the learning rate goes down over args.cooldown steps and training ends."""
+    args.stop_accuracy, the learning rate goes down over args.cooldown steps and training ends.
+
+    Order, masks and learning rate are functions of the step, so a run resumes from any checkpoint."""
     optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay)
-    order, decay_start = [], None
-    bar = lm.progress(range(args.steps), "sft")
+    trainers, size = [(model, optimizer)], args.batch_size
+    progress = args.resume and log.restore(trainers) or dict(step=0, decay_start=None)
+    bar = lm.progress(range(progress["step"], args.steps), "sft")
     for step in bar:
-        if len(order) < args.batch_size:
-            order = random.Random(f"{args.seed} {step}").sample(range(len(examples)), len(examples))
-        batch, order = [examples[i] for i in order[:args.batch_size]], order[args.batch_size:]
+        decay_start = progress["decay_start"]
+        if decay_start is not None and step >= decay_start + args.cooldown:
+            break
+        epoch, turn = divmod(step, len(examples) // size)
+        order = shuffled(len(examples), args.seed * 1_000_003 + epoch)
+        batch = [examples[i] for i in order[turn * size:(turn + 1) * size]]
         lr = learning_rate(step, args.lr, args.warmup, args.cooldown, decay_start)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss, norm = train_step(model, optimizer, batch, args.seed * 1_000_003 + step, args.weighted,
-                                args.micro_tokens,
-                                args.objective == "trace")
+                                args.micro_tokens, args.objective == "trace")
         line = dict(step=step + 1, loss=loss, gradient_norm=norm, lr=lr)
         if dev_problems and (step + 1) % args.eval_every == 0:
             line["accuracy"] = eval_math.evaluate(
                 model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens,
-                eos_ids=model.config.eos_ids,
-                seed=args.seed)["accuracy"]
+                eos_ids=model.config.eos_ids, seed=args.seed)["accuracy"]
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{line['accuracy']:.3f}")
         is_reached = args.stop_accuracy is not None and line.get("accuracy", 0) >= args.stop_accuracy
         if decay_start is None and (is_reached or step + 1 >= args.steps - args.cooldown):
-            decay_start = step + 1
+            progress["decay_start"] = step + 1
             if args.stop_accuracy is not None and not is_reached:
                 lm.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; going on "
                        f"from here")
-        log(line)
-        if decay_start is not None and step + 1 >= decay_start + args.cooldown:
-            break
+        log.write(line)
+        progress["step"] = step + 1
+        if args.save_every and (step + 1) % args.save_every == 0:
+            log.save_checkpoint(tokenizer, trainers, progress, args.keep_checkpoints)
     bar.close()
     if args.stop_accuracy is not None:
-        lm.say(f"sft: {step + 1} updates; accuracy on {len(dev_problems)} development problems "
+        lm.say(f"sft: {progress['step']} updates; accuracy on {len(dev_problems)} development problems "
                f"{line.get('accuracy', 0):.3f}")
 
 
@@ -187,7 +192,7 @@ def parse_args(argv=None):
     flag("--slip", float, 0.6, 0.6, "embedded data: how often the pupil forgets a carry")
     flag("--attention", str, "block", "block", "of the new tiny model", choices=("block", "full"))
     flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
-    flag("--max_new_tokens", int, 16, 2000, "longer responses are skipped and counted; full attention: "
+    flag("--max_new_tokens", int, 20, 2000, "longer responses are skipped and counted; full attention: "
          "length of the canvas")
     flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
     flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
@@ -197,6 +202,9 @@ def parse_args(argv=None):
          "text after each problem; empty for data with whole "
          "prompts")
     flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
+    flag("--save_every", int, 0, 200, "updates between checkpoints to resume from; 0 is none")
+    flag("--keep_checkpoints", int, 2, 2, "the newest ones to keep")
+    lm.add_scale_flags(flag)
     args = lm.fill_defaults(parser, argv)
     if args.data is None:
         parser.error("--model needs --data")
@@ -213,13 +221,13 @@ def parse_args(argv=None):
 def main(argv=None):
     """Trains and saves runs/<run>/checkpoint -> its path."""
     args = parse_args(argv)
-    lm.start_processes(is_tiny=args.model is None)
+    lm.start_processes(args.model is None, args.dtype == "bfloat16")
     folder = os.path.join("runs", args.run)
     if args.model is None:
         model, tokenizer = lm.tiny_model(args.seed, args.block_size or 4, args.attention), lm.tiny_tokenizer()
         model.to(lm.default_device())
     else:
-        model, tokenizer = lm.load_model(args.model, args.block_size, torch.float32)
+        model, tokenizer = lm.load_to_train(args)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: examples cannot be encoded")
     is_embedded = args.data == "arithmetic"
@@ -242,11 +250,12 @@ def main(argv=None):
     lm.say(
         f"sft: {len(examples)} examples; skipped {num_long} long prompts, {len(problems) - len(examples)} "
         f"long responses")
-    log = lm.RunLog(folder, vars(args))
-    train(model, tokenizer, examples, dev_problems, args, log.write)
+    settings = {name: value for name, value in vars(args).items() if name != "resume"}
+    log = lm.RunLog(folder, settings, is_resumed=args.resume)
+    lm.shard(model, model.layers, getattr(torch, args.dtype))
+    train(model, tokenizer, examples, dev_problems, args, log)
     checkpoint = os.path.join(folder, "checkpoint")
-    if lm.processes()[0] == 0:
-        lm.save_checkpoint(model, tokenizer, checkpoint)
+    lm.save_checkpoint(model, tokenizer, checkpoint)
     lm.barrier()
     return checkpoint
 

@@ -84,7 +84,7 @@ def own_share(rollouts):
 def minibatches(rollouts, group_size, number, seed):
     """Deals whole groups, in a seeded order, into at most `number` mini-batches -> lists of Rollout."""
     groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
-    order = shuffled(len(groups), seed)
+    order = sft.shuffled(len(groups), seed)
     batches = [[r for i in order[start::number] for r in groups[i]] for start in range(number)]
     return [batch for batch in batches if batch]
 
@@ -97,12 +97,10 @@ def field_tables(rollouts, *names, device):
 
 
 def train_rows(model, rollouts, settings, objective):
-    """The micro-batches of some rollouts, on the model's device."""
-    if rollouts:
-        rows = rollout.trace_rows(rollouts, model.config, settings.shrink, trained_only=True,
-                                  objective=objective)
-        for part in rows.split(settings.micro_tokens):
-            yield part.to(model.device)
+    """The micro-batches of this process's rollouts (maybe none), on the model's device."""
+    rows = rollout.trace_rows(rollouts, model.config, settings.shrink, trained_only=True,
+                              objective=objective) if rollouts else None
+    return rollout.micro_batches(rows, settings.micro_tokens, model.device)
 
 
 @torch.no_grad()
@@ -136,8 +134,8 @@ def value_advantages(critic, rollouts, settings):
     states.
     """
     sums, square, count = [0.0] * 5, 0.0, 0
+    values = predict(critic, train_rows(critic, rollouts, settings, "tracerl"), rollouts)
     if rollouts:
-        values = predict(critic, train_rows(critic, rollouts, settings, "tracerl"), rollouts)
         steps = value.global_steps(rollouts, critic.config, settings.shrink)
         rewards = value.place_rewards(torch.tensor([r.reward for r in rollouts]), steps)
         for row, r in zip(rewards, rollouts):
@@ -174,7 +172,7 @@ def update(model, optimizer, batch, is_first, settings):
     replay of its own.
     """
     own = own_share(batch)
-    parts = list(train_rows(model, own, settings, settings.objective))
+    parts = train_rows(model, own, settings, settings.objective)
     num_trained = int(lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0])
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0)
     maxima = dict(ratio_max=0.0, gap_max=0.0)
@@ -187,7 +185,7 @@ def update(model, optimizer, batch, is_first, settings):
         loss.backward()
         gap = (logp_old - recorded[at]).abs()
         stats.update(loss=loss.detach() * num_trained, entropy=entropy.sum(), gap=gap.sum(),
-                     gap_max=gap.max())
+                     gap_max=gap.max() if len(gap) else 0.0)
         sums = {name: total + float(stats[name]) for name, total in sums.items()}
         maxima = {name: max(top, float(stats[name])) for name, top in maxima.items()}
     norm, is_finite = lm.optimizer_step(model, optimizer, settings.max_norm)
@@ -211,8 +209,9 @@ def summarize(updates):
 def replay_gap(model, rollouts, temperature):
     """The replay law on shrink-1 views: |replayed - recorded log-probability| -> its mean and maximum."""
     own = own_share(rollouts)
-    gaps = [abs(a - b) for r, logp in zip(own, rollout.replay(model, own, temperature=temperature))
-            for a, b in zip(logp.tolist(), r.logp)]
+    with lm.unsharded(model):
+        replayed = rollout.replay(model, own, temperature=temperature)
+    gaps = [abs(a - b) for r, logp in zip(own, replayed) for a, b in zip(logp.tolist(), r.logp)]
     total, count = lm.over_processes(sum, sum(gaps), len(gaps))
     return dict(gap=total / max(count, 1), gap_max=lm.over_processes(max, max(gaps, default=0.0))[0])
 
@@ -221,18 +220,12 @@ def replay_gap(model, rollouts, temperature):
 # The loop.
 
 
-@functools.lru_cache(maxsize=2)
-def shuffled(number, seed):
-    """A seeded permutation of range(number)."""
-    return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 def roll_out(model, problems, args, step):
     """Step 1: G responses to each of this step's prompts -> rollouts, group by group, and their problems."""
     chosen = []
     for i in range((step - 1) * args.prompts, step * args.prompts):  # every epoch in an order of its own
         epoch, place = divmod(i, len(problems))
-        chosen.append(problems[shuffled(len(problems), args.seed * 1_000_003 + epoch)[place]])
+        chosen.append(problems[sft.shuffled(len(problems), args.seed * 1_000_003 + epoch)[place]])
     repeated = [p for p in chosen for _ in range(args.group_size)]
     seeds = [(args.seed * 1_000_003 + step) * 1_000_003 + i for i in range(len(repeated))]
     return rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds,
@@ -295,8 +288,11 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
     before() evaluates the start, once. All randomness is a function of (seed, step), so that weights,
     optimizer states and the step number are the whole state of a run.
     """
-    optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.95))
     critic = value.ValueModel(model) if args.advantage == "value" else None
+    lm.shard(model, model.layers, getattr(torch, args.dtype))
+    if critic is not None:
+        lm.shard(critic, critic.backbone.layers, getattr(torch, args.dtype))
+    optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.95))
     critic_optimizer = lm.make_optimizer(critic, args.value_lr, (0.9, 0.95)) if critic is not None else None
     trainers = [(model, optimizer)] + ([(critic, critic_optimizer)] if critic is not None else [])
     progress = log.restore(trainers) if args.resume else None
@@ -329,7 +325,7 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
                                                       **sampling(args, model))["accuracy"]
         log.write(line)
         lm.say(describe_line(line))
-        check_gap(line, model, args)
+        check_gap(line, args)
         progress |= dict(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             log.save_checkpoint(tokenizer, trainers, progress, args.keep_checkpoints,
@@ -384,7 +380,7 @@ def give_rewards(rollouts, problems, tokenizer, function=None):
         r.reward, r.token_rewards = reward, token_rewards
 
 
-def check_gap(line, model, args):
+def check_gap(line, args):
     """Stops a float32 run that breaks the replay law: it would train on states the policy never was in.
 
     A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding
@@ -392,7 +388,7 @@ def check_gap(line, model, args):
     """
     bound = 1e-4 / min(args.temperature, 1.0)
     is_law = line["gap"] <= bound and line["gap_max"] <= 10 * bound
-    if model.embed.weight.dtype == torch.float32 and not is_law:
+    if args.dtype == "float32" and not is_law:
         raise RuntimeError(f"the replay law is broken: replayed and recorded log-probabilities differ by "
                            f"{line['gap']:.1e} on "
                            f"average and by up to {line['gap_max']:.1e}, far more than rounding "
@@ -484,7 +480,7 @@ def parse_args(argv=None):
     flag("--top_k", int, 0, 0, "draw among the k most probable tokens; 0 is all")
     flag("--top_p", float, 1.0, 1.0, "draw among the most probable tokens up to this sum; 1 is all")
     flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
-    flag("--max_new_tokens", int, 16, 2000, "longest response; full attention: length of the canvas")
+    flag("--max_new_tokens", int, 20, 2000, "longest response; full attention: length of the canvas")
     flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
     flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
          choices=eval_math.PROMPT_STYLES)
@@ -492,11 +488,10 @@ def parse_args(argv=None):
     flag("--system", str, None, None, "a system message before each problem")
     flag("--slots", int, None, 64, "sequences decoded together on one process; None is all")
     flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
+    lm.add_scale_flags(flag)
     flag("--eval_every", int, 20, 10, "RL steps between evaluations on development problems; 0 is never")
     flag("--save_every", int, 20, 20, "RL steps between checkpoints; 0 is at the end only")
     flag("--keep_checkpoints", int, 3, 3, "the newest ones to keep")
-    flag("--resume", bool, False, False, "go on with the run of this name from its newest checkpoint, or "
-         "from the start")
     args = lm.fill_defaults(parser, argv)
     if args.reward and args.keep_range in ((0.0, 1.0), (0.2, 0.8)):
         args.keep_range = (-1e9, 1e9)  # a reward of one's own has a scale of its own
@@ -549,9 +544,9 @@ def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args, started = parse_args(argv), time.perf_counter()
     reward = load_reward(args.reward) if args.reward else None
-    lm.start_processes(is_tiny=args.model is None)
+    lm.start_processes(args.model is None, args.dtype == "bfloat16")
     path = args.model or sft.warm_start(args.seed, args.block_size or 4, args.attention)
-    model, tokenizer = lm.load_model(path, args.block_size, torch.float32)
+    model, tokenizer = lm.load_to_train(args, path)
     args.shrink = args.shrink or (8 if model.config.is_full else 1)
     if not 1 <= (args.denoising_steps or 1) <= model.config.block_size:
         raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 and the block size, "

@@ -29,10 +29,11 @@ class ValueModel(nn.Module):
     def __init__(self, policy):
         super().__init__()
         self.config = policy.config
-        self.backbone = copy.deepcopy(policy)
+        # with LoRA the frozen trunk is shared, and only the adapters are copied
+        shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        self.backbone = copy.deepcopy(policy, shared)
         self.backbone.head = None  # a value model predicts no tokens
-        self.value_head = nn.Linear(policy.config.hidden_size, 1, bias=False, device=policy.device,
-                                    dtype=policy.embed.weight.dtype)
+        self.value_head = nn.Linear(policy.config.hidden_size, 1, bias=False, device=policy.device)
         nn.init.zeros_(self.value_head.weight)
 
     @property
@@ -43,8 +44,7 @@ class ValueModel(nn.Module):
     def forward(self, rows):
         """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in the order of
         rows.target."""
-        h = self.backbone.hidden(rows.tokens, rows.layout).flatten(0, 1)[rows.source]
-        return self.value_head(h)[:, 0].float()
+        return self.value_head(rows.states(self.backbone))[:, 0].float()
 
 
 def global_steps(rollouts, config, shrink=1, post_num=0):
@@ -137,11 +137,17 @@ def explained_variance(count, total, squares, error, error_squares):
 
 
 def save_value_model(model, folder):
-    """Writes folder/value/model.safetensors: the backbone under the family's names, and value_head.weight."""
-    state = {lm.family_name(model.config, name): p for name, p in model.backbone.state_dict().items()}
+    """Writes folder/value/model.safetensors: the backbone under the family's names (LoRA: merged), and
+    value_head.weight. To be called on every process."""
+    state = lm.whole_state(model)
+    if lm.processes()[0] > 0:
+        return
+    head = state.pop("value_head.weight")
+    state = {name.removeprefix("backbone."): p for name, p in state.items()}
+    state = {lm.family_name(model.config, name): p for name, p in
+             lm.merge_lora(state, lm.lora_rank(model)).items()}
     os.makedirs(os.path.join(folder, "value"), exist_ok=True)
-    save_file({**state, "value_head.weight": model.value_head.weight.data},
-              os.path.join(folder, "value", "model.safetensors"))
+    save_file({**state, "value_head.weight": head}, os.path.join(folder, "value", "model.safetensors"))
 
 
 def load_value_model(model, path):

@@ -121,7 +121,7 @@ def test_token_logprobs_are_log_softmax_without_the_mask_token():
     logits = torch.cat([logits[:, :2], logits[:, 3:]], dim=1) / 0.7  # the mask token is number 2
     expected = logits.log_softmax(-1)
     picked = expected.gather(1, (tokens - 1)[:, None])[:, 0]
-    logp, entropy = lm.token_logprobs(model, h, tokens, temperature=0.7, chunk=7)
+    logp, entropy = lm.token_logprobs(model, h, tokens, temperature=0.7, max_logits=7 * 18)
     torch.testing.assert_close(logp, picked)
     torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))
     ours, = torch.autograd.grad(logp.sum(), h, retain_graph=True)
@@ -151,9 +151,9 @@ def test_save_then_load_gives_every_bit_back(kind, tmp_path):
 
 def test_the_tiny_tokenizer_gives_its_text_back():
     tokenizer = lm.tiny_tokenizer()
-    text = "09;11;09;\\boxed{919}"
+    text = "009;011;109;\\boxed{919}"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert len(ids) == 14 and tokenizer.decode([*ids, 1], skip_special_tokens=True) == text
+    assert len(ids) == 17 and tokenizer.decode([*ids, 1], skip_special_tokens=True) == text
     prompt = [{"role": "user", "content": "237+682=\nPlease reason step by step."}]
     assert tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) == "237+682="
 
