@@ -49,7 +49,7 @@ class Problem:
 
 
 def arithmetic(split, number, seed=0, slip=0.0):
-    """`number` distinct problems like 237+682= with worked solutions 009;011;109;\\boxed{919} -> list[Problem].
+    """`number` distinct problems like 237+682= with worked solutions 090;111;090;\\boxed{919} -> list[Problem].
 
     split: "train", "dev" or "test"; every sum belongs to one split for good. slip: the probability with which
     the pupil who writes the solutions forgets a carry, and carries on consistently: a bad habit for
@@ -66,15 +66,17 @@ def arithmetic(split, number, seed=0, slip=0.0):
 
 
 def work_out(a, b, slip, rng):
-    """The pupil's page: for each column the carry into it and its sum with that carry, units first, then the
-    answer the columns spell."""
-    columns, carry = [], 0
+    """The pupil's page: for each column, units first, its sum and the carry handed on; then the answer.
+
+    237 + 682: 7 + 2 = 09, hand on 0; 3 + 8 = 11, hand on 1; 2 + 6 + 1 = 09, hand on 0. A pupil who slips hands
+    on 0 where a carry is due, so the slip can be seen the moment it is written.
+    """
+    page, digits, carry = "", "", 0
     for power in (1, 10, 100):
         column = a // power % 10 + b // power % 10 + carry
-        columns.append((carry, column))
-        carry = 1 if column >= 10 and rng.random() >= slip else 0
-    answer = columns[2][1] * 100 + columns[1][1] % 10 * 10 + columns[0][1] % 10
-    return "".join(f"{carry}{column:02d};" for carry, column in columns) + f"\\boxed{{{answer}}}"
+        carry = column // 10 if power == 100 or rng.random() >= slip else 0
+        page, digits = f"{page}{column:02d}{carry};", f"{column % 10 if power < 100 else column}{digits}"
+    return f"{page}\\boxed{{{digits}}}"
 
 
 # ------------------------------------------------------------------------------------------------------------

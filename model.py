@@ -39,10 +39,11 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from matplotlib.figure import Figure
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
@@ -965,7 +966,7 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # a fr
 
 def train_state(trainers):
     """Weights and optimizer states of (model, optimizer) pairs, for torch.distributed.checkpoint."""
-    return {str(number): get_state_dict(model, optimizer, options=TRAINED_ONLY)
+    return {str(number): dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=TRAINED_ONLY)))
             for number, (model, optimizer) in enumerate(trainers)}
 
 
@@ -980,7 +981,12 @@ class RunLog:
         self.folder, self.path, self.is_writer = folder, os.path.join(folder, name), processes()[0] == 0
         if not self.is_writer:
             return
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            open(self.path, "a", encoding="utf-8").close()
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder} ({error.strerror}): run this from a folder of your "
+                             "own, or free the name") from error
         settings = os.path.join(folder, "args.json")
         if is_resumed and os.path.isfile(settings):
             with open(settings, encoding="utf-8") as file:
@@ -1032,17 +1038,22 @@ class RunLog:
         own.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{progress['step']}")
-        save_checkpoint(trainers[0][0], tokenizer, f"{path}.partial")
-        if write_more is not None:
-            write_more(f"{path}.partial")
-        barrier()
-        dcp.save(train_state(trainers), checkpoint_id=os.path.join(f"{path}.partial", "train_state"),
-                 no_dist=not dist.is_initialized())
-        barrier()
+        try:
+            save_checkpoint(trainers[0][0], tokenizer, f"{path}.partial")
+            if write_more is not None:
+                write_more(f"{path}.partial")
+            barrier()
+            dcp.save(train_state(trainers), checkpoint_id=os.path.join(f"{path}.partial", "train_state"),
+                     no_dist=not dist.is_initialized())
+            barrier()
+            if self.is_writer:
+                write_json(os.path.join(f"{path}.partial", "train_state", "progress.json"), progress)
+                shutil.rmtree(path, ignore_errors=True)
+                os.rename(f"{path}.partial", path)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            raise RuntimeError(f"{path} could not be written ({error}): free some space and go on with "
+                               f"--resume; earlier checkpoints are whole: {self.checkpoints()}") from error
         if self.is_writer:
-            write_json(os.path.join(f"{path}.partial", "train_state", "progress.json"), progress)
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(f"{path}.partial", path)
             for old in self.checkpoints()[:-keep]:
                 shutil.rmtree(old)
         barrier()
@@ -1059,10 +1070,14 @@ class RunLog:
             raise ValueError(f"{paths[-1]} has no train_state to resume from: use it with --model, or "
                              f"remove it")
         state = train_state(trainers)
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-        for (model, optimizer), (model_state, optimizer_state) in zip(trainers, state.values()):
-            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state,
-                           options=TRAINED_ONLY)
+        try:
+            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            for (model, optimizer), part in zip(trainers, state.values()):
+                set_state_dict(model, optimizer, model_state_dict=part["model"],
+                               optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
+        except (OSError, CheckpointException, RuntimeError, ValueError) as error:
+            raise ValueError(f"{paths[-1]} cannot be resumed from ({str(error).splitlines()[0]}): it is of "
+                             "another model, or damaged. Move it away to go on from the one before") from error
         with open(os.path.join(folder, "progress.json"), encoding="utf-8") as file:
             progress = json.load(file)
         lines = [line for line in self.read() if line["step"] <= progress["step"]]

@@ -19,6 +19,7 @@ slower), speculative decoding, classifier-free guidance.
 """
 
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -356,6 +357,17 @@ def generate(model, prompts, *, max_new_tokens, strategy="dynamic", denoising_st
             rollouts[number].seed = wrapped[number]
             free.append(slot)
     return rollouts
+
+
+@contextmanager
+def blocks_of(model, size):
+    """Inside, the model decodes and replays in blocks of `size` tokens: the larger blocks of a model are
+    trained at first on the rollouts of smaller ones (METHOD: SFT, larger blocks)."""
+    own, model.config.block_size = model.config.block_size, size
+    try:
+        yield
+    finally:
+        model.config.block_size = own
 
 
 def generate_everywhere(model, prompts, seeds, **settings):

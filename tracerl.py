@@ -93,7 +93,8 @@ def field_tables(rollouts, *names, device):
     """Per-token fields of rollouts as float32 tables (N, longest), to be read at [rows.owner, rows.place]."""
     longest = max((len(r.response) for r in rollouts), default=0)
     pad = lambda values: (values + [0.0] * longest)[:longest]
-    return [torch.tensor([pad(getattr(r, name)) for r in rollouts]).to(device) for name in names]
+    return [torch.tensor([pad(getattr(r, name)) for r in rollouts]).view(len(rollouts), longest).to(device)
+            for name in names]
 
 
 def train_rows(model, rollouts, settings, objective):
@@ -304,7 +305,10 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / max(args.warmup, 1))
-        rollouts, repeated = roll_out(model, problems, args, step)  # 1
+        is_adapting = args.rollout_block_size is not None and step <= args.adapt_steps
+        rollout_K = args.rollout_block_size if is_adapting else model.config.block_size
+        with rollout.blocks_of(model, rollout_K):
+            rollouts, repeated = roll_out(model, problems, args, step)  # 1
         give_rewards(rollouts, repeated, tokenizer, reward)  # 2
         rolled_out = time.perf_counter()
         kept = set_advantages(rollouts, args.advantage, args.group_size, args.keep_range)  # 3
@@ -312,10 +316,11 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
                     kept_groups=len(kept) // args.group_size,
                     **eval_math.describe(rollouts))
         is_update = bool(kept) and (critic is None or step > args.value_warmup)
-        if is_update and args.shrink == 1 and args.objective == "tracerl":
+        if is_update and args.shrink == 1 and args.objective == "tracerl" and not is_adapting:
             gap = {}  # the update itself replays every trained token
         else:
-            gap = replay_gap(model, rollouts[::16], args.temperature)
+            with rollout.blocks_of(model, rollout_K):
+                gap = replay_gap(model, rollouts[::16], args.temperature)
         if kept:
             line |= learn(model, optimizer, critic, critic_optimizer, kept, args, step)  # 3, 4, 5
         line |= gap
@@ -480,6 +485,10 @@ def parse_args(argv=None):
     flag("--top_k", int, 0, 0, "draw among the k most probable tokens; 0 is all")
     flag("--top_p", float, 1.0, 1.0, "draw among the most probable tokens up to this sum; 1 is all")
     flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
+    flag("--rollout_block_size", int, None, None, "roll out in these smaller blocks for --adapt_steps steps "
+         "while training in blocks of --block_size")
+    flag("--adapt_steps", int, 20, 40, "RL steps with --rollout_block_size; after them, rollouts have "
+         "--block_size too")
     flag("--max_new_tokens", int, 20, 2000, "longest response; full attention: length of the canvas")
     flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
     flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
@@ -508,7 +517,7 @@ def check_args(args, parser):
                  "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    for name in ("value_warmup", "warmup", "beta", "clip", "top_k", "eval_every", "save_every"):
+    for name in ("value_warmup", "warmup", "adapt_steps", "lora_rank", "beta", "clip", "top_k", "eval_every", "save_every"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
     if args.shrink is not None and args.shrink < 1:
@@ -518,7 +527,7 @@ def check_args(args, parser):
             parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
-    for name in ("block_size", "slots", "denoising_steps", "value_clip"):
+    for name in ("block_size", "rollout_block_size", "slots", "denoising_steps", "value_clip"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     if not args.keep_range[0] <= args.keep_range[1]:
@@ -545,7 +554,8 @@ def main(argv=None):
     args, started = parse_args(argv), time.perf_counter()
     reward = load_reward(args.reward) if args.reward else None
     lm.start_processes(args.model is None, args.dtype == "bfloat16")
-    path = args.model or sft.warm_start(args.seed, args.block_size or 4, args.attention)
+    path = args.model or sft.warm_start(args.seed, args.rollout_block_size or args.block_size or 4,
+                                        args.attention)
     model, tokenizer = lm.load_to_train(args, path)
     args.shrink = args.shrink or (8 if model.config.is_full else 1)
     if not 1 <= (args.denoising_steps or 1) <= model.config.block_size:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, random_model
 from safetensors.torch import load_file
 
 import eval_math
@@ -67,6 +69,26 @@ def test_two_processes_make_the_same_update_as_one(runs):
     moved = sum((p - q).norm() ** 2 for p, q in zip(one.parameters(), start.parameters())) ** 0.5
     apart = sum((p - q).norm() ** 2 for p, q in zip(one.parameters(), two.parameters())) ** 0.5
     assert moved > 0.1 and apart < 1e-3 * moved
+
+
+def test_four_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path, monkeypatch):
+    """Value model, adapters, mini-batches of two rollouts: at times some processes have no row at all."""
+    flags = ["--model", TINY, *small_data(tmp_path), *SMALL, "--advantage=value", "--value_warmup=1",
+             "--prompts=3", "--group_size=2", "--minibatches=3", "--lora_rank=2", "--steps=3", "--save_every=2"]
+    run("tracerl.py", *flags, "--run_name=four", cwd=tmp_path, processes=4)
+    monkeypatch.chdir(tmp_path)
+    tracerl.main([*flags, "--run=one"])
+    compare = lambda old, new: [new[name] == pytest.approx(value, rel=1e-3, abs=1e-5)
+                                for name, value in old.items() if "seconds" not in name]
+    for one, four in zip(lines(tmp_path / "runs/one"), lines(tmp_path / "runs/four"), strict=True):
+        assert all(compare(one, four)), (one, four)
+    for name in ("model.safetensors", "value/model.safetensors", "adapter/adapter_model.safetensors"):
+        one, four = (load_file(tmp_path / f"runs/{run}/checkpoints/step-3/{name}") for run in ("one", "four"))
+        assert all(torch.allclose(one[key], four[key], atol=2e-4) for key in one)
+    # four processes wrote step 2, one goes on from there
+    shutil.rmtree(tmp_path / "runs/four/checkpoints/step-3")
+    tracerl.main([*flags, "--run=four", "--resume"])
+    assert all(compare(lines(tmp_path / "runs/one")[2], lines(tmp_path / "runs/four")[2]))
 
 
 def test_a_run_leaves_behind_what_the_readme_says(runs):
@@ -145,6 +167,41 @@ def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} >= {"step-4", "step-5"}
     with pytest.raises(ValueError, match="other settings .*lr"):
         tracerl.main([*flags, "--run=killed", "--resume", "--lr=1"])
+
+
+def test_a_full_disk_a_foreign_checkpoint_and_a_taken_name_are_clear_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    flags = ["--model", TINY, *small_data(tmp_path), *SMALL, "--save_every=1"]
+    keep = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = lm.RunLog.save_checkpoint
+
+    def save_on_a_full_disk(self, tokenizer, trainers, progress, *rest):
+        if progress["step"] == 2:  # no file may grow beyond 200 kB: the weights do not fit
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, keep[1]))
+        save(self, tokenizer, trainers, progress, *rest)
+
+    monkeypatch.setattr(lm.RunLog, "save_checkpoint", save_on_a_full_disk)
+    try:
+        with pytest.raises(RuntimeError, match="step-2 could not be written .*step-1"):
+            tracerl.main([*flags, "--run=full"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, keep)
+    monkeypatch.setattr(lm.RunLog, "save_checkpoint", save)
+    lm.load_model(tmp_path / "runs/full/checkpoints/step-1")
+    tracerl.main([*flags, "--run=full", "--resume"])
+    assert [line["step"] for line in lines(tmp_path / "runs/full")] == [1, 2]
+    # another model's train state in the place of ours
+    model = random_model()
+    lm.RunLog("other", {}).save_checkpoint(None, [(model, lm.make_optimizer(model, 0.1, (0.9, 0.95)))],
+                                           dict(step=2), keep=1)
+    shutil.rmtree("runs/full/checkpoints/step-2")
+    shutil.copytree("other/checkpoints/step-2", "runs/full/checkpoints/step-2")
+    with pytest.raises(ValueError, match="step-2 cannot be resumed from"):
+        tracerl.main([*flags, "--run=full", "--resume"])
+    (tmp_path / "runs/taken").write_text("a file")
+    with pytest.raises(ValueError, match="cannot write to runs/taken"):
+        tracerl.main([*flags, "--run=taken"])
 
 
 @pytest.mark.parametrize("flags", [

@@ -1,5 +1,6 @@
 """Laws of the network: who sees whom, cache or no cache, the families' own numbers, checkpoints."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import FIXTURES, ROOT, fixture_tensors, random_model, random_prompts
+from safetensors.torch import load_file
 
 import model as lm
+import rollout
+import value
 from model import Layout
 
 
@@ -151,7 +155,7 @@ def test_save_then_load_gives_every_bit_back(kind, tmp_path):
 
 def test_the_tiny_tokenizer_gives_its_text_back():
     tokenizer = lm.tiny_tokenizer()
-    text = "009;011;109;\\boxed{919}"
+    text = "090;111;090;\\boxed{919}"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert len(ids) == 17 and tokenizer.decode([*ids, 1], skip_special_tokens=True) == text
     prompt = [{"role": "user", "content": "237+682=\nPlease reason step by step."}]
@@ -314,3 +318,89 @@ def test_loading_never_holds_a_second_copy(tmp_path):
                            str(FIXTURES / "authors/sdar")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.3
+
+
+# ------------------------------------------------------------------------------------------- the fast paths
+
+
+def rows_of_views(model, number=5):
+    rollouts = rollout.generate(model, random_prompts(range(2, 2 + number)), max_new_tokens=14, threshold=0.4,
+                                eos_ids=(1,))
+    return rollout.trace_rows(rollouts, model.config)
+
+
+@pytest.mark.parametrize("kind", ["sdar", "dream"])
+@torch.no_grad()
+def test_flex_attention_sees_what_the_dense_mask_shows(kind):
+    """The GPU's attention, run without its compiler: packed rows, padding, grouped heads."""
+    model = random_model(kind)
+    rows = rows_of_views(model).packed(128)
+    assert rows.tokens.shape[1] % 128 == 0 and (rows.layout.document == -1).any()
+    mask = lm.block_mask(rows.layout)
+    is_text = (rows.layout.document >= 0)[..., None]
+    dense, flex = (model.hidden(rows.tokens, rows.layout, mask=m) for m in (None, mask))
+    torch.testing.assert_close(flex * is_text, dense * is_text, atol=2e-5, rtol=1e-4)
+
+
+def test_computing_activations_again_changes_no_gradient():
+    gradients = []
+    for recomputes in (False, True):
+        model = random_model()
+        for layer in model.layers:
+            layer.recomputes = recomputes
+        logp, _ = rollout.forward_rows(model, rows_of_views(model))
+        logp.sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_micro_batches_of_nothing_have_gradients_of_zero():
+    """What a process without work goes along on: every parameter takes part, none moves."""
+    model = random_model("sdar")
+    one, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    rows = rollout.Rows(one, lm.Layout(one, one - 1, one, one), none, none, none, none)
+    logp, _ = rollout.forward_rows(model, rows)
+    logp.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("kind", ["sdar", "dream", "llada"])
+def test_adapters_start_as_nothing_and_are_all_that_learns(kind, tmp_path):
+    model, plain = random_model(kind), random_model(kind)
+    lm.add_lora(model, 3)
+    tokens = torch.randint(3, 18, (2, 12))
+    assert torch.equal(model(tokens), plain(tokens))
+    optimizer = lm.make_optimizer(model, 0.1, (0.9, 0.95))
+    for _ in range(2):
+        model(tokens).square().sum().backward()
+        assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None} == {
+            "lora_A", "lora_B"}
+        lm.optimizer_step(model, optimizer, 1.0)
+    assert not torch.allclose(model(tokens), plain(tokens), atol=1e-2)
+    lm.save_checkpoint(model, None, tmp_path / "merged")
+    merged, _ = lm.load_model(tmp_path / "merged")
+    torch.testing.assert_close(merged(tokens), model(tokens), atol=1e-4, rtol=1e-4)
+    adapter = load_file(tmp_path / "merged/adapter/adapter_model.safetensors")
+    settings = json.loads((tmp_path / "merged/adapter/adapter_config.json").read_text())
+    assert len(adapter) == 2 * 7 * 2 and settings["r"] == 3 and settings["lora_alpha"] == 6
+    name = "base_model.model." + lm.family_name(model.config, "layers.1.down_proj.lora_A") + ".weight"
+    assert torch.equal(adapter[name], model.layers[1].down_proj.lora_A)
+
+
+def test_policy_and_value_model_share_the_frozen_trunk():
+    policy = random_model()
+    lm.add_lora(policy, 2)
+    critic = value.ValueModel(policy)
+    for (name, p), q in zip(policy.layers.named_parameters(), critic.backbone.layers.parameters()):
+        assert (p is q) == ("lora" not in name), name
+    optimizer = lm.make_optimizer(critic, 0.1, (0.9, 0.95))
+    start = [p.clone() for p in policy.parameters()]
+    rows = rows_of_views(policy)
+    for _ in range(3):
+        (critic(rows) - 1).square().sum().backward()
+        lm.optimizer_step(critic, optimizer, 1.0)
+    assert critic(rows).abs().mean() > 0.1
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), start))

@@ -153,6 +153,22 @@ def test_micro_batches_hold_the_same_targets_within_their_budget():
     assert sorted(sum(map(key, parts), [])) == key(whole)
 
 
+@pytest.mark.parametrize("kind", ["sdar", "dream"])
+@torch.no_grad()
+def test_rows_packed_end_to_end_give_the_numbers_of_rows_apart(kind):
+    model = random_model(kind)
+    rows = trace_rows(generate(model, random_prompts(range(2, 12)), max_new_tokens=14, eos_ids=(1,)),
+                      model.config)
+    numbers = []
+    for parts in ([rows], list(rows.split(256, is_packed=True))):
+        table = torch.zeros(10, 24)
+        for part in parts:
+            table[part.owner, part.place], _ = rollout.forward_rows(model, part)
+        numbers.append(table)
+    assert all(len(part.tokens) == 1 and part.tokens.numel() <= 256 for part in parts) and len(parts) > 3
+    torch.testing.assert_close(*numbers, atol=1e-5, rtol=1e-5)
+
+
 def test_merge_steps_groups_neighbours_inside_a_block():
     steps = torch.tensor([[0, 0, 2, 1, 7, 3, 5, 3]])
     assert merge_steps(steps, 4).tolist() == [[0, 0, 2, 1, 3, 1, 2, 1]]

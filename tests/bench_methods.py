@@ -1,0 +1,256 @@
+"""bench_methods.py - does the trace matter? The paper's comparisons on the embedded task, for anyone to rerun.
+
+    python tests/bench_methods.py                              # everything: hours on one core; can be stopped and resumed
+    python tests/bench_methods.py --settings k4 --arms tracerl random coupled
+    python tests/bench_methods.py --settings k4 --variance     # the noise of the policy gradient, measured directly
+
+An arm is one command line of tracerl.py (printed). All arms of a setting start from the same warm starts, one
+for each seed, and have the same number of RL steps and rollouts. Each arm's learning rate is the one of LRS
+with the best accuracy on development problems over the first two seeds; test problems choose nothing. Several
+of these commands may run side by side: a run belongs to whoever made its folder under runs/ first.
+
+Tables and runs/methods.json: after training, mean over the seeds +- half of a 95 percent confidence interval
+(Student's t); "reward" is the mean over all RL steps, so it shows speed; "vs" is the paired difference in
+reward to the first arm. Picture: --picture FILE.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from matplotlib.figure import Figure
+
+import model as lm
+import rollout
+import sft
+import tracerl
+import value
+
+SETTINGS = {  # where: flags of every arm
+    "k4": [],
+    "k8": ["--block_size=8"],
+    "k16": ["--block_size=16"],
+    "full": ["--attention=full", "--shrink=2"],
+    "k4-to-k8": ["--block_size=8", "--rollout_block_size=4"],  # the warm start has K = 4, training and test K = 8
+}
+ARMS = {  # what is compared: flags of one arm
+    "tracerl": [],
+    "random": ["--objective=random"],
+    "coupled": ["--objective=coupled"],
+    "value": ["--advantage=value"],
+    "batch": ["--advantage=batch"],
+    "none": ["--advantage=none"],
+    "shrink-2": ["--shrink=2"],
+    "shrink-4": ["--shrink=4"],
+    "static": ["--strategy=static"],
+    "adapt": ["--adapt_steps=10"],
+    "direct": ["--adapt_steps=0"],
+}
+OBJECTIVES = ("tracerl", "random", "coupled")
+WHICH = {"k4": [arm for arm in ARMS if arm not in ("adapt", "direct")], "k8": OBJECTIVES, "k16": OBJECTIVES,
+         "full": OBJECTIVES, "k4-to-k8": ("adapt", "direct")}
+LRS = ("1e-4", "3e-4", "1e-3")
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
+
+
+def command(setting, arm, lr, seed, args):
+    """The flags of one run."""
+    return [*SETTINGS[setting], *ARMS[arm], f"--lr={lr}", f"--seed={seed}", f"--steps={args.steps}",
+            f"--eval_every={args.steps}", *args.more, f"--run=methods-{setting}-{arm}-lr{lr}-s{seed}"]
+
+
+def result(flags):
+    """What a finished run left behind -> dict, or None."""
+    folder = Path("runs") / flags[-1].removeprefix("--run=")
+    if not (folder / "summary.json").is_file():
+        return None
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    return dict(curve=[line["reward"] for line in lines], reward=fmean(line["reward"] for line in lines),
+                dev=lines[-1]["dev_accuracy"], explained=[line.get("explained_variance", 0.0) for line in lines],
+                before={name: e["accuracy"] for name, e in summary["before"].items()},
+                **{name: e["accuracy"] for name, e in summary["after"].items()})
+
+
+def run_all(commands):
+    """Runs what nobody has run yet -> the results, waiting for what others are running."""
+    for flags in commands:
+        folder = Path("runs") / flags[-1].removeprefix("--run=")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        print("python tracerl.py " + " ".join(flags), flush=True)
+        tracerl.main(flags)
+    while not all(results := [result(flags) for flags in commands]):
+        time.sleep(5)
+    return results
+
+
+def interval(numbers):
+    """Mean, and half the width of its 95 percent confidence interval."""
+    if len(numbers) < 2:
+        return fmean(numbers), float("nan")
+    return fmean(numbers), STUDENT[len(numbers)] * stdev(numbers) / len(numbers) ** 0.5
+
+
+def compare(setting, arms, args):
+    """Learning rate, then all seeds, of every arm -> {arm: (learning rate, results)}."""
+    out = {}
+    for arm in arms:
+        trials = {lr: run_all([command(setting, arm, lr, seed, args) for seed in range(min(2, args.seeds))])
+                  for lr in args.lrs}
+        lr = max(args.lrs, key=lambda lr: fmean(r["dev"] for r in trials[lr]))
+        out[arm] = lr, run_all([command(setting, arm, lr, seed, args) for seed in range(args.seeds)])
+    return out
+
+
+def print_table(setting, table):
+    """One line per arm."""
+    first = next(iter(table))
+    number = len(table[first][1])
+    print(f"\n{setting}, {number} seeds; before: " + ", ".join(
+        f"{name} {fmean(r['before'][name] for r in table[first][1]):.3f}" for name in ("dynamic", "static",
+                                                                                      "greedy")))
+    print(f"| arm | lr | reward | vs {first} | dynamic | static | greedy |\n|---|---|---|---|---|---|---|")
+    for arm, (lr, results) in table.items():
+        cells = ["{:.3f} +- {:.3f}".format(*interval([r[name] for r in results]))
+                 for name in ("reward", "dynamic", "static", "greedy")]
+        difference = interval([r["reward"] - other["reward"] for r, other in zip(results, table[first][1])])
+        cells.insert(1, "" if arm == first else "{:+.3f} +- {:.3f}".format(*difference))
+        print(f"| {arm} | {lr} | " + " | ".join(cells) + " |", flush=True)
+
+
+def draw(tables, path):
+    """Mean reward against the step, one panel per setting, with 95 percent intervals."""
+    figure = Figure(figsize=(4.2 * len(tables), 3.4), layout="constrained")
+    for number, (setting, table) in enumerate(tables.items()):
+        axes = figure.add_subplot(1, len(tables), number + 1)
+        for arm, (lr, results) in table.items():
+            points = [interval([r["curve"][i] for r in results]) for i in range(len(results[0]["curve"]))]
+            steps = range(1, len(points) + 1)
+            line, = axes.plot(steps, [mean for mean, _ in points], label=f"{arm} (lr {lr})", linewidth=1.2)
+            axes.fill_between(steps, [m - h for m, h in points], [m + h for m, h in points], alpha=0.12,
+                              color=line.get_color(), linewidth=0)
+        axes.set_title(setting, fontsize=10)
+        axes.set_xlabel("RL step")
+        axes.set_ylabel("reward of the step's rollouts")
+        axes.legend(fontsize=7, loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Variance of the gradient.
+
+
+def gradient(model, rollouts, settings):
+    """The policy gradient of one batch of rollouts at the policy that made them, flat."""
+    rows = tracerl.train_rows(model, rollouts, settings, settings.objective)
+    advantage, = tracerl.field_tables(rollouts, "advantage", device=model.device)
+    num_trained = sum(len(part.target) for part in rows)
+    model.zero_grad(set_to_none=True)
+    for part in rows:
+        logp, _ = rollout.forward_rows(model, part)
+        tracerl.policy_loss(logp, logp.detach(), advantage[part.owner, part.place], num_trained,
+                            beta=0.0)[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def noise(gradients):
+    """E |g - E g|^2 / |E g|^2 of a list of gradients, both parts without bias, with a jackknife standard error."""
+    def ratio(g):
+        variance = float((g - g.mean(0)).square().sum() / (len(g) - 1))
+        return variance / max(float(g.mean(0).square().sum()) - variance / len(g), 1e-30)
+
+    g = torch.stack(gradients).double()
+    left_out = [ratio(torch.cat([g[:i], g[i + 1:]])) for i in range(len(g))]
+    n, mean = len(g), fmean(left_out)
+    return ratio(g), ((n - 1) / n * sum((x - mean) ** 2 for x in left_out)) ** 0.5
+
+
+def variance(setting, args):
+    """For fixed prompts and the warm start as policy: the noise of the gradient over resampled rollouts, for
+    each advantage (on the trace) and each objective (with group advantages) -> {name: (ratio, error)}.
+
+    The value model is trained beforehand, on other rollouts of the same policy.
+    """
+    settings = tracerl.parse_args([*SETTINGS[setting], "--advantage=value", "--value_lr=4e-3", *args.more])
+    settings.shrink = settings.shrink or 1
+    path = sft.warm_start(0, settings.block_size or 4, settings.attention)
+    model, tokenizer = lm.load_model(path, settings.block_size, torch.float32)
+    problems = tracerl.load_data("arithmetic", tokenizer, settings)
+    critic = value.ValueModel(model)
+    optimizer = lm.make_optimizer(critic, settings.value_lr, (0.9, 0.95))
+    settings.prompts, settings.group_size = settings.prompts * settings.group_size, 1
+    for step in range(1000, 1000 + args.value_steps):
+        rollouts, repeated = tracerl.roll_out(model, problems, settings, step)
+        tracerl.give_rewards(rollouts, repeated, tokenizer)
+        metrics = tracerl.value_advantages(critic, rollouts, settings)
+        for batch in tracerl.minibatches(rollouts, 1, 2, step) * settings.value_epochs:
+            tracerl.update_value(critic, optimizer, batch, settings)
+    print(f"value model: explained variance {metrics['explained_variance']:.3f} after {args.value_steps} steps")
+    settings = tracerl.parse_args([*SETTINGS[setting], *args.more])
+    settings.shrink = settings.shrink or 1
+    found = {}
+    for turn in range(args.resamples):
+        problems_of_turn = [p for p in problems[:settings.prompts] for _ in range(settings.group_size)]
+        seeds = [turn * 1_000_003 + i for i in range(len(problems_of_turn))]
+        rollouts = rollout.generate_everywhere(model, [p.tokens for p in problems_of_turn], seeds,
+                                               **tracerl.sampling(settings, model))
+        tracerl.give_rewards(rollouts, problems_of_turn, tokenizer)
+        for name in ("group", "batch", "none", "value", "random", "coupled"):
+            kind = name if name in ("batch", "none", "value") else "group"
+            settings.objective = name if name in ("random", "coupled") else "tracerl"
+            kept = tracerl.set_advantages(rollouts, kind, settings.group_size, settings.keep_range)
+            if kind == "value":
+                tracerl.value_advantages(critic, kept, settings)
+            found.setdefault(name, []).append(gradient(model, kept, settings))
+    return {name: noise(gradients) for name, gradients in found.items()}
+
+
+def parse_args(argv=None):
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--arms", nargs="+", default=None, choices=ARMS, help="default: those of each setting")
+    parser.add_argument("--seeds", type=int, default=5, choices=STUDENT)
+    parser.add_argument("--steps", type=int, default=25, help="RL steps of every run")
+    parser.add_argument("--lrs", nargs="+", default=LRS, help="learning rates to choose from")
+    parser.add_argument("--more", nargs="*", default=[], help="flags for every run, as --more=--prompts=8")
+    parser.add_argument("--variance", action="store_true", help="measure gradients instead of training")
+    parser.add_argument("--resamples", type=int, default=32, help="batches of rollouts for --variance")
+    parser.add_argument("--value_steps", type=int, default=20, help="batches that train its value model")
+    parser.add_argument("--picture", default=None, help="where to draw the learning curves")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Runs, prints, writes runs/methods.json (or runs/variance.json)."""
+    args = parse_args(argv)
+    torch.set_num_threads(1)
+    found = {}
+    for setting in args.settings:
+        if args.variance:
+            found[setting] = variance(setting, args)
+            print(f"\n{setting}: noise of the policy gradient, {args.resamples} batches of rollouts")
+            for name, (ratio, error) in found[setting].items():
+                print(f"| {name} | {ratio:.2f} +- {error:.2f} |", flush=True)
+        else:
+            found[setting] = compare(setting, args.arms or WHICH[setting], args)
+            print_table(setting, found[setting])
+    if args.picture and not args.variance:
+        draw(found, args.picture)
+    os.makedirs("runs", exist_ok=True)
+    lm.write_json(f"runs/{'variance' if args.variance else 'methods'}.json", found)
+    return found
+
+
+if __name__ == "__main__":
+    main()
