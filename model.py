@@ -23,6 +23,7 @@ Sizes, used with one meaning everywhere:
   list
 """
 
+import functools
 import json
 import math
 import os
@@ -254,6 +255,12 @@ def dense_mask(layout):
     return may_attend(query, key)[:, None]
 
 
+@functools.cache
+def compiled(function):
+    """torch.compile, once for each function; one compilation for every length of row (see Rows.packed)."""
+    return torch.compile(function, dynamic=False)
+
+
 def block_mask(layout):
     """The rule for FlexAttention: the mask is never stored, only which tiles of 128 x 128 it touches.
 
@@ -263,7 +270,7 @@ def block_mask(layout):
     def rule(row, head, i, j):
         return may_attend(Layout(*(t[row, i] for t in layout)), Layout(*(t[row, j] for t in layout)))
 
-    create = torch.compile(create_block_mask) if layout.block.is_cuda else create_block_mask
+    create = compiled(create_block_mask) if layout.block.is_cuda else create_block_mask
     B, T = layout.block.shape
     return create(rule, B, None, T, T, device=layout.block.device)
 
@@ -274,7 +281,7 @@ def attend(q, k, v, mask):
     mask: bool, broadcast to (B, H, T, T_key), or the BlockMask of packed rows on a GPU.
     """
     if isinstance(mask, BlockMask):
-        flex = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+        flex = compiled(flex_attention) if q.is_cuda else flex_attention
         return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     # with a mask, CUDA's fast kernels want as many kv heads as heads
     if q.is_cuda and k.shape[1] != q.shape[1]:

@@ -426,8 +426,8 @@ class Rows:
         return Rows(self.tokens.to(device, non_blocking=True), layout, *rest)
 
     def split(self, max_tokens, is_packed=False):
-        """Cuts into micro-batches of at most max_tokens tokens (at least one row each), without needless
-        padding. is_packed: all rows of a micro-batch end to end in one (see `packed`)."""
+        """Cuts into micro-batches of at most max_tokens tokens (at least one row each), with little padding.
+        is_packed: all rows of a micro-batch end to end in one (see `packed`)."""
         T = self.tokens.shape[1]
         lengths = (self.layout.document >= 0).sum(-1).tolist()
         start = 0
@@ -435,7 +435,8 @@ class Rows:
             stop, longest, total = start + 1, lengths[start], lengths[start]
             while stop < len(lengths):
                 longest, total = max(longest, lengths[stop]), total + lengths[stop]
-                if (total if is_packed else longest * (stop + 1 - start)) > max_tokens:
+                size = total if is_packed else longest * (stop + 1 - start)
+                if size > max_tokens or size > 512 and size - total > total / 32:  # full, or padding prevails
                     break
                 stop += 1
             longest = max(lengths[start:stop])

@@ -446,12 +446,12 @@ def parse_args(argv=None):
          "as the start of a flag of its own)", "--run_name")
     flag("--seed", int, 0, 0, "of rollouts, mini-batches and the warm start")
     flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
-    flag("--steps", int, 60, 80, "RL steps")
+    flag("--steps", int, 45, 80, "RL steps")
     flag("--prompts", int, 32, 64, "prompts per step")
     flag("--group_size", int, 16, 16, "G, responses per prompt")
     flag("--minibatches", int, 2, 1, "updates per pass over the rollouts of a step")
     flag("--epochs", int, 1, 1, "passes over the rollouts of a step")
-    flag("--lr", float, 3e-4, 1e-6, "learning rate of AdamW")
+    flag("--lr", float, 1e-4, 1e-6, "learning rate of AdamW")
     flag("--warmup", int, 10, 0, "RL steps of rising learning rate")
     flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
     flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
@@ -465,8 +465,8 @@ def parse_args(argv=None):
     flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; minus "
          "the batch mean; raw reward",
          choices=("group", "value", "batch", "none"))
-    flag("--value_lr", float, 1e-3, 5e-6, "learning rate of the value model")
-    flag("--value_warmup", int, 5, 5, "RL steps that train the value model only")
+    flag("--value_lr", float, 4e-3, 5e-6, "learning rate of the value model")
+    flag("--value_warmup", int, 10, 5, "RL steps that train the value model only")
     flag("--value_epochs", int, 4, 1, "passes of the value model over the rollouts of a step")
     flag("--value_clip", float, None, None, "bound on the change of a value in its loss; None is no "
          "clipping (the paper: 0.2)")

@@ -37,7 +37,7 @@ SETTINGS = {  # where: flags of every arm
     "k4": [],
     "k8": ["--block_size=8"],
     "k16": ["--block_size=16"],
-    "full": ["--attention=full", "--shrink=2"],
+    "full": ["--attention=full"],
     "k4-to-k8": ["--block_size=8", "--rollout_block_size=4"],  # the warm start has K = 4, training and test K = 8
 }
 ARMS = {  # what is compared: flags of one arm
@@ -74,7 +74,8 @@ def result(flags):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     return dict(curve=[line["reward"] for line in lines], reward=fmean(line["reward"] for line in lines),
-                dev=lines[-1]["dev_accuracy"], explained=[line.get("explained_variance", 0.0) for line in lines],
+                dev=lines[-1]["dev_accuracy"], explained=[line["explained_variance"] for line in lines[4:]
+                           if "explained_variance" in line and 0 < line["reward"] < 1],
                 before={name: e["accuracy"] for name, e in summary["before"].items()},
                 **{name: e["accuracy"] for name, e in summary["after"].items()})
 
@@ -126,6 +127,10 @@ def print_table(setting, table):
         difference = interval([r["reward"] - other["reward"] for r, other in zip(results, table[first][1])])
         cells.insert(1, "" if arm == first else "{:+.3f} +- {:.3f}".format(*difference))
         print(f"| {arm} | {lr} | " + " | ".join(cells) + " |", flush=True)
+    for arm, (_, results) in table.items():
+        if all(r["explained"] for r in results):
+            explained = interval([fmean(r["explained"]) for r in results])
+            print("{}: explained variance, mean over the steps from 5 on: {:.2f} +- {:.2f}".format(arm, *explained))
 
 
 def draw(tables, path):
@@ -160,7 +165,7 @@ def gradient(model, rollouts, settings):
         logp, _ = rollout.forward_rows(model, part)
         tracerl.policy_loss(logp, logp.detach(), advantage[part.owner, part.place], num_trained,
                             beta=0.0)[0].backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
 def noise(gradients):
@@ -183,9 +188,9 @@ def variance(setting, args):
     """
     settings = tracerl.parse_args([*SETTINGS[setting], "--advantage=value", "--value_lr=4e-3", *args.more])
     settings.shrink = settings.shrink or 1
-    path = sft.warm_start(0, settings.block_size or 4, settings.attention)
+    path = settings.model or sft.warm_start(0, settings.block_size or 4, settings.attention)
     model, tokenizer = lm.load_model(path, settings.block_size, torch.float32)
-    problems = tracerl.load_data("arithmetic", tokenizer, settings)
+    problems = tracerl.load_data(settings.train_data, tokenizer, settings)
     critic = value.ValueModel(model)
     optimizer = lm.make_optimizer(critic, settings.value_lr, (0.9, 0.95))
     settings.prompts, settings.group_size = settings.prompts * settings.group_size, 1
@@ -223,7 +228,7 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=5, choices=STUDENT)
     parser.add_argument("--steps", type=int, default=25, help="RL steps of every run")
     parser.add_argument("--lrs", nargs="+", default=LRS, help="learning rates to choose from")
-    parser.add_argument("--more", nargs="*", default=[], help="flags for every run, as --more=--prompts=8")
+    parser.add_argument("--more", action="append", default=[], help="one more flag for every run: --more=--prompts=8")
     parser.add_argument("--variance", action="store_true", help="measure gradients instead of training")
     parser.add_argument("--resamples", type=int, default=32, help="batches of rollouts for --variance")
     parser.add_argument("--value_steps", type=int, default=20, help="batches that train its value model")

@@ -60,7 +60,7 @@ def made_up(config, number, prompt, low, high, seed=0):
     """Rollouts with random tokens, and traces of 1 to 4 steps per block, 2 on average."""
     rng, K, out = torch.Generator().manual_seed(seed), config.block_size, []
     for n in range(number):
-        R = (low + (high - low) * n // max(1, number - 1)) // K * K
+        R = round((low + (high - low) * n / max(1, number - 1)) / K) * K
         steps, last = [], 0
         for _ in range(R // K):
             S = (1, 1, 1, 2, 2, 2, 2, 2, 3, 4)[int(torch.randint(10, (1,), generator=rng))]

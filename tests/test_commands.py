@@ -12,6 +12,7 @@ import torch
 from conftest import FIXTURES, ROOT, random_model
 from safetensors.torch import load_file
 
+import bench_methods
 import eval_math
 import model as lm
 import tracerl
@@ -202,6 +203,35 @@ def test_a_full_disk_a_foreign_checkpoint_and_a_taken_name_are_clear_errors(tmp_
     (tmp_path / "runs/taken").write_text("a file")
     with pytest.raises(ValueError, match="cannot write to runs/taken"):
         tracerl.main([*flags, "--run=taken"])
+
+
+def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    flags = ["--model", TINY, *small_data(tmp_path), "--dev_data=test.jsonl", "--prompts=4", "--group_size=4",
+             "--keep_range", "0", "1", "--max_new_tokens=20", "--micro_tokens=2048", "--value_warmup=0"]
+    more = [f"--more={flag}" for flag in flags] + ["--steps=1", "--seeds=2"]
+    arms = ["--arms", "tracerl", "coupled", "value", "static"]
+    found = bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more, "--picture=p.png"])
+    assert set(found["k4"]) == {"tracerl", "coupled", "value", "static"} and (tmp_path / "p.png").is_file()
+    for lr, results in found["k4"].values():
+        assert lr in ("1e-3", "1e-4") and len(results) == 2 and all(0 <= r["dynamic"] <= 1 for r in results)
+    assert json.loads((tmp_path / "runs/methods.json").read_text()).keys() == {"k4"}
+    output = capsys.readouterr().out
+    assert "python tracerl.py --objective=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
+    assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found  # all done
+    assert set(bench_methods.main(["--settings", "k4-to-k8", "--lrs", "1e-3", *more])["k4-to-k8"]) == {
+        "adapt", "direct"}
+    noise = bench_methods.main(["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1", *more])["k4"]
+    assert set(noise) == {"group", "batch", "none", "value", "random", "coupled"}
+    assert all(ratio == ratio and error > 0 for ratio, error in noise.values())
+
+
+def test_the_noise_of_a_gradient_is_its_variance_over_its_squared_mean():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.full((1000,), 0.1)
+    ratio, error = bench_methods.noise(list(mean + torch.randn(64, 1000, generator=generator)))
+    assert ratio == pytest.approx(1000 / 10, rel=0.15) and 0 < error < 15
 
 
 @pytest.mark.parametrize("flags", [
