@@ -226,7 +226,7 @@ def parse_args(argv=None):
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--arms", nargs="+", default=None, choices=ARMS, help="default: those of each setting")
     parser.add_argument("--seeds", type=int, default=5, choices=STUDENT)
-    parser.add_argument("--steps", type=int, default=25, help="RL steps of every run")
+    parser.add_argument("--steps", type=int, default=30, help="RL steps of every run")
     parser.add_argument("--lrs", nargs="+", default=LRS, help="learning rates to choose from")
     parser.add_argument("--more", action="append", default=[], help="one more flag for every run: --more=--prompts=8")
     parser.add_argument("--variance", action="store_true", help="measure gradients instead of training")

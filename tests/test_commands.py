@@ -170,6 +170,28 @@ def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
         tracerl.main([*flags, "--run=killed", "--resume", "--lr=1"])
 
 
+@pytest.mark.parametrize("more", [[], ["--lora_rank=4", "--advantage=value", "--value_warmup=0"]],
+                         ids=["full", "lora"])
+def test_bfloat16_computes_and_float32_keeps(more, tmp_path, monkeypatch):
+    """Layers compute in bfloat16, the weights move by less than bfloat16 could say, ratios stay near 1."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL, "--dtype=bfloat16", "--recompute", "--lr=1e-6",
+                  *more])
+    assert all(0 < line["gap"] < 0.1 and 1 <= line["ratio_max"] < 2 and line["skipped_updates"] == 0
+               for line in lines(tmp_path / "runs/tracerl"))
+    kind = torch.bfloat16 if more else torch.float32  # the frozen trunk is kept in what it computes in
+    start, saved = load_file(f"{TINY}/model.safetensors"), load_file(
+        tmp_path / "runs/tracerl/checkpoints/step-2/model.safetensors")
+    assert all(p.dtype == kind for p in saved.values())
+    if not more:
+        moves = torch.cat([(saved[name] - p).abs().flatten() for name, p in start.items()])
+        assert 0 < moves.max() < 2e-5 and (moves > 0).float().mean() > 0.5
+    else:
+        adapter = load_file(tmp_path / "runs/tracerl/checkpoints/step-2/adapter/adapter_model.safetensors")
+        assert all(p.dtype == torch.float32 for p in adapter.values())
+
+
 def test_a_full_disk_a_foreign_checkpoint_and_a_taken_name_are_clear_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)

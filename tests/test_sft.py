@@ -1,5 +1,7 @@
 """Laws of supervised fine-tuning: which tokens are hidden, how they are weighted, the authors' loss."""
 
+import json
+
 import pytest
 import torch
 from conftest import FIXTURES, fixture_cases, fixture_tensors, random_model, random_prompts
@@ -97,7 +99,6 @@ def test_the_update_does_not_depend_on_micro_batches():
 def test_a_few_steps_learn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = sft.main(["--steps=40", "--cooldown=10", "--eval_every=20", "--run=short"])
-    import json
     lines = [json.loads(line) for line in open("runs/short/metrics.jsonl")]
     assert len(lines) == 40 and lines[-1]["loss"] < 0.6 * lines[0]["loss"] and "accuracy" in lines[19]
     model, tokenizer = lm.load_model(path)
@@ -107,8 +108,6 @@ def test_a_few_steps_learn(tmp_path, monkeypatch):
 def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monkeypatch):
     """From transformers' own Qwen3 without a mask token to a folder that decodes by blocks, on data with
     columns prompt and response, by random masks and by a trace."""
-    import json
-
     import transformers
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -122,13 +121,37 @@ def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monke
     for objective in ("random", "trace"):
         path = sft.main(["--model=ar", "--data=data.jsonl", "--steps=30", "--cooldown=5", "--lr=1e-2",
                          "--batch_size=32",
-                         f"--objective={objective}", "--max_new_tokens=16", "--weighted"])
+                         f"--objective={objective}", "--max_new_tokens=20", "--weighted"])
         losses = [json.loads(line)["loss"] for line in open("runs/sft/metrics.jsonl")]
         assert losses[-1] < 0.7 * losses[0]
         model, tokenizer = lm.load_model(path)
         assert model.config.mask_id == 18 and model.config.block_size == 4
         r, = rollout.generate(model, [tokenizer("12+3=").input_ids], max_new_tokens=8)
         assert 18 not in r.response and max(r.step_map) >= 2
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": p.problem, "response": p.solution}) for p in eval_math.arithmetic("train", 64)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    flags = ["--model", str(FIXTURES / "tiny"), "--data=data.jsonl", "--steps=6", "--cooldown=3", "--lr=1e-2",
+             "--batch_size=24", "--max_new_tokens=20", "--save_every=2"]
+    whole, _ = lm.load_model(sft.main([*flags, "--run=whole"]))
+    step, calls = sft.train_step, []
+
+    def stop_at_the_fifth(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(sft, "train_step", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main([*flags, "--run=stopped"])
+    resumed, _ = lm.load_model(sft.main([*flags, "--run=stopped", "--resume"]))
+    assert len(calls) == 5 + 2  # from step 4 on
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
+    assert (tmp_path / "runs/whole/metrics.jsonl").read_text() == (tmp_path / "runs/stopped/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("flags, message", [
