@@ -749,13 +749,16 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, **settings):
 
     settings go to rollout.generate. The standard error is that of the mean over problems.
     """
-    import rollout  # not at the top: the checking workers import this file, and do without torch
+    import model as lm  # not at the top: the checking workers import this file, and do without torch
+    import rollout
 
     repeated = [p for p in problems for _ in range(num_samples)]
     seeds = [seed + i for i in range(len(repeated))]
     rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **settings)
-    score(rollouts, repeated, tokenizer)
-    rewards = [r.reward for r in rollouts]
+    rank, number = lm.processes()  # each process judges its share, and all take over the verdicts
+    own = rollouts[rank::number]
+    score(own, repeated[rank::number], tokenizer)
+    rewards = lm.gather_lists([r.reward for r in own])
     samples = [rewards[i:i + num_samples] for i in range(0, len(rewards), num_samples)]
     return accuracy(samples) | describe(rollouts)
 

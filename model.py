@@ -257,7 +257,11 @@ def dense_mask(layout):
 
 @functools.cache
 def compiled(function):
-    """torch.compile, once for each function; one compilation for every length of row (see Rows.packed)."""
+    """torch.compile, once for each function; one compilation for every length of row (see Rows.packed).
+
+    Lengths are few, but more than dynamo's usual limit; beyond it, it would fall back to the dense scores.
+    """
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
     return torch.compile(function, dynamic=False)
 
 
@@ -267,19 +271,39 @@ def block_mask(layout):
     Views follow one another in the order of their blocks, so most tiles are empty and cost nothing. Compiled
     on a GPU, where the dense mask of a packed row would take a gigabyte while it is made.
     """
+    _, document, block, view = layout
+
     def rule(row, head, i, j):
-        return may_attend(Layout(*(t[row, i] for t in layout)), Layout(*(t[row, j] for t in layout)))
+        return may_attend(Layout(i, document[row, i], block[row, i], view[row, i]),
+                          Layout(j, document[row, j], block[row, j], view[row, j]))
 
     create = compiled(create_block_mask) if layout.block.is_cuda else create_block_mask
     B, T = layout.block.shape
     return create(rule, B, None, T, T, device=layout.block.device)
 
 
+def tile_mask(layout, size=128):
+    """The rule for a CPU: for every `size` queries, the keys that any of them sees, and the mask between.
+
+    -> list of (queries: slice, keys int64 (n,), bool (B, 1, size, n)). A view sees the clean text before its
+    block and itself, a small part of a long row: the rest is never touched.
+    """
+    mask, tiles = dense_mask(layout), []
+    for start in range(0, mask.shape[2], size):
+        part = mask[:, :, start:start + size]
+        keys = part.any(dim=(0, 1, 2)).nonzero()[:, 0]
+        tiles.append((slice(start, start + size), keys, part[..., keys]))
+    return tiles
+
+
 def attend(q, k, v, mask):
     """Softmax attention. q (B, H, T, D), k and v (B, H_kv, T_key, D).
 
-    mask: bool, broadcast to (B, H, T, T_key), or the BlockMask of packed rows on a GPU.
+    mask: bool, broadcast to (B, H, T, T_key); or its tiles; or, on a GPU, the BlockMask of packed rows.
     """
+    if isinstance(mask, list):
+        return torch.cat([attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], part)
+                          for queries, keys, part in mask], dim=2)
     if isinstance(mask, BlockMask):
         flex = compiled(flex_attention) if q.is_cuda else flex_attention
         return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
@@ -459,35 +483,62 @@ class BlockDiffusionLM(nn.Module):
 def policy_logits(logits, mask_id):
     """Logits in float32 with the mask token ruled out: a policy never says "mask", in decoding and in replay
     alike."""
-    logits = logits.float()
-    return logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -math.inf)
+    logits = logits.to(torch.float32, copy=True)
+    logits[..., mask_id] = -math.inf
+    return logits
 
 
-def chunk_logprobs(h, tokens, head, mask_id, temperature):
-    """token_logprobs of one chunk: (N, C), (N,) -> log-probability and entropy, float32 (N,)."""
-    logits = policy_logits(head(h), mask_id) / temperature
-    total = logits.logsumexp(-1)
-    logp = logits.gather(-1, tokens[:, None])[:, 0] - total
-    with torch.no_grad():  # a figure for the log, never trained on
-        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    return logp, entropy
+def scaled_logits(h, weight, mask_id, temperature):
+    """policy_logits / T of final states h (N, C): float32 (N, V), in memory of their own."""
+    return policy_logits(F.linear(h, weight), mask_id).div_(temperature)
 
 
-def token_logprobs(model, h, tokens, temperature=1.0, max_logits=2**24):
+class TokenLogprobs(torch.autograd.Function):
+    """token_logprobs with its own backward pass: logits live for one chunk at a time, and are made again.
+
+    d logp / d logits = (one-hot of the token - softmax) / T, so nothing of size V outlives its chunk but the
+    gradient of the head, which is added up in one place.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, tokens, mask_id, temperature, chunk):
+        ctx.save_for_backward(h, weight, tokens)
+        ctx.settings = mask_id, temperature, chunk
+        logp, entropy = h.new_empty(2, len(h), dtype=torch.float32)
+        for start in range(0, len(h), chunk):
+            cut = slice(start, start + chunk)
+            logits = scaled_logits(h[cut], weight, mask_id, temperature)
+            total = logits.logsumexp(-1, keepdim=True)
+            logp[cut] = (logits.gather(-1, tokens[cut, None]) - total)[:, 0]
+            entropy[cut] = torch.special.entr(logits.sub_(total).exp_()).sum(-1)
+        ctx.mark_non_differentiable(entropy)  # a figure for the log, never trained on
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (h, weight, tokens), (mask_id, temperature, chunk) = ctx.saved_tensors, ctx.settings
+        grad_h = torch.zeros_like(h)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(h), chunk):
+            cut = slice(start, start + chunk)
+            share = grad[cut, None] / temperature
+            d = scaled_logits(h[cut], weight, mask_id, temperature).softmax(-1).mul_(-share)
+            d = d.scatter_add_(-1, tokens[cut, None], share).to(h.dtype)
+            grad_h[cut] = d @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, h[cut])
+        return grad_h, grad_weight, None, None, None, None
+
+
+def token_logprobs(model, h, tokens, temperature=1.0, max_logits=None):
     """Log-probabilities of `tokens` (N,) and the entropy of their distributions, at final states h (N, C).
     float32.
 
-    At most max_logits logits (64 MiB) live at a time, and are computed again in the backward pass: with V =
-    152k, those of 4,000 positions with their gradient would take 5 GB. Temperature 0 stands for 1, as in
-    decoding.
+    At most max_logits logits live at a time (default 32 MiB, on a GPU 128): with V = 152k, those of 4,000
+    positions with their gradient would take 9 GB. Temperature 0 stands for 1, as in decoding.
     """
-    outputs, chunk = [], max(1, max_logits // model.config.vocab_size)
-    for start in range(0, max(len(h), 1), chunk):
-        args = (h[start:start + chunk], tokens[start:start + chunk], model.head, model.config.mask_id,
-                temperature or 1.0)
-        outputs.append(chunk_logprobs(*args) if len(h) <= chunk else  # few: not worth computing twice
-                       checkpoint(chunk_logprobs, *args, use_reentrant=False))
-    return tuple(torch.cat(part) for part in zip(*outputs))
+    chunk = max(1, (max_logits or (2**25 if h.is_cuda else 2**23)) // model.config.vocab_size)
+    return TokenLogprobs.apply(h, model.head.weight, tokens, model.config.mask_id, temperature or 1.0, chunk)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -697,10 +748,11 @@ def save_adapter(config, state, rank, folder):
             theirs = family_name(config, f"{module}.{kind}")  # model.layers.0.self_attn.q_proj.lora_A
             tensors[f"base_model.model.{theirs}.weight"] = p.contiguous()
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
-    targets = {theirs.rpartition(".")[2] for ours, theirs in config.switches.names.items()
-               if ours.endswith("_proj")}
+    targets = [re.escape(theirs).replace(r"\#", r"\d+") for ours, theirs in config.switches.names.items()
+               if ours.endswith("_proj")]
     write_json(os.path.join(folder, "adapter_config.json"), dict(
-        peft_type="LORA", r=rank, lora_alpha=LORA_ALPHA * rank, target_modules=sorted(targets), bias="none"))
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, r=rank, bias="none",
+        lora_alpha=LORA_ALPHA * rank, target_modules="|".join(targets)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -818,11 +870,7 @@ def gather_lists(own):
 
 def over_processes(combine, *numbers):
     """`combine` (sum or max) of Python numbers over all processes, as floats."""
-    parts = [numbers]
-    if processes()[1] > 1:
-        parts = [None] * processes()[1]
-        dist.all_gather_object(parts, numbers)
-    return [float(combine(column)) for column in zip(*parts)]
+    return [float(combine(column)) for column in zip(*gather_lists([numbers]))]
 
 
 def shard(model, layers, dtype=torch.float32):
@@ -835,9 +883,11 @@ def shard(model, layers, dtype=torch.float32):
     if not dist.is_initialized():
         return
     mesh = init_device_mesh(default_device().type, (processes()[1],))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for module in [*layers, model]:
+        for p in module.parameters():
+            p.data = p.data.float() if p.requires_grad and not isinstance(p, DTensor) else p.data
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=frozen)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -930,13 +980,14 @@ def add_scale_flags(flag):
 def load_to_train(args, path=None):
     """load_model for training by the flags above -> the same. Not sharded yet: see `shard`.
 
-    Full training on several GPUs reads the checkpoint into main memory, from where `shard` takes each
-    process's part. A frozen trunk has the dtype of its computations, and stays whole on every GPU.
+    Full training on several GPUs reads the checkpoint as it is into main memory, from where `shard` takes
+    each process's part. A frozen trunk has the dtype of its computations, and stays whole on every GPU.
     """
-    is_sharded = dist.is_initialized() and not args.lora_rank
-    model, tokenizer = load_model(
-        path or args.model, args.block_size, getattr(torch, args.dtype) if args.lora_rank else torch.float32,
-        "cpu" if is_sharded else None)
+    if args.lora_rank or not dist.is_initialized():
+        dtype, device = getattr(torch, args.dtype if args.lora_rank else "float32"), None
+    else:
+        dtype, device = None, "cpu"
+    model, tokenizer = load_model(path or args.model, args.block_size, dtype, device)
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.seed)
     for layer in model.layers:
@@ -1058,6 +1109,8 @@ class RunLog:
                 shutil.rmtree(path, ignore_errors=True)
                 os.rename(f"{path}.partial", path)
         except (OSError, SafetensorError, CheckpointException) as error:
+            shutil.rmtree(f"{path}.partial", ignore_errors=True)
+            shutil.rmtree(f"{path}.partial.partial", ignore_errors=True)
             raise RuntimeError(f"{path} could not be written ({error}): free some space and go on with "
                                f"--resume; earlier checkpoints are whole: {self.checkpoints()}") from error
         if self.is_writer:
@@ -1083,7 +1136,7 @@ class RunLog:
                 set_state_dict(model, optimizer, model_state_dict=part["model"],
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
         except (OSError, CheckpointException, RuntimeError, ValueError) as error:
-            raise ValueError(f"{paths[-1]} cannot be resumed from ({str(error).splitlines()[0]}): it is of "
+            raise ValueError(f"{paths[-1]} cannot be resumed from ({str(error).strip().partition(chr(10))[0]}): it is of "
                              "another model, or damaged. Move it away to go on from the one before") from error
         with open(os.path.join(folder, "progress.json"), encoding="utf-8") as file:
             progress = json.load(file)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from model import (
     KVCache, Layout, block_mask, gather_lists, over_processes, policy_logits, processes, token_logprobs,
-    unsharded)
+    tile_mask, unsharded)
 
 ENTROPY_BOUND = 0.35  # of the "entropy" strategy, in nats
 STRATEGIES = ("static", "dynamic", "sequential", "entropy")
@@ -417,18 +417,27 @@ class Rows:
     target: torch.Tensor  # (N,) the token to predict
     owner: torch.Tensor  # (N,) which rollout it belongs to
     place: torch.Tensor  # (N,) its index in that rollout's response
+    is_packed: bool = False  # several texts in one row, see `packed`
 
     def to(self, device):
         """The same rows on another device."""
         layout = Layout(*(t.to(device, non_blocking=True) for t in self.layout))
         rest = (getattr(self, name).to(device, non_blocking=True) for name in ("source", "target", "owner",
                                                                                "place"))
-        return Rows(self.tokens.to(device, non_blocking=True), layout, *rest)
+        return Rows(self.tokens.to(device, non_blocking=True), layout, *rest, is_packed=self.is_packed)
+
+    def select(self, rows):
+        """Some of the rows, int64 (n,), cut to the longest of them."""
+        T, longest = self.tokens.shape[1], int((self.layout.document[rows] >= 0).sum(-1).max())
+        number = torch.full((len(self.tokens),), -1).index_put((rows,), torch.arange(len(rows)))
+        row, column = number[self.source // T], self.source % T
+        own = row >= 0
+        return Rows(self.tokens[rows, :longest], Layout(*(t[rows, :longest] for t in self.layout)),
+                    (row * longest + column)[own], self.target[own], self.owner[own], self.place[own])
 
     def split(self, max_tokens, is_packed=False):
         """Cuts into micro-batches of at most max_tokens tokens (at least one row each), with little padding.
         is_packed: all rows of a micro-batch end to end in one (see `packed`)."""
-        T = self.tokens.shape[1]
         lengths = (self.layout.document >= 0).sum(-1).tolist()
         start = 0
         while start < len(lengths):
@@ -439,14 +448,8 @@ class Rows:
                 if size > max_tokens or size > 512 and size - total > total / 32:  # full, or padding prevails
                     break
                 stop += 1
-            longest = max(lengths[start:stop])
-            row, column = self.source // T, self.source % T
-            own = (row >= start) & (row < stop)
-            cut = (slice(start, stop), slice(longest))
-            part = Rows(self.tokens[cut], Layout(*(t[cut] for t in self.layout)),
-                        ((row - start) * longest + column)[own], self.target[own], self.owner[own],
-                        self.place[own])
-            yield part.packed(-(-max_tokens // 4)) if is_packed else part
+            part = self.select(torch.arange(start, stop))
+            yield part.packed(-(-max_tokens // 512) * 128) if is_packed else part
             start = stop
 
     def packed(self, multiple):
@@ -457,14 +460,17 @@ class Rows:
         tokens, position, document, block, view = (
             F.pad(t.flatten()[is_token], (0, room), value=fill)[None]
             for t, fill in zip((self.tokens, *self.layout), (0, 0, -1, 0, 0)))
+        view[0, len(view[0]) - room:] = torch.arange(1, room + 1)  # padding sees itself only
         source = (is_token.cumsum(0) - 1)[self.source]
         return Rows(tokens, Layout(position, document, block, view), source, self.target, self.owner,
-                    self.place)
+                    self.place, is_packed=True)
 
     def states(self, backbone):
         """Final states (N, C) of a BlockDiffusionLM at the places that predict the targets."""
-        is_flex = self.tokens.is_cuda and len(self.tokens) == 1
-        mask = block_mask(self.layout) if is_flex else None
+        if self.tokens.is_cuda:
+            mask = block_mask(self.layout) if self.is_packed else None
+        else:
+            mask = tile_mask(self.layout) if self.tokens.shape[1] > 512 else None
         return backbone.hidden(self.tokens, self.layout, mask=mask).flatten(0, 1)[self.source]
 
 
@@ -478,9 +484,9 @@ def micro_batches(rows, max_tokens, device, is_shared=False):
     """
     rank, number = processes() if is_shared else (0, 1)
     parts = []
-    if rows is not None:
-        max_tokens = min(max_tokens, -(-rows.tokens.numel() // number)) if is_shared else max_tokens
-        parts = list(rows.split(max_tokens, is_packed=device.type == "cuda"))[rank::number]
+    if rows is not None and rank < len(rows.tokens):
+        own = rows.select(torch.arange(rank, len(rows.tokens), number))
+        parts = list(own.split(max_tokens, is_packed=device.type == "cuda"))
     one, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     missing = int(over_processes(max, len(parts))[0]) - len(parts)
     parts += [Rows(one, Layout(one, one - 1, one, one), none, none, none, none)] * missing
@@ -605,7 +611,7 @@ def replay(model, rollouts, shrink=1, temperature=1.0, max_tokens=16384):
         return []
     longest = max(len(r.response) for r in rollouts)
     flat = torch.zeros(len(rollouts) * longest, device=model.device)
-    for rows in trace_rows(rollouts, model.config, shrink).split(max_tokens):
+    for rows in trace_rows(rollouts, model.config, shrink).split(max_tokens, model.device.type == "cuda"):
         rows = rows.to(model.device)
         logp, _ = forward_rows(model, rows, temperature)
         flat = flat.index_put((rows.owner * longest + rows.place,), logp)

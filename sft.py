@@ -126,7 +126,7 @@ def train(model, tokenizer, examples, dev_problems, args, log):
 
     Order, masks and learning rate are functions of the step, so a run resumes from any checkpoint."""
     optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay)
-    trainers, size = [(model, optimizer)], args.batch_size
+    trainers, size, line = [(model, optimizer)], args.batch_size, {}
     progress = args.resume and log.restore(trainers) or dict(step=0, decay_start=None)
     bar = lm.progress(range(progress["step"], args.steps), "sft")
     for step in bar:
@@ -208,6 +208,8 @@ def parse_args(argv=None):
     args = lm.fill_defaults(parser, argv)
     if args.data is None:
         parser.error("--model needs --data")
+    if args.model is None and (args.lora_rank or args.recompute):
+        parser.error("--lora_rank and --recompute need --model: the tiny model is trained whole")
     for name in ("steps", "batch_size", "lr", "warmup", "cooldown", "eval_every", "max_new_tokens",
                  "max_prompt_tokens",
                  "micro_tokens"):

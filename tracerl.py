@@ -199,7 +199,7 @@ def summarize(updates):
     """The metrics of one RL step: means over the trained tokens of its updates, maxima, and counts."""
     if not updates:
         return {}
-    tokens = sum(u["tokens"] for u in updates)
+    tokens = max(1, sum(u["tokens"] for u in updates))
     line = {name: sum(u[name] for u in updates) / tokens for name in ("loss", "kl", "clip_fraction",
                                                                       "entropy", "gap")}
     line |= {name: max(u[name] for u in updates) for name in ("ratio_max", "gap_max", "gradient_norm")}

@@ -16,6 +16,7 @@ import copy
 import os
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -44,7 +45,7 @@ class ValueModel(nn.Module):
     def forward(self, rows):
         """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in the order of
         rows.target."""
-        return self.value_head(rows.states(self.backbone))[:, 0].float()
+        return F.linear(rows.states(self.backbone).float(), self.value_head.weight.float()).squeeze(-1)
 
 
 def global_steps(rollouts, config, shrink=1, post_num=0):

@@ -345,7 +345,7 @@ def test_the_grader_is_a_command(tmp_path):
 
 def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(FIXTURES / "tiny"), "--max_new_tokens=16", "--n=2", "--limit=20", "--slots=8"]
+    flags = ["--model", str(FIXTURES / "tiny"), "--max_new_tokens=20", "--n=2", "--limit=20", "--slots=8"]
     first = eval_math.main(flags)
     path = tmp_path / "runs/eval/responses.jsonl"
     lines = path.read_text().splitlines()

@@ -342,6 +342,44 @@ def test_flex_attention_sees_what_the_dense_mask_shows(kind):
     torch.testing.assert_close(flex * is_text, dense * is_text, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["sdar", "dream"])
+def test_tiles_see_what_the_dense_mask_shows(kind):
+    numbers = []
+    for is_tiled in (False, True):
+        model = random_model(kind)
+        rows = rows_of_views(model)
+        tiles = lm.tile_mask(rows.layout, size=16)
+        h = model.hidden(rows.tokens, rows.layout, mask=tiles if is_tiled else None).flatten(0, 1)[rows.source]
+        h.square().sum().backward()
+        numbers.append([h, *(p.grad for p in model.layers.parameters())])
+    for ours, theirs in zip(*numbers):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.detach().abs().max()), rtol=1e-4)
+    T = rows.tokens.shape[1]
+    if kind == "sdar":  # most of a long row is never touched
+        assert sum(part.shape[2] * len(keys) for _, keys, part in tiles) < 0.8 * T**2
+
+
+def test_block_masks_are_traced_once_for_each_length():
+    """What torch.compile meets on a GPU, with its backend left out: no graph break, no second compilation for
+    other rows of the same length."""
+    rows = [rows_of_views(random_model(seed=seed)).packed(512).layout for seed in range(2)]
+    created, create_block_mask = [], lm.create_block_mask
+
+    def remember(rule, *sizes, device):
+        created.append(rule)
+        return create_block_mask(rule, *sizes, device=device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "create_block_mask", remember)
+        plain = [lm.block_mask(layout) for layout in rows]
+    compiled = torch.compile(create_block_mask, backend="aot_eager", fullgraph=True, dynamic=False)
+    T = rows[0].block.shape[1]
+    for rule, mask, stance in zip(created, plain, ("default", "fail_on_recompile")):
+        with torch.compiler.set_stance(stance):
+            again = compiled(rule, 1, None, T, T, device=torch.device("cpu"))
+        assert torch.equal(again.kv_num_blocks, mask.kv_num_blocks)
+
+
 def test_computing_activations_again_changes_no_gradient():
     gradients = []
     for recomputes in (False, True):

@@ -387,7 +387,7 @@ def test_a_bad_flag_is_refused_by_name(flags, message, capsys):
 
 
 def test_defaults_are_the_embedded_tasks_or_the_papers():
-    assert tracerl.parse_args([]).group_size == 16 and tracerl.parse_args([]).lr == 3e-4
+    assert tracerl.parse_args([]).group_size == 16 and tracerl.parse_args([]).lr == 1e-4
     paper = tracerl.parse_args(["--model=m", "--train_data=a", "--eval_data=b"])
     assert (paper.prompts, paper.group_size, paper.lr, paper.steps, paper.keep_range) == (64, 16, 1e-6, 80,
                                                                                           (0.2, 0.8))
