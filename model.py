@@ -502,6 +502,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, tokens, mask_id, temperature, chunk):
+        """h (N, C), weight (V, C), tokens (N,) -> log-probability and entropy, float32 (N,)."""
         ctx.save_for_backward(h, weight, tokens)
         ctx.settings = mask_id, temperature, chunk
         logp, entropy = h.new_empty(2, len(h), dtype=torch.float32)
@@ -516,6 +517,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        """Gradients of h and, unless the head is frozen, of its weight."""
         (h, weight, tokens), (mask_id, temperature, chunk) = ctx.saved_tensors, ctx.settings
         grad_h = torch.zeros_like(h)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None

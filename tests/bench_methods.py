@@ -6,8 +6,9 @@
 
 An arm is one command line of tracerl.py (printed). All arms of a setting start from the same warm starts, one
 for each seed, and have the same number of RL steps and rollouts. Each arm's learning rate is the one of LRS
-with the best accuracy on development problems over the first two seeds; test problems choose nothing. Several
-of these commands may run side by side: a run belongs to whoever made its folder under runs/ first.
+with the best accuracy on development problems over the first two seeds (of those within 0.02 of the best, a
+standard error, the one that earned most on the way); test problems choose nothing. Several of these commands
+may run side by side: a run belongs to whoever made its folder under runs/ first, for ten silent minutes.
 
 Tables and runs/methods.json: after training, mean over the seeds +- half of a 95 percent confidence interval
 (Student's t); "reward" is the mean over all RL steps, so it shows speed; "vs" is the paired difference in
@@ -84,10 +85,10 @@ def run_all(commands):
     """Runs what nobody has run yet -> the results, waiting for what others are running."""
     for flags in commands:
         folder = Path("runs") / flags[-1].removeprefix("--run=")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
+        if result(flags) or folder.exists() and time.time() - max(
+                path.stat().st_mtime for path in [folder, *folder.iterdir()]) < 600:
+            continue  # done, or someone is at it
+        folder.mkdir(parents=True, exist_ok=True)
         print("python tracerl.py " + " ".join(flags), flush=True)
         tracerl.main(flags)
     while not all(results := [result(flags) for flags in commands]):
@@ -108,7 +109,8 @@ def compare(setting, arms, args):
     for arm in arms:
         trials = {lr: run_all([command(setting, arm, lr, seed, args) for seed in range(min(2, args.seeds))])
                   for lr in args.lrs}
-        lr = max(args.lrs, key=lambda lr: fmean(r["dev"] for r in trials[lr]))
+        dev, reward = ({lr: fmean(r[name] for r in trials[lr]) for lr in args.lrs} for name in ("dev", "reward"))
+        lr = max((lr for lr in args.lrs if dev[lr] > max(dev.values()) - 0.02), key=reward.get)
         out[arm] = lr, run_all([command(setting, arm, lr, seed, args) for seed in range(args.seeds)])
     return out
 
