@@ -49,7 +49,7 @@ class Problem:
 
 
 def arithmetic(split, number, seed=0, slip=0.0):
-    """`number` distinct problems like 237+682= with worked solutions 090;111;090;\\boxed{919} -> list[Problem].
+    """`number` distinct problems like 237+682= with solutions 090;111;090;\\boxed{919} -> list[Problem].
 
     split: "train", "dev" or "test"; every sum belongs to one split for good. slip: the probability with which
     the pupil who writes the solutions forgets a carry, and carries on consistently: a bad habit for
@@ -68,8 +68,8 @@ def arithmetic(split, number, seed=0, slip=0.0):
 def work_out(a, b, slip, rng):
     """The pupil's page: for each column, units first, its sum and the carry handed on; then the answer.
 
-    237 + 682: 7 + 2 = 09, hand on 0; 3 + 8 = 11, hand on 1; 2 + 6 + 1 = 09, hand on 0. A pupil who slips hands
-    on 0 where a carry is due, so the slip can be seen the moment it is written.
+    237 + 682: 7 + 2 = 09, hand on 0; 3 + 8 = 11, hand on 1; 2 + 6 + 1 = 09, hand on 0. A pupil who slips
+    hands on 0 where a carry is due, so the slip can be seen the moment it is written.
     """
     page, digits, carry = "", "", 0
     for power in (1, 10, 100):

@@ -390,7 +390,7 @@ class Layer(nn.Module):
         C, D = config.hidden_size, config.head_dim
         bias = config.switches.has_qkv_bias
         self.number, self.head_dim = number, D
-        self.recomputes = False  # keep no activations but the input, and compute the others again (--recompute)
+        self.recomputes = False  # --recompute: keep the input alone, and compute the activations again
         self.attention_norm = nn.RMSNorm(C, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(C, config.num_heads * D, bias=bias)
         self.k_proj = nn.Linear(C, config.num_kv_heads * D, bias=bias)
@@ -967,20 +967,8 @@ def fill_defaults(parser, argv):
     return args
 
 
-def add_scale_flags(flag):
-    """The flags of sft.py and tracerl.py that decide what fits where."""
-    flag("--dtype", str, "float32", "bfloat16" if torch.cuda.is_available() else "float32",
-         "what layers compute in; weights, optimizer states, gradients and losses are float32 anyhow",
-         choices=("float32", "bfloat16"))
-    flag("--recompute", bool, False, False, "keep one activation per layer and compute the others again in "
-         "the backward pass: slower by a third, fits far longer rows")
-    flag("--lora_rank", int, 0, 0, "train adapters of this rank beside a frozen trunk; 0 trains everything")
-    flag("--resume", bool, False, False, "go on with the run of this name from its newest checkpoint, or "
-         "from the start")
-
-
 def load_to_train(args, path=None):
-    """load_model for training by the flags above -> the same. Not sharded yet: see `shard`.
+    """load_model for training, by --dtype, --lora_rank and --recompute. Not sharded yet: see `shard`.
 
     Full training on several GPUs reads the checkpoint as it is into main memory, from where `shard` takes
     each process's part. A frozen trunk has the dtype of its computations, and stays whole on every GPU.
@@ -1021,13 +1009,15 @@ def write_json(path, value):
     os.replace(f"{path}.partial", path)
 
 
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # a frozen trunk is in --model already
+# of LoRA, the adapters alone: the frozen trunk is in --model already
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def train_state(trainers):
     """Weights and optimizer states of (model, optimizer) pairs, for torch.distributed.checkpoint."""
-    return {str(number): dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=TRAINED_ONLY)))
-            for number, (model, optimizer) in enumerate(trainers)}
+    parts = [get_state_dict(model, optimizer, options=TRAINED_ONLY) for model, optimizer in trainers]
+    return {str(number): dict(model=weights, optimizer=moments) for number, (weights, moments)
+            in enumerate(parts)}
 
 
 class RunLog:

@@ -163,6 +163,28 @@ def train(model, tokenizer, examples, dev_problems, args, log):
                f"{line.get('accuracy', 0):.3f}")
 
 
+def add_common_flags(flag):
+    """The flags that sft.py and tracerl.py share: the model, its prompts, and what fits where."""
+    flag("--seed", int, 0, 0, "of weights and warm start, data order, masks and rollouts")
+    flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
+    flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
+    flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
+    flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
+         choices=eval_math.PROMPT_STYLES)
+    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION, "text after each problem; empty "
+         "for data with whole prompts")
+    flag("--system", str, None, None, "a system message before each problem")
+    flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
+    flag("--dtype", str, "float32", "bfloat16" if torch.cuda.is_available() else "float32", "what layers "
+         "compute in; weights, optimizer states, gradients and losses are float32 anyhow",
+         choices=("float32", "bfloat16"))
+    flag("--recompute", bool, False, False, "keep one activation per layer and compute the others again in "
+         "the backward pass: slower by a third, fits far longer rows")
+    flag("--lora_rank", int, 0, 0, "train adapters of this rank beside a frozen trunk; 0 trains everything")
+    flag("--resume", bool, False, False, "go on with the run of this name from its newest checkpoint, or "
+         "from the start")
+
+
 def parse_args(argv=None):
     """The flags of sft.py. Defaults differ with and without --model: the tiny model, and a real
     checkpoint."""
@@ -170,16 +192,14 @@ def parse_args(argv=None):
     flag = functools.partial(lm.add_flag, parser)
     flag("--model", str, None, None, "checkpoint folder or hub id; without it, a new tiny model")
     flag("--data", str, "arithmetic", None, "embedded arithmetic, or a file or hub id with problem and "
-         "solution, prompt and response, "
-         "or messages; optionally step_map")
-    flag("--objective", str, "random", "random", "views: random masks in every block (full attention: in "
-         "the response), or the step "
-         "map of the data (left to right where there is none)", choices=("random", "trace"))
+         "solution, prompt and response, or messages; optionally step_map")
+    flag("--objective", str, "random", "random", "views: random masks in every block (full attention: in the "
+         "response), or the step map of the data (left to right where there is none)",
+         choices=("random", "trace"))
     flag("--weighted", bool, False, False, "weight each masked token by 1 / masked share (the diffusion "
          "bound)")
     flag("--run", str, "sft", "sft", "name of the folder under runs/ (with torchrun: --run_name)",
          "--run_name")
-    flag("--seed", int, 0, 0, "of weights, order and masks")
     flag("--steps", int, 2700, 1000, "most updates")
     flag("--batch_size", int, 64, 64, "examples per update")
     flag("--lr", float, 6e-3, 1e-5, "peak learning rate of AdamW")
@@ -190,21 +210,11 @@ def parse_args(argv=None):
          "development problems")
     flag("--eval_every", int, 100, 100, "embedded data: updates between evaluations on development problems")
     flag("--slip", float, 0.6, 0.6, "embedded data: how often the pupil forgets a carry")
-    flag("--attention", str, "block", "block", "of the new tiny model", choices=("block", "full"))
-    flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
     flag("--max_new_tokens", int, 20, 2000, "longer responses are skipped and counted; full attention: "
          "length of the canvas")
-    flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
-    flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
-         choices=eval_math.PROMPT_STYLES)
-    flag("--system", str, None, None, "a system message before each problem")
-    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION,
-         "text after each problem; empty for data with whole "
-         "prompts")
-    flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
     flag("--save_every", int, 0, 200, "updates between checkpoints to resume from; 0 is none")
     flag("--keep_checkpoints", int, 2, 2, "the newest ones to keep")
-    lm.add_scale_flags(flag)
+    add_common_flags(flag)
     args = lm.fill_defaults(parser, argv)
     if args.data is None:
         parser.error("--model needs --data")

@@ -442,10 +442,7 @@ def parse_args(argv=None):
          "run")
     flag("--eval_data", str, "arithmetic-test", None, "test problems, scored before and after training only")
     flag("--run", str, "tracerl", "tracerl", "name of the folder under runs/ (torchrun refuses the short "
-         "form, which it reads "
-         "as the start of a flag of its own)", "--run_name")
-    flag("--seed", int, 0, 0, "of rollouts, mini-batches and the warm start")
-    flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
+         "form, which it reads as the start of a flag of its own)", "--run_name")
     flag("--steps", int, 45, 80, "RL steps")
     flag("--prompts", int, 32, 64, "prompts per step")
     flag("--group_size", int, 16, 16, "G, responses per prompt")
@@ -456,27 +453,23 @@ def parse_args(argv=None):
     flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
     flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
     flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
-    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for "
-         "full attention (the tiny "
-         "task has too few steps for that)")
+    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for full "
+         "attention (the tiny task has too few steps for that)")
     flag("--objective", str, "tracerl", "tracerl", "views: the trace, or the baselines' random masks, "
-         "without or with complement",
-         choices=("tracerl", "random", "coupled"))
-    flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; minus "
-         "the batch mean; raw reward",
-         choices=("group", "value", "batch", "none"))
+         "without or with complement", choices=("tracerl", "random", "coupled"))
+    flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; minus the "
+         "batch mean; raw reward", choices=("group", "value", "batch", "none"))
     flag("--value_lr", float, 4e-3, 5e-6, "learning rate of the value model")
     flag("--value_warmup", int, 10, 5, "RL steps that train the value model only")
     flag("--value_epochs", int, 4, 1, "passes of the value model over the rollouts of a step")
-    flag("--value_clip", float, None, None, "bound on the change of a value in its loss; None is no "
-         "clipping (the paper: 0.2)")
+    flag("--value_clip", float, None, None, "bound on the change of a value in its loss; None is no clipping "
+         "(the paper: 0.2)")
     flag("--gamma", float, 1.0, 1.0, "discount per trace step")
     flag("--lam", float, 1.0, 1.0, "lambda of GAE")
     flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float or "
          "one per token, in place of the math grader (which still evaluates)")
     flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; equal rewards "
-         "always drop",
-         nargs=2, metavar=("LOW", "HIGH"))
+         "always drop", nargs=2, metavar=("LOW", "HIGH"))
     flag("--strategy", str, "dynamic", "dynamic", "what a denoising step reveals", choices=rollout.STRATEGIES)
     flag("--threshold", float, 0.9, 0.9, "confidence above which dynamic reveals a token")
     flag("--denoising_steps", int, None, None, "steps per block that the quota of revealed tokens is made "
@@ -484,20 +477,13 @@ def parse_args(argv=None):
     flag("--temperature", float, 1.0, 1.0, "T, of rollouts and of the policy that is trained")
     flag("--top_k", int, 0, 0, "draw among the k most probable tokens; 0 is all")
     flag("--top_p", float, 1.0, 1.0, "draw among the most probable tokens up to this sum; 1 is all")
-    flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
     flag("--rollout_block_size", int, None, None, "roll out in these smaller blocks for --adapt_steps steps "
          "while training in blocks of --block_size")
     flag("--adapt_steps", int, 20, 40, "RL steps with --rollout_block_size; after them, rollouts have "
          "--block_size too")
     flag("--max_new_tokens", int, 20, 2000, "longest response; full attention: length of the canvas")
-    flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
-    flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
-         choices=eval_math.PROMPT_STYLES)
-    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION, "text after each problem")
-    flag("--system", str, None, None, "a system message before each problem")
     flag("--slots", int, None, 64, "sequences decoded together on one process; None is all")
-    flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
-    lm.add_scale_flags(flag)
+    sft.add_common_flags(flag)
     flag("--eval_every", int, 20, 10, "RL steps between evaluations on development problems; 0 is never")
     flag("--save_every", int, 20, 20, "RL steps between checkpoints; 0 is at the end only")
     flag("--keep_checkpoints", int, 3, 3, "the newest ones to keep")

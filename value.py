@@ -84,9 +84,10 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     rewards, values: per token, float (N, R). steps: `global_steps`, int64 (N, R), 0 = not trained. For token
     j of step t, with means over the trained tokens of a step marked *, and everything after the last step 0:
 
-        R*_t = r*_t + gamma R*_{t+1}      delta_t = r*_t - V*_t + gamma V*_{t+1}      A*_t = delta_t + gamma
-        lam A*_{t+1}
-        R_j  = r_j + gamma R*_{t+1}       A_j = (r_j - V_j) + gamma V*_{t+1} + gamma lam A*_{t+1}
+        R*_t = r*_t + gamma R*_{t+1}
+        A*_t = delta_t + gamma lam A*_{t+1}     with delta_t = r*_t - V*_t + gamma V*_{t+1}
+        R_j  = r_j + gamma R*_{t+1}
+        A_j  = (r_j - V_j) + gamma V*_{t+1} + gamma lam A*_{t+1}
     """
     N, S = len(steps), int(steps.max())
     # column t is step t; column 0 collects untrained tokens, column S + 1 stays 0
@@ -99,11 +100,10 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
         returns[:, t] = r[:, t] + gamma * returns[:, t + 1]
         delta = r[:, t] - v[:, t] + gamma * v[:, t + 1]
         advantages[:, t] = delta + gamma * lam * advantages[:, t + 1]
-    after = steps + 1
-    is_trained = steps > 0
-    token_returns = rewards + gamma * returns.gather(1, after)
-    token_advantages = rewards - values + gamma * v.gather(1, after) + gamma * lam * advantages.gather(1,
-                                                                                                       after)
+    is_trained, next_returns, next_v, next_advantages = steps > 0, *(
+        table.gather(1, steps + 1) for table in (returns, v, advantages))
+    token_returns = rewards + gamma * next_returns
+    token_advantages = rewards - values + gamma * next_v + gamma * lam * next_advantages
     return token_returns * is_trained, token_advantages * is_trained
 
 
