@@ -1128,8 +1128,9 @@ class RunLog:
                 set_state_dict(model, optimizer, model_state_dict=part["model"],
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
         except (OSError, CheckpointException, RuntimeError, ValueError) as error:
-            raise ValueError(f"{paths[-1]} cannot be resumed from ({str(error).strip().partition(chr(10))[0]}): it is of "
-                             "another model, or damaged. Move it away to go on from the one before") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{paths[-1]} cannot be resumed from ({reason}): it is of another model, or "
+                             "damaged. Move it away to go on from the one before") from error
         with open(os.path.join(folder, "progress.json"), encoding="utf-8") as file:
             progress = json.load(file)
         lines = [line for line in self.read() if line["step"] <= progress["step"]]

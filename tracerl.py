@@ -503,7 +503,8 @@ def check_args(args, parser):
                  "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    for name in ("value_warmup", "warmup", "adapt_steps", "lora_rank", "beta", "clip", "top_k", "eval_every", "save_every"):
+    for name in ("value_warmup", "warmup", "adapt_steps", "lora_rank", "beta", "clip", "top_k", "eval_every",
+                 "save_every"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
     if args.shrink is not None and args.shrink < 1:

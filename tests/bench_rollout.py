@@ -1,10 +1,12 @@
-"""bench_rollout.py - what decoding costs: with and without the cache, in ragged slots and in batches that wait.
+"""bench_rollout.py - what decoding costs: with and without the cache, in ragged slots and in batches that
+wait.
 
     python tests/bench_rollout.py                        # the tiny model on a CPU, 34M's shape on a GPU
     python tests/bench_rollout.py --preset 0.6B --responses 256
 
-Ratios within one run count, not times. "no cache" runs every denoising step over the whole text so far, as the
-plain rule would; "waiting batches" admits new prompts only when all slots are free, as a static batch does.
+Ratios within one run count, not times. "no cache" runs every denoising step over the whole text so far, as
+the plain rule would; "waiting batches" admits new prompts only when all slots are free, as a static batch
+does.
 """
 
 import argparse
@@ -62,7 +64,8 @@ def main(argv=None):
     # an end every hundred tokens or so: lengths are as ragged as those of real answers
     eos = list(range(3, 3 + max(1, round(V / 100))))
     decode = lambda prompts, slots, seed=0: rollout.generate(
-        model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos, slots=slots, denoising_steps=2, seed=seed)
+        model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos, slots=slots, denoising_steps=2,
+        seed=seed)
     decode(prompts[:args.slots], args.slots)  # warm up
     seconds, rollouts = timed(lambda: decode(prompts, args.slots), device)
     lengths = [len(r.response) for r in rollouts]
@@ -76,7 +79,8 @@ def main(argv=None):
     cached, _ = timed(lambda: decode([one.prompt], 1, one.seed), device)
     with torch.no_grad():
         plain, _ = timed(lambda: uncached(model, one), device)
-    print(f"  cache: one response of {len(one.response)} tokens after {len(one.prompt)}, {max(one.step_map)} denoising "
+    print(f"  cache: one response of {len(one.response)} tokens after {len(one.prompt)}, "
+          f"{max(one.step_map)} denoising "
           f"steps: {plain / cached:.2f} x less time than without (commits and bookkeeping included)")
 
 

@@ -2,17 +2,17 @@
 
     python tests/bench_update.py                       # 34M preset: packed against the authors' layout
     python tests/bench_update.py --preset 0.6B         # for a GPU; --dtype bfloat16 is its default there
-    python tests/bench_update.py --logprobs            # memory of log-probabilities with a vocabulary of 151,936
+    python tests/bench_update.py --logprobs            # memory of log-probs with a vocabulary of 151,936
     python tests/bench_update.py --growth              # responses of 128 to 2,048 tokens
-    python tests/bench_update.py --table               # memory and time by model size and number of GPUs: computed
+    python tests/bench_update.py --table               # memory and time by model size and GPUs: computed
 
 Every measurement runs in a process of its own, so that its peak memory is its own. All compared numbers come
 from one invocation on one machine; a ratio is worth more than a time.
 
-The authors' layout, written plainly: for every trace step of every response one row [prompt | clean response |
-response as it was], everything padded to the longest allowed prompt and response; a dense mask; logits at
-every position. Their pass is three-fold: old log-probabilities, forward, backward. "unpadded" is the same with
-no padding beyond the batch's longest response.
+The authors' layout, written plainly: for every trace step of every response one row [prompt | clean response
+| response as it was], everything padded to the longest allowed prompt and response; a dense mask; logits at
+every position. Their pass is three-fold: old log-probabilities, forward, backward. "unpadded" is the same
+with no padding beyond the batch's longest response.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def author_update(model, rows, advantage, rows_at_once, num_trained):
     with torch.no_grad():
         old = [logprobs(part) for part in parts]
     for part, logp_old in zip(parts, old):
-        loss, _ = tracerl.policy_loss(logprobs(part), logp_old, advantage[part.owner, part.place], num_trained)
+        loss, _ = tracerl.policy_loss(logprobs(part), logp_old, advantage[part.owner, part.place],
+                                      num_trained)
         loss.backward()
 
 
@@ -130,7 +131,8 @@ def packed_update(model, rollouts, settings, is_replayed):
     for rows in parts:
         logp, _ = rollout.forward_rows(model, rows)
         at = rows.owner, rows.place
-        loss, _ = tracerl.policy_loss(logp, old[at] if is_replayed else logp.detach(), advantage[at], num_trained)
+        loss, _ = tracerl.policy_loss(logp, old[at] if is_replayed else logp.detach(), advantage[at],
+                                      num_trained)
         loss.backward()
 
 
@@ -155,7 +157,8 @@ def measure(args):
     for layer in model.layers:
         layer.recomputes = args.recompute
     rollouts = made_up(config, args.responses, args.prompt, *args.range)
-    settings = argparse.Namespace(shrink=1, micro_tokens=args.micro_tokens, objective="tracerl", temperature=1.0)
+    settings = argparse.Namespace(shrink=1, micro_tokens=args.micro_tokens, objective="tracerl",
+                                  temperature=1.0)
     if args.layout in ("authors", "unpadded"):
         response = args.padded if args.layout == "authors" else max(len(r.response) for r in rollouts)
         rows = author_rows(rollouts, config, args.prompt, response)
@@ -179,7 +182,8 @@ def measure(args):
     passes = {"authors": 4, "unpadded": 4, "packed": 3, "replayed": 4}[args.layout]
     heads = tokens if args.layout in ("authors", "unpadded") else num_trained
     flops = 2 * passes * (matrices * tokens + embedding * heads)  # attention not counted
-    return dict(seconds=min(times[1:]), tokens=tokens, trained=num_trained, extra_bytes=peak_bytes(device) - before,
+    return dict(seconds=min(times[1:]), tokens=tokens, trained=num_trained,
+                extra_bytes=peak_bytes(device) - before,
                 flops=flops)
 
 
@@ -200,8 +204,8 @@ def matmul_flops(threads, dtype):
 
 
 def logprob_memory(args):
-    """Extra peak of log-probabilities and their backward: all positions at once, or ours in chunks. C is 64, so
-    that the gradient of the head itself, V x C in either case, hides nothing."""
+    """Extra peak of log-probabilities and their backward: all positions at once, or ours in chunks. C is 64,
+    so that the gradient of the head itself, V x C in either case, hides nothing."""
     torch.set_num_threads(args.threads)
     device = lm.default_device()
     model = lm.BlockDiffusionLM(lm.ModelConfig("sdar", 151936, 64, 1, 4, 4, 16, 64, mask_id=2)).to(device)
@@ -222,7 +226,8 @@ def logprob_memory(args):
 def child(args, **changes):
     """Runs one measurement in a fresh process -> its dict."""
     flags = [f"--{name}={value}" for name, value in (vars(args) | changes).items()
-             if name in ("preset", "threads", "responses", "prompt", "padded", "micro_tokens", "repeats", "dtype",
+             if name in ("preset", "threads", "responses", "prompt", "padded", "micro_tokens", "repeats",
+                         "dtype",
                          "layout", "targets", "measures")]
     flags += ["--range", *map(str, changes.get("range", args.range))] + ["--recompute"] * args.recompute
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
@@ -234,19 +239,19 @@ def child(args, **changes):
 def compare(args):
     """The packed update against the authors' layout."""
     peak = matmul_flops(args.threads, getattr(torch, args.dtype))
-    print(f"{args.preset}, {args.dtype}, {lm.default_device()}: {args.responses} responses of {args.range[0]} to "
-          f"{args.range[1]} tokens, prompts of {args.prompt}; one matrix product reaches {peak / 1e12:.2f} TFLOP/s")
+    print(f"{args.preset}, {args.dtype}, {lm.default_device()}: {args.responses} responses of {args.range[0]} "
+          f"to {args.range[1]} tokens, prompts of {args.prompt}; a matrix product: {peak / 1e12:.2f} TFLOP/s")
     found = {}
     for layout in ("authors", "unpadded", "replayed", "packed"):
         found[layout] = m = child(args, layout=layout, measures="update")
-        print(f"  {layout:9s} {m['seconds']:8.2f} s  {m['tokens']:7d} tokens a pass, {m['trained'] / m['tokens']:.2f} "
-              f"useful  peak +{m['extra_bytes'] / 2**20:6.0f} MiB  {m['flops'] / m['seconds'] / peak:.0%} of the "
-              f"matrix product", flush=True)
-    theirs = found["authors"]
+        useful, share = m["trained"] / m["tokens"], m["flops"] / m["seconds"] / peak
+        print(f"  {layout:9s} {m['seconds']:8.2f} s  {m['tokens']:7d} tokens a pass, {useful:.2f} useful  peak "
+              f"+{m['extra_bytes'] / 2**20:6.0f} MiB  {share:.0%} of the matrix product", flush=True)
     for layout in ("packed", "replayed"):
-        print(f"  {layout}: {theirs['seconds'] / found[layout]['seconds']:.1f} x less time, "
-              f"{theirs['tokens'] / found[layout]['tokens']:.2f} x fewer tokens a pass than the authors' layout; "
-              f"{found['unpadded']['seconds'] / found[layout]['seconds']:.1f} x less time than unpadded")
+        faster, fewer = (found["authors"][name] / found[layout][name] for name in ("seconds", "tokens"))
+        unpadded = found["unpadded"]["seconds"] / found[layout]["seconds"]
+        print(f"  {layout}: {faster:.1f} x less time, {fewer:.2f} x fewer tokens a pass than the authors' "
+              f"layout; {unpadded:.1f} x less time than unpadded")
     return found
 
 
@@ -254,7 +259,8 @@ def growth(args):
     """Cost per token of longer responses."""
     found = {}
     for R in (128, 256, 512, 1024, 2048):
-        found[R] = m = child(args, layout="packed", measures="update", responses=max(1, 1024 // R), range=(R, R))
+        found[R] = m = child(args, layout="packed", measures="update", responses=max(1, 1024 // R),
+                             range=(R, R))
         print(f"  {R:5d} tokens a response: {m['seconds'] / m['trained'] * 1e3:.2f} ms a trained token, peak "
               f"+{m['extra_bytes'] / 2**20:.0f} MiB", flush=True)
     return found
@@ -265,13 +271,15 @@ def table():
 
     N parameters, g GPUs. Training state: 16 N / g bytes (float32 weights, gradients, two moments); gathered
     for rollouts: 2 N (bfloat16). LoRA: 2 N frozen, the adapters are neglected. Activations with --recompute:
-    2 bytes x C x layers for each of 16,384 tokens, plus one layer's (34 x C x 2 bytes a token). Cache: 2 bytes
+    2 bytes x C x layers for each of 16,384 tokens, plus one layer's (34 x C x 2 bytes a token). Cache: 2
+    bytes
     x 2 x kv heads x head_dim x layers x 64 slots x 2,784 tokens. Time: 64 x 16 / g responses of 1,000 tokens
     after prompts of 200: 3 passes of 2 N FLOPs over 3,200 tokens each (2 trace steps per block of 4) at 40
-    percent of 989 TFLOP/s; rollouts, bound by memory: 2 N bytes for each of 250 blocks x 3 forwards of 64 slots
-    at 60 percent of 3.35 TB/s.
+    percent of 989 TFLOP/s; rollouts, bound by memory: 2 N bytes for each of 250 blocks x 3 forwards of 64
+    slots at 60 percent of 3.35 TB/s.
     """
-    print("| model | GPUs | training state | whole weights | activations | cache | sum | LoRA | update | rollout |")
+    print("| model | GPUs | training state | whole weights | activations | cache | sum | LoRA | update | "
+          "rollout |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in ("0.6B", "1.7B", "4B", "8B"):
         config = preset_config(name)
@@ -286,9 +294,11 @@ def table():
             update = 3 * 2 * N * 3200 * responses / (0.4 * GPU_FLOPS)
             rollouts = -(-responses // 64) * 250 * 3 * 2 * N / (0.6 * 3.35e12)
             total = state + whole + max(activations, cache)
-            print(f"| {name} | {g} | {state / 2**30:.1f} | {whole / 2**30:.1f} | {activations / 2**30:.1f} | "
-                  f"{cache / 2**30:.1f} | {total / 2**30:.0f} GiB{' (too much)' if total > GPU_BYTES else ''} | "
-                  f"{(whole + max(activations, cache)) / 2**30:.0f} GiB | {update:.0f} s | {rollouts:.0f} s |")
+            sizes = [f"{x / 2**30:.1f}" for x in (state, whole, activations, cache)]
+            fits = "" if total < GPU_BYTES else " (too much)"
+            lora = (whole + max(activations, cache)) / 2**30
+            print(f"| {name} | {g} | {' | '.join(sizes)} | {total / 2**30:.0f}{fits} | {lora:.0f} | {update:.0f} s "
+                  f"| {rollouts:.0f} s |")
 
 
 def parse_args(argv=None):
@@ -296,14 +306,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     is_cuda = torch.cuda.is_available()
     parser.add_argument("--preset", default="34M", choices=PRESETS)
-    parser.add_argument("--dtype", default="bfloat16" if is_cuda else "float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="bfloat16" if is_cuda else "float32", choices=("float32",
+                                                                                          "bfloat16"))
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--responses", type=int, default=128 if is_cuda else 8)
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--range", type=int, nargs=2, default=(96, 160), help="shortest and longest response")
     parser.add_argument("--padded", type=int, default=256, help="response length of the authors' layout")
     parser.add_argument("--micro_tokens", type=int, default=16384 if is_cuda else 4608)
-    parser.add_argument("--repeats", type=int, default=3, help="timed updates after the first; the best counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed updates after the first; the best "
+                        "counts")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--targets", type=int, default=4000, help="of --logprobs")
     parser.add_argument("--logprobs", action="store_true")
@@ -323,8 +335,9 @@ def main(argv=None):
     if args.logprobs:
         for layout in ("authors", "packed"):
             m = child(args, layout=layout, measures="logprobs")
-            print(f"  {args.targets} log-probabilities over 151,936 tokens, forward and backward, "
-                  f"{'all at once' if layout == 'authors' else 'in chunks'}: peak +{m['extra_bytes'] / 2**20:.0f} MiB")
+            how = "all at once" if layout == "authors" else "in chunks"
+            print(f"  {args.targets} log-probabilities over 151,936 tokens, forward and backward, {how}: "
+                  f"peak +{m['extra_bytes'] / 2**20:.0f} MiB")
         return None
     if args.table:
         return table()

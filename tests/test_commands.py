@@ -76,7 +76,8 @@ def test_two_processes_make_the_same_update_as_one(runs):
 def test_four_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path, monkeypatch):
     """Value model, adapters, mini-batches of two rollouts: at times some processes have no row at all."""
     flags = ["--model", TINY, *small_data(tmp_path), *SMALL, "--advantage=value", "--value_warmup=1",
-             "--prompts=3", "--group_size=2", "--minibatches=3", "--lora_rank=2", "--steps=3", "--save_every=2"]
+             "--prompts=3", "--group_size=2", "--minibatches=3", "--lora_rank=2", "--steps=3",
+             "--save_every=2"]
     run("tracerl.py", *flags, "--run_name=four", cwd=tmp_path, processes=4)
     monkeypatch.chdir(tmp_path)
     tracerl.main([*flags, "--run=one"])
@@ -178,7 +179,8 @@ def test_bfloat16_computes_and_float32_keeps(more, tmp_path, monkeypatch):
     """Layers compute in bfloat16, the weights move by less than bfloat16 could say, ratios stay near 1."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
-    tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL, "--dtype=bfloat16", "--recompute", "--lr=1e-6",
+    tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL, "--dtype=bfloat16", "--recompute",
+                  "--lr=1e-6",
                   *more])
     assert all(0 < line["gap"] < 0.1 and 1 <= line["ratio_max"] < 2 and line["skipped_updates"] == 0
                for line in lines(tmp_path / "runs/tracerl"))
@@ -243,10 +245,12 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
     assert json.loads((tmp_path / "runs/methods.json").read_text()).keys() == {"k4"}
     output = capsys.readouterr().out
     assert "python tracerl.py --objective=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
-    assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found  # all done
+    # all done
+    assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found
     assert set(bench_methods.main(["--settings", "k4-to-k8", "--lrs", "1e-3", *more])["k4-to-k8"]) == {
         "adapt", "direct"}
-    noise = bench_methods.main(["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1", *more])["k4"]
+    noise = bench_methods.main(["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1",
+                                *more])["k4"]
     assert set(noise) == {"group", "batch", "none", "value", "random", "coupled"}
     assert all(ratio == ratio and error > 0 for ratio, error in noise.values())
 

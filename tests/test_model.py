@@ -349,7 +349,8 @@ def test_tiles_see_what_the_dense_mask_shows(kind):
         model = random_model(kind)
         rows = rows_of_views(model)
         tiles = lm.tile_mask(rows.layout, size=16)
-        h = model.hidden(rows.tokens, rows.layout, mask=tiles if is_tiled else None).flatten(0, 1)[rows.source]
+        h = model.hidden(rows.tokens, rows.layout, mask=tiles if is_tiled else None).flatten(0,
+                                                                                             1)[rows.source]
         h.square().sum().backward()
         numbers.append([h, *(p.grad for p in model.layers.parameters())])
     for ours, theirs in zip(*numbers):

@@ -132,7 +132,8 @@ def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monke
 
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [json.dumps({"prompt": p.problem, "response": p.solution}) for p in eval_math.arithmetic("train", 64)]
+    rows = [json.dumps({"prompt": p.problem, "response": p.solution}) for p in eval_math.arithmetic("train",
+                                                                                                    64)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     flags = ["--model", str(FIXTURES / "tiny"), "--data=data.jsonl", "--steps=6", "--cooldown=3", "--lr=1e-2",
              "--batch_size=24", "--max_new_tokens=20", "--save_every=2"]
@@ -151,7 +152,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     resumed, _ = lm.load_model(sft.main([*flags, "--run=stopped", "--resume"]))
     assert len(calls) == 5 + 2  # from step 4 on
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
-    assert (tmp_path / "runs/whole/metrics.jsonl").read_text() == (tmp_path / "runs/stopped/metrics.jsonl").read_text()
+    assert (tmp_path / "runs/whole/metrics.jsonl").read_text() == (
+        tmp_path / "runs/stopped/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("flags, message", [
