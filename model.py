@@ -1116,6 +1116,8 @@ class RunLog:
         train state."""
         barrier()
         if not (paths := self.checkpoints()):
+            if self.is_writer:
+                open(self.path, "w", encoding="utf-8").close()
             return None
         folder = os.path.join(paths[-1], "train_state")
         if not os.path.isfile(os.path.join(folder, "progress.json")):

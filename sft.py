@@ -158,9 +158,9 @@ def train(model, tokenizer, examples, dev_problems, args, log):
         if args.save_every and (step + 1) % args.save_every == 0:
             log.save_checkpoint(tokenizer, trainers, progress, args.keep_checkpoints)
     bar.close()
-    if args.stop_accuracy is not None:
+    if "accuracy" in line:
         lm.say(f"sft: {progress['step']} updates; accuracy on {len(dev_problems)} development problems "
-               f"{line.get('accuracy', 0):.3f}")
+               f"{line['accuracy']:.3f}")
 
 
 def add_common_flags(flag):

@@ -99,8 +99,8 @@ def field_tables(rollouts, *names, device):
 
 def train_rows(model, rollouts, settings, objective):
     """The micro-batches of this process's rollouts (maybe none), on the model's device."""
-    rows = rollout.trace_rows(rollouts, model.config, settings.shrink, trained_only=True,
-                              objective=objective) if rollouts else None
+    rows = rollout.trace_rows(rollouts, model.config, settings.shrink, True, settings.post_num,
+                              objective) if rollouts else None
     return rollout.micro_batches(rows, settings.micro_tokens, model.device)
 
 
@@ -137,7 +137,7 @@ def value_advantages(critic, rollouts, settings):
     sums, square, count = [0.0] * 5, 0.0, 0
     values = predict(critic, train_rows(critic, rollouts, settings, "tracerl"), rollouts)
     if rollouts:
-        steps = value.global_steps(rollouts, critic.config, settings.shrink)
+        steps = value.global_steps(rollouts, critic.config, settings.shrink, settings.post_num)
         rewards = value.place_rewards(torch.tensor([r.reward for r in rollouts]), steps)
         for row, r in zip(rewards, rollouts):
             if r.token_rewards:
@@ -155,9 +155,11 @@ def value_advantages(critic, rollouts, settings):
 
 def update_value(critic, optimizer, batch, settings):
     """One step of the value model on one mini-batch -> its loss."""
-    own, num_trained, total = own_share(batch), sum(r.num_tokens for r in batch), 0.0
+    own, total = own_share(batch), 0.0
+    parts = train_rows(critic, own, settings, "tracerl")
+    num_trained = lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0]
     value_old, returns = field_tables(own, "value_old", "returns", device=critic.device)
-    for rows in train_rows(critic, own, settings, "tracerl"):
+    for rows in parts:
         at = rows.owner, rows.place
         loss = value.value_loss(critic(rows), value_old[at], returns[at], num_trained, settings.value_clip)
         loss.backward()
@@ -290,6 +292,10 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
     optimizer states and the step number are the whole state of a run.
     """
     critic = value.ValueModel(model) if args.advantage == "value" else None
+    saved = os.path.join(args.model or "", "value", "model.safetensors")
+    if critic is not None and not args.lora_rank and os.path.isfile(saved):
+        lm.say(f"value model: going on from {saved}")
+        value.load_value_model(critic, saved)
     lm.shard(model, model.layers, getattr(torch, args.dtype))
     if critic is not None:
         lm.shard(critic, critic.backbone.layers, getattr(torch, args.dtype))
@@ -309,6 +315,8 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
         rollout_K = args.rollout_block_size if is_adapting else model.config.block_size
         with rollout.blocks_of(model, rollout_K):
             rollouts, repeated = roll_out(model, problems, args, step)  # 1
+        for r in rollouts if is_adapting else []:  # the last large block shows what was not decoded as masks
+            r.canvas = len(r.response) + -(len(r.prompt) + len(r.response)) % model.config.block_size
         give_rewards(rollouts, repeated, tokenizer, reward)  # 2
         rolled_out = time.perf_counter()
         kept = set_advantages(rollouts, args.advantage, args.group_size, args.keep_range)  # 3
@@ -410,8 +418,7 @@ def describe_line(line):
                   f"KL {line['kl']:.4f}",
                   f"entropy {line['entropy']:.3f}", f"grad {line['gradient_norm']:.2f}"]
     else:
-        parts += ["value model only" if "value_loss" in line
-                  else "no group with unequal rewards in range: no update"]
+        parts += ["value model only" if "value_loss" in line else "nothing to learn from: no update"]
     if "value_loss" in line:
         parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
     parts += [f"gap {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s",
@@ -462,8 +469,9 @@ def parse_args(argv=None):
     flag("--value_lr", float, 4e-3, 5e-6, "learning rate of the value model")
     flag("--value_warmup", int, 10, 5, "RL steps that train the value model only")
     flag("--value_epochs", int, 4, 1, "passes of the value model over the rollouts of a step")
-    flag("--value_clip", float, None, None, "bound on the change of a value in its loss; None is no clipping "
+    flag("--value_clip", float, None, 0.2, "bound on the change of a value in its loss; None is no clipping "
          "(the paper: 0.2)")
+    flag("--post_num", int, 0, 0, "tokens after eos, in its block, that are trained as well")
     flag("--gamma", float, 1.0, 1.0, "discount per trace step")
     flag("--lam", float, 1.0, 1.0, "lambda of GAE")
     flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float or "
@@ -503,7 +511,8 @@ def check_args(args, parser):
                  "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    for name in ("value_warmup", "warmup", "adapt_steps", "lora_rank", "beta", "clip", "top_k", "eval_every",
+    for name in ("value_warmup", "warmup", "adapt_steps", "lora_rank", "post_num", "beta", "clip", "top_k",
+                 "eval_every",
                  "save_every"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
@@ -512,6 +521,9 @@ def check_args(args, parser):
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}")
+    if args.rollout_block_size and (args.block_size or 0) % args.rollout_block_size:
+        parser.error(f"--block_size {args.block_size} must be a multiple of --rollout_block_size "
+                     f"{args.rollout_block_size}")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     for name in ("block_size", "rollout_block_size", "slots", "denoising_steps", "value_clip"):
@@ -545,9 +557,10 @@ def main(argv=None):
                                         args.attention)
     model, tokenizer = lm.load_to_train(args, path)
     args.shrink = args.shrink or (8 if model.config.is_full else 1)
-    if not 1 <= (args.denoising_steps or 1) <= model.config.block_size:
+    smallest = args.rollout_block_size or model.config.block_size
+    if not 1 <= (args.denoising_steps or 1) <= smallest:
         raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 and the block size, "
-                         f"{model.config.block_size}")
+                         f"{smallest}")
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
     problems, test_problems = (load_data(source, tokenizer, args) for source in (args.train_data,

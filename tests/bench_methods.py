@@ -13,13 +13,16 @@ nothing. Several of these commands may run side by side: a run belongs to whoeve
 first, until it is silent for ten minutes.
 
 Tables and runs/methods.json: after training, mean over the seeds +- half of a 95 percent confidence interval
-(Student's t); "reward" is the mean over all RL steps, so it shows speed; "vs" is the paired difference in
-reward to the first arm. Picture: --picture FILE.
+(Student's t); "reward" is the mean over all RL steps, so it shows speed (of arms that decode alike: not of
+static, nor of k4-to-k8); "vs" is the difference to the first arm, paired by seed, not corrected for the
+number of arms. The value arm spends its first 10 steps on the value model alone. Picture: --picture FILE.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -66,8 +69,10 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.26
 
 def command(setting, arm, lr, seed, args):
     """The flags of one run."""
-    return [*SETTINGS[setting], *ARMS[arm], f"--lr={lr}", f"--seed={seed}", f"--steps={args.steps}",
-            f"--eval_every={args.steps}", *args.more, f"--run=methods-{setting}-{arm}-lr{lr}-s{seed}"]
+    flags = [*SETTINGS[setting], *ARMS[arm], f"--lr={lr}", f"--seed={seed}", f"--steps={args.steps}",
+             f"--eval_every={args.steps}", *args.more]
+    name = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]  # other flags, another run
+    return [*flags, f"--run=methods-{setting}-{arm}-lr{lr}-s{seed}-{name}"]
 
 
 def result(flags):
@@ -86,17 +91,28 @@ def result(flags):
 
 def run_all(commands):
     """Runs what nobody has run yet -> the results, waiting for what others are running."""
-    for flags in commands:
-        folder = Path("runs") / flags[-1].removeprefix("--run=")
-        if result(flags) or folder.exists() and time.time() - max(
-                path.stat().st_mtime for path in [folder, *folder.iterdir()]) < 600:
-            continue  # done, or someone is at it
-        folder.mkdir(parents=True, exist_ok=True)
-        print("python tracerl.py " + " ".join(flags), flush=True)
-        tracerl.main(flags)
     while not all(results := [result(flags) for flags in commands]):
-        time.sleep(5)
+        for flags, done in zip(commands, results):
+            folder = Path("runs") / flags[-1].removeprefix("--run=")
+            if done or not claim(folder):
+                continue
+            print("python tracerl.py " + " ".join(flags), flush=True)
+            tracerl.main(flags)
+        time.sleep(1)
     return results
+
+
+def claim(folder):
+    """Makes a run's folder -> whether it is ours to run. One that was silent for ten minutes is taken
+    over."""
+    if folder.exists() and time.time() - max(p.stat().st_mtime for p in [folder,
+                                                                         *folder.glob("*.json*")]) > 600:
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True)
+        return True
+    except FileExistsError:
+        return False
 
 
 def interval(numbers):
@@ -126,12 +142,14 @@ def print_table(setting, table):
     print(f"\n{setting}, {number} seeds; before: " + ", ".join(
         f"{name} {fmean(r['before'][name] for r in table[first][1]):.3f}" for name in ("dynamic", "static",
                                                                                       "greedy")))
-    print(f"| arm | lr | reward | vs {first} | dynamic | static | greedy |\n|---|---|---|---|---|---|---|")
+    print(f"| arm | lr | reward | vs {first} | dynamic | vs {first} | static | greedy |\n" + "|---" * 8 + "|")
     for arm, (lr, results) in table.items():
-        cells = ["{:.3f} +- {:.3f}".format(*interval([r[name] for r in results]))
-                 for name in ("reward", "dynamic", "static", "greedy")]
-        difference = interval([r["reward"] - other["reward"] for r, other in zip(results, table[first][1])])
-        cells.insert(1, "" if arm == first else "{:+.3f} +- {:.3f}".format(*difference))
+        cells = []
+        for name in ("reward", "dynamic", "static", "greedy"):
+            cells.append("{:.3f} +- {:.3f}".format(*interval([r[name] for r in results])))
+            if name in ("reward", "dynamic"):
+                gain = interval([r[name] - other[name] for r, other in zip(results, table[first][1])])
+                cells.append("" if arm == first else "{:+.3f} +- {:.3f}".format(*gain))
         print(f"| {arm} | {lr} | " + " | ".join(cells) + " |", flush=True)
     for arm, (_, results) in table.items():
         if all(r["explained"] for r in results):
@@ -177,11 +195,12 @@ def gradient(model, rollouts, settings):
 
 
 def noise(gradients):
-    """E |g - E g|^2 / |E g|^2 of a list of gradients, both parts without bias, with a jackknife standard
-    error."""
+    """E |g - E g|^2 / |E g|^2 of a list of gradients, both parts without bias, and its jackknife standard
+    error (NaN where the mean does not stand out)."""
     def ratio(g):
-        variance = float((g - g.mean(0)).square().sum() / (len(g) - 1))
-        return variance / max(float(g.mean(0).square().sum()) - variance / len(g), 1e-30)
+        spread = float((g - g.mean(0)).square().sum() / (len(g) - 1))
+        signal = float(g.mean(0).square().sum()) - spread / len(g)
+        return spread / signal if signal > 0 else float("nan")
 
     g = torch.stack(gradients).double()
     left_out = [ratio(torch.cat([g[:i], g[i + 1:]])) for i in range(len(g))]
@@ -191,9 +210,13 @@ def noise(gradients):
 
 def variance(setting, args):
     """For fixed prompts and the warm start as policy: the noise of the gradient over resampled rollouts, for
-    each advantage (on the trace) and each objective (with group advantages) -> {name: (ratio, error)}.
+    each advantage (on the trace) and each objective (with group advantages) -> {name: (ratio, error,
+    cosine)}: noise(), and the cosine of the mean gradient with that of the raw reward.
 
-    The value model is trained beforehand, on other rollouts of the same policy.
+    The objectives, and the group's division by its standard deviation, have other mean gradients, so that
+    less noise there is not yet a better estimate of the same thing: hence the cosine. The errors are over
+    rollouts alone, of one policy and 32 prompts. The value model is trained beforehand, on other rollouts of
+    the policy.
     """
     settings = tracerl.parse_args([*SETTINGS[setting], "--advantage=value", "--value_lr=4e-3", *args.more])
     settings.shrink = settings.shrink or 1
@@ -227,13 +250,15 @@ def variance(setting, args):
             if kind == "value":
                 tracerl.value_advantages(critic, kept, settings)
             found.setdefault(name, []).append(gradient(model, kept, settings))
-    return {name: noise(gradients) for name, gradients in found.items()}
+    means = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}
+    return {name: (*noise(gradients), float(torch.cosine_similarity(means[name], means["none"], dim=0)))
+            for name, gradients in found.items()}
 
 
 def parse_args(argv=None):
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS)[:4], choices=SETTINGS)
     parser.add_argument("--arms", nargs="+", default=None, choices=ARMS,
                         help="default: those of each setting")
     parser.add_argument("--seeds", type=int, default=5, choices=STUDENT)
@@ -257,8 +282,8 @@ def main(argv=None):
         if args.variance:
             found[setting] = variance(setting, args)
             print(f"\n{setting}: noise of the policy gradient, {args.resamples} batches of rollouts")
-            for name, (ratio, error) in found[setting].items():
-                print(f"| {name} | {ratio:.4f} +- {error:.4f} |", flush=True)
+            for name, (ratio, error, cosine) in found[setting].items():
+                print(f"| {name} | {ratio:.4f} +- {error:.4f} | {cosine:.3f} |", flush=True)
         else:
             found[setting] = compare(setting, args.arms or WHICH[setting], args)
             print_table(setting, found[setting])

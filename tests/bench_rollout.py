@@ -61,7 +61,7 @@ def main(argv=None):
     V = model.config.vocab_size
     prompts = [torch.randint(3, V, (int(n),), generator=rng).tolist()
                for n in torch.randint(32, 96, (args.responses,), generator=rng)]
-    # an end every hundred tokens or so: lengths are as ragged as those of real answers
+    # ends are drawn like other tokens (the tiny model: every 17 tokens): lengths as ragged as real answers'
     eos = list(range(3, 3 + max(1, round(V / 100))))
     decode = lambda prompts, slots, seed=0: rollout.generate(
         model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos, slots=slots, denoising_steps=2,

@@ -157,7 +157,7 @@ def measure(args):
     for layer in model.layers:
         layer.recomputes = args.recompute
     rollouts = made_up(config, args.responses, args.prompt, *args.range)
-    settings = argparse.Namespace(shrink=1, micro_tokens=args.micro_tokens, objective="tracerl",
+    settings = argparse.Namespace(shrink=1, post_num=0, micro_tokens=args.micro_tokens, objective="tracerl",
                                   temperature=1.0)
     if args.layout in ("authors", "unpadded"):
         response = args.padded if args.layout == "authors" else max(len(r.response) for r in rollouts)
@@ -170,6 +170,8 @@ def measure(args):
         parts = tracerl.train_rows(model, rollouts, settings, "tracerl")
         num_trained, tokens = sum(len(p.target) for p in parts), sum(p.tokens.numel() for p in parts)
         once = lambda: packed_update(model, rollouts, settings, args.layout == "replayed")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before, times = peak_bytes(device), []
     for _ in range(1 + args.repeats):
         model.zero_grad(set_to_none=False)
@@ -239,13 +241,15 @@ def child(args, **changes):
 def compare(args):
     """The packed update against the authors' layout."""
     peak = matmul_flops(args.threads, getattr(torch, args.dtype))
-    print(f"{args.preset}, {args.dtype}, {lm.default_device()}: {args.responses} responses of {args.range[0]} "
+    print(f"{args.preset}, {args.dtype}, {lm.default_device()}: {args.responses} responses of "
+          f"{args.range[0]} "
           f"to {args.range[1]} tokens, prompts of {args.prompt}; a matrix product: {peak / 1e12:.2f} TFLOP/s")
     found = {}
     for layout in ("authors", "unpadded", "replayed", "packed"):
         found[layout] = m = child(args, layout=layout, measures="update")
         useful, share = m["trained"] / m["tokens"], m["flops"] / m["seconds"] / peak
-        print(f"  {layout:9s} {m['seconds']:8.2f} s  {m['tokens']:7d} tokens a pass, {useful:.2f} useful  peak "
+        print(f"  {layout:9s} {m['seconds']:8.2f} s  {m['tokens']:7d} tokens a pass, {useful:.2f} useful  "
+              f"peak "
               f"+{m['extra_bytes'] / 2**20:6.0f} MiB  {share:.0%} of the matrix product", flush=True)
     for layout in ("packed", "replayed"):
         faster, fewer = (found["authors"][name] / found[layout][name] for name in ("seconds", "tokens"))
@@ -274,9 +278,10 @@ def table():
     2 bytes x C x layers for each of 16,384 tokens, plus one layer's (34 x C x 2 bytes a token). Cache: 2
     bytes
     x 2 x kv heads x head_dim x layers x 64 slots x 2,784 tokens. Time: 64 x 16 / g responses of 1,000 tokens
-    after prompts of 200: 3 passes of 2 N FLOPs over 3,200 tokens each (2 trace steps per block of 4) at 40
-    percent of 989 TFLOP/s; rollouts, bound by memory: 2 N bytes for each of 250 blocks x 3 forwards of 64
-    slots at 60 percent of 3.35 TB/s.
+    after prompts of 200: 4 passes (one again for --recompute) of 2 N FLOPs over 3,200 tokens each (2 trace steps per block of 4) at 40
+    percent of 989 TFLOP/s; rollouts, bound by memory: 2 N bytes
+    and the cache of 700 tokens in each of 64 slots, for each of 250 blocks x 3 forwards, at 60 percent of
+    3.35 TB/s.
     """
     print("| model | GPUs | training state | whole weights | activations | cache | sum | LoRA | update | "
           "rollout |")
@@ -291,13 +296,14 @@ def table():
         for g in (1, 8, 16):
             state, whole = 16 * N / g, 2 * N
             responses = 64 * 16 / g
-            update = 3 * 2 * N * 3200 * responses / (0.4 * GPU_FLOPS)
-            rollouts = -(-responses // 64) * 250 * 3 * 2 * N / (0.6 * 3.35e12)
+            update = 4 * 2 * N * 3200 * responses / (0.4 * GPU_FLOPS)
+            rollouts = -(-responses // 64) * 250 * 3 * (2 * N + cache / 2784 * 700) / (0.6 * 3.35e12)
             total = state + whole + max(activations, cache)
             sizes = [f"{x / 2**30:.1f}" for x in (state, whole, activations, cache)]
             fits = "" if total < GPU_BYTES else " (too much)"
             lora = (whole + max(activations, cache)) / 2**30
-            print(f"| {name} | {g} | {' | '.join(sizes)} | {total / 2**30:.0f}{fits} | {lora:.0f} | {update:.0f} s "
+            print(f"| {name} | {g} | {' | '.join(sizes)} | {total / 2**30:.0f}{fits} | {lora:.0f} | "
+                  f"{update:.0f} s "
                   f"| {rollouts:.0f} s |")
 
 

@@ -153,6 +153,21 @@ def test_micro_batches_hold_the_same_targets_within_their_budget():
     assert sorted(sum(map(key, parts), [])) == key(whole)
 
 
+def test_a_larger_block_shows_what_smaller_ones_left_undecoded_as_masks():
+    model = random_model(block_size=4)
+    rollouts = generate(model, random_prompts([8, 9, 6]), max_new_tokens=10, strategy="static")
+    model.config.block_size = 8
+    for r in rollouts:  # as tracerl.py does while it adapts
+        r.canvas = len(r.response) + -(len(r.prompt) + len(r.response)) % 8
+        rows = trace_rows([r], model.config)
+        assert len(rows.target) == len(r.response)
+        views = rows.layout.view + 100 * rows.layout.block
+        assert set(views[rows.layout.view > 0].unique(return_counts=True)[1].tolist()) == {8}
+        is_left = (rows.layout.view > 0) & (rows.layout.position >= len(r.prompt) + len(r.response))
+        assert is_left.any() == (r.canvas > len(r.response))
+        assert (rows.tokens[is_left] == model.config.mask_id).all()
+
+
 @pytest.mark.parametrize("kind", ["sdar", "dream"])
 @torch.no_grad()
 def test_rows_packed_end_to_end_give_the_numbers_of_rows_apart(kind):

@@ -14,7 +14,8 @@ import tracerl
 from rollout import Rollout
 from tracerl import group_advantages, policy_loss, set_advantages
 
-SETTINGS = dict(dtype="float32", temperature=1.0, shrink=1, micro_tokens=16384, clip=0.2, beta=0.01,
+SETTINGS = dict(dtype="float32", post_num=0, temperature=1.0, shrink=1, micro_tokens=16384, clip=0.2,
+                beta=0.01,
                 max_norm=1e9,
                 minibatches=1, epochs=1,
                 group_size=4, seed=0, objective="tracerl", gamma=1.0, lam=1.0, value_clip=None,
