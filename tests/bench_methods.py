@@ -52,6 +52,7 @@ ARMS = {  # what is compared: flags of one arm
     "random": ["--objective=random"],
     "coupled": ["--objective=coupled"],
     "value": ["--advantage=value"],
+    "value-clip": ["--advantage=value", "--value_clip=0.2"],
     "batch": ["--advantage=batch"],
     "none": ["--advantage=none"],
     "shrink-2": ["--shrink=2"],
