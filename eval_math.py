@@ -1,13 +1,12 @@
 """eval_math.py - what counts as right.
 
-Problems (embedded, local files, the hub), the prompt around them, the answer in a response, the verdict, and
-accuracy with its standard error. The verdict is also the training reward: a wrong one teaches something
-false.
+Problems (embedded, local files, the hub), the prompt around them, the answer in a response, the verdict,
+and accuracy with its standard error. The verdict is also the training reward: a wrong one teaches
+something false.
 
     python eval_math.py --model runs/tracerl/checkpoints/step-60 --data arithmetic-test
 
-Reading order: Problem, the embedded arithmetic, load_problems, encode_prompts; extract_answer, is_correct;
-evaluate.
+Reading order: Problem, arithmetic, load_problems, encode_prompts; extract_answer, is_correct; evaluate.
 """
 
 import argparse
@@ -84,8 +83,7 @@ def work_out(a, b, slip, rng):
 
 
 HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:test",
-       "gsm8k-train": "openai/gsm8k:main:train",
-       "aime2024": "Maxwell-Jia/AIME_2024::train"}
+       "gsm8k-train": "openai/gsm8k:main:train", "aime2024": "Maxwell-Jia/AIME_2024::train"}
 COLUMNS = dict(problem=("problem", "question", "prompt", "messages"),
                answer=("answer", "final_answer", "solution", "response"),
                solution=("solution", "response", "answer"))
@@ -113,8 +111,7 @@ def load_problems(source, problem_column=None, answer_column=None, needs_answer=
 
 
 def read_rows(source):
-    """The rows of a local file or of a hub data set, as dicts (a broken JSON line: ValueError with its
-    number)."""
+    """The rows of a local file or hub data set, as dicts (a broken JSON line: ValueError with its number)."""
     if os.path.isfile(source) and source.endswith((".json", ".jsonl")):
         with open(source, encoding="utf-8") as file:
             text = file.read()
@@ -137,8 +134,8 @@ def read_rows(source):
     is_file = source.endswith((".json", ".jsonl"))
     is_id = not is_file and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source)
     if source not in HUB and not is_id:
-        raise FileNotFoundError(f"no data file {source!r}, and no name among {', '.join(HUB)}, and not a "
-                                f"hub id owner/name")
+        raise FileNotFoundError(f"no data file {source!r}, and no name among {', '.join(HUB)}, "
+                                "and not a hub id owner/name")
     name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
     return list(datasets.load_dataset(name, config or None, split=split or "train"))
 
@@ -174,10 +171,9 @@ def to_problem(row, where, given, needs_answer):
 PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
 
 
-def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTION, style="chat",
-                   system=None):
-    """Sets Problem.tokens -> (the problems that fit, how many did not). system: a system message, if the chat
-    has none.
+def encode_prompts(
+        problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTION, style="chat", system=None):
+    """Sets Problem.tokens -> (problems that fit, number of others). system: a message, for chats without one.
 
     style: how the chat template's text is used (METHOD: evaluation).
       chat      as the template gives it
@@ -218,8 +214,7 @@ def encode_prompts(problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTI
 
 
 def extract_answer(response):
-    """What stands in the last \\boxed{...} with balanced braces, or None: no box, an unclosed one, or one
-    without end."""
+    """What stands in the last \\boxed{...} with balanced braces, or None: no box, one unclosed or endless."""
     start = max(response.rfind("\\boxed{"), response.rfind("\\boxed {"))
     if start < 0:
         return None
@@ -237,8 +232,8 @@ PLAIN = str.maketrans({
     **dict.fromkeys("\u200b\u2060\ufeff\u200e\u00a0\u202f\u2009", " "),
     **dict(zip("÷⁄∕，；：（）＝＜＞＋", "///,;:()=<>+")),
     **{c: rf"\{name} " for c, name in zip(
-        "π∞×≤⩽≥⩾≠±∓∪∅∈θαβγλφω", ("pi infty times le le ge ge ne pm mp cup emptyset in theta alpha beta gamma "
-                                    "lambda phi omega").split())},
+        "π∞×≤⩽≥⩾≠±∓∪∅∈θαβγλφω", ("pi infty times le le ge ge ne pm mp cup emptyset in "
+                                 "theta alpha beta gamma lambda phi omega").split())},
     **{c: rf"\frac{{{a}}}{{{b}}}" for c, a, b in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅛18", "⅙16")},
     "ℝ": r"\mathbb{R}"})
 POWERS, INDICES = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "₀₁₂₃₄₅₆₇₈₉"
@@ -253,8 +248,8 @@ WRAPPERS = (
     r"mathtt|boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath)\s*")
 UNITS = (
     "degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|"
-         "foot|yards?|meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|"
-         "per|mph|percent|people|ways")
+    "foot|yards?|meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|"
+    "per|mph|percent|people|ways")
 NOT_UNITS = (r"\s*(?:or|and|not|wrong|plus|minus|million|billion|trillion|thousand|hundred|dozen|"
              r"[a-fi-ln-rt-zA-Z](?![a-zA-Z.]))\b")  # text behind a number that changes it
 AFTER_NUMBER = r"(?:(?<=[\d})])|(?<=\\pi)|(?<=\\pi ))\s*"
@@ -317,8 +312,8 @@ def thousands(text):
     for i, c in enumerate(text):
         depth += (c in "([" or text[i - 1:i + 1] == "\\{") - (c in ")]" or text[i - 1:i + 1] == "\\}")
         depths.append(depth)
-    return re.sub(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?!\d|,\d)", lambda m: m[0] if depths[m.start()]
-                  else m[0].replace(",", ""), text)
+    return re.sub(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?!\d|,\d)",
+                  lambda m: m[0] if depths[m.start()] else m[0].replace(",", ""), text)
 
 
 def normalize(text):
@@ -335,8 +330,7 @@ def normalize(text):
 
 
 def closing(text, start, opening="([{", ending=")]}"):
-    """Where the bracket that opens at `start` closes, or -1. Brackets of any kind match: intervals are
-    half-open."""
+    """Where the bracket opened at `start` closes, or -1. Any two kinds match: intervals are half-open."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in opening) - (text[i] in ending)
@@ -361,14 +355,12 @@ def split_top(text, pattern):
 
 
 def number(text):
-    """The exact value of rational arithmetic (digits, + - * / ^, \\frac, brackets, mixed numbers) as a
-    Fraction, else None.
+    """Rational arithmetic (digits, + - * / ^, \\frac, brackets, mixed numbers) as an exact Fraction, or None.
 
-    Python's parser reads the syntax; nothing is evaluated but the few operations of `fold`, and no float is
-    ever made.
+    Python's parser reads the syntax; only the few operations of `fold` are evaluated; no float is ever made.
     """
-    if len(text) > 500 or re.search(r"[^\d\s.+\-*/^(){}]", re.sub(r"\\(?:frac|cdot|times|div)(?![a-zA-Z])",
-                                                                  "", text)):
+    if len(text) > 500 or re.search(
+            r"[^\d\s.+\-*/^(){}]", re.sub(r"\\(?:frac|cdot|times|div)(?![a-zA-Z])", "", text)):
         return None
     text = re.sub(r"(\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}", r"(\1+\2/\3)", text)  # mixed numbers
     before = None
@@ -386,8 +378,7 @@ def number(text):
 
 
 def fold(node):
-    """The value of a syntax tree of integers, signs, + - * / and bounded powers. Raises ValueError for
-    anything else."""
+    """The value of a syntax tree of integers, signs, + - * / and bounded powers; else raises ValueError."""
     match node:
         case ast.Constant(value=int()):
             return Fraction(node.value)
@@ -421,11 +412,9 @@ LIST = r"[,;] *(?:or|and)(?![a-zA-Z])|,|;|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])"
 
 
 def parts_of(text):
-    """The kind of an answer and its parts: ("matrix", rows...), ("union", ...), ("list", ...), ("(", "]",
-    ...), or ("one",).
+    """The kind of an answer: ("matrix", rows, columns), ("union",), ("list",) or ("(", "]"); and its parts.
 
-    Bare lists and sets are one kind, whose order does not matter; tuples and intervals keep brackets and
-    order.
+    Bare lists, sets and single answers are one kind, in any order; tuples, intervals keep brackets and order.
     """
     text = re.sub(r"^[(\[] ?(\\begin.*\\end ?\{(?:array|matrix)\}) ?[)\]]$", r"\1", text)
     matrix = re.fullmatch(r"\\begin ?\{([pbvB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?(.*)\\end ?\{\1\}",
@@ -461,7 +450,7 @@ NUMBERS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, 
 
 
 def in_base(text):
-    """204_5, (204)_{5}, 204_{five} -> ("204", "5"); None for what has no base."""
+    """204_5, (204)_{5}, 204_{five} -> ("", "204", "5"), sign first; None for what has no base."""
     match = re.fullmatch(r"(-?)[({]?([0-9a-zA-Z.]+)[)}]? ?_ ?\{? ?\(?(\d+|[a-z]+)\)? ?\}?", text)
     if not match or not (match[2][0].isdigit() or match[2].isupper() and match[2][1:]):
         return None
@@ -478,8 +467,8 @@ def compare(answer, gold, depth=0):
     if x is not None and y is not None:
         return x == y, "number"
     (name_a, value_a), (name_g, value_g) = strip_name(answer), strip_name(gold)
-    if name_a and name_a == name_g or bool(name_a) != bool(name_g) and not re.search(RELATION, gold if name_a
-                                                                                     else answer):
+    if name_a and name_a == name_g or (
+            bool(name_a) != bool(name_g) and not re.search(RELATION, gold if name_a else answer)):
         return compare(value_a, value_g, depth + 1)
     if name_a and name_g and (number(value_a) is not None or "(" in name_a + name_g):
         return False, "structure"
@@ -515,8 +504,7 @@ def is_same_bag(parts_a, parts_g, depth):
 
 
 def compare_relations(answer, gold, sides_a, sides_g, depth):
-    """Equations and inequalities: the same signs, turned to point one way, and sides whose difference is the
-    same."""
+    """Equations and inequalities: the same signs, turned to point one way, and sides of equal difference."""
     signs_a, signs_g = (re.findall(RELATION, text) for text in (answer, gold))
     turned = {">": "<", "\\ge": "\\le"}
     if signs_a and all(sign in turned for sign in signs_a):
@@ -545,8 +533,7 @@ STRANGE = re.compile(
 
 
 def compare_expressions(answer, gold, mode="equal"):
-    """The last resort: words as text; expressions that are cheap enough by a computer algebra system, in a
-    worker."""
+    """The last resort: words as text; expressions, if cheap enough, by computer algebra in a worker."""
     if WORD.search(answer) or WORD.search(gold):
         return answer.casefold() == gold.casefold(), "text"
     for text in (answer, gold):
@@ -572,8 +559,7 @@ def verdict(answer, gold):
 
 
 def is_correct(answer, gold):
-    """Whether an extracted answer (or None) equals the gold answer. The same verdict from any thread, under
-    any load."""
+    """Whether an extracted answer (or None) equals the gold one; the same from any thread, under any load."""
     return verdict(answer, gold)[0]
 
 
@@ -582,13 +568,11 @@ def is_correct(answer, gold):
 
 
 class Workers:
-    """Two persistent processes that compare expressions, each under kernel limits on memory and CPU time per
-    check.
+    """Two persistent processes that compare expressions, with kernel limits on memory and CPU time per check.
 
     They are started fresh, when first needed, as `python eval_math.py --worker`: never forked from a process
     with threads or CUDA. A check that dies is wrong, and counted; its worker is replaced. CPU time, not wall
-    time, decides, so the load of the machine does not; the wall clock is only the backstop for a check that
-    sleeps.
+    time, decides, so the load of the machine does not; the wall clock is a backstop for checks that sleep.
     """
 
     NUMBER, CPU_SECONDS, WALL_SECONDS, MEMORY, MOST_CHECKS = 2, 2, 20, 1 << 30, 12
@@ -642,9 +626,9 @@ class Workers:
 
     def start(self):
         """A new worker, ready."""
-        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"],
-                                   stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         process.stdout.readline()
         atexit.register(process.kill)
         return process
@@ -679,8 +663,7 @@ DIGITS = 250
 
 def is_same_expression(answer, gold, mode="equal"):
     """Whether two LaTeX expressions are the same function of their letters (run in a worker only); or, for
-    equations and inequalities, the same but for a constant factor (mode "scaled") or a positive one
-    ("positive").
+    equations and inequalities, the same but for a constant (mode "scaled") or positive ("positive") factor.
 
     math-verify's parser reads them; equality is decided here, at random rational points to DIGITS digits.
     math-verify's own comparison rounds to six digits, and so takes 6.283185 for 2 pi and 2^-99 for 2^-98.
@@ -730,8 +713,7 @@ def response_text(r, tokenizer):
 
 
 def score(rollouts, problems, tokenizer):
-    """Sets the reward of each rollout: 1 if its answer is right and it was not truncated, else 0 (METHOD:
-    rewards).
+    """Sets rewards: 1 if a rollout's answer is right and it was not truncated, else 0 (METHOD: rewards).
 
     Returns the (verdict, how) of each; a truncated response is wrong whatever it says.
     """
@@ -744,8 +726,7 @@ def score(rollouts, problems, tokenizer):
 
 
 def evaluate(model, tokenizer, problems, num_samples=1, seed=0, **settings):
-    """Samples num_samples responses per problem and scores them -> dict with accuracy, standard_error, n and
-    more.
+    """Samples and scores num_samples responses per problem -> dict with accuracy, standard_error, n and more.
 
     settings go to rollout.generate. The standard error is that of the mean over problems.
     """
@@ -764,8 +745,7 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, **settings):
 
 
 def accuracy(rewards):
-    """Rewards of each problem's samples -> accuracy, its standard error over problems, n, and pass@k for k =
-    all samples."""
+    """Rewards of each problem's samples -> accuracy, its standard error over problems, n, pass@k (k: all)."""
     means = [fmean(samples) for samples in rewards]
     mean = fmean(means)
     variance = sum((m - mean) ** 2 for m in means) / max(1, len(means) - 1)
@@ -775,11 +755,10 @@ def accuracy(rewards):
 
 def describe(rollouts):
     """Mean length (trained tokens), share of truncated responses, and tokens revealed per denoising step."""
-    return dict(length=sum(r.num_tokens for r in rollouts) / len(rollouts),
-                truncated=sum(r.is_truncated for r in rollouts) / len(rollouts),
-                tokens_per_step=sum(len(r.response) for r in rollouts)
-                / sum(max(r.step_map) for r in rollouts))
-
+    return dict(
+        length=sum(r.num_tokens for r in rollouts) / len(rollouts),
+        truncated=sum(r.is_truncated for r in rollouts) / len(rollouts),
+        tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -787,8 +766,7 @@ def describe(rollouts):
 
 
 def diffusion_responder(args):
-    """A function (problems, seeds, strategy) -> responses of a diffusion model, the prompts dealt out over
-    the processes."""
+    """A function (problems, seeds, strategy) -> responses of a diffusion model, made by all the processes."""
     import model as lm
     import rollout
 
@@ -799,8 +777,7 @@ def diffusion_responder(args):
         rollouts = rollout.generate_everywhere(
             model, [p.tokens for p in problems], seeds, max_new_tokens=args.max_new_tokens, strategy=strategy,
             threshold=args.threshold, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            slots=args.slots,
-            eos_ids=model.config.eos_ids)
+            slots=args.slots, eos_ids=model.config.eos_ids)
         return [dict(response=response_text(r, tokenizer), length=r.num_tokens, truncated=r.is_truncated,
                      decoded=len(r.response), step_map=r.step_map) for r in rollouts]
 
@@ -808,8 +785,7 @@ def diffusion_responder(args):
 
 
 def autoregressive_responder(args):
-    """The same of an autoregressive model, by transformers' generate: batched, left-padded, one token per
-    step."""
+    """The same of an autoregressive model, by transformers' generate: left-padded batches, token by token."""
     import torch
     import transformers
 
@@ -837,17 +813,16 @@ def autoregressive_responder(args):
             for row in tokens[:, inputs["input_ids"].shape[1]:].tolist():
                 end = next((i + 1 for i, token in enumerate(row) if token in eos), 0)
                 length = end or len(row)
-                out.append(dict(response=tokenizer.decode(row[:length], skip_special_tokens=True),
-                                length=length,
-                                truncated=end == 0, decoded=length, step_map=list(range(1, length + 1))))
+                out.append(dict(
+                    response=tokenizer.decode(row[:length], skip_special_tokens=True), length=length,
+                    truncated=end == 0, decoded=length, step_map=list(range(1, length + 1))))
         return lm.gather_lists(out)
 
     return respond, tokenizer
 
 
 def evaluate_command(args):
-    """Samples, grades and tabulates; every response goes to runs/<run>/responses.jsonl at once, so a run can
-    be resumed."""
+    """Samples, grades, tabulates. Responses are in runs/<run>/responses.jsonl at once: a run can resume."""
     import model as lm
 
     lm.start_processes()
@@ -856,8 +831,7 @@ def evaluate_command(args):
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     problems = load_problems(args.data, args.problem_column, args.answer_column)[:args.limit]
     problems, num_long = encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction,
-                                        args.prompt_style,
-                                        args.system)
+                                        args.prompt_style, args.system)
     strategies = ["autoregressive"] if args.ar else args.strategy
     log = lm.RunLog(os.path.join("runs", args.run), vars(args), "responses.jsonl", is_resumed=True)
     done = {(line["strategy"], line["problem"], line["sample"]): line for line in log.read()}
@@ -879,9 +853,8 @@ def evaluate_command(args):
                  for r, (_, i, _) in zip(responses, chunk)]
         for key, r, (answer, gold), (is_right, how) in zip(chunk, responses, pairs, grade(pairs)):
             done[key] = dict(strategy=key[0], problem=key[1], sample=key[2], text=problems[key[1]].problem,
-                             gold=gold, answer=answer,
-                             correct=is_right, how="truncated" if r["truncated"] else how, seconds=seconds,
-                             **r)
+                             gold=gold, answer=answer, correct=is_right,
+                             how="truncated" if r["truncated"] else how, seconds=seconds, **r)
             log.write(done[key])
     summary = {}
     for strategy in strategies:
@@ -889,13 +862,13 @@ def evaluate_command(args):
         summary[strategy] = accuracy([[float(line["correct"]) for line in lines[i:i + args.n]]
                                       for i in range(0, len(lines), args.n)])
         summary[strategy].update(
-            length=fmean(line["length"] for line in lines), truncated=fmean(line["truncated"]
-                                                                            for line in lines),
-            tokens_per_step=sum(line["decoded"] for line in lines) / sum(max(line["step_map"])
-                                                                         for line in lines),
+            length=fmean(line["length"] for line in lines),
+            truncated=fmean(line["truncated"] for line in lines),
+            tokens_per_step=sum(line["decoded"] for line in lines)
+            / sum(max(line["step_map"]) for line in lines),
             tokens_per_second=sum(line["length"] for line in lines) / sum(line["seconds"] for line in lines),
-            unanswered=fmean(line["answer"] is None for line in lines), killed=sum(line["how"] == "killed"
-                                                                                   for line in lines))
+            unanswered=fmean(line["answer"] is None for line in lines),
+            killed=sum(line["how"] == "killed" for line in lines))
     log.finish(summary)
     names = list(summary[strategies[0]])
     lm.say(f"{args.data}, n = {args.n}" + "".join(f"{strategy:>16s}" for strategy in strategies))
@@ -905,14 +878,13 @@ def evaluate_command(args):
 
 
 def grade_command(args):
-    """{"gold", "response"} rows -> {"correct", "answer", "how"} rows in args.out, and a summary with the
-    speed."""
+    """Rows of gold and response -> rows of correct, answer and how in args.out, and a summary with speed."""
     rows = read_rows(args.grade)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("gold"),
-                                                       str) or not isinstance(row.get("response"), str):
-            raise ValueError(f"{args.grade}, row {number}: needs the texts gold and response, has "
-                             f"{str(row)[:80]!r}")
+        if (not isinstance(row, dict) or not isinstance(row.get("gold"), str)
+                or not isinstance(row.get("response"), str)):
+            raise ValueError(f"{args.grade}, row {number}: needs the texts gold and response, "
+                             f"has {str(row)[:80]!r}")
     is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
     started = time.perf_counter()
     answers = [extract_answer(row["response"]) for row in rows]
@@ -931,32 +903,32 @@ def grade_command(args):
 
 def parse_args(argv=None):
     """The flags of eval_math.py. Each: name, type, default, meaning."""
-    parser = argparse.ArgumentParser(description="Evaluate a model on math problems, or grade a file.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Evaluate a model on math problems, or grade a file.", allow_abbrev=False)
     flag = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="diffusion model: checkpoint folder or hub id")
-    what.add_argument("--ar", metavar="MODEL", help="autoregressive model, by transformers' generate, under "
-                      "the same prompts and grader")
-    what.add_argument("--grade", metavar="FILE", help="grade a JSON Lines file of gold and response instead "
-                      "of sampling")
+    what.add_argument("--ar", metavar="MODEL", help="autoregressive model, by transformers' generate, "
+                      "under the same prompts and grader")
+    what.add_argument("--grade", metavar="FILE",
+                      help="grade a JSON Lines file of gold and response instead of sampling")
     flag("--out", help="with --grade: where the verdicts go")
-    flag("--data", default="arithmetic-test", help=f"arithmetic-test, {', '.join(HUB)}, a file, or a hub id "
-         f"owner/name[:config[:split]]")
+    flag("--data", default="arithmetic-test",
+         help=f"arithmetic-test, {', '.join(HUB)}, a file, or a hub id owner/name[:config[:split]]")
     flag("--problem_column", help="column of the problem, if it has an uncommon name")
     flag("--answer_column", help="column of the answer, if it has an uncommon name")
     flag("--limit", type=int, default=None, help="only the first problems")
     flag("--n", type=int, default=1, help="samples per problem; pass_at_k has k = n")
-    flag("--strategy", nargs="+", default=["static", "dynamic"], choices=("static", "dynamic", "sequential",
-                                                                          "entropy"))
+    flag("--strategy", nargs="+", default=["static", "dynamic"],
+         choices=("static", "dynamic", "sequential", "entropy"))
     flag("--threshold", type=float, default=0.9, help="confidence above which dynamic reveals a token")
     flag("--temperature", type=float, default=1.0, help="0 is greedy")
     flag("--top_k", type=int, default=0, help="draw among the k most probable tokens; 0 is all")
-    flag("--top_p", type=float, default=1.0, help="draw among the most probable tokens up to this sum; 1 is "
-         "all")
+    flag("--top_p", type=float, default=1.0,
+         help="draw among the most probable tokens up to this sum; 1 is all")
     flag("--block_size", type=int, default=None, help="K, if not the checkpoint's own")
-    flag("--max_new_tokens", type=int, default=2000, help="longest response; longer ones are truncated, and "
-         "wrong")
+    flag("--max_new_tokens", type=int, default=2000,
+         help="longest response; longer ones are truncated, and wrong")
     flag("--max_prompt_tokens", type=int, default=784, help="longer prompts are skipped and counted")
     flag("--prompt_style", choices=PROMPT_STYLES, default="chat", help="how the chat template is used")
     flag("--instruction", default=INSTRUCTION, help="text after each problem")
@@ -968,8 +940,8 @@ def parse_args(argv=None):
     if args.grade and not args.out:
         parser.error("--grade needs --out")
     if args.n < 1 or args.slots < 1 or args.max_new_tokens < 1:
-        parser.error(f"--n {args.n}, --slots {args.slots} and --max_new_tokens {args.max_new_tokens} must "
-                     f"be at least 1")
+        parser.error(f"--n {args.n}, --slots {args.slots} and --max_new_tokens {args.max_new_tokens} "
+                     "must be at least 1")
     return args
 
 

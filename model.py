@@ -3,10 +3,8 @@
 A block diffusion language model is an ordinary decoder-only transformer with three changes:
 
   1. it has a mask token, and its logits at position i predict the token AT position i (Dream: at i + 1);
-  2. attention looks back by whole blocks of K tokens instead of by single tokens (or, for Dream and LLaDA,
-     everywhere);
-  3. a training row holds not only the clean text but also *views*: copies of a block as it was while it was
-     decoded.
+  2. attention looks back by whole blocks of K tokens, not by single tokens (Dream and LLaDA: everywhere);
+  3. beside the clean text a training row holds *views*: copies of a block as it was while it was decoded.
 
 All three, in prefill, decoding, replay and fine-tuning, are one attention rule over four small integers per
 token: see `Layout` and `may_attend`, the only place in this project that knows who sees whom.
@@ -18,9 +16,9 @@ step, run folder).
 Left out on purpose: dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism.
 
 Sizes, used with one meaning everywhere:
-  B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block   S trace
-  steps V vocabulary   C channels   H heads   D channels of a head   G responses per prompt   N items of a
-  list
+  B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block
+  S trace steps   V vocabulary   C channels   H heads   D channels of a head   G responses per prompt
+  N items of a list
 """
 
 import functools
@@ -105,8 +103,7 @@ class Family(NamedTuple):
 
 FAMILIES = {  # by model_type of config.json, in lower case
     "sdar": Family(True, False, False, "block", 151669, QWEN_NAMES),  # SDAR and TraDo
-    # autoregressive: sft.py makes it a block model
-    "qwen3": Family(True, False, False, "block", 151669, QWEN_NAMES),
+    "qwen3": Family(True, False, False, "block", 151669, QWEN_NAMES),  # autoregressive: sft.py changes that
     "dream": Family(False, True, True, "full", 151666, QWEN_NAMES),  # Dream and DiffuCoder
     "llada": Family(False, False, False, "full", 126336, LLADA_NAMES),
     "mmada": Family(False, False, False, "full", 126336, LLADA_NAMES),  # its text part is LLaDA
@@ -189,17 +186,17 @@ class ModelConfig:
                 mask_id = wanted["vocab_size"]
                 wanted["vocab_size"] += 1
             elif mask_id >= wanted["vocab_size"]:
-                raise ValueError(f"this checkpoint names no mask token: config.json has no mask_token_id, "
-                                 f"and {family}'s "
-                                 f"usual {mask_id} is outside its vocabulary of {wanted['vocab_size']}")
+                raise ValueError(
+                    "this checkpoint names no mask token: config.json has no mask_token_id, "
+                    f"and {family}'s usual {mask_id} is outside its vocabulary of {wanted['vocab_size']}")
         default_block = 32 if FAMILIES[family].attention == "full" else 4
         return cls(
             family=family, vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
             num_layers=wanted["num_hidden_layers"], num_heads=wanted["num_attention_heads"],
             num_kv_heads=wanted["num_key_value_heads"], intermediate_size=wanted["intermediate_size"],
             head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
-            mask_id=mask_id, block_size=block_size if block_size is not None else source.get("block_size")
-            or default_block,
+            mask_id=mask_id,
+            block_size=block_size if block_size is not None else source.get("block_size") or default_block,
             rms_norm_eps=source.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
             rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or default_theta),
@@ -229,13 +226,12 @@ class Layout(NamedTuple):
     def clean(cls, position, block_size, is_full, document=None):
         """The layout of plain text without views: ordinary block (or full) attention."""
         zero = torch.zeros_like(position)
-        return cls(position, zero if document is None else document, zero if is_full
-                   else position // block_size, zero)
+        return cls(position, zero if document is None else document,
+                   zero if is_full else position // block_size, zero)
 
 
 def may_attend(query, key):
-    """Whether a token sees another: THE rule (METHOD: replay). Layouts (or single numbers) that broadcast ->
-    bool.
+    """Whether a token sees another: THE rule (METHOD: replay). Layouts or numbers that broadcast -> bool.
 
     Inside one document, a token sees the clean text of earlier blocks, and its own block in its own view.
     - prefill, plain text: every token is in view 0, so this is block-causal attention (K = 1: causal);
@@ -332,8 +328,7 @@ class KVCache:
         self.slots, self.position = slots, position
         self.length = int(position.max()) + 1
         key_position = torch.arange(self.length, device=position.device)
-        # (B, 1, 1, length): up to the end of its block
-        self.mask = (key_position <= position[:, -1:])[:, None, None]
+        self.mask = (key_position <= position[:, -1:])[:, None, None]  # (B, 1, 1, length): to its block's end
         return self
 
     def write(self, layer, k, v):
@@ -342,11 +337,9 @@ class KVCache:
         self.values[layer, self.slots[:, None], self.position] = v.transpose(1, 2)
 
     def attend(self, layer, q, k, v):
-        """Attention of one block per slot, q (B, H, K, D), over all that the slot holds up to the block's
-        end."""
+        """Attention of one block per slot, q (B, H, K, D), over all the slot holds up to the block's end."""
         if flash_attn_with_kvcache is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            # Writes k and v at cache_seqlens and attends to everything up to there and to the whole new
-            # block.
+            # writes k and v at cache_seqlens, attends to everything up to there and to the whole new block
             return flash_attn_with_kvcache(
                 q.transpose(1, 2), self.keys[layer], self.values[layer], k.transpose(1, 2), v.transpose(1, 2),
                 cache_seqlens=self.position[:, 0].int(), cache_batch_idx=self.slots.int(),
@@ -367,10 +360,9 @@ except ImportError:
 
 
 def rotary(position, head_dim, theta):
-    """Cosines and sines of the rotary embedding: position (B, T) -> two float32 (B, 1, T, D), halves
-    convention."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device,
-                                        dtype=torch.float32) / head_dim)
+    """Rotary cosines and sines, in the halves convention: position (B, T) -> two float32 (B, 1, T, D)."""
+    frequency = theta ** (
+        -torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
     angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
@@ -407,8 +399,7 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, C, bias=False)
 
     def forward(self, x, cos, sin, mask, cache):
-        """x (B, T, C) -> (B, T, C). With a cache, k and v are stored there; without a mask, read from
-        there."""
+        """x (B, T, C) -> (B, T, C). With a cache, k and v are stored in it; without a mask, read from it."""
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self.compute, x, cos, sin, mask, cache, use_reentrant=False)
         return self.compute(x, cos, sin, mask, cache)
@@ -433,8 +424,7 @@ class Layer(nn.Module):
 
 
 class BlockDiffusionLM(nn.Module):
-    """The language model. `model(tokens)` gives logits; `hidden` is what rollout, replay and value model
-    build on."""
+    """The language model. `model(tokens)` gives logits; rollout, replay and value model build on `hidden`."""
 
     def __init__(self, config):
         super().__init__()
@@ -473,16 +463,15 @@ class BlockDiffusionLM(nn.Module):
         0, which nothing predicts, keeps its own). The mask token's logit is left as the network gives it.
         """
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits = self.head(self.hidden(tokens, Layout.clean(position, self.config.block_size,
-                                                            self.config.is_full)))
+        logits = self.head(self.hidden(
+            tokens, Layout.clean(position, self.config.block_size, self.config.is_full)))
         if self.config.switches.shifts_logits:
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
 
 
 def policy_logits(logits, mask_id):
-    """Logits in float32 with the mask token ruled out: a policy never says "mask", in decoding and in replay
-    alike."""
+    """Float32 logits with the mask token ruled out: a policy never says it, in decoding and replay alike."""
     logits = logits.to(torch.float32, copy=True)
     logits[..., mask_id] = -math.inf
     return logits
@@ -533,8 +522,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(model, h, tokens, temperature=1.0, max_logits=None):
-    """Log-probabilities of `tokens` (N,) and the entropy of their distributions, at final states h (N, C).
-    float32.
+    """Float32 log-probabilities of `tokens` (N,) and their distributions' entropies at final states h (N, C).
 
     At most max_logits logits live at a time (default 32 MiB, on a GPU 128): with V = 152k, those of 4,000
     positions with their gradient would take 9 GB. Temperature 0 stands for 1, as in decoding.
@@ -548,8 +536,7 @@ def token_logprobs(model, h, tokens, temperature=1.0, max_logits=None):
 
 
 def family_name(config, ours):
-    """Our parameter name in the family's spelling: layers.3.q_proj.weight ->
-    model.layers.3.self_attn.q_proj.weight."""
+    """Our name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight."""
     module, _, kind = ours.rpartition(".")
     parts = module.split(".")
     if parts[0] != "layers":
@@ -602,10 +589,10 @@ def load_weights(model, path, dtype, device):
                     continue
                 name, tensor = ours[theirs], file.get_tensor(theirs)
                 if name in found:
-                    raise ValueError(f"{path}: {theirs} is in more than one file: is this two checkpoints "
-                                     f"in one folder?")
-                if name in ("embed.weight",
-                            "head.weight") and len(tensor) == len_source < model.config.vocab_size:
+                    raise ValueError(f"{path}: {theirs} is in more than one file: "
+                                     "is this two checkpoints in one folder?")
+                if (name in ("embed.weight", "head.weight")
+                        and len(tensor) == len_source < model.config.vocab_size):
                     # the mask token starts as the mean token
                     tensor = torch.cat([tensor, tensor.mean(0, keepdim=True)])
                 if tensor.shape != shapes[name]:
@@ -640,8 +627,8 @@ def find_eos_ids(path, config, tokenizer):
     The first is the one that sft.py teaches: the end of a chat turn, where the tokenizer has such a token.
     """
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    ids = [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>")
-           if token in vocabulary] + list(config.eos_ids)
+    ids = ([vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>") if token in vocabulary]
+           + list(config.eos_ids))
     generation = os.path.join(path, "generation_config.json")
     if os.path.isfile(generation):
         with open(generation, encoding="utf-8") as file:
@@ -653,8 +640,7 @@ def find_eos_ids(path, config, tokenizer):
 
 
 def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
-    """Writes weights, config.json and tokenizer in the family's own layout; `load_model` reads it back bit
-    for bit.
+    """Writes weights, config, tokenizer in the family's own layout; `load_model` reads them back bit for bit.
 
     The folder is written under a temporary name and renamed, so that `path` is whole or absent. To be called
     on every process: the first one writes. LoRA: the merged weights, and the adapter alone in path/adapter,
@@ -705,18 +691,16 @@ LORA_ALPHA = 2  # times the rank: what B A x is scaled by, as is usual
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + 2 B A x with frozen W and b; A (rank, in), B (out, rank), zero at the start (arXiv
-    2106.09685)."""
+    """W x + b + 2 B A x, frozen W and b; A (rank, in), B (out, rank), 0 at the start (arXiv 2106.09685)."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        return super().forward(x) + LORA_ALPHA * F.linear(F.linear(x, self.lora_A.to(x.dtype)),
-                                                          self.lora_B.to(x.dtype))
+        return super().forward(x) + LORA_ALPHA * F.linear(
+            F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
 
 def add_lora(model, rank, seed=0):
-    """Freezes a BlockDiffusionLM and puts trainable float32 adapters beside every linear layer but the
-    head."""
+    """Freezes a BlockDiffusionLM; trainable float32 adapters go beside every linear layer but the head."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for linear in [m for m in model.layers.modules() if isinstance(m, nn.Linear)]:
@@ -750,8 +734,8 @@ def save_adapter(config, state, rank, folder):
             theirs = family_name(config, f"{module}.{kind}")  # model.layers.0.self_attn.q_proj.lora_A
             tensors[f"base_model.model.{theirs}.weight"] = p.contiguous()
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
-    targets = [re.escape(theirs).replace(r"\#", r"\d+") for ours, theirs in config.switches.names.items()
-               if ours.endswith("_proj")]
+    targets = [re.escape(theirs).replace(r"\#", r"\d+")
+               for ours, theirs in config.switches.names.items() if ours.endswith("_proj")]
     write_json(os.path.join(folder, "adapter_config.json"), dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, r=rank, bias="none",
         lora_alpha=LORA_ALPHA * rank, target_modules="|".join(targets)))
@@ -768,8 +752,8 @@ def tiny_tokenizer():
     prompt ("Please reason step by step ...") would be unknown words to a model of 18 tokens.
     """
     words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)},
-                                         unk_token="<pad>"))
+    backend = Tokenizer(models.WordLevel(
+        {word: number for number, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>",
@@ -781,33 +765,30 @@ def tiny_tokenizer():
 def tiny_model(seed=0, block_size=4, attention="block"):
     """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
     num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
-    source = dict(
-        block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0, rms_norm_eps=1e-6,
-        rope_theta=1e4,
-        hidden_act="silu")
+    source = dict(block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
+                  rms_norm_eps=1e-6, rope_theta=1e4, hidden_act="silu")
     if attention == "full":
         source.update(model_type="llada", d_model=hidden_size, n_layers=num_layers, n_heads=4, n_kv_heads=4,
                       mlp_hidden_size=3 * hidden_size, embedding_size=vocab_size, weight_tying=False)
     else:
         source.update(model_type="sdar", hidden_size=hidden_size, num_hidden_layers=num_layers,
-                      num_attention_heads=4,
-                      num_key_value_heads=2, head_dim=hidden_size // 4, intermediate_size=3 * hidden_size,
-                      vocab_size=vocab_size, tie_word_embeddings=False, architectures=["SDARForCausalLM"])
+                      num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4,
+                      intermediate_size=3 * hidden_size, vocab_size=vocab_size, tie_word_embeddings=False,
+                      architectures=["SDARForCausalLM"])
     model = BlockDiffusionLM(ModelConfig.from_dict(source))
     initialize(model, seed)
     return model
 
 
 def initialize(model, seed):
-    """Fills every weight: norms with 1, biases with 0, matrices from N(0, 0.02) (residual outputs smaller, as
-    in GPT-2)."""
+    """Fills all weights: norms 1, biases 0, matrices N(0, 0.02), residual outputs smaller, as in GPT-2."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() == 1:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         else:
-            std = 0.02 / math.sqrt(
-                2 * model.config.num_layers) if "o_proj" in name or "down_proj" in name else 0.02
+            std = (0.02 / math.sqrt(2 * model.config.num_layers)
+                   if "o_proj" in name or "down_proj" in name else 0.02)
             nn.init.normal_(p, std=std, generator=generator)
 
 
@@ -828,9 +809,9 @@ def start_processes(is_tiny=False, needs_group=False):
         return
     is_cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if is_cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"process {local} of this machine has no GPU: there are "
-                         f"{torch.cuda.device_count()}. Start fewer processes, "
-                         "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
+        raise ValueError(
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+            "Start fewer processes, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
     if is_cuda:
         torch.cuda.set_device(local)
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if is_alone else {}
@@ -857,8 +838,7 @@ def processes():
 
 
 def gather_lists(own):
-    """Every process's list, dealt out as items[rank::number], back in the original order, on every
-    process."""
+    """All processes' lists, dealt out as items[rank::number], in the original order, on every process."""
     rank, number = processes()
     if number == 1:
         return own
@@ -933,8 +913,8 @@ def optimizer_step(model, optimizer, max_norm):
         say(f"the gradient norm is {float(norm)}: update skipped ({optimizer.num_skipped} in a row)")
     optimizer.zero_grad(set_to_none=True)
     if optimizer.num_skipped >= MAX_SKIPPED:
-        raise RuntimeError(f"{MAX_SKIPPED} updates in a row had a gradient that is not finite: lower the "
-                           f"learning rate")
+        raise RuntimeError(f"{MAX_SKIPPED} updates in a row had a gradient that is not finite: "
+                           "lower the learning rate")
     return float(norm), is_finite
 
 
@@ -947,8 +927,7 @@ def make_optimizer(model, lr, betas, weight_decay=0.0):
 
 
 def add_flag(parser, name, kind, embedded, paper, text, *other_names, **more):
-    """A flag with two defaults: of the embedded task, and of a run with --model. None in both means: see the
-    text."""
+    """A flag with two defaults: of the embedded task, and of a run with --model. Both None: see the text."""
     if kind is bool:
         parser.add_argument(name, action="store_true", help=text)
         return
@@ -1016,15 +995,14 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 def train_state(trainers):
     """Weights and optimizer states of (model, optimizer) pairs, for torch.distributed.checkpoint."""
     parts = [get_state_dict(model, optimizer, options=TRAINED_ONLY) for model, optimizer in trainers]
-    return {str(number): dict(model=weights, optimizer=moments) for number, (weights, moments)
-            in enumerate(parts)}
+    return {str(number): dict(model=weights, optimizer=moments)
+            for number, (weights, moments) in enumerate(parts)}
 
 
 class RunLog:
     """runs/<name>/ on the first process: args.json, and a file of JSON lines.
 
-    is_resumed: lines that are there already are kept, if they come from the same settings; else an error says
-    so.
+    is_resumed: lines that are there already are kept, if they come from the same settings; else an error.
     """
 
     def __init__(self, folder, args, name="metrics.jsonl", is_resumed=False):
@@ -1035,16 +1013,16 @@ class RunLog:
             os.makedirs(folder, exist_ok=True)
             open(self.path, "a", encoding="utf-8").close()
         except OSError as error:
-            raise ValueError(f"cannot write to {folder} ({error.strerror}): run this from a folder of your "
-                             "own, or free the name") from error
+            raise ValueError(f"cannot write to {folder} ({error.strerror}): "
+                             "run this from a folder of your own, or free the name") from error
         settings = os.path.join(folder, "args.json")
         if is_resumed and os.path.isfile(settings):
             with open(settings, encoding="utf-8") as file:
                 old = json.load(file)
             if old != json.loads(json.dumps(args)):
                 changed = sorted(name for name in {*old, *args} if old.get(name) != args.get(name))
-                raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): choose "
-                                 f"another --run_name")
+                raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}): "
+                                 "choose another --run_name")
         write_json(settings, args)
         if not is_resumed:  # a new run of the same name: nothing of the old one stays to be mixed up with it
             for old in ("checkpoints", "summary.json", "curves.png"):
@@ -1084,8 +1062,7 @@ class RunLog:
         layout, and in train_state/ all that `restore` needs. Written aside, then renamed; all but the newest
         `keep` are deleted after.
 
-        trainers: (model, optimizer) pairs. progress: JSON values. write_more(folder) may add files of its
-        own.
+        trainers: (model, optimizer) pairs. progress: JSON values. write_more(folder) may add its own files.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{progress['step']}")
         try:
@@ -1103,8 +1080,9 @@ class RunLog:
         except (OSError, SafetensorError, CheckpointException) as error:
             shutil.rmtree(f"{path}.partial", ignore_errors=True)
             shutil.rmtree(f"{path}.partial.partial", ignore_errors=True)
-            raise RuntimeError(f"{path} could not be written ({error}): free some space and go on with "
-                               f"--resume; earlier checkpoints are whole: {self.checkpoints()}") from error
+            raise RuntimeError(
+                f"{path} could not be written ({error}): free some space and go on with --resume; "
+                f"earlier checkpoints are whole: {self.checkpoints()}") from error
         if self.is_writer:
             for old in self.checkpoints()[:-keep]:
                 shutil.rmtree(old)
@@ -1121,8 +1099,8 @@ class RunLog:
             return None
         folder = os.path.join(paths[-1], "train_state")
         if not os.path.isfile(os.path.join(folder, "progress.json")):
-            raise ValueError(f"{paths[-1]} has no train_state to resume from: use it with --model, or "
-                             f"remove it")
+            raise ValueError(f"{paths[-1]} has no train_state to resume from: "
+                             "use it with --model, or remove it")
         state = train_state(trainers)
         try:
             dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
@@ -1131,8 +1109,8 @@ class RunLog:
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
         except (OSError, CheckpointException, RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{paths[-1]} cannot be resumed from ({reason}): it is of another model, or "
-                             "damaged. Move it away to go on from the one before") from error
+            raise ValueError(f"{paths[-1]} cannot be resumed from ({reason}): it is of another model, "
+                             "or damaged. Move it away to go on from the one before") from error
         with open(os.path.join(folder, "progress.json"), encoding="utf-8") as file:
             progress = json.load(file)
         lines = [line for line in self.read() if line["step"] <= progress["step"]]

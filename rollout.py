@@ -1,11 +1,9 @@
 """rollout.py - a trace: recorded, then replayed.
 
-TraceRL trains a diffusion language model on the very states it was in while it decoded. This file is both
-halves:
+TraceRL trains a diffusion language model on the very states it was in while decoding. Here are both halves:
 
-  generate   decodes block by block and records, for every token, the denoising step that revealed it, with
-             which
-             confidence and which log-probability;
+  generate   decodes block by block and records, for every token, the denoising step that revealed it,
+             with which confidence and which log-probability;
   replay     rebuilds those states as *views* in one training row, and reads off the same log-probabilities.
 
 With shrink 1 the two numbers are equal to float32 rounding (the replay law). If they are not, then masks,
@@ -44,16 +42,13 @@ class Rollout:
     response: list  # token ids of every decoded block, the last one whole
     num_tokens: int  # trained tokens: up to and including eos, or up to max_new_tokens
     step_map: list  # denoising step that revealed each token, 1-based over the whole response
-    # probability of the token in the distribution it was drawn from
-    confidence: list = field(default_factory=list)
-    # its log-probability then: softmax(logits / T), before top-k and top-p
-    logp: list = field(default_factory=list)
+    confidence: list = field(default_factory=list)  # its probability in the distribution it was drawn from
+    logp: list = field(default_factory=list)  # its log softmax(logits / T) then, before top-k and top-p
     canvas: int = 0  # full attention: response positions in view, decoded or not
     is_truncated: bool = False  # no eos within max_new_tokens
     seed: int = 0  # of its draws
     reward: float = 0.0
-    # process rewards of the trained tokens, if there are any
-    token_rewards: list = field(default_factory=list)
+    token_rewards: list = field(default_factory=list)  # process rewards of the trained tokens, if any
     advantage: list = field(default_factory=list)
     logp_old: list = field(default_factory=list)  # of the start-of-step policy, on the rows that are trained
     value_old: list = field(default_factory=list)  # of the start-of-step value model
@@ -65,11 +60,9 @@ class Rollout:
 
 
 def uniform(seed, step, position):
-    """One draw in [0, 1), float64, from three int64 tensors: a counter-based hash (three rounds of
-    splitmix64).
+    """Draws in [0, 1), float64, from three int64 tensors: a counter-based hash (three rounds of splitmix64).
 
-    A draw depends on nothing but its own numbers, so a sequence is the same alone, in a batch, or on another
-    process.
+    A draw depends on nothing but its numbers: a sequence is the same alone, in a batch, on another process.
     """
     x = torch.zeros_like(position)
     for word in (seed, step, position):
@@ -83,8 +76,7 @@ def uniform(seed, step, position):
 def filter_probabilities(logp, top_k, top_p):
     """Probabilities (N, V) after top-k, then top-p, renormalised. top_k 0 and top_p 1 keep everything.
 
-    Top-k keeps every token as probable as the k-th. Top-p keeps the most probable tokens until their sum
-    exceeds top_p.
+    Top-k keeps every token as probable as the k-th, top-p the most probable until their sum exceeds top_p.
     """
     if 0 < top_k < logp.shape[-1]:
         kth = logp.topk(top_k, dim=-1).values[:, -1:]
@@ -123,8 +115,7 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entropy_bound=ENTROPY_BOUND):
-    """Which of the sampled tokens to keep (METHOD: decoding, the table). (B, K) in, bool (B, K) out, within
-    is_masked.
+    """Which sampled tokens to keep (METHOD: decoding, the table): (B, K) -> bool (B, K), within is_masked.
 
     quota int64 (B,): n of the table, the fewest tokens a step reveals (all that are left, if fewer are left).
     """
@@ -165,8 +156,7 @@ class Decoder:
         self.step_map = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.confidence = torch.zeros(shape, device=self.device)
         self.logp = torch.zeros(shape, device=self.device)
-        # per slot: sequence number (-1: free), prompt length, end of what may be decoded, block start, steps
-        # so far, seed
+        # per slot: sequence (-1: free), prompt length, end of decoding, block start, steps, steps in block
         self.sequence, self.prompt, self.end, self.start, self.step, self.step_in_block = torch.zeros(
             6, slots, dtype=torch.int64, device=self.device)
         self.sequence -= 1
@@ -201,8 +191,8 @@ class Decoder:
         rows = slots[:, None]
         if not self.config.is_full:
             layout = Layout.clean(columns, self.config.block_size, False)
-            return self.model.hidden(self.token[rows, columns], layout, self.cache.select(slots, columns),
-                                     True)
+            return self.model.hidden(
+                self.token[rows, columns], layout, self.cache.select(slots, columns), True)
         longest = int(self.end[slots].max())
         position = torch.arange(longest, device=self.device).expand(len(slots), -1)
         document = torch.where(position < self.end[slots, None], 0, -1)  # a shorter canvas is padded
@@ -226,16 +216,16 @@ class Decoder:
         if is_done.all():
             return
         self.step[slots[~is_done]] += 1
-        token, confidence, logp, entropy = (torch.zeros(is_masked.shape, dtype=d, device=self.device)
-                                            for d in (torch.int64, torch.float32, torch.float32,
-                                                      torch.float32))
+        token, confidence, logp, entropy = (
+            torch.zeros(is_masked.shape, dtype=d, device=self.device)
+            for d in (torch.int64, torch.float32, torch.float32, torch.float32))
         step = self.step[rows].expand_as(columns)[is_masked]
         draw = choose.draws(self.sequence[rows].expand_as(columns)[is_masked], step, columns[is_masked])
         chunks = [sample(self.model.head(states), draws, self.config.mask_id, choose.temperature,
                          choose.top_k, choose.top_p)
                   for states, draws in zip(h[is_masked].split(256), draw.split(256))]  # (256, V) at a time
-        token[is_masked], confidence[is_masked], logp[is_masked], entropy[is_masked] = map(torch.cat,
-                                                                                           zip(*chunks))
+        token[is_masked], confidence[is_masked], logp[is_masked], entropy[is_masked] = map(
+            torch.cat, zip(*chunks))
         n, extra = divmod(K, choose.denoising_steps)
         quota = n + (self.step_in_block[slots] < extra).long()
         keep = reveal(confidence, entropy, is_masked, quota, choose.strategy, choose.threshold)
@@ -245,8 +235,7 @@ class Decoder:
         self.step_map[at], self.is_masked[at] = self.step[at[0]], False
 
     def finished(self, eos_ids):
-        """Slots whose current block is whole and is the last: it holds an eos of the response, or the room is
-        used up."""
+        """Slots whose block is whole and the last: it has an eos of the response, or the room is used up."""
         slots = (self.sequence >= 0).nonzero()[:, 0]
         columns = self.start[slots, None] + torch.arange(self.config.block_size, device=self.device)
         is_inside = columns < self.end[slots, None]
@@ -296,9 +285,8 @@ class Choose:
         for name, is_good in (("threshold", 0 <= self.threshold <= 1), ("temperature", self.temperature >= 0),
                               ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1)):
             if not is_good:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range: threshold 0..1, "
-                                 f"temperature >= 0, "
-                                 "top_k >= 0 (0 keeps all), 0 < top_p <= 1")
+                raise ValueError(f"{name} {getattr(self, name)} is out of range: "
+                                 "threshold 0..1, temperature >= 0, top_k >= 0 (0 keeps all), 0 < top_p <= 1")
 
     def draws(self, sequence, step, position):
         """A draw in [0, 1) for each of N masked positions, float64."""
@@ -383,8 +371,7 @@ def generate_everywhere(model, prompts, seeds, **settings):
 
 
 def merge_steps(steps, span, shrink=1):
-    """Denoising steps -> trace steps (METHOD: replay). int64 (N, L), 0 where nothing was decoded -> the same
-    shape.
+    """Denoising steps -> trace steps (METHOD: replay), both int64 (N, L), 0 where nothing was decoded.
 
     Inside each span of positions (a block; the whole row for full attention) the distinct steps are numbered
     1, 2, ... in order, then every `shrink` neighbours share one number. L must be a multiple of span.
@@ -408,8 +395,7 @@ def trace_views(trace):
 
 @dataclass
 class Rows:
-    """Training rows (B, T) and the places in them where tokens are predicted. Everything int64, on one
-    device."""
+    """Training rows (B, T) and the places in them where tokens are predicted. All int64, on one device."""
 
     tokens: torch.Tensor  # (B, T)
     layout: Layout  # of (B, T); document -1 is padding
@@ -422,8 +408,8 @@ class Rows:
     def to(self, device):
         """The same rows on another device."""
         layout = Layout(*(t.to(device, non_blocking=True) for t in self.layout))
-        rest = (getattr(self, name).to(device, non_blocking=True) for name in ("source", "target", "owner",
-                                                                               "place"))
+        rest = (getattr(self, name).to(device, non_blocking=True)
+                for name in ("source", "target", "owner", "place"))
         return Rows(self.tokens.to(device, non_blocking=True), layout, *rest, is_packed=self.is_packed)
 
     def select(self, rows):
@@ -494,8 +480,7 @@ def micro_batches(rows, max_tokens, device, is_shared=False):
 
 
 def canvases(rollouts, config):
-    """Prompt + response of each rollout, padded alike -> tokens, steps (0: not decoded), lengths: (N, L), (N,
-    L), (N,).
+    """Prompt + response of rollouts, padded alike -> tokens, steps (0: not decoded), (N, L); lengths (N,).
 
     Full attention: undecoded positions of the canvas are masks that stay masks. Only the order of steps
     counts, so step maps of other code may start at any number.
@@ -547,13 +532,13 @@ def build_rows(tokens, lengths, prompt_lengths, is_masked, is_target, config):
     shape, flat = (len(counts), T), row * T + column
     shown = torch.where((view > 0) & is_masked[n, (view - 1).clamp(min=0), position], config.mask_id,
                         tokens[n, position])
-    fields = [torch.full(shape, fill).flatten().index_put((flat,), value).view(shape) for fill, value in
-              ((config.pad_id, shown), (0, position), (-1, row), (0, b), (0, view))]
+    fields = [torch.full(shape, fill).flatten().index_put((flat,), value).view(shape)
+              for fill, value in ((config.pad_id, shown), (0, position), (-1, row), (0, b), (0, view))]
     is_read = (view > 0) & is_target[n, (view - 1).clamp(min=0), position]
     n, position, flat = n[is_read], position[is_read], flat[is_read]
     shift = (position > 0).long() * config.switches.shifts_logits
-    return Rows(fields[0], Layout(*fields[1:]), flat - shift, tokens[n, position], n, position
-                - prompt_lengths[n])
+    return Rows(fields[0], Layout(*fields[1:]), flat - shift, tokens[n, position], n,
+                position - prompt_lengths[n])
 
 
 def masked_views(rollouts, config, is_coupled):
@@ -574,8 +559,7 @@ def masked_views(rollouts, config, is_coupled):
 
 
 def trace_rows(rollouts, config, shrink=1, trained_only=False, post_num=0, objective="tracerl"):
-    """The rows TraceRL trains on: every response token is a target once, in the view of the step that
-    revealed it.
+    """The rows of TraceRL: every response token is a target once, in the view of the step that revealed it.
 
     trained_only: only the first num_tokens (+ post_num) tokens of each response are targets; the others are
     still seen. objective: "tracerl", or the random masks of "random" and "coupled" in place of the trace.
@@ -595,8 +579,7 @@ def trace_rows(rollouts, config, shrink=1, trained_only=False, post_num=0, objec
 
 
 def forward_rows(model, rows, temperature=1.0):
-    """Log-probability and entropy of every target of one micro-batch, float32 (N,), in the order of
-    rows.target."""
+    """Log-probability and entropy of the targets of one micro-batch, in their order: float32 (N,) each."""
     return token_logprobs(model, rows.states(model), rows.target, temperature)
 
 

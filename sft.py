@@ -42,18 +42,17 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
                              f"{str(p.problem)[:80]!r}")
         if len(response) > max_new_tokens:
             continue
-        room = 1 + (max_new_tokens - len(response) if config.is_full else
-                    -(len(p.tokens) + len(response)) % K)
+        room = 1 + (max_new_tokens - len(response) if config.is_full
+                    else -(len(p.tokens) + len(response)) % K)
         response += [eos] * (room - 1)
         steps += range(max(steps) + 1, max(steps) + 1 + room)  # the end comes last
-        examples.append(Rollout(p.tokens, response, len(response), steps, canvas=len(response)
-                                if config.is_full else 0))
+        examples.append(Rollout(p.tokens, response, len(response), steps,
+                                canvas=len(response) if config.is_full else 0))
     return examples
 
 
 def sft_noise(is_response, span, generator):
-    """Hides tokens at random: in each span (a block, or the whole row) k of its c response tokens, k uniform
-    in 1..c.
+    """Hides tokens at random: in each span (block, or the row) k of its c response tokens, k uniform in 1..c.
 
     is_response bool (N, L) -> is_masked bool (N, L), weight float32 (N, L): 1 / t with t = k / c the masked
     share, the factor that makes the sum over masked tokens an unbiased diffusion bound (METHOD: SFT).
@@ -68,8 +67,7 @@ def sft_noise(is_response, span, generator):
 
 
 def sft_loss(logp, weight, normalizer):
-    """Minus the weighted log-likelihood of the masked tokens, over the normaliser of the whole update. All
-    (N,)."""
+    """Minus the weighted log-likelihood of masked tokens, all (N,), over the whole update's normaliser."""
     return -(weight * logp).sum() / normalizer
 
 
@@ -77,15 +75,14 @@ def sft_rows(examples, config, generator):
     """Random views of a batch -> (Rows, weight (N, L) by rollout and absolute position)."""
     tokens, steps, lengths = rollout.canvases(examples, config)
     prompts = torch.tensor([len(r.prompt) for r in examples])
-    is_masked, weight = sft_noise(steps > 0, tokens.shape[1] if config.is_full else config.block_size,
-                                  generator)
-    return rollout.build_rows(tokens, lengths, prompts, is_masked[:, None], is_masked[:, None],
-                              config), weight
+    is_masked, weight = sft_noise(
+        steps > 0, tokens.shape[1] if config.is_full else config.block_size, generator)
+    return rollout.build_rows(
+        tokens, lengths, prompts, is_masked[:, None], is_masked[:, None], config), weight
 
 
 def train_step(model, optimizer, examples, seed, is_weighted, max_tokens, follows_trace=False):
-    """One update on a batch of examples, the same one whatever the number of processes -> (loss, gradient
-    norm).
+    """One update on a batch of examples, the same for any number of processes -> (loss, gradient norm).
 
     follows_trace: the views of each example's step map, every token a target once, in place of random views.
     """
@@ -108,8 +105,7 @@ def train_step(model, optimizer, examples, seed, is_weighted, max_tokens, follow
 
 
 def learning_rate(step, peak, warmup, cooldown, decay_start):
-    """Up over `warmup` steps, level, then down to a tenth over `cooldown` steps from decay_start (None: not
-    yet)."""
+    """Up over `warmup` steps, level, from decay_start (if set) down to a tenth over `cooldown` steps."""
     down = 1.0 if decay_start is None else 1 - 0.9 * min(1.0, (step - decay_start + 1) / cooldown)
     return peak * min((step + 1) / warmup, down)
 
@@ -151,8 +147,8 @@ def train(model, tokenizer, examples, dev_problems, args, log):
         if decay_start is None and (is_reached or step + 1 >= args.steps - args.cooldown):
             progress["decay_start"] = step + 1
             if args.stop_accuracy is not None and not is_reached:
-                lm.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; going on "
-                       f"from here")
+                lm.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; "
+                       "going on from here")
         log.write(line)
         progress["step"] = step + 1
         if args.save_every and (step + 1) % args.save_every == 0:
@@ -171,33 +167,32 @@ def add_common_flags(flag):
     flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
     flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
          choices=eval_math.PROMPT_STYLES)
-    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION, "text after each problem; empty "
-         "for data with whole prompts")
+    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION,
+         "text after each problem; empty for data with whole prompts")
     flag("--system", str, None, None, "a system message before each problem")
     flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
-    flag("--dtype", str, "float32", "bfloat16" if torch.cuda.is_available() else "float32", "what layers "
-         "compute in; weights, optimizer states, gradients and losses are float32 anyhow",
+    flag("--dtype", str, "float32", "bfloat16" if torch.cuda.is_available() else "float32",
+         "what layers compute in; weights, optimizer states, gradients and losses are float32 anyhow",
          choices=("float32", "bfloat16"))
-    flag("--recompute", bool, False, False, "keep one activation per layer and compute the others again in "
-         "the backward pass: slower by a third, fits far longer rows")
+    flag("--recompute", bool, False, False, "keep one activation per layer and compute the others again "
+         "in the backward pass: slower by a third, fits far longer rows")
     flag("--lora_rank", int, 0, 0, "train adapters of this rank beside a frozen trunk; 0 trains everything")
-    flag("--resume", bool, False, False, "go on with the run of this name from its newest checkpoint, or "
-         "from the start")
+    flag("--resume", bool, False, False,
+         "go on with the run of this name from its newest checkpoint, or from the start")
 
 
 def parse_args(argv=None):
-    """The flags of sft.py. Defaults differ with and without --model: the tiny model, and a real
-    checkpoint."""
+    """The flags of sft.py. Two defaults: of the tiny model, and with --model of a real checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], allow_abbrev=False)
     flag = functools.partial(lm.add_flag, parser)
     flag("--model", str, None, None, "checkpoint folder or hub id; without it, a new tiny model")
-    flag("--data", str, "arithmetic", None, "embedded arithmetic, or a file or hub id with problem and "
-         "solution, prompt and response, or messages; optionally step_map")
-    flag("--objective", str, "random", "random", "views: random masks in every block (full attention: in the "
-         "response), or the step map of the data (left to right where there is none)",
-         choices=("random", "trace"))
-    flag("--weighted", bool, False, False, "weight each masked token by 1 / masked share (the diffusion "
-         "bound)")
+    flag("--data", str, "arithmetic", None, "embedded arithmetic, or a file or hub id "
+         "with problem and solution, prompt and response, or messages; optionally step_map")
+    flag("--objective", str, "random", "random",
+         "views: random masks in every block (full attention: in the response), or the step map of the data "
+         "(left to right where there is none)", choices=("random", "trace"))
+    flag("--weighted", bool, False, False,
+         "weight each masked token by 1 / masked share (the diffusion bound)")
     flag("--run", str, "sft", "sft", "name of the folder under runs/ (with torchrun: --run_name)",
          "--run_name")
     flag("--steps", int, 2700, 1000, "most updates")
@@ -206,12 +201,12 @@ def parse_args(argv=None):
     flag("--warmup", int, 30, 30, "updates of rising learning rate")
     flag("--cooldown", int, 200, 200, "updates of falling learning rate at the end")
     flag("--weight_decay", float, 0.2, 0.0, "of AdamW, on matrices")
-    flag("--stop_accuracy", float, None, None, "embedded data: start the cooldown at this accuracy on "
-         "development problems")
+    flag("--stop_accuracy", float, None, None,
+         "embedded data: start the cooldown at this accuracy on development problems")
     flag("--eval_every", int, 100, 100, "embedded data: updates between evaluations on development problems")
     flag("--slip", float, 0.6, 0.6, "embedded data: how often the pupil forgets a carry")
-    flag("--max_new_tokens", int, 20, 2000, "longer responses are skipped and counted; full attention: "
-         "length of the canvas")
+    flag("--max_new_tokens", int, 20, 2000,
+         "longer responses are skipped and counted; full attention: length of the canvas")
     flag("--save_every", int, 0, 200, "updates between checkpoints to resume from; 0 is none")
     flag("--keep_checkpoints", int, 2, 2, "the newest ones to keep")
     add_common_flags(flag)
@@ -221,8 +216,7 @@ def parse_args(argv=None):
     if args.model is None and (args.lora_rank or args.recompute):
         parser.error("--lora_rank and --recompute need --model: the tiny model is trained whole")
     for name in ("steps", "batch_size", "lr", "warmup", "cooldown", "eval_every", "max_new_tokens",
-                 "max_prompt_tokens",
-                 "micro_tokens"):
+                 "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     if args.stop_accuracy is not None and args.data != "arithmetic":
@@ -247,21 +241,18 @@ def main(argv=None):
         problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
     else:
         problems = eval_math.load_problems(args.data, needs_answer=False)
-    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens,
-                                                  args.instruction,
-                                                  args.prompt_style, args.system)
+    problems, num_long = eval_math.encode_prompts(
+        problems, tokenizer, args.max_prompt_tokens, args.instruction, args.prompt_style, args.system)
     examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
     if len(examples) < args.batch_size:
         raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "
-                         f"than a batch of "
-                         f"{args.batch_size}: lower --batch_size or raise --max_new_tokens")
+                         f"than a batch of {args.batch_size}: lower --batch_size or raise --max_new_tokens")
     dev_problems = []
     if is_embedded:
-        dev_problems, _ = eval_math.encode_prompts(eval_math.arithmetic("dev", 200), tokenizer,
-                                                   args.max_prompt_tokens)
-    lm.say(
-        f"sft: {len(examples)} examples; skipped {num_long} long prompts, {len(problems) - len(examples)} "
-        f"long responses")
+        dev_problems, _ = eval_math.encode_prompts(
+            eval_math.arithmetic("dev", 200), tokenizer, args.max_prompt_tokens)
+    lm.say(f"sft: {len(examples)} examples; skipped {num_long} long prompts, "
+           f"{len(problems) - len(examples)} long responses")
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
     log = lm.RunLog(folder, settings, is_resumed=args.resume)
     lm.shard(model, model.layers, getattr(torch, args.dtype))
@@ -273,8 +264,7 @@ def main(argv=None):
 
 
 def warm_start(seed, block_size=4, attention="block"):
-    """The embedded default's starting model -> checkpoint folder. Made once for each seed and setting, then
-    reused."""
+    """The embedded default's starting model -> checkpoint folder; made once for each seed and setting."""
     # full attention learns this more slowly, and at 6e-3 not from every seed
     stop_accuracy, lr = (0.4, 6e-3) if attention == "block" else (0.2, 2e-3)
     settings = dict(seed=seed, block_size=block_size, attention=attention, stop_accuracy=stop_accuracy, lr=lr)

@@ -40,8 +40,7 @@ import value
 
 # FORK HERE (advantage): from rewards to the A of the loss.
 def group_advantages(rewards):
-    """A = (r - mean) / population std within the group, 0 where all rewards are equal. float (N, G) ->
-    same."""
+    """A = (r - mean) / population std in the group, 0 where all rewards are equal. float (N, G) -> same."""
     std = rewards.std(-1, unbiased=False, keepdim=True)
     return (rewards - rewards.mean(-1, keepdim=True)) / std.masked_fill(std < 1e-6, torch.inf)
 
@@ -99,15 +98,14 @@ def field_tables(rollouts, *names, device):
 
 def train_rows(model, rollouts, settings, objective):
     """The micro-batches of this process's rollouts (maybe none), on the model's device."""
-    rows = rollout.trace_rows(rollouts, model.config, settings.shrink, True, settings.post_num,
-                              objective) if rollouts else None
+    rows = rollout.trace_rows(
+        rollouts, model.config, settings.shrink, True, settings.post_num, objective) if rollouts else None
     return rollout.micro_batches(rows, settings.micro_tokens, model.device)
 
 
 @torch.no_grad()
 def predict(function, parts, rollouts):
-    """function(rows) at every target of some micro-batches -> float32 (rollouts, longest), 0 elsewhere,
-    CPU."""
+    """function(rows) at all targets of micro-batches -> float32 (rollouts, longest), 0 elsewhere, CPU."""
     table = torch.zeros(len(rollouts), max((len(r.response) for r in rollouts), default=0))
     for rows in parts:
         table[rows.owner.cpu(), rows.place.cpu()] = function(rows).cpu()
@@ -128,11 +126,9 @@ def old_logprobs(model, rollouts, settings):
 
 
 def value_advantages(critic, rollouts, settings):
-    """Sets value_old, returns and advantage of this process's rollouts -> what the log says about values
-    (step 3, with values).
+    """Step 3 with values: sets value_old, returns and advantage of this process's rollouts -> what to log.
 
-    Raw rewards, no filter and no normalisation (METHOD: value model). The values are those of the trace's own
-    states.
+    Raw rewards, no filter and no normalisation (METHOD: value model). Values are of the trace's own states.
     """
     sums, square, count = [0.0] * 5, 0.0, 0
     values = predict(critic, train_rows(critic, rollouts, settings, "tracerl"), rollouts)
@@ -142,8 +138,8 @@ def value_advantages(critic, rollouts, settings):
         for row, r in zip(rewards, rollouts):
             if r.token_rewards:
                 row[:len(r.token_rewards)] = torch.tensor(r.token_rewards)
-        returns, advantages = value.returns_and_advantages(rewards, values, steps, settings.gamma,
-                                                           settings.lam)
+        returns, advantages = value.returns_and_advantages(
+            rewards, values, steps, settings.gamma, settings.lam)
         for name, table in (("value_old", values), ("returns", returns), ("advantage", advantages)):
             set_field(rollouts, name, table)
         is_trained = steps > 0
@@ -202,8 +198,8 @@ def summarize(updates):
     if not updates:
         return {}
     tokens = max(1, sum(u["tokens"] for u in updates))
-    line = {name: sum(u[name] for u in updates) / tokens for name in ("loss", "kl", "clip_fraction",
-                                                                      "entropy", "gap")}
+    line = {name: sum(u[name] for u in updates) / tokens
+            for name in ("loss", "kl", "clip_fraction", "entropy", "gap")}
     line |= {name: max(u[name] for u in updates) for name in ("ratio_max", "gap_max", "gradient_norm")}
     return line | dict(trained_tokens=tokens, skipped_updates=sum(u["skipped_updates"] for u in updates))
 
@@ -231,20 +227,19 @@ def roll_out(model, problems, args, step):
         chosen.append(problems[sft.shuffled(len(problems), args.seed * 1_000_003 + epoch)[place]])
     repeated = [p for p in chosen for _ in range(args.group_size)]
     seeds = [(args.seed * 1_000_003 + step) * 1_000_003 + i for i in range(len(repeated))]
-    return rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds,
-                                       **sampling(args, model)), repeated
+    return rollout.generate_everywhere(
+        model, [p.tokens for p in repeated], seeds, **sampling(args, model)), repeated
 
 
 def sampling(args, model, **changes):
     """The settings of rollout.generate, from the flags."""
-    names = ("max_new_tokens", "strategy", "threshold", "temperature", "top_k", "top_p", "denoising_steps",
-             "slots")
+    names = ("max_new_tokens", "strategy", "threshold", "temperature", "top_k", "top_p",
+             "denoising_steps", "slots")
     return {name: getattr(args, name) for name in names} | dict(eos_ids=model.config.eos_ids) | changes
 
 
 def set_advantages(rollouts, kind, group_size, keep_range):
-    """Step 3 without a value model: sets the advantages -> the rollouts to train on, group by group; maybe
-    none.
+    """Step 3 without values: sets the advantages -> the rollouts to train on, group by group; maybe none.
 
     kind "group": standard scores; groups that teach nothing or fall outside keep_range are dropped (METHOD:
     advantages). "batch": the reward minus the mean of the batch. "none": the reward. The last two, and
@@ -321,8 +316,7 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
         rolled_out = time.perf_counter()
         kept = set_advantages(rollouts, args.advantage, args.group_size, args.keep_range)  # 3
         line = dict(step=step, reward=fmean(r.reward for r in rollouts),
-                    kept_groups=len(kept) // args.group_size,
-                    **eval_math.describe(rollouts))
+                    kept_groups=len(kept) // args.group_size, **eval_math.describe(rollouts))
         is_update = bool(kept) and (critic is None or step > args.value_warmup)
         if is_update and args.shrink == 1 and args.objective == "tracerl" and not is_adapting:
             gap = {}  # the update itself replays every trained token
@@ -334,23 +328,22 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
         line |= gap
         line |= dict(rollout_seconds=rolled_out - started, update_seconds=time.perf_counter() - rolled_out)
         if dev_problems and args.eval_every and step % args.eval_every == 0:  # 6
-            line["dev_accuracy"] = eval_math.evaluate(model, tokenizer, dev_problems, seed=args.seed,
-                                                      **sampling(args, model))["accuracy"]
+            line["dev_accuracy"] = eval_math.evaluate(
+                model, tokenizer, dev_problems, seed=args.seed, **sampling(args, model))["accuracy"]
         log.write(line)
         lm.say(describe_line(line))
         check_gap(line, args)
         progress |= dict(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
         if step == args.steps or (args.save_every and step % args.save_every == 0):
-            log.save_checkpoint(tokenizer, trainers, progress, args.keep_checkpoints,
-                                functools.partial(value.save_value_model, critic) if critic is not None
-                                else None)
+            log.save_checkpoint(
+                tokenizer, trainers, progress, args.keep_checkpoints,
+                functools.partial(value.save_value_model, critic) if critic is not None else None)
     return progress
 
 
 # FORK HERE (reward): without editing, --reward file.py:function.
 def load_reward(spec):
-    """The function of "file.py:function", the user's own file. Raises ValueError that names what is
-    missing."""
+    """The function of "file.py:function", the user's own file. ValueError names what is missing."""
     path, _, name = spec.partition(":")
     if not os.path.isfile(path):
         raise ValueError(f"--reward {spec!r}: no file {path!r}; give file.py:function")
@@ -363,8 +356,7 @@ def load_reward(spec):
 
 
 def apply_reward(function, rollouts, problems, tokenizer):
-    """Rewards by function(problem, text, token ids): a float, or one float per trained token (process
-    rewards)."""
+    """Rewards by function(problem, text, token ids): a float, or one per trained token (process rewards)."""
     for r, p in zip(rollouts, problems):
         tokens = r.response[:r.num_tokens]
         got = function(p, eval_math.response_text(r, tokenizer), tokens)
@@ -372,24 +364,23 @@ def apply_reward(function, rollouts, problems, tokenizer):
             r.token_rewards = [float(x) for x in got]
             r.reward = sum(r.token_rewards)
             if len(r.token_rewards) != len(tokens):
-                raise ValueError(f"the reward function gave {len(r.token_rewards)} numbers for "
-                                 f"{len(tokens)} tokens")
+                raise ValueError(f"the reward function gave {len(r.token_rewards)} numbers "
+                                 f"for {len(tokens)} tokens")
         else:
             r.reward, r.token_rewards = float(got), []
 
 
 def give_rewards(rollouts, problems, tokenizer, function=None):
     """Step 2: the math grader, or the user's function. Each process judges its share, and all then hold the
-    same rewards: a verdict that a time limit decided, or a random reward, must not be another one
-    elsewhere."""
+    same rewards: a verdict that a time limit decided, or a random reward, must not differ elsewhere."""
     rank, number = lm.processes()
     own, own_problems = rollouts[rank::number], problems[rank::number]
     if function is None:
         eval_math.score(own, own_problems, tokenizer)
     else:
         apply_reward(function, own, own_problems, tokenizer)
-    for r, (reward, token_rewards) in zip(rollouts, lm.gather_lists([(r.reward, r.token_rewards)
-                                                                     for r in own])):
+    for r, (reward, token_rewards) in zip(
+            rollouts, lm.gather_lists([(r.reward, r.token_rewards) for r in own])):
         r.reward, r.token_rewards = reward, token_rewards
 
 
@@ -402,11 +393,10 @@ def check_gap(line, args):
     bound = 1e-4 / min(args.temperature, 1.0)
     is_law = line["gap"] <= bound and line["gap_max"] <= 10 * bound
     if args.dtype == "float32" and not is_law:
-        raise RuntimeError(f"the replay law is broken: replayed and recorded log-probabilities differ by "
-                           f"{line['gap']:.1e} on "
-                           f"average and by up to {line['gap_max']:.1e}, far more than rounding "
-                           f"({bound:.0e}). Training and "
-                           "sampling disagree about masks, positions, blocks or steps.")
+        raise RuntimeError(
+            f"the replay law is broken: replayed and recorded log-probabilities differ by {line['gap']:.1e} "
+            f"on average and by up to {line['gap_max']:.1e}, far more than rounding ({bound:.0e}). "
+            "Training and sampling disagree about masks, positions, blocks or steps.")
 
 
 def describe_line(line):
@@ -415,8 +405,8 @@ def describe_line(line):
              f"length {line['length']:.1f}", f"tokens/step {line['tokens_per_step']:.2f}"]
     if "ratio_max" in line:
         parts += [f"ratio max {line['ratio_max']:.2f}", f"clipped {line['clip_fraction']:.3f}",
-                  f"KL {line['kl']:.4f}",
-                  f"entropy {line['entropy']:.3f}", f"grad {line['gradient_norm']:.2f}"]
+                  f"KL {line['kl']:.4f}", f"entropy {line['entropy']:.3f}",
+                  f"grad {line['gradient_norm']:.2f}"]
     else:
         parts += ["value model only" if "value_loss" in line else "nothing to learn from: no update"]
     if "value_loss" in line:
@@ -442,14 +432,14 @@ def parse_args(argv=None):
     """The flags of tracerl.py. Two defaults: of the embedded task, and with --model the paper's for SDAR."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     flag = functools.partial(lm.add_flag, parser)
-    flag("--model", str, None, None, "checkpoint folder or hub id; without it, a tiny model is made and "
-         "warm-started")
+    flag("--model", str, None, None,
+         "checkpoint folder or hub id; without it, a tiny model is made and warm-started")
     flag("--train_data", str, "arithmetic", None, "problems to train on: embedded arithmetic or a file")
-    flag("--dev_data", str, "arithmetic-dev", None, "problems for --eval_every; test problems never guide a "
-         "run")
+    flag("--dev_data", str, "arithmetic-dev", None,
+         "problems for --eval_every; test problems never guide a run")
     flag("--eval_data", str, "arithmetic-test", None, "test problems, scored before and after training only")
-    flag("--run", str, "tracerl", "tracerl", "name of the folder under runs/ (torchrun refuses the short "
-         "form, which it reads as the start of a flag of its own)", "--run_name")
+    flag("--run", str, "tracerl", "tracerl", "name of the folder under runs/ "
+         "(torchrun refuses the short form, which it reads as the start of a flag of its own)", "--run_name")
     flag("--steps", int, 45, 80, "RL steps")
     flag("--prompts", int, 32, 64, "prompts per step")
     flag("--group_size", int, 16, 16, "G, responses per prompt")
@@ -460,35 +450,35 @@ def parse_args(argv=None):
     flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
     flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
     flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
-    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, and 8 for full "
-         "attention (the tiny task has too few steps for that)")
+    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, "
+         "and 8 for full attention (the tiny task has too few steps for that)")
     flag("--objective", str, "tracerl", "tracerl", "views: the trace, or the baselines' random masks, "
          "without or with complement", choices=("tracerl", "random", "coupled"))
-    flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; minus the "
-         "batch mean; raw reward", choices=("group", "value", "batch", "none"))
+    flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; "
+         "minus the batch mean; raw reward", choices=("group", "value", "batch", "none"))
     flag("--value_lr", float, 4e-3, 5e-6, "learning rate of the value model")
     flag("--value_warmup", int, 10, 5, "RL steps that train the value model only")
     flag("--value_epochs", int, 4, 1, "passes of the value model over the rollouts of a step")
-    flag("--value_clip", float, None, 0.2, "bound on the change of a value in its loss; None is no clipping "
-         "(the paper: 0.2)")
+    flag("--value_clip", float, None, 0.2,
+         "bound on the change of a value in its loss; None is no clipping (the paper: 0.2)")
     flag("--post_num", int, 0, 0, "tokens after eos, in its block, that are trained as well")
     flag("--gamma", float, 1.0, 1.0, "discount per trace step")
     flag("--lam", float, 1.0, 1.0, "lambda of GAE")
-    flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float or "
-         "one per token, in place of the math grader (which still evaluates)")
-    flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; equal rewards "
-         "always drop", nargs=2, metavar=("LOW", "HIGH"))
+    flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float "
+         "or one per token, in place of the math grader (which still evaluates)")
+    flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; "
+         "equal rewards always drop", nargs=2, metavar=("LOW", "HIGH"))
     flag("--strategy", str, "dynamic", "dynamic", "what a denoising step reveals", choices=rollout.STRATEGIES)
     flag("--threshold", float, 0.9, 0.9, "confidence above which dynamic reveals a token")
-    flag("--denoising_steps", int, None, None, "steps per block that the quota of revealed tokens is made "
-         "for; None is K")
+    flag("--denoising_steps", int, None, None,
+         "steps per block that the quota of revealed tokens is made for; None is K")
     flag("--temperature", float, 1.0, 1.0, "T, of rollouts and of the policy that is trained")
     flag("--top_k", int, 0, 0, "draw among the k most probable tokens; 0 is all")
     flag("--top_p", float, 1.0, 1.0, "draw among the most probable tokens up to this sum; 1 is all")
     flag("--rollout_block_size", int, None, None, "roll out in these smaller blocks for --adapt_steps steps "
          "while training in blocks of --block_size")
-    flag("--adapt_steps", int, 20, 40, "RL steps with --rollout_block_size; after them, rollouts have "
-         "--block_size too")
+    flag("--adapt_steps", int, 20, 40,
+         "RL steps with --rollout_block_size; after them, rollouts have --block_size too")
     flag("--max_new_tokens", int, 20, 2000, "longest response; full attention: length of the canvas")
     flag("--slots", int, None, 64, "sequences decoded together on one process; None is all")
     sft.add_common_flags(flag)
@@ -507,13 +497,12 @@ def check_args(args, parser):
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
     for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature",
-                 "value_lr", "value_epochs", "keep_checkpoints",
-                 "max_new_tokens", "max_prompt_tokens", "micro_tokens"):
+                 "value_lr", "value_epochs", "keep_checkpoints", "max_new_tokens",
+                 "max_prompt_tokens", "micro_tokens"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     for name in ("value_warmup", "warmup", "adapt_steps", "lora_rank", "post_num", "beta", "clip", "top_k",
-                 "eval_every",
-                 "save_every"):
+                 "eval_every", "save_every"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
     if args.shrink is not None and args.shrink < 1:
@@ -522,8 +511,8 @@ def check_args(args, parser):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}")
     if args.rollout_block_size and (args.block_size or 0) % args.rollout_block_size:
-        parser.error(f"--block_size {args.block_size} must be a multiple of --rollout_block_size "
-                     f"{args.rollout_block_size}")
+        parser.error(f"--block_size {args.block_size} must be a multiple "
+                     f"of --rollout_block_size {args.rollout_block_size}")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     for name in ("block_size", "rollout_block_size", "slots", "denoising_steps", "value_clip"):
@@ -542,9 +531,8 @@ def load_data(source, tokenizer, args):
     problems = eval_math.load_problems(source, needs_answer=args.reward is None)
     problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens,
                                                   args.instruction, args.prompt_style, args.system)
-    lm.say(f"{source}: {len(problems)} problems" + (f"; skipped {num_long} with a prompt over "
-                                                    f"{args.max_prompt_tokens} tokens"
-                                                    if num_long else ""))
+    lm.say(f"{source}: {len(problems)} problems" + (
+        f"; skipped {num_long} with a prompt over {args.max_prompt_tokens} tokens" if num_long else ""))
     return problems
 
 
@@ -553,18 +541,18 @@ def main(argv=None):
     args, started = parse_args(argv), time.perf_counter()
     reward = load_reward(args.reward) if args.reward else None
     lm.start_processes(args.model is None, args.dtype == "bfloat16")
-    path = args.model or sft.warm_start(args.seed, args.rollout_block_size or args.block_size or 4,
-                                        args.attention)
+    path = args.model or sft.warm_start(
+        args.seed, args.rollout_block_size or args.block_size or 4, args.attention)
     model, tokenizer = lm.load_to_train(args, path)
     args.shrink = args.shrink or (8 if model.config.is_full else 1)
     smallest = args.rollout_block_size or model.config.block_size
     if not 1 <= (args.denoising_steps or 1) <= smallest:
-        raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 and the block size, "
-                         f"{smallest}")
+        raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 "
+                         f"and the block size, {smallest}")
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
-    problems, test_problems = (load_data(source, tokenizer, args) for source in (args.train_data,
-                                                                                 args.eval_data))
+    problems, test_problems = (
+        load_data(source, tokenizer, args) for source in (args.train_data, args.eval_data))
     dev_problems = load_data(args.dev_data, tokenizer, args) if args.dev_data and args.eval_every else []
     settings = {name: value for name, value in vars(args).items() if name != "resume"} | dict(model=path)
     log = lm.RunLog(os.path.join("runs", args.run), settings, is_resumed=args.resume)

@@ -43,14 +43,12 @@ class ValueModel(nn.Module):
         return self.backbone.device
 
     def forward(self, rows):
-        """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in the order of
-        rows.target."""
+        """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in their order."""
         return F.linear(rows.states(self.backbone).float(), self.value_head.weight.float()).squeeze(-1)
 
 
 def global_steps(rollouts, config, shrink=1, post_num=0):
-    """Trace steps over the whole response, of the trained tokens -> int64 (N, R), 0 where a token is not
-    trained.
+    """Trace steps of the trained tokens over the whole response -> int64 (N, R), 0 on untrained tokens.
 
     1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. Steps
     that revealed no trained token (only the filling after eos) are not counted.
@@ -65,21 +63,18 @@ def global_steps(rollouts, config, shrink=1, post_num=0):
     order = torch.where(is_trained, torch.arange(L) // span * (L + 1) + trace, 0)
     order = rollout.merge_steps(order, L)
     R = max(len(r.response) for r in rollouts)
-    # the last column takes what lies outside the response
-    out = torch.zeros(len(rollouts), R + 1, dtype=torch.int64)
+    out = torch.zeros(len(rollouts), R + 1, dtype=torch.int64)  # last column: outside the response
     return out.scatter(1, torch.where(is_trained, place, R), order)[:, :R]
 
 
 def place_rewards(rewards, steps):
-    """Sequence rewards as token rewards: float (N,), steps (N, R) -> (N, R), on the trained tokens of the
-    last step."""
+    """Sequence rewards, float (N,), as token rewards on the trained tokens of the last step; steps (N, R)."""
     is_last = (steps == steps.amax(-1, keepdim=True)) & (steps > 0)
     return torch.where(is_last, rewards[:, None], 0.0)
 
 
 def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
-    """Returns and GAE advantages over trace steps (METHOD: value model) -> two float (N, R), 0 on untrained
-    tokens.
+    """Returns and GAE advantages over trace steps (METHOD: value model) -> two float (N, R), 0 if untrained.
 
     rewards, values: per token, float (N, R). steps: `global_steps`, int64 (N, R), 0 = not trained. For token
     j of step t, with means over the trained tokens of a step marked *, and everything after the last step 0:
@@ -108,10 +103,9 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
 
 
 def value_loss(values, values_old, returns, num_trained, clip=None):
-    """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by the trained tokens of the
-    whole update.
+    """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by num_trained.
 
-    All float32 (N,). clip None: plain 0.5 (V - R)^2.
+    All float32 (N,). num_trained: trained tokens of the whole update. clip None: plain 0.5 (V - R)^2.
     """
     error = (values - returns) ** 2
     if clip is not None:
@@ -121,12 +115,11 @@ def value_loss(values, values_old, returns, num_trained, clip=None):
 
 
 def variance_sums(values, returns):
-    """What explained_variance needs, as sums that may be added over processes -> five floats. float (N,)
-    each."""
+    """What explained_variance needs, of two float (N,): five sums that may be added over processes."""
     error = (returns - values).double()
     returns = returns.double()
-    return [float(x) for x in (len(returns), returns.sum(), (returns**2).sum(), error.sum(),
-                               (error**2).sum())]
+    return [float(x)
+            for x in (len(returns), returns.sum(), (returns**2).sum(), error.sum(), (error**2).sum())]
 
 
 def explained_variance(count, total, squares, error, error_squares):
@@ -145,8 +138,8 @@ def save_value_model(model, folder):
         return
     head = state.pop("value_head.weight")
     state = {name.removeprefix("backbone."): p for name, p in state.items()}
-    state = {lm.family_name(model.config, name): p for name, p in
-             lm.merge_lora(state, lm.lora_rank(model)).items()}
+    state = {lm.family_name(model.config, name): p
+             for name, p in lm.merge_lora(state, lm.lora_rank(model)).items()}
     os.makedirs(os.path.join(folder, "value"), exist_ok=True)
     save_file({**state, "value_head.weight": head}, os.path.join(folder, "value", "model.safetensors"))
 

@@ -1,12 +1,10 @@
-"""bench_rollout.py - what decoding costs: with and without the cache, in ragged slots and in batches that
-wait.
+"""bench_rollout.py - what decoding costs: with and without a cache, in ragged slots and in waiting batches.
 
     python tests/bench_rollout.py                        # the tiny model on a CPU, 34M's shape on a GPU
     python tests/bench_rollout.py --preset 0.6B --responses 256
 
-Ratios within one run count, not times. "no cache" runs every denoising step over the whole text so far, as
-the plain rule would; "waiting batches" admits new prompts only when all slots are free, as a static batch
-does.
+Ratios within one run count, not times. "no cache" runs each denoising step over the whole text so far, as the
+plain rule would; "waiting batches" admits new prompts only when all slots are free, as a static batch does.
 """
 
 import argparse
@@ -30,8 +28,9 @@ def uncached(model, r):
     for step in range(1, max(r.step_map) + 1):
         end = (int((steps == step).nonzero().max()) // K + 1) * K
         tokens = torch.where(steps >= step, model.config.mask_id, torch.tensor(text))[:end]
-        model.head(model.hidden(tokens[None].to(model.device), lm.Layout.clean(
-            torch.arange(end, device=model.device)[None], K, False))[:, end - K:])
+        model.head(model.hidden(
+            tokens[None].to(model.device),
+            lm.Layout.clean(torch.arange(end, device=model.device)[None], K, False))[:, end - K:])
 
 
 def timed(function, device):
@@ -64,8 +63,8 @@ def main(argv=None):
     # ends are drawn like other tokens (the tiny model: every 17 tokens): lengths as ragged as real answers'
     eos = list(range(3, 3 + max(1, round(V / 100))))
     decode = lambda prompts, slots, seed=0: rollout.generate(
-        model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos, slots=slots, denoising_steps=2,
-        seed=seed)
+        model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos, slots=slots,
+        denoising_steps=2, seed=seed)
     decode(prompts[:args.slots], args.slots)  # warm up
     seconds, rollouts = timed(lambda: decode(prompts, args.slots), device)
     lengths = [len(r.response) for r in rollouts]
@@ -80,8 +79,8 @@ def main(argv=None):
     with torch.no_grad():
         plain, _ = timed(lambda: uncached(model, one), device)
     print(f"  cache: one response of {len(one.response)} tokens after {len(one.prompt)}, "
-          f"{max(one.step_map)} denoising "
-          f"steps: {plain / cached:.2f} x less time than without (commits and bookkeeping included)")
+          f"{max(one.step_map)} denoising steps: {plain / cached:.2f} x less time than without "
+          "(commits and bookkeeping included)")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ GPU_FLOPS, GPU_BYTES = 989e12, 80e9  # one H100 or H200, dense bfloat16; memory 
 def preset_config(name, block_size=4):
     """A ModelConfig by shape."""
     C, layers, heads, kv_heads, D, ff, V, tied = PRESETS[name]
-    return lm.ModelConfig("sdar", V, C, layers, heads, kv_heads, D, ff, mask_id=2, block_size=block_size,
-                          tie_word_embeddings=tied)
+    return lm.ModelConfig("sdar", V, C, layers, heads, kv_heads, D, ff,
+                          mask_id=2, block_size=block_size, tie_word_embeddings=tied)
 
 
 def counts(config):
@@ -74,8 +74,7 @@ def made_up(config, number, prompt, low, high, seed=0):
 
 
 def author_rows(rollouts, config, prompt, response):
-    """The authors' layout as Rows: row t of a response shows, behind the clean text, each block before its
-    step t."""
+    """The authors' layout as Rows: row t shows, behind a response's clean text, each block before step t."""
     K, L, fields = config.block_size, prompt + response, []
     source, target, owner, place = [], [], [], []
     for n, r in enumerate(rollouts):
@@ -109,14 +108,14 @@ def author_update(model, rows, advantage, rows_at_once, num_trained):
     for start in range(0, len(rows.tokens), rows_at_once):
         own = (rows.source // T >= start) & (rows.source // T < start + rows_at_once)
         cut = slice(start, start + rows_at_once)
-        parts.append(rollout.Rows(rows.tokens[cut], lm.Layout(*(t[cut] for t in rows.layout)),
-                                  rows.source[own] - start * T, rows.target[own], rows.owner[own],
-                                  rows.place[own]).to(model.device))
+        parts.append(rollout.Rows(
+            rows.tokens[cut], lm.Layout(*(t[cut] for t in rows.layout)), rows.source[own] - start * T,
+            rows.target[own], rows.owner[own], rows.place[own]).to(model.device))
     with torch.no_grad():
         old = [logprobs(part) for part in parts]
     for part, logp_old in zip(parts, old):
-        loss, _ = tracerl.policy_loss(logprobs(part), logp_old, advantage[part.owner, part.place],
-                                      num_trained)
+        loss, _ = tracerl.policy_loss(
+            logprobs(part), logp_old, advantage[part.owner, part.place], num_trained)
         loss.backward()
 
 
@@ -131,8 +130,8 @@ def packed_update(model, rollouts, settings, is_replayed):
     for rows in parts:
         logp, _ = rollout.forward_rows(model, rows)
         at = rows.owner, rows.place
-        loss, _ = tracerl.policy_loss(logp, old[at] if is_replayed else logp.detach(), advantage[at],
-                                      num_trained)
+        loss, _ = tracerl.policy_loss(
+            logp, old[at] if is_replayed else logp.detach(), advantage[at], num_trained)
         loss.backward()
 
 
@@ -157,8 +156,8 @@ def measure(args):
     for layer in model.layers:
         layer.recomputes = args.recompute
     rollouts = made_up(config, args.responses, args.prompt, *args.range)
-    settings = argparse.Namespace(shrink=1, post_num=0, micro_tokens=args.micro_tokens, objective="tracerl",
-                                  temperature=1.0)
+    settings = argparse.Namespace(
+        shrink=1, post_num=0, micro_tokens=args.micro_tokens, objective="tracerl", temperature=1.0)
     if args.layout in ("authors", "unpadded"):
         response = args.padded if args.layout == "authors" else max(len(r.response) for r in rollouts)
         rows = author_rows(rollouts, config, args.prompt, response)
@@ -185,8 +184,7 @@ def measure(args):
     heads = tokens if args.layout in ("authors", "unpadded") else num_trained
     flops = 2 * passes * (matrices * tokens + embedding * heads)  # attention not counted
     return dict(seconds=min(times[1:]), tokens=tokens, trained=num_trained,
-                extra_bytes=peak_bytes(device) - before,
-                flops=flops)
+                extra_bytes=peak_bytes(device) - before, flops=flops)
 
 
 def matmul_flops(threads, dtype):
@@ -229,8 +227,7 @@ def child(args, **changes):
     """Runs one measurement in a fresh process -> its dict."""
     flags = [f"--{name}={value}" for name, value in (vars(args) | changes).items()
              if name in ("preset", "threads", "responses", "prompt", "padded", "micro_tokens", "repeats",
-                         "dtype",
-                         "layout", "targets", "measures")]
+                         "dtype", "layout", "targets", "measures")]
     flags += ["--range", *map(str, changes.get("range", args.range))] + ["--recompute"] * args.recompute
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if done.returncode:
@@ -242,15 +239,14 @@ def compare(args):
     """The packed update against the authors' layout."""
     peak = matmul_flops(args.threads, getattr(torch, args.dtype))
     print(f"{args.preset}, {args.dtype}, {lm.default_device()}: {args.responses} responses of "
-          f"{args.range[0]} "
-          f"to {args.range[1]} tokens, prompts of {args.prompt}; a matrix product: {peak / 1e12:.2f} TFLOP/s")
+          f"{args.range[0]} to {args.range[1]} tokens, prompts of {args.prompt}; "
+          f"a matrix product: {peak / 1e12:.2f} TFLOP/s")
     found = {}
     for layout in ("authors", "unpadded", "replayed", "packed"):
         found[layout] = m = child(args, layout=layout, measures="update")
         useful, share = m["trained"] / m["tokens"], m["flops"] / m["seconds"] / peak
         print(f"  {layout:9s} {m['seconds']:8.2f} s  {m['tokens']:7d} tokens a pass, {useful:.2f} useful  "
-              f"peak "
-              f"+{m['extra_bytes'] / 2**20:6.0f} MiB  {share:.0%} of the matrix product", flush=True)
+              f"peak +{m['extra_bytes'] / 2**20:6.0f} MiB  {share:.0%} of the matrix product", flush=True)
     for layout in ("packed", "replayed"):
         faster, fewer = (found["authors"][name] / found[layout][name] for name in ("seconds", "tokens"))
         unpadded = found["unpadded"]["seconds"] / found[layout]["seconds"]
@@ -263,8 +259,8 @@ def growth(args):
     """Cost per token of longer responses."""
     found = {}
     for R in (128, 256, 512, 1024, 2048):
-        found[R] = m = child(args, layout="packed", measures="update", responses=max(1, 1024 // R),
-                             range=(R, R))
+        found[R] = m = child(
+            args, layout="packed", measures="update", responses=max(1, 1024 // R), range=(R, R))
         print(f"  {R:5d} tokens a response: {m['seconds'] / m['trained'] * 1e3:.2f} ms a trained token, peak "
               f"+{m['extra_bytes'] / 2**20:.0f} MiB", flush=True)
     return found
@@ -275,16 +271,14 @@ def table():
 
     N parameters, g GPUs. Training state: 16 N / g bytes (float32 weights, gradients, two moments); gathered
     for rollouts: 2 N (bfloat16). LoRA: 2 N frozen, the adapters are neglected. Activations with --recompute:
-    2 bytes x C x layers for each of 16,384 tokens, plus one layer's (34 x C x 2 bytes a token). Cache: 2
-    bytes
-    x 2 x kv heads x head_dim x layers x 64 slots x 2,784 tokens. Time: 64 x 16 / g responses of 1,000 tokens
-    after prompts of 200: 4 passes (one again for --recompute) of 2 N FLOPs over 3,200 tokens each (2 trace steps per block of 4) at 40
-    percent of 989 TFLOP/s; rollouts, bound by memory: 2 N bytes
-    and the cache of 700 tokens in each of 64 slots, for each of 250 blocks x 3 forwards, at 60 percent of
-    3.35 TB/s.
+    2 bytes x C x layers for each of 16,384 tokens, plus one layer's (34 x C x 2 bytes a token). Cache:
+    2 bytes x 2 x kv heads x head_dim x layers x 64 slots x 2,784 tokens. Time: 64 x 16 / g responses of 1,000
+    tokens after prompts of 200: 4 passes (one again for --recompute) of 2 N FLOPs over 3,200 tokens each
+    (2 trace steps per block of 4) at 40 percent of 989 TFLOP/s; rollouts, bound by memory: 2 N bytes and the
+    cache of 700 tokens in each of 64 slots, for each of 250 blocks x 3 forwards, at 60 percent of 3.35 TB/s.
     """
-    print("| model | GPUs | training state | whole weights | activations | cache | sum | LoRA | update | "
-          "rollout |")
+    print("| model | GPUs | training state | whole weights | activations | cache | sum | LoRA "
+          "| update | rollout |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in ("0.6B", "1.7B", "4B", "8B"):
         config = preset_config(name)
@@ -302,9 +296,8 @@ def table():
             sizes = [f"{x / 2**30:.1f}" for x in (state, whole, activations, cache)]
             fits = "" if total < GPU_BYTES else " (too much)"
             lora = (whole + max(activations, cache)) / 2**30
-            print(f"| {name} | {g} | {' | '.join(sizes)} | {total / 2**30:.0f}{fits} | {lora:.0f} | "
-                  f"{update:.0f} s "
-                  f"| {rollouts:.0f} s |")
+            print(f"| {name} | {g} | {' | '.join(sizes)} | {total / 2**30:.0f}{fits} | {lora:.0f} "
+                  f"| {update:.0f} s | {rollouts:.0f} s |")
 
 
 def parse_args(argv=None):
@@ -312,16 +305,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     is_cuda = torch.cuda.is_available()
     parser.add_argument("--preset", default="34M", choices=PRESETS)
-    parser.add_argument("--dtype", default="bfloat16" if is_cuda else "float32", choices=("float32",
-                                                                                          "bfloat16"))
+    parser.add_argument("--dtype", default="bfloat16" if is_cuda else "float32",
+                        choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--responses", type=int, default=128 if is_cuda else 8)
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--range", type=int, nargs=2, default=(96, 160), help="shortest and longest response")
     parser.add_argument("--padded", type=int, default=256, help="response length of the authors' layout")
     parser.add_argument("--micro_tokens", type=int, default=16384 if is_cuda else 4608)
-    parser.add_argument("--repeats", type=int, default=3, help="timed updates after the first; the best "
-                        "counts")
+    parser.add_argument("--repeats", type=int, default=3,
+                        help="timed updates after the first; the best counts")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--targets", type=int, default=4000, help="of --logprobs")
     parser.add_argument("--logprobs", action="store_true")

@@ -1,5 +1,4 @@
-"""What the tests share: where the fixtures are, and small random models whose distributions are neither flat
-nor certain."""
+"""What the tests share: the fixtures, and small random models whose choices are neither flat nor certain."""
 
 import json
 import os
@@ -22,17 +21,14 @@ import rollout  # noqa: E402
 
 
 def random_model(kind="sdar", block_size=4, seed=0, std=0.25, vocab_size=18):
-    """A tiny model of one family with weights large enough that its choices matter. kind: sdar, qwen3, dream
-    or llada."""
-    source = dict(model_type=kind, block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
-                  hidden_size=32,
-                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                  intermediate_size=48,
-                  vocab_size=vocab_size, tie_word_embeddings=False, rope_theta=1e4)
+    """A tiny model of a family (sdar, qwen3, dream, llada), its weights so large that its choices matter."""
+    source = dict(
+        model_type=kind, block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, vocab_size=vocab_size, tie_word_embeddings=False, rope_theta=1e4)
     if kind == "llada":
         source.update(d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=48,
-                      embedding_size=vocab_size,
-                      weight_tying=False)
+                      embedding_size=vocab_size, weight_tying=False)
     model = lm.BlockDiffusionLM(lm.ModelConfig.from_dict(source))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -62,7 +58,6 @@ def fixture_tensors(name):
 
 @pytest.fixture
 def authors_policy(monkeypatch):
-    """The authors' policy may also say "mask": with this, ours may, too, and log-probabilities compare
-    directly."""
+    """The authors' policy may also say "mask": with this, ours may, too, and log-probabilities compare."""
     for module in (lm, rollout):
         monkeypatch.setattr(module, "policy_logits", lambda logits, mask_id: logits.float())

@@ -19,19 +19,17 @@ import tracerl
 
 TINY = str(FIXTURES / "tiny")
 DATA = ["--train_data=arithmetic", "--dev_data=arithmetic-dev", "--eval_data=arithmetic-test"]
-SMALL = ["--steps=2", "--prompts=6", "--group_size=4", "--max_new_tokens=20", "--lr=1e-3", "--minibatches=2",
-         "--eval_every=0",
-         "--warmup=0", "--keep_range", "0", "1", "--micro_tokens=2048", "--slots=16",
-         "--max_prompt_tokens=20"]
+SMALL = ["--steps=2", "--prompts=6", "--group_size=4", "--max_new_tokens=20", "--lr=1e-3",
+         "--minibatches=2", "--eval_every=0", "--warmup=0", "--keep_range", "0", "1",
+         "--micro_tokens=2048", "--slots=16", "--max_prompt_tokens=20"]
 
 
 def run(*command, cwd, processes=1, code=0):
     """Runs a script of the project with torchrun -> its output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={processes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run",
+                "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run([*launcher, str(ROOT / command[0]), *command[1:]], cwd=cwd, capture_output=True,
-                          text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -78,9 +76,9 @@ def test_two_processes_make_the_same_update_as_one(runs):
 
 def test_four_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path, monkeypatch):
     """Value model, adapters, mini-batches of two rollouts: at times some processes have no row at all."""
-    flags = ["--model", TINY, *small_data(tmp_path), *SMALL, "--advantage=value", "--value_warmup=1",
-             "--prompts=3", "--group_size=2", "--minibatches=3", "--lora_rank=2", "--steps=2",
-             "--save_every=1"]
+    flags = ["--model", TINY, *small_data(tmp_path), *SMALL,
+             "--advantage=value", "--value_warmup=1", "--prompts=3", "--group_size=2",
+             "--minibatches=3", "--lora_rank=2", "--steps=2", "--save_every=1"]
     run("tracerl.py", *flags, "--run_name=four", cwd=tmp_path, processes=4)
     monkeypatch.chdir(tmp_path)
     tracerl.main([*flags, "--run=one"])
@@ -99,9 +97,8 @@ def test_four_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path,
 
 def test_a_run_leaves_behind_what_the_readme_says(runs):
     folder, output = runs
-    assert {p.name for p in (folder / "one").iterdir()} == {"args.json", "checkpoints", "curves.png",
-                                                            "metrics.jsonl",
-                                                            "summary.json"}
+    assert {p.name for p in (folder / "one").iterdir()} == {
+        "args.json", "checkpoints", "curves.png", "metrics.jsonl", "summary.json"}
     summary = json.loads((folder / "one/summary.json").read_text())
     assert set(summary) == {"before", "after", "seconds", "replay_gap_max", "seed"}
     for part in (summary["before"], summary["after"]):
@@ -142,13 +139,11 @@ def test_importing_the_files_does_nothing():
 @pytest.mark.parametrize("more", [[], ["--advantage=value", "--value_warmup=1", "--value_epochs=1"]],
                          ids=["group", "value"])
 def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
-    """Killed while step 4's checkpoint is half written, resumed: weights and metrics are those of a run left
-    in peace."""
+    """Killed with step 4's checkpoint half written, resumed: weights and metrics of a run left in peace."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
     flags = ["--model", TINY, *small_data(tmp_path), *SMALL, *more,
-             "--steps=5", "--save_every=1",
-             "--keep_checkpoints=2"]
+             "--steps=5", "--save_every=1", "--keep_checkpoints=2"]
     tracerl.main([*flags, "--run=whole"])
     script = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import model, tracerl\n"
               "write = model.write_json\n"
@@ -156,20 +151,19 @@ def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
               "    os.kill(os.getpid(), 9) if 'step-4.partial' in str(path) else write(path, value)\n"
               "model.write_json = stop\ntracerl.main(sys.argv[1:])\n")
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: other threads, other rounding
-    done = subprocess.run([sys.executable, "-c", script, *flags, "--run=killed"], capture_output=True,
-                          text=True, env=one_thread)
+    done = subprocess.run([sys.executable, "-c", script, *flags, "--run=killed"],
+                          capture_output=True, text=True, env=one_thread)
     assert done.returncode == -9, done.stderr
-    assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} == {"step-2", "step-3",
-                                                                                  "step-4.partial"}
+    assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} == {
+        "step-2", "step-3", "step-4.partial"}
     tracerl.main([*flags, "--run=killed", "--resume"])
     for name in ("model.safetensors", "value/model.safetensors")[:1 + bool(more)]:
-        whole, resumed = (load_file(tmp_path / f"runs/{run}/checkpoints/step-5/{name}") for run in ("whole",
-                                                                                                    "killed"))
+        whole, resumed = (load_file(tmp_path / f"runs/{run}/checkpoints/step-5/{name}")
+                          for run in ("whole", "killed"))
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     quiet = lambda line: {name: value for name, value in line.items() if "seconds" not in name}
-    assert [quiet(line) for line in lines(tmp_path / "runs/whole")] == [quiet(line)
-                                                                        for line in lines(
-                                                                            tmp_path / "runs/killed")]
+    assert ([quiet(line) for line in lines(tmp_path / "runs/whole")]
+            == [quiet(line) for line in lines(tmp_path / "runs/killed")])
     assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} >= {"step-4", "step-5"}
     with pytest.raises(ValueError, match="other settings .*lr"):
         tracerl.main([*flags, "--run=killed", "--resume", "--lr=1"])
@@ -181,14 +175,13 @@ def test_bfloat16_computes_and_float32_keeps(more, tmp_path, monkeypatch):
     """Layers compute in bfloat16, the weights move by less than bfloat16 could say, ratios stay near 1."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
-    tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL, "--dtype=bfloat16", "--recompute",
-                  "--lr=1e-6",
-                  *more])
+    tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL,
+                  "--dtype=bfloat16", "--recompute", "--lr=1e-6", *more])
     assert all(0 < line["gap"] < 0.1 and 1 <= line["ratio_max"] < 2 and line["skipped_updates"] == 0
                for line in lines(tmp_path / "runs/tracerl"))
     kind = torch.bfloat16 if more else torch.float32  # the frozen trunk is kept in what it computes in
-    start, saved = load_file(f"{TINY}/model.safetensors"), load_file(
-        tmp_path / "runs/tracerl/checkpoints/step-2/model.safetensors")
+    start, saved = (load_file(f"{TINY}/model.safetensors"),
+                    load_file(tmp_path / "runs/tracerl/checkpoints/step-2/model.safetensors"))
     assert all(p.dtype == kind for p in saved.values())
     if not more:
         moves = torch.cat([(saved[name] - p).abs().flatten() for name, p in start.items()])
@@ -222,8 +215,8 @@ def test_a_full_disk_a_foreign_checkpoint_and_a_taken_name_are_clear_errors(tmp_
     assert [line["step"] for line in lines(tmp_path / "runs/full")] == [1, 2]
     # another model's train state in the place of ours
     model = random_model()
-    lm.RunLog("other", {}).save_checkpoint(None, [(model, lm.make_optimizer(model, 0.1, (0.9, 0.95)))],
-                                           dict(step=2), keep=1)
+    lm.RunLog("other", {}).save_checkpoint(
+        None, [(model, lm.make_optimizer(model, 0.1, (0.9, 0.95)))], dict(step=2), keep=1)
     shutil.rmtree("runs/full/checkpoints/step-2")
     shutil.copytree("other/checkpoints/step-2", "runs/full/checkpoints/step-2")
     with pytest.raises(ValueError, match="step-2 cannot be resumed from"):
@@ -251,8 +244,8 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
     assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found
     assert set(bench_methods.main(["--settings", "k4-to-k8", "--lrs", "1e-3", *more])["k4-to-k8"]) == {
         "adapt", "direct"}
-    noise = bench_methods.main(["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1",
-                                *more])["k4"]
+    noise = bench_methods.main(
+        ["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1", *more])["k4"]
     assert set(noise) == {"group", "batch", "none", "value", "random", "coupled"}
     assert noise["none"][2] == pytest.approx(1, abs=1e-4)
     assert all(abs(cosine) < 1.0001 for *_, cosine in noise.values())
@@ -275,13 +268,11 @@ def test_the_noise_of_a_gradient_is_its_variance_over_its_squared_mean():
     ["--advantage=value", "--value_warmup=0", "--reward=mine.py:each", "--gamma=0.9", "--lam=0.5"],
 ], ids=" ".join)
 def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, tmp_path, monkeypatch):
-    """Two RL steps of each, by `main` itself: the gap holds before the update, the policy moves, and what was
-    saved loads."""
+    """Two RL steps by `main`: the gap holds before the update, the policy moves, and what was saved loads."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("def short(problem, text, tokens):\n    return "
-                                      "-float(len(set(tokens)))\n\n"
-                                      "def each(problem, text, tokens):\n    return [float(t % 2) for t in "
-                                      "tokens]\n")
+    (tmp_path / "mine.py").write_text(
+        "def short(problem, text, tokens):\n    return -float(len(set(tokens)))\n\n"
+        "def each(problem, text, tokens):\n    return [float(t % 2) for t in tokens]\n")
     monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)  # slow, and seen above
     trained = []
     keep = tracerl.train

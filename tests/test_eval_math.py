@@ -34,19 +34,18 @@ def test_equal_numbers_are_equal_and_nothing_else_is():
 
 
 def test_the_splits_of_the_embedded_task_never_share_a_problem():
-    texts = {name: {p.problem for p in arithmetic(name, 2000, seed)} for seed in (0, 1) for name in ("train",
-                                                                                                     "dev",
-                                                                                                     "test")}
-    assert not texts["train"] & texts["test"] and not texts["train"] & texts["dev"] and not texts[
-        "dev"] & texts["test"]
+    texts = {name: {p.problem for p in arithmetic(name, 2000, seed)}
+             for seed in (0, 1) for name in ("train", "dev", "test")}
+    assert (not texts["train"] & texts["test"] and not texts["train"] & texts["dev"]
+            and not texts["dev"] & texts["test"])
 
 
 def test_a_pupil_who_never_slips_is_always_right():
     for p in arithmetic("train", 500):
         a, b = p.problem[:-1].split("+")
         assert int(p.answer) == int(a) + int(b) and is_correct(extract_answer(p.solution), p.answer)
-    assert Problem("237+682=", "919", "090;111;090;\\boxed{919}").solution == eval_math.work_out(237, 682, 0,
-                                                                                              random.Random())
+    assert (Problem("237+682=", "919", "090;111;090;\\boxed{919}").solution
+            == eval_math.work_out(237, 682, 0, random.Random()))
 
 
 def test_a_pupil_who_slips_is_wrong_when_a_carry_was_due():
@@ -60,8 +59,8 @@ def test_a_pupil_who_slips_is_wrong_when_a_carry_was_due():
 def test_a_truncated_response_is_wrong_even_with_the_right_answer():
     tokenizer = lm.tiny_tokenizer()
     tokens = tokenizer("\\boxed{5}", add_special_tokens=False).input_ids
-    rollouts = [Rollout([3], [*tokens, 1], 4, [1] * 4), Rollout([3], [*tokens, 1], 4, [1] * 4,
-                                                                is_truncated=True),
+    rollouts = [Rollout([3], [*tokens, 1], 4, [1] * 4),
+                Rollout([3], [*tokens, 1], 4, [1] * 4, is_truncated=True),
                 Rollout([3], [*tokens, 1], 2, [1] * 4)]
     eval_math.score(rollouts, [Problem("", "5")] * 3, tokenizer)
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0]
@@ -92,9 +91,9 @@ def test_long_prompts_are_skipped_and_counted():
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"problem": "1+1=", "answer": "2"}\n{"problem": \n', "line 2: broken JSON"), ('{"problem": "1+1="}\n',
-                                                                                    "row 1: no answer"),
-    ("\n", "no problems"), ('{"problem": "1+1=", "answer": "2"}\n[1]\n', "row 2: not an object"),
+    ('{"problem": "1+1=", "answer": "2"}\n{"problem": \n', "line 2: broken JSON"),
+    ('{"problem": "1+1="}\n', "row 1: no answer"), ("\n", "no problems"),
+    ('{"problem": "1+1=", "answer": "2"}\n[1]\n', "row 2: not an object"),
     ('{"problem": "1+1=", "answer": "2"}\n{"text": "1", "answer": "2"}\n',
      "row 2: no problem; columns are text, answer"),
     ('{"problem": "1+1=", "answer": ""}\n', "row 1: no answer"),
@@ -114,8 +113,9 @@ def test_a_missing_source_or_column_is_named(tmp_path):
         load_problems(str(FIXTURES / "data/math500.jsonl"), problem_column="text")
 
 
-@pytest.mark.parametrize("name, answer", [("gsm8k", "18"), ("math500", "\\left( 3, \\frac{\\pi}{2} "
-                                                            "\\right)"), ("aime2024", "204")])
+@pytest.mark.parametrize("name, answer", [
+    ("gsm8k", "18"), ("math500", "\\left( 3, \\frac{\\pi}{2} \\right)"), ("aime2024", "204"),
+])
 def test_the_public_sets_load_as_their_owners_publish_them(name, answer):
     problems = load_problems(str(FIXTURES / f"data/{name}.jsonl"))
     assert len(problems) == 5 and problems[0].answer == answer and len(problems[0].problem) > 50
@@ -128,8 +128,8 @@ def test_other_shapes_of_data_load_as_well(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(rows))
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
     for name in ("list.json", "table.parquet"):
-        assert [(p.problem, p.answer) for p in load_problems(str(tmp_path / name))] == [("1+1", "2"),
-                                                                                        ("2+2", "4")]
+        assert [(p.problem, p.answer) for p in load_problems(str(tmp_path / name))] == [
+            ("1+1", "2"), ("2+2", "4")]
     assert load_problems(str(tmp_path / "list.json"), answer_column="level")[0].answer == "3"
     talk = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
                           {"role": "assistant", "content": "a"}]},
@@ -140,9 +140,10 @@ def test_other_shapes_of_data_load_as_well(tmp_path):
     assert (plain.problem, plain.solution, plain.answer) == ("u", "so \\boxed{7}", "7")
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
-          "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n"
+          "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+          "{% endif %}")
 
 
 @pytest.mark.parametrize("style, end", [
@@ -169,8 +170,8 @@ def test_prompt_styles(style, end):
     eval_math.encode_prompts([problem], Recorder(), 999, style=style, system="be brief")
     text = "".join(problem.tokens)
     assert text.endswith(end) and "1+1?\nPlease reason" in text and text.count("be brief") == 1
-    assert style == "plain" or text.startswith("<|im_start|>system\nbe "
-                                               "brief<|im_end|>\n<|im_start|>user\n1+1?")
+    assert style == "plain" or text.startswith(
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n1+1?")
     with pytest.raises(ValueError, match="unknown prompt style 'best'"):
         eval_math.encode_prompts([problem], Recorder(), 999, style="best")
 
@@ -184,8 +185,7 @@ def pairs():
 
 def test_the_grader_meets_its_bars_on_the_pairs():
     never = {"no_boxed", "empty_boxed", "unclosed_boxed", "reward_hack", "bases", "intervals", "thousands",
-             "tuples", "negatives",
-             "decimals", "sets_lists", "scientific", "mixed_numbers"}
+             "tuples", "negatives", "decimals", "sets_lists", "scientific", "mixed_numbers"}
     results = [(p, is_correct(extract_answer(p["response"]), p["gold"])) for p in pairs()]
     wrong = [(p["category"], p["gold"], p["response"], verdict) for p, verdict in results
              if verdict != p["expected"]]
@@ -218,33 +218,27 @@ def test_every_published_gold_answer_equals_itself_in_every_style():
 
 @pytest.mark.parametrize("answer, gold", [
     ("2^{-98}", "2^{-99}"), ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}"), ("6.283185", "2\\pi"),
-    ("0.3333333333", "\\frac{1}{3}"),
-    ("204_6", "204_5"), ("204", "204_5"), ("(1,2]", "(1,2)"), ("(2,1)", "(1,2)"), ("1,2,3", "1,2"),
-    ("1,2", "1,2,3"),
-    ("1,2,3,4,5", "3"), ("3 or 4", "3"), ("3\\text{ or 4}", "3"), ("3\\text{ or } 4", "3"),
-    ("\\text{the gold}", "3"),
+    ("0.3333333333", "\\frac{1}{3}"), ("204_6", "204_5"), ("204", "204_5"), ("(1,2]", "(1,2)"),
+    ("(2,1)", "(1,2)"), ("1,2,3", "1,2"), ("1,2", "1,2,3"), ("1,2,3,4,5", "3"),
+    ("3 or 4", "3"), ("3\\text{ or 4}", "3"), ("3\\text{ or } 4", "3"), ("\\text{the gold}", "3"),
     ("3+10^{-30}", "3"), ("\\sqrt{2}+10^{-20}", "\\sqrt{2}"), ("1 234", "1234"), ("1, 234", "1234"),
-    ("3\\frac{1}{2}", "\\frac{31}{2}"),
-    ("seat", "east"), ("|x|", "x"), ("\\sqrt{x^2}", "x"), ("x=5", "y=5"), ("-5", "5"), ("\\pm 5", "5"),
-    ("5\\pm 0", "5"),
-    ("\\text{5}6", "5"), ("\\frac{5}{0}", "5"), ("nan", "5"), ("\\infty", "5"), ("5\\infty", "5"),
-    ("[1,2]", "\\{1,2\\}"),
+    ("3\\frac{1}{2}", "\\frac{31}{2}"), ("seat", "east"), ("|x|", "x"), ("\\sqrt{x^2}", "x"), ("x=5", "y=5"),
+    ("-5", "5"), ("\\pm 5", "5"), ("5\\pm 0", "5"), ("\\text{5}6", "5"), ("\\frac{5}{0}", "5"), ("nan", "5"),
+    ("\\infty", "5"), ("5\\infty", "5"), ("[1,2]", "\\{1,2\\}"),
 ])
 def test_known_traps_are_wrong(answer, gold):
     assert not is_correct(answer, gold)
 
 
 @pytest.mark.parametrize("answer, gold", [
-    ("\\frac{3}{6}", "0.5"), ("2,1", "\\{1,2\\}"), ("3\\tfrac12", "\\frac{7}{2}"), ("10\\,080", "10,\\!080"),
-    ("1+\\sqrt 2", "\\sqrt2+1"),
+    ("\\frac{3}{6}", "0.5"), ("2,1", "\\{1,2\\}"), ("3\\tfrac12", "\\frac{7}{2}"),
+    ("10\\,080", "10,\\!080"), ("1+\\sqrt 2", "\\sqrt2+1"),
     ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
-    ("x\\in[-2,7]", "[-2,7]"),
-    ("2\\ge x", "x\\le 2"), ("y=0.5x-3", "y=\\frac12 x-3"), ("\\cos^2 x", "1-\\sin^2 x"),
-    ("-\\frac{1}{2}", "\\frac{-1}{2}"),
+    ("x\\in[-2,7]", "[-2,7]"), ("2\\ge x", "x\\le 2"), ("y=0.5x-3", "y=\\frac12 x-3"),
+    ("\\cos^2 x", "1-\\sin^2 x"), ("-\\frac{1}{2}", "\\frac{-1}{2}"),
     ("4\\pm\\sqrt3", "4+\\sqrt3, 4-\\sqrt3"), ("5\\text{ cm}^2", "5"), ("$18", "18"), ("50\\%", "50"),
-    ("(C)", "\\text{C}"),
-    ("4210_5", "4210_{5}"), ("i+1", "1+i"), ("2 \\cdot 10^{3}", "2000"), ("(1,2) \\cup (3,4)",
-                                                                          "(3,4)\\cup(1,2)"),
+    ("(C)", "\\text{C}"), ("4210_5", "4210_{5}"), ("i+1", "1+i"), ("2 \\cdot 10^{3}", "2000"),
+    ("(1,2) \\cup (3,4)", "(3,4)\\cup(1,2)"),
 ])
 def test_equal_answers_in_other_clothes_are_right(answer, gold):
     assert is_correct(answer, gold)
@@ -260,16 +254,17 @@ for line in open(sys.argv[2]):
     text = "".join(s * n for s, n in case["build"]).replace("{canary}", canary)
     started = time.perf_counter()
     answer = eval_math.extract_answer(text if case["raw"] else f"The answer is \\\\boxed{{{text}}}")
-    out.append((case["id"], case["must"], eval_math.is_correct(answer, case["gold"]), time.perf_counter() - started))
+    is_right = eval_math.is_correct(answer, case["gold"])
+    out.append((case["id"], case["must"], is_right, time.perf_counter() - started))
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-print(json.dumps([out, grown, os.listdir(canary), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024]))
+workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+print(json.dumps([out, grown, os.listdir(canary), workers]))
 """
 
 
 def test_hostile_answers_neither_hang_nor_grow_nor_run():
-    done = subprocess.run([sys.executable, "-c", HOSTILE, str(ROOT),
-                           str(FIXTURES / "grading/hostile.jsonl")], text=True,
-                          capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HOSTILE, str(ROOT), str(FIXTURES / "grading/hostile.jsonl")],
+                          text=True, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     results, grown_mib, canary, worker_mib = json.loads(done.stdout)
     assert len(results) > 40 and canary == [] and grown_mib < 100 and worker_mib < 1024
@@ -304,21 +299,22 @@ def test_a_check_that_is_killed_is_wrong_and_counted_and_the_next_one_works(monk
     stuck = workers.idle.get() or workers.start()
     stuck.send_signal(19)  # SIGSTOP: a worker that sleeps uses no CPU time, so only the wall clock ends it
     workers.idle.put(stuck)
-    assert (False, "killed") in [workers.run("\\sqrt{5}", "\\sqrt{5}")
-                                 for _ in range(2)] and workers.killed == 2
+    assert ((False, "killed") in [workers.run("\\sqrt{5}", "\\sqrt{5}") for _ in range(2)]
+            and workers.killed == 2)
 
 
 def test_the_cpu_limit_ends_a_check_in_time():
     workers = eval_math.Workers()
     started = time.perf_counter()
     nested = "(" * 3 + "x+1" + ")^{99}" * 3  # past the guard on purpose: the limits must hold without it
-    is_right, how = workers.run(f"\\frac{{d}}{{dx}} {nested} + \\sum_{{k=1}}^{{10^{{9}}}} "
-                                f"\\frac{{1}}{{k^k}} + 9^{{9^{{9^9}}}}", "1")
+    is_right, how = workers.run(
+        f"\\frac{{d}}{{dx}} {nested} + \\sum_{{k=1}}^{{10^{{9}}}} \\frac{{1}}{{k^k}} + 9^{{9^{{9^9}}}}", "1")
     assert not is_right and time.perf_counter() - started < 10
 
 
 def test_the_interpreter_exits_promptly_with_workers_running():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval_math; eval_math.is_correct('x+1', '1+x'); print('done')"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval_math; "
+            "eval_math.is_correct('x+1', '1+x'); print('done')")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "done\n"
     started = time.perf_counter()
@@ -330,16 +326,16 @@ def test_the_interpreter_exits_promptly_with_workers_running():
 def test_the_grader_is_a_command(tmp_path):
     rows = [{"gold": p["gold"], "response": p["response"]} for p in pairs()[:40]]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out",
-                           "out.jsonl"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out", "out.jsonl"],
+        cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "checks per second" in done.stdout, done.stderr
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(out) == 40 and all(set(line) == {"correct", "answer", "how"} for line in out)
     (tmp_path / "in.jsonl").write_text('{"gold": "1"}\n')
-    done = subprocess.run([sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out",
-                           "out.jsonl"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out", "out.jsonl"],
+        cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "row 1" in done.stderr
 
 
@@ -349,12 +345,12 @@ def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, mo
     first = eval_math.main(flags)
     path = tmp_path / "runs/eval/responses.jsonl"
     lines = path.read_text().splitlines()
-    assert len(lines) == 80 and {"text", "response", "step_map", "correct",
-                                 "how"} <= set(json.loads(lines[0]))
+    assert (len(lines) == 80
+            and {"text", "response", "step_map", "correct", "how"} <= set(json.loads(lines[0])))
     for metrics in first.values():
-        assert {"accuracy", "standard_error", "pass_at_k", "length", "truncated", "tokens_per_step",
-                "tokens_per_second",
-                "unanswered", "killed"} <= set(metrics) and metrics["pass_at_k"] >= metrics["accuracy"]
+        assert ({"accuracy", "standard_error", "pass_at_k", "length", "truncated", "tokens_per_step",
+                 "tokens_per_second", "unanswered", "killed"} <= set(metrics)
+                and metrics["pass_at_k"] >= metrics["accuracy"])
     path.write_text("\n".join(lines[:33]) + "\n" + lines[33][:20])
     capsys.readouterr()
     again = eval_math.main(flags)
@@ -368,10 +364,9 @@ def test_an_autoregressive_model_is_scored_under_the_same_prompts(tmp_path, monk
     import transformers
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(vocab_size=18, hidden_size=32, intermediate_size=32,
-                                      num_hidden_layers=1, head_dim=8,
-                                      num_attention_heads=4, num_key_value_heads=2, eos_token_id=1,
-                                      pad_token_id=0)
+    config = transformers.Qwen3Config(
+        vocab_size=18, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
     transformers.Qwen3ForCausalLM(config).save_pretrained("ar")
     lm.tiny_tokenizer().save_pretrained("ar")
     summary = eval_math.main(["--ar=ar", "--max_new_tokens=6", "--limit=9", "--slots=4", "--temperature=0"])

@@ -199,9 +199,9 @@ def test_transformers_own_qwen3_loads_what_we_save(tmp_path):
 
 def test_a_qwen3_checkpoint_without_a_mask_token_gets_a_row_for_one(tmp_path):
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(vocab_size=18, hidden_size=32, intermediate_size=48,
-                                      num_hidden_layers=1, head_dim=8,
-                                      num_attention_heads=4, num_key_value_heads=2, eos_token_id=1)
+    config = transformers.Qwen3Config(
+        vocab_size=18, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=1)
     theirs = transformers.Qwen3ForCausalLM(config)
     theirs.save_pretrained(tmp_path / "ar")
     model, _ = lm.load_model(tmp_path / "ar", block_size=1)
@@ -211,14 +211,13 @@ def test_a_qwen3_checkpoint_without_a_mask_token_gets_a_row_for_one(tmp_path):
     torch.testing.assert_close(model(tokens)[..., :18], theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     lm.save_checkpoint(model, None, tmp_path / "again")
     again, _ = lm.load_model(tmp_path / "again")
-    assert again.config.mask_id == 18 and all(torch.equal(p, q) for p, q in zip(model.parameters(),
-                                                                                again.parameters()))
+    assert (again.config.mask_id == 18
+            and all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters())))
 
 
 @pytest.mark.parametrize("family", ["dream", "sdar"])
 def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
-    """Dream's and SDAR's folders name a tokenizer class of their own; it is Qwen2's, and no code is run for
-    it."""
+    """Dream's and SDAR's folders name a tokenizer class of their own; it is Qwen2's, and no code is run."""
     import json
 
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -228,19 +227,18 @@ def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
     backend.train_from_iterator(["so the answer is 12"] * 9, trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     backend.model.save(str(tmp_path / "c"))
-    added = {str(300 + i): dict(content=text, special=True, lstrip=False, rstrip=False, normalized=False,
-                                single_word=False)
+    added = {str(300 + i): dict(content=text, special=True, lstrip=False, rstrip=False,
+                                normalized=False, single_word=False)
              for i, text in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"))}
     (tmp_path / "c/tokenizer_config.json").write_text(json.dumps(dict(
-        tokenizer_class="DreamTokenizer", auto_map=dict(AutoTokenizer=["tokenization_dream.DreamTokenizer",
-                                                                       None]),
-        added_tokens_decoder=added, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-        mask_token="<|mask|>",
+        tokenizer_class="DreamTokenizer",
+        auto_map=dict(AutoTokenizer=["tokenization_dream.DreamTokenizer", None]), added_tokens_decoder=added,
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mask|>",
         chat_template="{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}")))
     model, tokenizer = lm.load_model(tmp_path / "c")
     ids = tokenizer("<|im_start|>so the answer", add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == "<|im_start|>so the answer" and ids[0] == tokenizer.convert_tokens_to_ids(
-        "<|im_start|>")
+    assert (tokenizer.decode(ids) == "<|im_start|>so the answer"
+            and ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>"))
     assert set(model.config.eos_ids) == {1, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])}
     lm.save_checkpoint(model, tokenizer, tmp_path / "again")
     _, again = lm.load_model(tmp_path / "again")
@@ -251,26 +249,23 @@ def test_published_configurations_are_understood():
     """The fields of the published config.json files that matter here."""
     sdar = lm.ModelConfig.from_dict(dict(
         model_type="sdar", vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32,
-        head_dim=128,
-        num_key_value_heads=8, intermediate_size=9728, rope_theta=1000000, tie_word_embeddings=False,
-        eos_token_id=151643))
+        head_dim=128, num_key_value_heads=8, intermediate_size=9728, rope_theta=1000000,
+        tie_word_embeddings=False, eos_token_id=151643))
     assert (sdar.mask_id, sdar.block_size, sdar.is_full, sdar.head_dim) == (151669, 4, False, 128)
     dream = lm.ModelConfig.from_dict(dict(
-        model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28,
-        num_attention_heads=28, mask_token_id=151666,
-        num_key_value_heads=4, intermediate_size=18944, rope_theta=1000000.0, tie_word_embeddings=False,
-        eos_token_id=151643))
+        model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+        mask_token_id=151666, num_key_value_heads=4, intermediate_size=18944, rope_theta=1000000.0,
+        tie_word_embeddings=False, eos_token_id=151643))
     assert (dream.mask_id, dream.block_size, dream.is_full, dream.head_dim) == (151666, 32, True, 128)
     assert dream.switches.shifts_logits and dream.switches.has_qkv_bias and not dream.switches.has_qk_norm
     llada = lm.ModelConfig.from_dict(dict(
         model_type="llada", vocab_size=126464, embedding_size=126464, d_model=4096, n_layers=32, n_heads=32,
-        n_kv_heads=32,
-        mlp_hidden_size=12288, rope_theta=500000.0, weight_tying=False, mask_token_id=126336,
-        eos_token_id=126081))
-    assert (llada.mask_id, llada.rope_theta, llada.num_kv_heads, llada.eos_ids) == (126336, 5e5, 32,
-                                                                                    (126081,))
-    new = lm.ModelConfig.from_dict({**sdar.source, "rope_parameters": dict(rope_type="default",
-                                                                           rope_theta=123.0)})
+        n_kv_heads=32, mlp_hidden_size=12288, rope_theta=500000.0, weight_tying=False,
+        mask_token_id=126336, eos_token_id=126081))
+    assert (llada.mask_id, llada.rope_theta, llada.num_kv_heads, llada.eos_ids) == (
+        126336, 5e5, 32, (126081,))
+    new = lm.ModelConfig.from_dict(
+        {**sdar.source, "rope_parameters": dict(rope_type="default", rope_theta=123.0)})
     assert new.rope_theta == 123.0
 
 
@@ -279,7 +274,9 @@ import sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import torch
 import model as lm
-anonymous = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 lm.load_model(sys.argv[3], device="cpu")  # what the libraries set up once
 start, peak, running = anonymous(), 0, True
 def watch():
@@ -299,16 +296,14 @@ print((max(peak, anonymous()) - start) / size)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux memory figures")
 def test_loading_never_holds_a_second_copy(tmp_path):
-    """Of TEST_LOAD_MILLIONS million parameters in bfloat16 (default 60; 500 is the size of the smallest real
-    checkpoint)."""
+    """Of TEST_LOAD_MILLIONS million parameters in bfloat16 (default 60; the smallest real model has 500)."""
     millions = int(os.environ.get("TEST_LOAD_MILLIONS", 60))
     layers = max(1, millions // 15)
     with torch.device("meta"):
         shape = lm.BlockDiffusionLM(lm.ModelConfig.from_dict(dict(
             model_type="sdar", vocab_size=8000, hidden_size=1024, num_hidden_layers=layers,
-            num_attention_heads=16, head_dim=64,
-            num_key_value_heads=8, intermediate_size=3072, mask_token_id=7999, eos_token_id=1,
-            tie_word_embeddings=True)))
+            num_attention_heads=16, head_dim=64, num_key_value_heads=8, intermediate_size=3072,
+            mask_token_id=7999, eos_token_id=1, tie_word_embeddings=True)))
     model = shape.to_empty(device="cpu").bfloat16()
     with torch.no_grad():
         for p in model.parameters():
@@ -324,8 +319,8 @@ def test_loading_never_holds_a_second_copy(tmp_path):
 
 
 def rows_of_views(model, number=5):
-    rollouts = rollout.generate(model, random_prompts(range(2, 2 + number)), max_new_tokens=14, threshold=0.4,
-                                eos_ids=(1,))
+    rollouts = rollout.generate(
+        model, random_prompts(range(2, 2 + number)), max_new_tokens=14, threshold=0.4, eos_ids=(1,))
     return rollout.trace_rows(rollouts, model.config)
 
 
@@ -349,8 +344,8 @@ def test_tiles_see_what_the_dense_mask_shows(kind):
         model = random_model(kind)
         rows = rows_of_views(model)
         tiles = lm.tile_mask(rows.layout, size=16)
-        h = model.hidden(rows.tokens, rows.layout, mask=tiles if is_tiled else None).flatten(0,
-                                                                                             1)[rows.source]
+        h = model.hidden(
+            rows.tokens, rows.layout, mask=tiles if is_tiled else None).flatten(0, 1)[rows.source]
         h.square().sum().backward()
         numbers.append([h, *(p.grad for p in model.layers.parameters())])
     for ours, theirs in zip(*numbers):

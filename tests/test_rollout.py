@@ -1,5 +1,4 @@
-"""Laws of the trace: what was recorded is what a replay finds, and neither depends on who else is in the
-batch."""
+"""Laws of the trace: what was recorded is what a replay finds, whoever else is in the batch."""
 
 import pytest
 import torch
@@ -19,11 +18,9 @@ def gap(model, rollouts, **settings):
 
 
 def states(r, model, shrink=1):
-    """The slow twin of the views: every state the decoder was in, as plain text -> (tokens, target positions)
-    pairs.
+    """The slow twin of the views: all the decoder's states as plain text -> (tokens, target positions) pairs.
 
-    Block attention: everything before the block is clean, and what follows the block does not matter, so it
-    is cut off.
+    Block attention: everything before the block is clean; what follows it does not matter and is cut off.
     """
     config, P = model.config, len(r.prompt)
     text = r.prompt + r.response + [config.mask_id] * (r.canvas - len(r.response))
@@ -57,27 +54,25 @@ def slow_logprobs(r, model, shrink=1, temperature=1.0):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("K", [1, 4, 8])
 def test_the_replay_law(strategy, K):
-    """For every P mod K, for responses that end anywhere inside a block, a replay gives the recorded
-    log-probabilities."""
+    """For every P mod K and every end inside a block, a replay gives the recorded log-probabilities."""
     model = random_model(block_size=K)
     prompts = random_prompts([n for n in range(1, 2 * K + 2) for _ in range(3)])
-    rollouts = generate(model, prompts, max_new_tokens=19, strategy=strategy, threshold=0.4, eos_ids=(1,),
-                        seed=1)
+    rollouts = generate(
+        model, prompts, max_new_tokens=19, strategy=strategy, threshold=0.4, eos_ids=(1,), seed=1)
     assert {len(r.prompt) % K for r in rollouts} == set(range(K))
-    assert len({r.num_tokens % K for r in rollouts}) > min(K - 1, 1) and {r.is_truncated
-                                                                          for r in rollouts} == {True, False}
+    assert (len({r.num_tokens % K for r in rollouts}) > min(K - 1, 1)
+            and {r.is_truncated for r in rollouts} == {True, False})
     assert gap(model, rollouts) < 1e-4
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(0.5, 0, 1.0), (1.5, 5, 1.0), (1.0, 0, 0.7),
-                                                       (0.7, 6, 0.8),
-                                                       (0.0, 0, 1.0), (1.0, 1, 1.0)])
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (0.5, 0, 1.0), (1.5, 5, 1.0), (1.0, 0, 0.7), (0.7, 6, 0.8), (0.0, 0, 1.0), (1.0, 1, 1.0),
+])
 @pytest.mark.parametrize("kind", ["sdar", "dream"])
 def test_the_replay_law_whatever_the_sampler(kind, temperature, top_k, top_p):
     model = random_model(kind)
     rollouts = generate(model, random_prompts(range(3, 9)), max_new_tokens=16, temperature=temperature,
-                        top_k=top_k,
-                        top_p=top_p, threshold=0.6, eos_ids=(1,))
+                        top_k=top_k, top_p=top_p, threshold=0.6, eos_ids=(1,))
     assert gap(model, rollouts, temperature=temperature) < 1e-4 / min(temperature or 1.0, 1.0)
 
 
@@ -88,15 +83,13 @@ def test_the_replay_law_in_full_attention(kind, strategy):
     model = random_model(kind, block_size=5)
     for room in (5, 12):
         rollouts = generate(model, random_prompts([1, 4, 9, 6]), max_new_tokens=room, strategy=strategy,
-                            threshold=0.4,
-                            eos_ids=(1,))
+                            threshold=0.4, eos_ids=(1,))
         assert gap(model, rollouts) < 1e-4
         assert all(len(r.response) == room or len(r.response) % 5 == 0 for r in rollouts)
 
 
 def test_a_wrong_replay_breaks_the_law():
-    """The law can fail: a trace read in another order, at another temperature or in merged steps has other
-    numbers."""
+    """The law can fail: another order, another temperature or merged steps give other numbers."""
     model = random_model()
     rollouts = generate(model, random_prompts([5, 6, 7]), max_new_tokens=16, strategy="static")
     assert gap(model, rollouts) < 1e-4
@@ -110,10 +103,10 @@ def test_a_wrong_replay_breaks_the_law():
 # ------------------------------------------------------------------ the fast replay against one row per state
 
 
-@pytest.mark.parametrize("kind, K, shrink", [("sdar", 4, 1), ("sdar", 8, 1), ("sdar", 4, 2), ("sdar", 8, 3),
-                                             ("sdar", 1, 1),
-                                             ("dream", 4, 1), ("dream", 4, 3), ("llada", 8, 1),
-                                             ("llada", 8, 8)])
+@pytest.mark.parametrize("kind, K, shrink", [
+    ("sdar", 4, 1), ("sdar", 8, 1), ("sdar", 4, 2), ("sdar", 8, 3), ("sdar", 1, 1),
+    ("dream", 4, 1), ("dream", 4, 3), ("llada", 8, 1), ("llada", 8, 8),
+])
 def test_packed_replay_is_one_row_per_trace_step(kind, K, shrink):
     """Logits and gradients; without cache, without packing, from `model(tokens)` alone."""
     model = random_model(kind, block_size=K)
@@ -135,8 +128,8 @@ def test_every_response_token_is_a_target_exactly_once(kind):
         rows = trace_rows(rollouts, model.config, shrink)
         seen = sorted(zip(rows.owner.tolist(), rows.place.tolist()))
         assert seen == [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.response))]
-        assert rows.target.tolist() == [rollouts[n].response[i] for n, i in zip(rows.owner.tolist(),
-                                                                                rows.place.tolist())]
+        assert rows.target.tolist() == [
+            rollouts[n].response[i] for n, i in zip(rows.owner.tolist(), rows.place.tolist())]
     trained = trace_rows(rollouts, model.config, trained_only=True)
     assert len(trained.target) == sum(r.num_tokens for r in rollouts)
     one_more = trace_rows(rollouts, model.config, trained_only=True, post_num=1)
@@ -172,8 +165,8 @@ def test_a_larger_block_shows_what_smaller_ones_left_undecoded_as_masks():
 @torch.no_grad()
 def test_rows_packed_end_to_end_give_the_numbers_of_rows_apart(kind):
     model = random_model(kind)
-    rows = trace_rows(generate(model, random_prompts(range(2, 12)), max_new_tokens=14, eos_ids=(1,)),
-                      model.config)
+    rows = trace_rows(
+        generate(model, random_prompts(range(2, 12)), max_new_tokens=14, eos_ids=(1,)), model.config)
     numbers = []
     for parts in ([rows], list(rows.split(256, is_packed=True))):
         table = torch.zeros(10, 24)
@@ -209,8 +202,8 @@ def test_shrink_1_changes_nothing():
 def test_a_sequence_is_the_same_alone_and_in_a_ragged_batch(kind, strategy):
     """Few slots, so that sequences join and leave at different times, and many, and one by one."""
     model = random_model(kind)
-    prompts, settings = random_prompts([3, 14, 7, 1, 9, 4, 12]), dict(
-        max_new_tokens=18, strategy=strategy, threshold=0.5, eos_ids=(1,))
+    prompts, settings = (random_prompts([3, 14, 7, 1, 9, 4, 12]),
+                         dict(max_new_tokens=18, strategy=strategy, threshold=0.5, eos_ids=(1,)))
     together = generate(model, prompts, seed=7, **settings)
     few = generate(model, prompts, seed=7, slots=3, **settings)
     alone = [generate(model, [p], seed=7 + i, **settings)[0] for i, p in enumerate(prompts)]
@@ -259,8 +252,8 @@ def test_a_response_ends_at_the_first_eos_of_the_response():
     prompts = random_prompts([6, 9, 5])
     prompts[0][-1] = prompts[2][-1] = 1  # an eos in the prompt tail ends nothing
     for r in generate(model, prompts * 10, max_new_tokens=21, eos_ids=(1,)):
-        assert (len(r.prompt) + len(r.response)) % 4 == 0 and len(r.response) == len(r.step_map) == len(
-            r.logp) > 0
+        assert ((len(r.prompt) + len(r.response)) % 4 == 0
+                and len(r.response) == len(r.step_map) == len(r.logp) > 0)
         early = r.response[:21]
         assert r.is_truncated == (1 not in early)
         assert r.num_tokens == (21 if r.is_truncated else early.index(1) + 1)
@@ -268,8 +261,8 @@ def test_a_response_ends_at_the_first_eos_of_the_response():
             assert 0 <= len(r.response) - r.num_tokens < 4
         blocks = [r.step_map[max(0, b - len(r.prompt)):b + 4 - len(r.prompt)]
                   for b in range(len(r.prompt) // 4 * 4, len(r.prompt) + len(r.response), 4)]
-        assert all(max(a) < min(b) for a, b in zip(blocks, blocks[1:])) and set(r.step_map) == set(
-            range(1, max(r.step_map) + 1))
+        assert (all(max(a) < min(b) for a, b in zip(blocks, blocks[1:]))
+                and set(r.step_map) == set(range(1, max(r.step_map) + 1)))
 
 
 def test_the_mask_token_is_never_sampled():
@@ -315,9 +308,8 @@ def test_the_hash_is_uniform_and_its_words_do_not_mix():
 @pytest.mark.parametrize("settings, message", [
     (dict(max_new_tokens=0), "max_new_tokens"), (dict(strategy="best"), "unknown strategy 'best'"),
     (dict(temperature=-1.0), "temperature -1.0"), (dict(top_p=0.0), "top_p 0.0"),
-    (dict(top_k=-3), "top_k -3"),
-    (dict(denoising_steps=5), "denoising_steps 5"), (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
-    (dict(slots=0), "slots"),
+    (dict(top_k=-3), "top_k -3"), (dict(denoising_steps=5), "denoising_steps 5"),
+    (dict(seed=[1, 2]), "2 seeds for 1 prompts"), (dict(slots=0), "slots"),
 ])
 def test_bad_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -345,26 +337,25 @@ def test_sdar_decoding_is_the_authors(case, authors_policy):
     data = fixture_tensors("sdar_generate")
     draws = data.get(f"{case['id']}.u")
     is_drawn = case["sampling"] == "inverse_cdf"
-    r, = generate(model, [case["prompt"]], max_new_tokens=case["gen_length"],
-                  denoising_steps=case["denoising_steps"],
-                  strategy=case["strategy"].removeprefix("low_confidence_"),
-                  threshold=case["confidence_threshold"] or 0.9,
-                  temperature=T if is_drawn else 0, top_k=case["top_k"], top_p=case["top_p"],
-                  eos_ids=case["stop_token_ids"] or (),
-                  uniforms=(lambda sequence, step, position: draws[step - 1, position % K]) if is_drawn
-                  else None)
+    r, = generate(
+        model, [case["prompt"]], max_new_tokens=case["gen_length"], denoising_steps=case["denoising_steps"],
+        strategy=case["strategy"].removeprefix("low_confidence_"),
+        threshold=case["confidence_threshold"] or 0.9, temperature=T if is_drawn else 0,
+        top_k=case["top_k"], top_p=case["top_p"], eos_ids=case["stop_token_ids"] or (),
+        uniforms=(lambda sequence, step, position: draws[step - 1, position % K]) if is_drawn else None)
     end = P + len(r.response)
     assert r.prompt + r.response == case["tokens"][:end] and set(case["tokens"][end:]) <= {119}
     assert r.step_map == case["step_global"][P:end]
-    torch.testing.assert_close(torch.tensor(r.confidence), data[f"{case['id']}.confidence"][P:end],
-                               atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(r.confidence), data[f"{case['id']}.confidence"][P:end], atol=2e-4, rtol=0)
     if T == 1:
         torch.testing.assert_close(torch.tensor(r.logp), data[f"{case['id']}.logp"][P:end], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", [c for c in fixture_cases("llada_generate") if "_original_" in c["id"] or (
-    "_cache0_" in c["id"] and c["id"].endswith("_confidence") and "margin" not in c["id"])],
-                         ids=lambda c: c["id"])
+@pytest.mark.parametrize("case", [
+    c for c in fixture_cases("llada_generate") if "_original_" in c["id"]
+    or ("_cache0_" in c["id"] and c["id"].endswith("_confidence") and "margin" not in c["id"])
+], ids=lambda c: c["id"])
 def test_llada_decoding_is_the_authors(case):
     K, P = case["block_length"], len(case["prompt"])
     model, _ = lm.load_model(FIXTURES / "authors/llada", block_size=K)
@@ -382,8 +373,8 @@ def test_replayed_log_probabilities_are_the_authors(name, authors_policy):
     case = next(c for c in fixture_cases("sdar_tracerl") if name.endswith("tracerl_" + c["id"]))
     data, L0 = fixture_tensors(name), case["L0"]
     model, _ = lm.load_model(FIXTURES / "authors/sdar", block_size=case["block_size"])
-    rollouts = [Rollout(p, r, len(r), s) for p, r, s in zip(case["prompts"], case["responses"],
-                                                            case["step_maps"])]
+    rollouts = [Rollout(p, r, len(r), s)
+                for p, r, s in zip(case["prompts"], case["responses"], case["step_maps"])]
     ours = replay(model, rollouts, case["shrink"])
     for row, owner in enumerate(case["row_to_response"]):
         at = data["p_mask"][row, L0:]

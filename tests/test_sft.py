@@ -16,8 +16,8 @@ from rollout import Rollout
 def examples(lengths=((5, 7), (8, 12), (3, 9)), canvas=False):
     prompts = random_prompts([p for p, _ in lengths])
     responses = random_prompts([r for _, r in lengths], seed=1)
-    return [Rollout(p, r, len(r), [1] * len(r), canvas=len(r) if canvas else 0) for p,
-            r in zip(prompts, responses)]
+    return [Rollout(p, r, len(r), [1] * len(r), canvas=len(r) if canvas else 0)
+            for p, r in zip(prompts, responses)]
 
 
 @pytest.mark.parametrize("span", [4, 20])
@@ -33,9 +33,8 @@ def test_noise_hides_k_uniform_in_1_to_c_of_each_spans_response_tokens(span):
             assert not k.any()
             continue
         shares = torch.bincount(k, minlength=count + 1)[1:] / 2000
-        assert k.min() == 1 and k.max() == count and (shares
-                                                      - 1 / count).abs().max() < 4 * (
-                                                          1 / count / 2000) ** 0.5 + 1e-6
+        assert (k.min() == 1 and k.max() == count
+                and (shares - 1 / count).abs().max() < 4 * (1 / count / 2000) ** 0.5 + 1e-6)
         each = is_masked[:, inside][is_response[:, inside]].view(2000, count).float().mean(0)
         assert (each - (count + 1) / 2 / count).abs().max() < 0.05  # every token as often as any other
         assert torch.allclose(weight[:, inside], (count / k)[:, None].expand(-1, span))
@@ -63,20 +62,19 @@ def test_a_hidden_token_is_predicted_from_its_block_and_the_clean_past(kind):
         at = P + place
         stop = len(text) if kind == "llada" else at // K * K + K
         start = 0 if kind == "llada" else at // K * K
-        shown = [model.config.mask_id if i >= start and (n, i - P) in hidden else token for i,
-                 token in enumerate(text[:stop])]
+        shown = [model.config.mask_id if i >= start and (n, i - P) in hidden else token
+                 for i, token in enumerate(text[:stop])]
         logits = lm.policy_logits(model(torch.tensor([shown])), model.config.mask_id)[0, at]
         torch.testing.assert_close(value, logits.log_softmax(-1)[text[at]], atol=1e-5, rtol=1e-5)
 
 
 def test_the_end_is_filled_with_eos_to_the_block_or_the_canvas():
     tokenizer = lm.tiny_tokenizer()
-    problems, _ = eval_math.encode_prompts([eval_math.Problem("12+3=", "15", "5;1;\\boxed{15}")], tokenizer,
-                                           99)
+    problems, _ = eval_math.encode_prompts(
+        [eval_math.Problem("12+3=", "15", "5;1;\\boxed{15}")], tokenizer, 99)
     block, = sft.to_examples(problems, tokenizer, random_model().config, 16)
-    assert len(block.prompt) == 5 and block.response[-4:] == [17, 1, 1, 1] and (5
-                                                                                + len(
-                                                                                    block.response)) % 4 == 0
+    assert (len(block.prompt) == 5 and block.response[-4:] == [17, 1, 1, 1]
+            and (5 + len(block.response)) % 4 == 0)
     full, = sft.to_examples(problems, tokenizer, random_model("llada").config, 16)
     assert full.response[8:] == [1] * 8 and full.canvas == len(full.response) == 16
     assert sft.to_examples(problems, tokenizer, random_model().config, 8) == []
@@ -87,12 +85,12 @@ def test_the_update_does_not_depend_on_micro_batches():
     for max_tokens in (10, 60, 10_000):
         model = random_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loss, norm = sft.train_step(model, optimizer, examples(), seed=1, is_weighted=True,
-                                    max_tokens=max_tokens)
+        loss, norm = sft.train_step(
+            model, optimizer, examples(), seed=1, is_weighted=True, max_tokens=max_tokens)
         results.append((loss, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
     for loss, norm, weights in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-5) and norm == pytest.approx(results[0][1],
-                                                                                        rel=1e-4)
+        assert (loss == pytest.approx(results[0][0], rel=1e-5)
+                and norm == pytest.approx(results[0][1], rel=1e-4))
         torch.testing.assert_close(weights, results[0][2], atol=1e-6, rtol=1e-5)
 
 
@@ -113,15 +111,13 @@ def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monke
     torch.manual_seed(0)
     transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=18, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=1, pad_token_id=0)).save_pretrained("ar")
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)).save_pretrained("ar")
     lm.tiny_tokenizer().save_pretrained("ar")
     rows = [{"prompt": p.problem, "response": p.solution} for p in eval_math.arithmetic("train", 64)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for objective in ("random", "trace"):
         path = sft.main(["--model=ar", "--data=data.jsonl", "--steps=30", "--cooldown=5", "--lr=1e-2",
-                         "--batch_size=32",
-                         f"--objective={objective}", "--max_new_tokens=20", "--weighted"])
+                         "--batch_size=32", f"--objective={objective}", "--max_new_tokens=20", "--weighted"])
         losses = [json.loads(line)["loss"] for line in open("runs/sft/metrics.jsonl")]
         assert losses[-1] < 0.7 * losses[0]
         model, tokenizer = lm.load_model(path)
@@ -132,8 +128,8 @@ def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monke
 
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [json.dumps({"prompt": p.problem, "response": p.solution}) for p in eval_math.arithmetic("train",
-                                                                                                    64)]
+    rows = [json.dumps({"prompt": p.problem, "response": p.solution})
+            for p in eval_math.arithmetic("train", 64)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     flags = ["--model", str(FIXTURES / "tiny"), "--data=data.jsonl", "--steps=6", "--cooldown=3", "--lr=1e-2",
              "--batch_size=24", "--max_new_tokens=20", "--save_every=2"]
@@ -152,14 +148,13 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     resumed, _ = lm.load_model(sft.main([*flags, "--run=stopped", "--resume"]))
     assert len(calls) == 5 + 2  # from step 4 on
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
-    assert (tmp_path / "runs/whole/metrics.jsonl").read_text() == (
-        tmp_path / "runs/stopped/metrics.jsonl").read_text()
+    assert ((tmp_path / "runs/whole/metrics.jsonl").read_text()
+            == (tmp_path / "runs/stopped/metrics.jsonl").read_text())
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--model=x"], "--model needs --data"), (["--warmup=0"], "--warmup"),
-    (["--stop_accuracy=0.5", "--model=x", "--data=y"],
-                                                                           "development problems"),
+    (["--stop_accuracy=0.5", "--model=x", "--data=y"], "development problems"),
 ])
 def test_a_bad_flag_is_refused_by_name(flags, message, capsys):
     with pytest.raises(SystemExit):
@@ -169,8 +164,7 @@ def test_a_bad_flag_is_refused_by_name(flags, message, capsys):
 
 @pytest.mark.parametrize("K", [4, 8])
 def test_the_sft_loss_is_the_authors(K, authors_policy):
-    """Theirs is divided by rows and padded length; ours by masked tokens. The hidden tokens are the
-    fixture's."""
+    """Theirs is divided by rows and padded length; ours by masked tokens, which are the fixture's."""
     case = next(c for c in fixture_cases("sdar_sft") if c["id"] == f"sft_semiar_b{K}")
     data = fixture_tensors(f"sdar_sft_semiar_b{K}")
     model, _ = lm.load_model(FIXTURES / "authors/sdar", block_size=K)
@@ -180,8 +174,8 @@ def test_the_sft_loss_is_the_authors(K, authors_policy):
     is_masked = data["p_mask"][:, None]
     rows = rollout.build_rows(tokens, lengths, prompts, is_masked, is_masked, model.config)
     logp, _ = rollout.forward_rows(model, rows)
-    torch.testing.assert_close(logp, data["logp"][rows.owner, rows.place + prompts[rows.owner]], atol=2e-4,
-                               rtol=0)
+    torch.testing.assert_close(
+        logp, data["logp"][rows.owner, rows.place + prompts[rows.owner]], atol=2e-4, rtol=0)
     loss = sft.sft_loss(logp, torch.ones_like(logp), case["n_rows"] * case["L1"])
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=2e-5)

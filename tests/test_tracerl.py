@@ -14,12 +14,9 @@ import tracerl
 from rollout import Rollout
 from tracerl import group_advantages, policy_loss, set_advantages
 
-SETTINGS = dict(dtype="float32", post_num=0, temperature=1.0, shrink=1, micro_tokens=16384, clip=0.2,
-                beta=0.01,
-                max_norm=1e9,
-                minibatches=1, epochs=1,
-                group_size=4, seed=0, objective="tracerl", gamma=1.0, lam=1.0, value_clip=None,
-                value_warmup=0, value_epochs=1)
+SETTINGS = dict(dtype="float32", post_num=0, temperature=1.0, shrink=1, micro_tokens=16384,
+                clip=0.2, beta=0.01, max_norm=1e9, minibatches=1, epochs=1, group_size=4, seed=0,
+                objective="tracerl", gamma=1.0, lam=1.0, value_clip=None, value_warmup=0, value_epochs=1)
 
 
 def settings(**changes):
@@ -28,8 +25,8 @@ def settings(**changes):
 
 def rollouts_with_rewards(model, num_groups=3, group_size=4, temperature=1.0):
     prompts = [p for p in random_prompts(range(3, 3 + num_groups)) for _ in range(group_size)]
-    out = rollout.generate(model, prompts, max_new_tokens=14, threshold=0.4, eos_ids=(1,),
-                           temperature=temperature)
+    out = rollout.generate(
+        model, prompts, max_new_tokens=14, threshold=0.4, eos_ids=(1,), temperature=temperature)
     for i, r in enumerate(out):
         r.reward = float(i * 7 % 3 == 0)
     return out
@@ -98,11 +95,10 @@ def test_batch_and_raw_advantages_keep_every_group_unless_nothing_differs():
     rollouts = make([1, 1, 0, 0, 0, 0])
     assert set_advantages(rollouts, "batch", 2, (0, 1)) == rollouts
     assert [r.advantage[0] for r in rollouts] == pytest.approx([2 / 3, 2 / 3] + [-1 / 3] * 4)
-    assert set_advantages(rollouts, "none", 2, (0, 1)) == rollouts and [r.advantage[1]
-                                                                        for r in rollouts] == [1, 1, 0, 0, 0,
-                                                                                               0]
-    assert set_advantages(make([1] * 4), "batch", 2, (0, 1)) == [] == set_advantages(make([0] * 4), "none",
-                                                                                     2, (0, 1))
+    assert (set_advantages(rollouts, "none", 2, (0, 1)) == rollouts
+            and [r.advantage[1] for r in rollouts] == [1, 1, 0, 0, 0, 0])
+    assert (set_advantages(make([1] * 4), "batch", 2, (0, 1)) == []
+            == set_advantages(make([0] * 4), "none", 2, (0, 1)))
     equal = make([1] * 4)
     assert set_advantages(equal, "value", 2, (0.2, 0.8)) == equal
 
@@ -139,8 +135,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(kind):
 
 
 def test_the_clip_acts_on_the_gradient_of_the_whole_update():
-    """With a bound below the norm, the step has the length lr * bound, however small the micro-batches
-    are."""
+    """With a bound below the norm, the step is lr * bound long, however small the micro-batches are."""
     for micro_tokens in (1, 100_000):
         model = random_model()
         start = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -157,9 +152,8 @@ def test_later_updates_use_the_start_of_step_policy():
     metrics, _ = one_update(model, kept, epochs=2, minibatches=2)
     assert metrics["ratio_max"] > 1.001 and metrics["gap_max"] < 1e-4
     for r in kept:
-        torch.testing.assert_close(torch.tensor(r.logp_old)[:r.num_tokens],
-                                   torch.tensor(r.logp)[:r.num_tokens],
-                                   atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(r.logp_old)[:r.num_tokens], torch.tensor(r.logp)[:r.num_tokens], atol=1e-4, rtol=0)
 
 
 def test_every_kept_rollout_is_trained_once_per_epoch():
@@ -167,10 +161,10 @@ def test_every_kept_rollout_is_trained_once_per_epoch():
     batches = tracerl.minibatches(sum(groups, []), 4, 3, seed=5)
     assert len(batches) == 3 and sorted((r.prompt[0], r.response[0]) for b in batches for r in b) == [
         (g, i) for g in range(7) for i in range(4)]
-    assert all(len({r.response[0] for r in b if r.prompt == [g]}) in (0, 4) for b in batches
-               for g in range(7))
-    assert len(tracerl.minibatches(groups[0], 4, 3, seed=5)) == 1 and tracerl.minibatches([], 4, 3,
-                                                                                          seed=5) == []
+    assert all(len({r.response[0] for r in b if r.prompt == [g]}) in (0, 4)
+               for b in batches for g in range(7))
+    assert (len(tracerl.minibatches(groups[0], 4, 3, seed=5)) == 1
+            and tracerl.minibatches([], 4, 3, seed=5) == [])
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
@@ -195,8 +189,8 @@ def test_an_update_raises_the_probability_of_what_was_rewarded():
 def test_a_broken_replay_law_stops_a_float32_run():
     args = settings()
     tracerl.check_gap(dict(gap=1e-6, gap_max=2e-4), args)
-    for line in (dict(gap=1e-3, gap_max=2e-3), dict(gap=1e-5, gap_max=0.1), dict(gap=float("nan"),
-                                                                                 gap_max=float("nan"))):
+    for line in (dict(gap=1e-3, gap_max=2e-3), dict(gap=1e-5, gap_max=0.1),
+                 dict(gap=float("nan"), gap_max=float("nan"))):
         with pytest.raises(RuntimeError, match="replay law"):
             tracerl.check_gap(line, args)
     tracerl.check_gap(dict(gap=0.1, gap_max=1.0), settings(dtype="bfloat16"))
@@ -205,8 +199,8 @@ def test_a_broken_replay_law_stops_a_float32_run():
 def test_random_masks_are_theirs_alone_and_coupled_ones_make_every_token_a_target_once():
     model = random_model()
     rollouts = rollouts_with_rewards(model)
-    random, coupled = (rollout.trace_rows(rollouts, model.config, objective=name) for name in ("random",
-                                                                                               "coupled"))
+    random, coupled = (rollout.trace_rows(rollouts, model.config, objective=name)
+                       for name in ("random", "coupled"))
     seen = lambda rows: sorted(zip(rows.owner.tolist(), rows.place.tolist()))
     assert seen(coupled) == [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.response))]
     assert 0.3 < len(random.target) / len(coupled.target) < 0.7
@@ -238,8 +232,8 @@ def test_a_value_model_learns_the_returns_and_the_policy_waits_for_its_warm_up()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
     for r in kept:  # gamma = lambda = 1: the return is the reward, the advantage what the value missed
         assert r.returns[:r.num_tokens] == pytest.approx([r.reward] * r.num_tokens)
-        assert r.advantage[:r.num_tokens] == pytest.approx([r.reward - v
-                                                            for v in r.value_old[:r.num_tokens]], abs=1e-5)
+        assert r.advantage[:r.num_tokens] == pytest.approx(
+            [r.reward - v for v in r.value_old[:r.num_tokens]], abs=1e-5)
     line = tracerl.learn(model, optimizers[0], critic, optimizers[1], kept, settings(value_warmup=30), 31)
     assert line["ratio_max"] == 1 and not all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
 
@@ -256,8 +250,8 @@ def test_a_reward_function_gives_one_number_or_one_per_token(tmp_path):
     assert rollouts[0].reward == 1.5 and rollouts[0].token_rewards == [0.5] * 3
     with pytest.raises(ValueError, match="1 numbers for 3 tokens"):
         tracerl.apply_reward(tracerl.load_reward(f"{tmp_path}/mine.py:bad"), rollouts, problems, tokenizer)
-    for spec, message in (("nowhere.py:f", "no file 'nowhere.py'"), (f"{tmp_path}/mine.py:g",
-                                                                     "no function 'g'")):
+    for spec, message in (("nowhere.py:f", "no file 'nowhere.py'"),
+                          (f"{tmp_path}/mine.py:g", "no function 'g'")):
         with pytest.raises(ValueError, match=message):
             tracerl.load_reward(spec)
 
@@ -289,16 +283,15 @@ def at_token(where, rows, table, L0):
 def only(rows, keys):
     """The rows with these targets only."""
     pick = torch.tensor([key in keys for key in zip(rows.owner.tolist(), rows.place.tolist())])
-    return rollout.Rows(rows.tokens, rows.layout, *(t[pick] for t in (rows.source, rows.target, rows.owner,
-                                                                      rows.place)))
+    return rollout.Rows(rows.tokens, rows.layout,
+                        *(t[pick] for t in (rows.source, rows.target, rows.owner, rows.place)))
 
 
 @pytest.mark.parametrize("name", ["aligned_b4", "aligned_b4_clamp", "aligned_b4_advmatrix",
-                                  "aligned_b4_shrink2",
-                                  "aligned_b8_shrink3", "rightpad_b4_postnum1"])
+                                  "aligned_b4_shrink2", "aligned_b8_shrink3", "rightpad_b4_postnum1"])
 def test_the_block_loss_and_gradient_are_the_authors(name, authors_policy):
-    """Theirs: the sum is divided by rows and padded length L1 (ours: trained tokens), and the KL is exp(-d) -
-    1 + d (ours: exp(d) - 1 - d), so the KL part is written out here; the policy part and all
+    """Theirs: the sum is divided by rows and padded length L1 (ours: trained tokens), and the KL is
+    exp(-d) - 1 + d (ours: exp(d) - 1 - d), so the KL part is written out here; the policy part and all
     log-probabilities are ours."""
     case, data, model, rollouts = authors_case("sdar", name)
     # their pads are visible tokens of the trace; the first post_num of each row are trained
@@ -320,20 +313,19 @@ def test_the_block_loss_and_gradient_are_the_authors(name, authors_policy):
     compare_gradients(model, case, data)
 
 
-@pytest.mark.parametrize("stem, name", [("dream", "nopad_shrink1"), ("dream", "nopad_shrink3"),
-                                        ("llada", "nopad_shrink3")])
+@pytest.mark.parametrize("stem, name", [
+    ("dream", "nopad_shrink1"), ("dream", "nopad_shrink3"), ("llada", "nopad_shrink3")])
 def test_the_full_attention_loss_and_gradient_are_the_authors(stem, name, authors_policy):
-    """Theirs: policy part divided by rows and by the row's trained tokens, KL part by rows only, and of the
-    other form."""
+    """Theirs: policy part divided by rows and the row's trained tokens; KL, of the other form, by rows."""
     case, data, model, rollouts = authors_case(stem, name)
     counts = [len(set(r.step_map)) for r in rollouts]
-    where = fixture_rows(case, data, [n for n, count in enumerate(counts)
-                                      for _ in range(-(-count // case["shrink"]))])
+    where = fixture_rows(
+        case, data, [n for n, count in enumerate(counts) for _ in range(-(-count // case["shrink"]))])
     rows = rollout.trace_rows(rollouts, model.config, case["shrink"])
     logp, _ = rollout.forward_rows(model, rows)
     old = at_token(where, rows, data["logp_old"], case["L0"] - (stem == "dream"))
-    reward, at_row = (at_token(where, rows, table, 0) for table in (data["row_reward"],
-                                                                    torch.arange(case["n_rows"])))
+    reward, at_row = (at_token(where, rows, table, 0)
+                      for table in (data["row_reward"], torch.arange(case["n_rows"])))
     per_row = torch.bincount(at_row, minlength=case["n_rows"])[at_row]
     policy = sum(policy_loss(logp[at_row == row], old[at_row == row], reward[at_row == row],
                              per_row[at_row == row][0] * case["n_rows"], clip=case["eps"], beta=0.0)[0]
@@ -357,8 +349,7 @@ def compare_gradients(model, case, data):
 
 
 def test_the_authors_shifted_layout_is_not_ours(authors_policy):
-    """Prompts whose length is no multiple of K: their blocks start at the response, the sampler's at position
-    0."""
+    """Where K does not divide a prompt's length: their blocks start at the response, the sampler's at 0."""
     case, data, model, rollouts = authors_case("sdar", "leftpad_b4")
     ours = rollout.replay(model, rollouts)
     theirs = [torch.zeros(len(r.response)) for r in rollouts]
@@ -373,12 +364,11 @@ def test_the_authors_shifted_layout_is_not_ours(authors_policy):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--steps=0"], "--steps must be above 0"), (["--lr=-1"], "--lr must be above 0"), (["--group_size=1"],
-                                                                                        "--group_size"),
-    (["--keep_range", "0.9", "0.1"], "--keep_range"), (["--slots=0"], "--slots"), (["--block_size=0"],
-                                                                                   "--block_size"),
-    (["--top_p=0"], "--top_p"), (["--strategy=best"], "invalid choice"),
-    (["--run=a/b"], "plain folder name"), (["--unknown=1"], "unrecognized"), (["--step=5"], "unrecognized"),
+    (["--steps=0"], "--steps must be above 0"), (["--lr=-1"], "--lr must be above 0"),
+    (["--group_size=1"], "--group_size"), (["--keep_range", "0.9", "0.1"], "--keep_range"),
+    (["--slots=0"], "--slots"), (["--block_size=0"], "--block_size"), (["--top_p=0"], "--top_p"),
+    (["--strategy=best"], "invalid choice"), (["--run=a/b"], "plain folder name"),
+    (["--unknown=1"], "unrecognized"), (["--step=5"], "unrecognized"),
     (["--model=x"], "--train_data and --eval_data"), (["--temperature=0"], "--temperature"),
     (["--lr=nan"], "--lr"),
 ])
@@ -391,8 +381,8 @@ def test_a_bad_flag_is_refused_by_name(flags, message, capsys):
 def test_defaults_are_the_embedded_tasks_or_the_papers():
     assert tracerl.parse_args([]).group_size == 16 and tracerl.parse_args([]).lr == 1e-4
     paper = tracerl.parse_args(["--model=m", "--train_data=a", "--eval_data=b"])
-    assert (paper.prompts, paper.group_size, paper.lr, paper.steps, paper.keep_range) == (64, 16, 1e-6, 80,
-                                                                                          (0.2, 0.8))
+    assert (paper.prompts, paper.group_size, paper.lr, paper.steps, paper.keep_range) == (
+        64, 16, 1e-6, 80, (0.2, 0.8))
     assert tracerl.parse_args(["--model=m", "--train_data=a", "--eval_data=b", "--lr=2e-6"]).lr == 2e-6
 
 
@@ -401,8 +391,8 @@ def test_all_groups_dropped_is_a_normal_event(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lm.save_checkpoint(random_model(), lm.tiny_tokenizer(), "random")
     tracerl.main(["--model=random", "--train_data=arithmetic", "--eval_data=arithmetic-test",
-                  "--dev_data=arithmetic-dev",
-                  "--steps=2", "--prompts=3", "--group_size=2", "--max_new_tokens=8", "--eval_every=1"])
+                  "--dev_data=arithmetic-dev", "--steps=2", "--prompts=3", "--group_size=2",
+                  "--max_new_tokens=8", "--eval_every=1"])
     lines = [json.loads(line) for line in open("runs/tracerl/metrics.jsonl")]
     assert len(lines) == 2 and all(line["kept_groups"] == 0 and line["gap_max"] < 1e-4 for line in lines)
     model, _ = lm.load_model("runs/tracerl/checkpoints/step-2")

@@ -27,8 +27,8 @@ def slow(rewards, values, steps, gamma, lam):
     """The recursions, a token at a time."""
     returns, advantages = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for n in range(len(steps)):
-        mean = lambda table, t: sum(x for x, s in zip(table[n].tolist(), steps[n].tolist()) if s == t) / max(
-            1, steps[n].tolist().count(t))
+        mean = lambda table, t: (sum(x for x, s in zip(table[n].tolist(), steps[n].tolist()) if s == t)
+                                 / max(1, steps[n].tolist().count(t)))
         R_next = A_next = V_next = 0.0
         for t in range(int(steps[n].max()), 0, -1):
             for j in range(steps.shape[1]):
@@ -36,8 +36,8 @@ def slow(rewards, values, steps, gamma, lam):
                     returns[n, j] = rewards[n, j] + gamma * R_next
                     advantages[n, j] = rewards[n, j] - values[n, j] + gamma * V_next + gamma * lam * A_next
             delta = mean(rewards, t) - mean(values, t) + gamma * V_next
-            R_next, A_next, V_next = mean(rewards,
-                                          t) + gamma * R_next, delta + gamma * lam * A_next, mean(values, t)
+            R_next, A_next, V_next = (
+                mean(rewards, t) + gamma * R_next, delta + gamma * lam * A_next, mean(values, t))
     return returns, advantages
 
 
@@ -56,8 +56,8 @@ def test_without_discounting_a_return_is_the_reward_and_an_advantage_what_the_va
     is_trained = steps > 0
     last = steps == steps.amax(-1, keepdim=True)
     torch.testing.assert_close(returns, torch.where(is_trained, total[:, None], 0.0))
-    torch.testing.assert_close(advantages, torch.where(is_trained, total[:, None] - values, 0.0), atol=1e-5,
-                               rtol=1e-5)
+    torch.testing.assert_close(
+        advantages, torch.where(is_trained, total[:, None] - values, 0.0), atol=1e-5, rtol=1e-5)
     assert last.any()
 
 
@@ -133,8 +133,8 @@ def test_returns_and_advantages_are_the_authors(case):
         rewards = place_rewards(torch.tensor(case["reward"]), steps)
     else:
         rewards = torch.tensor([r + [0.0] * (R - len(r)) for r in case["reward"]])
-    returns, advantages = returns_and_advantages(rewards, own["old_values"], steps, case["gamma"],
-                                                 case["lam"])
+    returns, advantages = returns_and_advantages(
+        rewards, own["old_values"], steps, case["gamma"], case["lam"])
     torch.testing.assert_close(returns, data[f"{case['id']}.returns"], atol=1e-5, rtol=0)
     torch.testing.assert_close(advantages, data[f"{case['id']}.advantages"], atol=1e-5, rtol=0)
 
@@ -161,8 +161,8 @@ def test_the_value_loss_and_gradient_are_the_authors(K):
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
     for name, p in model.named_parameters():
-        theirs = "value_head.weight" if name == "value_head.weight" else lm.family_name(
-            policy.config, name.removeprefix("backbone."))
+        theirs = ("value_head.weight" if name == "value_head.weight"
+                  else lm.family_name(policy.config, name.removeprefix("backbone.")))
         if f"grad.{theirs}" in data:
             expected = data[f"grad.{theirs}"]
             assert (p.grad - expected).norm() <= 1e-4 * expected.norm(), name
