@@ -1025,7 +1025,7 @@ class RunLog:
                                  "choose another --run_name")
         write_json(settings, args)
         if not is_resumed:  # a new run of the same name: nothing of the old one stays to be mixed up with it
-            for old in ("checkpoints", "summary.json", "curves.png"):
+            for old in ("checkpoints", "summary.json", "curves.png", "trace.html"):
                 shutil.rmtree(os.path.join(folder, old)) if os.path.isdir(os.path.join(folder, old)) else None
             open(self.path, "w", encoding="utf-8").close()
 

@@ -6,6 +6,8 @@ TraceRL trains a diffusion language model on the very states it was in while dec
              with which confidence and which log-probability;
   replay     rebuilds those states as *views* in one training row, and reads off the same log-probabilities.
 
+`write_page`, last, shows traces in a browser.
+
 With shrink 1 the two numbers are equal to float32 rounding (the replay law). If they are not, then masks,
 positions, blocks, cache or step map differ between sampling and training, and the policy gradient is of some
 other policy.
@@ -16,6 +18,7 @@ Left out: approximate prefix and dual caches for full attention (every forward s
 slower), speculative decoding, classifier-free guidance.
 """
 
+import json
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +56,7 @@ class Rollout:
     logp_old: list = field(default_factory=list)  # of the start-of-step policy, on the rows that are trained
     value_old: list = field(default_factory=list)  # of the start-of-step value model
     returns: list = field(default_factory=list)
+    ratio: list = field(default_factory=list)  # pi_new / pi_old as its update found it
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -599,3 +603,56 @@ def replay(model, rollouts, shrink=1, temperature=1.0, max_tokens=16384):
         logp, _ = forward_rows(model, rows, temperature)
         flat = flat.index_put((rows.owner * longest + rows.place,), logp)
     return [part[:len(r.response)] for part, r in zip(flat.view(len(rollouts), longest), rollouts)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A trace, to look at.
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>traces</title>
+<style>
+  body { font: 16px sans-serif; margin: 2em } pre { white-space: pre-wrap; line-height: 1.7 }
+  span { padding: 2px; border-radius: 3px } .untrained { opacity: 0.45 }
+</style>
+<h1>Traces</h1>
+<p>Colour: the denoising step that revealed a token. Point at a token for its numbers; pale ones are not
+trained. <br><input type="range" min="0" style="width: 30em"> <output></output></p><main></main>
+<script>
+const rollouts = DATA, slider = document.querySelector("input");
+const last = Math.max(...rollouts.flatMap(r => r.tokens.map(t => t.step)));
+slider.max = slider.value = last;
+function element(name, text, title = "", style = "", kind = "") {
+  return Object.assign(document.createElement(name), { textContent: text, title, style, className: kind });
+}
+function draw() {
+  document.querySelector("output").value = "after step " + slider.value + " of " + last;
+  document.querySelector("main").replaceChildren(...rollouts.map(r => {
+    const pre = element("pre", "reward " + r.reward + "\\n" + r.prompt);
+    pre.append(...r.tokens.map((t, place) => {
+      const isShown = t.step <= slider.value, colour = `background: hsl(${300 * t.step / last} 75% 82%)`;
+      const numbers = Object.entries(t).map(([name, x]) => name + " " + x).join("\\n");
+      return element("span", isShown ? t.text : "\u2591", numbers, isShown ? colour : "",
+                     place < r.num_tokens ? "" : "untrained");
+    }));
+    return pre;
+  }));
+}
+slider.oninput = draw;
+draw();
+</script>
+"""
+
+
+def write_page(rollouts, tokenizer, path):
+    """Writes traces as one self-contained page: tokens by the step that revealed them, with their numbers."""
+    shown = []
+    for r in rollouts:
+        columns = dict(step=r.step_map, confidence=r.confidence, logp=r.logp, advantage=r.advantage,
+                       value=r.value_old, ratio=r.ratio)
+        tokens = [dict(text=tokenizer.decode([token]), **{
+            name: round(column[place], 4) for name, column in columns.items() if place < len(column)})
+            for place, token in enumerate(r.response)]
+        shown.append(dict(prompt=tokenizer.decode(r.prompt), reward=r.reward, num_tokens=r.num_tokens,
+                          tokens=tokens))
+    with open(path, "w", encoding="utf-8") as file:  # no "<" of a model may end the script
+        file.write(PAGE.replace("DATA", json.dumps(shown).replace("<", "\\u003c")))

@@ -175,6 +175,7 @@ def update(model, optimizer, batch, is_first, settings):
     num_trained = int(lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0])
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0)
     maxima = dict(ratio_max=0.0, gap_max=0.0)
+    ratio = torch.ones(len(own), max((len(r.response) for r in own), default=0))
     old, advantage, recorded = field_tables(own, "logp_old", "advantage", "logp", device=model.device)
     for rows in parts:
         at = rows.owner, rows.place
@@ -182,11 +183,13 @@ def update(model, optimizer, batch, is_first, settings):
         logp_old = logp.detach() if is_first else old[at]
         loss, stats = policy_loss(logp, logp_old, advantage[at], num_trained, settings.clip, settings.beta)
         loss.backward()
+        ratio[rows.owner.cpu(), rows.place.cpu()] = (logp.detach() - logp_old).exp().cpu()
         gap = (logp_old - recorded[at]).abs()
         stats.update(loss=loss.detach() * num_trained, entropy=entropy.sum(), gap=gap.sum(),
                      gap_max=gap.max() if len(gap) else 0.0)
         sums = {name: total + float(stats[name]) for name, total in sums.items()}
         maxima = {name: max(top, float(stats[name])) for name, top in maxima.items()}
+    set_field(own, "ratio", ratio)
     norm, is_finite = lm.optimizer_step(model, optimizer, settings.max_norm)
     sums = dict(zip(sums, lm.over_processes(sum, *sums.values())))
     maxima = dict(zip(maxima, lm.over_processes(max, *maxima.values())))
@@ -295,7 +298,8 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
     if critic is not None:
         lm.shard(critic, critic.backbone.layers, getattr(torch, args.dtype))
     optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.95))
-    critic_optimizer = lm.make_optimizer(critic, args.value_lr, (0.9, 0.95)) if critic is not None else None
+    # a long memory: once failures are rare, one of them must not throw the value model off its path
+    critic_optimizer = lm.make_optimizer(critic, args.value_lr, (0.9, 0.999)) if critic is not None else None
     trainers = [(model, optimizer)] + ([(critic, critic_optimizer)] if critic is not None else [])
     progress = log.restore(trainers) if args.resume else None
     if progress is None:
@@ -338,6 +342,8 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
             log.save_checkpoint(
                 tokenizer, trainers, progress, args.keep_checkpoints,
                 functools.partial(value.save_value_model, critic) if critic is not None else None)
+            if log.is_writer:
+                rollout.write_page((kept or rollouts)[:8], tokenizer, os.path.join(log.folder, "trace.html"))
     return progress
 
 

@@ -63,7 +63,7 @@ ARMS = {  # what is compared: flags of one arm
 }
 OBJECTIVES = ("tracerl", "random", "coupled")
 WHICH = {"k4": [arm for arm in ARMS if arm not in ("adapt", "direct")], "k8": OBJECTIVES, "k16": OBJECTIVES,
-         "full": OBJECTIVES, "k4-to-k8": ("adapt", "direct")}
+         "full": (*OBJECTIVES, "shrink-4"), "k4-to-k8": ("adapt", "direct")}
 LRS = ("1e-4", "3e-4", "1e-3")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
 
@@ -241,7 +241,7 @@ def variance(setting, args):
     model, tokenizer = lm.load_model(path, settings.block_size, torch.float32)
     problems = tracerl.load_data(settings.train_data, tokenizer, settings)
     critic = value.ValueModel(model)
-    optimizer = lm.make_optimizer(critic, settings.value_lr, (0.9, 0.95))
+    optimizer = lm.make_optimizer(critic, settings.value_lr, (0.9, 0.999))
     settings.prompts, settings.group_size = settings.prompts * settings.group_size, 1
     for step in range(1000, 1000 + args.value_steps):
         rollouts, repeated = tracerl.roll_out(model, problems, settings, step)

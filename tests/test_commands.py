@@ -98,7 +98,7 @@ def test_four_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path,
 def test_a_run_leaves_behind_what_the_readme_says(runs):
     folder, output = runs
     assert {p.name for p in (folder / "one").iterdir()} == {
-        "args.json", "checkpoints", "curves.png", "metrics.jsonl", "summary.json"}
+        "args.json", "checkpoints", "curves.png", "metrics.jsonl", "summary.json", "trace.html"}
     summary = json.loads((folder / "one/summary.json").read_text())
     assert set(summary) == {"before", "after", "seconds", "replay_gap_max", "seed"}
     for part in (summary["before"], summary["after"]):

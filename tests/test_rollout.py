@@ -1,5 +1,7 @@
 """Laws of the trace: what was recorded is what a replay finds, whoever else is in the batch."""
 
+import json
+
 import pytest
 import torch
 from conftest import FIXTURES, fixture_cases, fixture_tensors, random_model, random_prompts
@@ -379,3 +381,17 @@ def test_replayed_log_probabilities_are_the_authors(name, authors_policy):
     for row, owner in enumerate(case["row_to_response"]):
         at = data["p_mask"][row, L0:]
         torch.testing.assert_close(ours[owner][at], data["logp_self"][row, L0:][at], atol=2e-4, rtol=0)
+
+
+def test_the_page_holds_the_trace_and_no_text_can_break_out_of_it(tmp_path):
+    model, tokenizer = random_model(), lm.tiny_tokenizer()
+    r, = generate(model, [[5, 6, 7]], max_new_tokens=8, seed=[1])
+    tokenizer.decode = lambda ids: "</script><b>" if list(ids) == r.response[:1] else f"{list(ids)}"
+    r.advantage, r.reward = [0.5] * r.num_tokens, 1.0
+    rollout.write_page([r], tokenizer, tmp_path / "trace.html")
+    page = (tmp_path / "trace.html").read_text()
+    assert page.count("</script>") == 1
+    shown, = json.loads(page.split("const rollouts = ")[1].split(", slider = ")[0])
+    assert [t["step"] for t in shown["tokens"]] == r.step_map and shown["tokens"][0]["text"] == "</script><b>"
+    assert [t["logp"] for t in shown["tokens"]] == [round(x, 4) for x in r.logp]
+    assert [("advantage" in t) for t in shown["tokens"]] == [j < r.num_tokens for j in range(len(r.response))]
