@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import bench_methods
 import eval_math
 import model as lm
+import sft
 import tracerl
 
 TINY = str(FIXTURES / "tiny")
@@ -242,8 +243,12 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
     assert "python tracerl.py --objective=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
     # all done
     assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found
+    monkeypatch.setattr(sft, "warm_start", lambda seed: TINY)
+    tune = sft.main
+    monkeypatch.setattr(sft, "main", lambda flags: tune([*flags, "--steps=1", "--warmup=1", "--cooldown=1"]))
     assert set(bench_methods.main(["--settings", "k4-to-k8", "--lrs", "1e-3", *more])["k4-to-k8"]) == {
         "adapt", "direct"}
+    assert lm.load_model("runs/methods-k4-to-k8-start-s1/checkpoint")[0].config.block_size == 8
     noise = bench_methods.main(
         ["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1", *more])["k4"]
     assert set(noise) == {"group", "batch", "none", "value", "random", "coupled"}
