@@ -994,9 +994,14 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 def train_state(trainers):
     """Weights and optimizer states of (model, optimizer) pairs, for torch.distributed.checkpoint."""
-    parts = [get_state_dict(model, optimizer, options=TRAINED_ONLY) for model, optimizer in trainers]
-    return {str(number): dict(model=weights, optimizer=moments)
-            for number, (weights, moments) in enumerate(parts)}
+    out = {}
+    for number, (model, optimizer) in enumerate(trainers):
+        is_fresh = not optimizer.state
+        weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
+        out[str(number)] = dict(model=weights, optimizer=moments)
+        for state in optimizer.state.values() if is_fresh else []:
+            state["step"].zero_()  # get_state_dict made a step of size 0 to have moments: it does not count
+    return out
 
 
 class RunLog:
@@ -1025,8 +1030,9 @@ class RunLog:
                                  "choose another --run_name")
         write_json(settings, args)
         if not is_resumed:  # a new run of the same name: nothing of the old one stays to be mixed up with it
-            for old in ("checkpoints", "summary.json", "curves.png", "trace.html"):
-                shutil.rmtree(os.path.join(folder, old)) if os.path.isdir(os.path.join(folder, old)) else None
+            shutil.rmtree(os.path.join(folder, "checkpoints"), ignore_errors=True)
+            for old in {"summary.json", "curves.png", "trace.html"} & set(os.listdir(folder)):
+                os.remove(os.path.join(folder, old))
             open(self.path, "w", encoding="utf-8").close()
 
     def write(self, line):

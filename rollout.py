@@ -619,8 +619,9 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>traces</title>
 trained. <br><input type="range" min="0" style="width: 30em"> <output></output></p><main></main>
 <script>
 const rollouts = DATA, slider = document.querySelector("input");
-const last = Math.max(...rollouts.flatMap(r => r.tokens.map(t => t.step)));
-slider.max = slider.value = last;
+const last = rollouts.flatMap(r => r.tokens.map(t => t.step)).reduce((a, b) => Math.max(a, b), 0);
+slider.max = last;  // before the value, which it bounds
+slider.value = last;
 function element(name, text, title = "", style = "", kind = "") {
   return Object.assign(document.createElement(name), { textContent: text, title, style, className: kind });
 }

@@ -137,7 +137,7 @@ def value_advantages(critic, rollouts, settings):
         rewards = value.place_rewards(torch.tensor([r.reward for r in rollouts]), steps)
         for row, r in zip(rewards, rollouts):
             if r.token_rewards:
-                row[:len(r.token_rewards)] = torch.tensor(r.token_rewards)
+                row.zero_()[:len(r.token_rewards)] = torch.tensor(r.token_rewards)
         returns, advantages = value.returns_and_advantages(
             rewards, values, steps, settings.gamma, settings.lam)
         for name, table in (("value_old", values), ("returns", returns), ("advantage", advantages)):
@@ -150,7 +150,7 @@ def value_advantages(critic, rollouts, settings):
 
 
 def update_value(critic, optimizer, batch, settings):
-    """One step of the value model on one mini-batch -> its loss."""
+    """One step of the value model on one mini-batch -> its loss, and whether it was skipped."""
     own, total = own_share(batch), 0.0
     parts = train_rows(critic, own, settings, "tracerl")
     num_trained = lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0]
@@ -159,9 +159,9 @@ def update_value(critic, optimizer, batch, settings):
         at = rows.owner, rows.place
         loss = value.value_loss(critic(rows), value_old[at], returns[at], num_trained, settings.value_clip)
         loss.backward()
-        total += float(loss.detach())
-    lm.optimizer_step(critic, optimizer, settings.max_norm)
-    return lm.over_processes(sum, total)[0]
+        total += loss.detach()
+    _, is_finite = lm.optimizer_step(critic, optimizer, settings.max_norm)
+    return lm.over_processes(sum, float(total))[0], not is_finite
 
 
 def update(model, optimizer, batch, is_first, settings):
@@ -175,15 +175,15 @@ def update(model, optimizer, batch, is_first, settings):
     num_trained = int(lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0])
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0)
     maxima = dict(ratio_max=0.0, gap_max=0.0)
-    ratio = torch.ones(len(own), max((len(r.response) for r in own), default=0))
     old, advantage, recorded = field_tables(own, "logp_old", "advantage", "logp", device=model.device)
+    ratio = torch.ones_like(recorded)
     for rows in parts:
         at = rows.owner, rows.place
         logp, entropy = rollout.forward_rows(model, rows, settings.temperature)
         logp_old = logp.detach() if is_first else old[at]
         loss, stats = policy_loss(logp, logp_old, advantage[at], num_trained, settings.clip, settings.beta)
         loss.backward()
-        ratio[rows.owner.cpu(), rows.place.cpu()] = (logp.detach() - logp_old).exp().cpu()
+        ratio[at] = (logp.detach() - logp_old).exp()
         gap = (logp_old - recorded[at]).abs()
         stats.update(loss=loss.detach() * num_trained, entropy=entropy.sum(), gap=gap.sum(),
                      gap_max=gap.max() if len(gap) else 0.0)
@@ -267,7 +267,7 @@ def set_advantages(rollouts, kind, group_size, keep_range):
 def learn(model, optimizer, critic, critic_optimizer, kept, args, step):
     """Steps 3 (with values) to 5: every mini-batch once per epoch -> metrics. Old means start-of-step."""
     batches = minibatches(kept, args.group_size, args.minibatches, seed=args.seed * 1_000_003 + step)
-    line, updates, value_losses = {}, [], []
+    line, updates, value_updates = {}, [], []
     if critic is not None:
         line = value_advantages(critic, [r for batch in batches for r in own_share(batch)], args)
     is_warming_up = critic is not None and step <= args.value_warmup
@@ -275,12 +275,14 @@ def learn(model, optimizer, critic, critic_optimizer, kept, args, step):
         if not is_warming_up:
             old_logprobs(model, own_share(batch), args)
     for batch in batches * args.value_epochs if critic is not None else []:
-        value_losses.append(update_value(critic, critic_optimizer, batch, args))
+        value_updates.append(update_value(critic, critic_optimizer, batch, args))
     for number, batch in enumerate(batches * args.epochs if not is_warming_up else []):
         updates.append(update(model, optimizer, batch, is_first=number == 0, settings=args))
-    if value_losses:
-        line["value_loss"] = fmean(value_losses)
-    return line | summarize(updates)
+    line |= summarize(updates)
+    if value_updates:
+        losses, skipped = zip(*value_updates)
+        line |= dict(value_loss=fmean(losses), skipped_updates=line.get("skipped_updates", 0) + sum(skipped))
+    return line
 
 
 def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
@@ -308,20 +310,22 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
         lm.say(f"resuming {log.folder} after step {progress['step']}")
     for step in lm.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
         started = time.perf_counter()
+        head_start = args.value_warmup if critic is not None else 0  # steps of the value model alone
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, step / max(args.warmup, 1))
+            group["lr"] = args.lr * min(1.0, max(step - head_start, 0) / max(args.warmup, 1))
         is_adapting = args.rollout_block_size is not None and step <= args.adapt_steps
         rollout_K = args.rollout_block_size if is_adapting else model.config.block_size
         with rollout.blocks_of(model, rollout_K):
             rollouts, repeated = roll_out(model, problems, args, step)  # 1
-        for r in rollouts if is_adapting else []:  # the last large block shows what was not decoded as masks
+        is_cut = is_adapting and not model.config.is_full
+        for r in rollouts if is_cut else []:  # the last large block shows what was not decoded as masks
             r.canvas = len(r.response) + -(len(r.prompt) + len(r.response)) % model.config.block_size
         give_rewards(rollouts, repeated, tokenizer, reward)  # 2
         rolled_out = time.perf_counter()
         kept = set_advantages(rollouts, args.advantage, args.group_size, args.keep_range)  # 3
         line = dict(step=step, reward=fmean(r.reward for r in rollouts),
                     kept_groups=len(kept) // args.group_size, **eval_math.describe(rollouts))
-        is_update = bool(kept) and (critic is None or step > args.value_warmup)
+        is_update = bool(kept) and step > head_start
         if is_update and args.shrink == 1 and args.objective == "tracerl" and not is_adapting:
             gap = {}  # the update itself replays every trained token
         else:
@@ -342,8 +346,9 @@ def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
             log.save_checkpoint(
                 tokenizer, trainers, progress, args.keep_checkpoints,
                 functools.partial(value.save_value_model, critic) if critic is not None else None)
-            if log.is_writer:
-                rollout.write_page((kept or rollouts)[:8], tokenizer, os.path.join(log.folder, "trace.html"))
+            if log.is_writer:  # those that this process trained on have all their numbers
+                shown = [r for r in kept if r.ratio or r.value_old] or rollouts
+                rollout.write_page(shown[:8], tokenizer, os.path.join(log.folder, "trace.html"))
     return progress
 
 
@@ -452,7 +457,7 @@ def parse_args(argv=None):
     flag("--minibatches", int, 2, 1, "updates per pass over the rollouts of a step")
     flag("--epochs", int, 1, 1, "passes over the rollouts of a step")
     flag("--lr", float, 1e-4, 1e-6, "learning rate of AdamW")
-    flag("--warmup", int, 10, 0, "RL steps of rising learning rate")
+    flag("--warmup", int, 10, 0, "RL steps of rising learning rate, counted from the policy's first")
     flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
     flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
     flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
@@ -516,9 +521,6 @@ def check_args(args, parser):
     for name in ("gamma", "lam"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}")
-    if args.rollout_block_size and (args.block_size or 0) % args.rollout_block_size:
-        parser.error(f"--block_size {args.block_size} must be a multiple "
-                     f"of --rollout_block_size {args.rollout_block_size}")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     for name in ("block_size", "rollout_block_size", "slots", "denoising_steps", "value_clip"):
@@ -552,6 +554,9 @@ def main(argv=None):
     model, tokenizer = lm.load_to_train(args, path)
     args.shrink = args.shrink or (8 if model.config.is_full else 1)
     smallest = args.rollout_block_size or model.config.block_size
+    if model.config.block_size % smallest:
+        raise ValueError(f"--rollout_block_size {smallest} must divide the block size, "
+                         f"{model.config.block_size}: set --block_size")
     if not 1 <= (args.denoising_steps or 1) <= smallest:
         raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 "
                          f"and the block size, {smallest}")

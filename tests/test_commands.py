@@ -119,6 +119,8 @@ def test_a_mistake_ends_with_a_clear_error(tmp_path, monkeypatch, capsys):
         tracerl.main(["--model=nowhere/at/all", *DATA])
     with pytest.raises(FileNotFoundError, match="no data file 'missing.jsonl'"):
         tracerl.main(["--model", TINY, *DATA[:2], "--eval_data=missing.jsonl"])
+    with pytest.raises(ValueError, match="--rollout_block_size 8 must divide the block size, 4"):
+        tracerl.main(["--model", TINY, *DATA, "--rollout_block_size=8"])
     with pytest.raises(SystemExit):
         tracerl.main(["--stepz=3"])
     assert "unrecognized arguments: --stepz=3" in capsys.readouterr().err
@@ -293,3 +295,20 @@ def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, tmp_path, mo
     readme = (ROOT / "README.md").read_text()
     for name in {name for line in metrics for name in line}:
         assert f"`{name}`" in readme, f"the README does not explain {name}"
+
+
+def test_saving_changes_nothing_even_before_the_policy_has_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    flags = ["--model", TINY, *small_data(tmp_path), *SMALL, "--advantage=value", "--value_warmup=1"]
+    for name, save_every in (("often", 1), ("once", 0)):
+        tracerl.main([*flags, f"--save_every={save_every}", f"--run={name}"])
+    shutil.rmtree("runs/often/checkpoints/step-2")  # and to go on from there is to have gone on
+    tracerl.main([*flags, "--save_every=1", "--run=often", "--resume"])
+    for name in ("", "value/"):
+        often, once = (load_file(f"runs/{run}/checkpoints/step-2/{name}model.safetensors")
+                       for run in ("often", "once"))
+        assert all(torch.equal(often[key], once[key]) for key in once)
+    assert "ratio" in (tmp_path / "runs/often/trace.html").read_text()
+    lm.RunLog("runs/often", {})  # a new run of the same name takes nothing over
+    assert sorted(os.listdir("runs/often")) == ["args.json", "metrics.jsonl"]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -238,6 +239,24 @@ def test_a_value_model_learns_the_returns_and_the_policy_waits_for_its_warm_up()
     assert line["ratio_max"] == 1 and not all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
 
 
+@pytest.mark.parametrize("post_num", [0, 3])
+def test_process_rewards_are_what_is_returned(post_num):
+    model = random_model()
+    rollouts = rollouts_with_rewards(model, num_groups=1)
+    for i, r in enumerate(rollouts):  # each token's own, and not their sum at the end once more
+        r.token_rewards = [float((i + j) % 2) for j in range(r.num_tokens)]
+        r.reward = sum(r.token_rewards)
+    critic = tracerl.value.ValueModel(model)
+    tracerl.value_advantages(critic, rollouts, settings(post_num=post_num))
+    for r in rollouts:
+        steps = sorted(set(r.step_map[:r.num_tokens + post_num]))
+        places = [[j for j in range(min(r.num_tokens + post_num, len(r.response))) if r.step_map[j] == t]
+                  for t in steps]
+        rewards = r.token_rewards + [0.0] * len(r.response)
+        later = sum(fmean(rewards[j] for j in at) for at in places[1:])
+        assert [r.returns[j] for j in places[0]] == pytest.approx([rewards[j] + later for j in places[0]])
+
+
 def test_a_reward_function_gives_one_number_or_one_per_token(tmp_path):
     (tmp_path / "mine.py").write_text("def short(problem, text, tokens):\n    return -len(tokens)\n\n"
                                       "def each(problem, text, tokens):\n    return [0.5] * len(tokens)\n\n"
@@ -384,6 +403,17 @@ def test_defaults_are_the_embedded_tasks_or_the_papers():
     assert (paper.prompts, paper.group_size, paper.lr, paper.steps, paper.keep_range) == (
         64, 16, 1e-6, 80, (0.2, 0.8))
     assert tracerl.parse_args(["--model=m", "--train_data=a", "--eval_data=b", "--lr=2e-6"]).lr == 2e-6
+
+
+def test_a_canvas_stays_what_it_was_while_larger_blocks_are_learnt(tmp_path, monkeypatch):
+    """Full attention has one canvas whatever the block size: a step of adapting replays what was sampled."""
+    monkeypatch.chdir(tmp_path)
+    lm.save_checkpoint(random_model("llada"), lm.tiny_tokenizer(), "random")
+    (tmp_path / "few.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n')
+    tracerl.main(["--model=random", "--train_data=few.jsonl", "--eval_data=few.jsonl", "--steps=1",
+                  "--prompts=1", "--group_size=4", "--max_new_tokens=14", "--block_size=8",
+                  "--rollout_block_size=4"])
+    assert json.loads(open("runs/tracerl/metrics.jsonl").read())["gap_max"] < 1e-4
 
 
 def test_all_groups_dropped_is_a_normal_event(tmp_path, monkeypatch):
