@@ -19,12 +19,14 @@ number of arms. The value arm spends its first 10 steps on the value model alone
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -80,16 +82,27 @@ def command(setting, arm, lr, seed, args):
 def larger_start(seed):
     """Flags that start from a model at home in blocks of 4 that has had 40 updates of fine-tuning in blocks
     of 8 (one without any scores 0 there), with the defaults of the embedded task, which --model changes."""
-    name = f"methods-k4-to-k8-start-s{seed}"
-    start = f"runs/{name}/checkpoint"
-    if not os.path.isdir(start):
-        sft.main([f"--model={sft.warm_start(seed)}", "--data=arithmetic", "--block_size=8", "--steps=40",
-                  "--lr=5e-4", "--warmup=10", "--cooldown=10", "--max_new_tokens=20", f"--run={name}"])
-    tiny, real = (vars(tracerl.parse_args(flags)) for flags in ([], [f"--model={start}", "--train_data=x",
-                                                                     "--eval_data=x"]))
+    with one_at_a_time():
+        tune = [f"--model={sft.warm_start(seed)}", "--data=arithmetic", "--block_size=8", "--steps=40",
+                "--lr=5e-4", "--warmup=10", "--cooldown=10", "--max_new_tokens=20"]
+        name = f"methods-k4-to-k8-start-s{seed}-{hashlib.sha256(' '.join(tune).encode()).hexdigest()[:6]}"
+        start = f"runs/{name}/checkpoint"
+        if not os.path.isdir(start):
+            sft.main([*tune, f"--run={name}"])
+    data = ["--train_data=arithmetic", "--dev_data=arithmetic-dev", "--eval_data=arithmetic-test"]
+    tiny, real = (vars(tracerl.parse_args(flags)) for flags in ([], [f"--model={start}", *data]))
     set_elsewhere = ("keep_range", "steps", "lr", "eval_every", "adapt_steps")
-    changed = {k: v for k, v in tiny.items() if v != real[k] and v is not None and k not in set_elsewhere}
-    return [f"--model={start}", "--keep_range", "0", "1", *(f"--{k}={v}" for k, v in changed.items())]
+    changed = {k: v for k, v in tiny.items() if v not in (real[k], None) and k not in set_elsewhere}
+    return [f"--model={start}", *data, "--keep_range", "0", "1", *(f"--{k}={v}" for k, v in changed.items())]
+
+
+@contextmanager
+def one_at_a_time():
+    """Inside, no other of these commands is: a starting model is made once, by whoever comes first."""
+    os.makedirs("runs", exist_ok=True)
+    with open("runs/methods.lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file closes, or the process dies
+        yield
 
 
 def result(flags):
@@ -115,6 +128,10 @@ def run_all(commands):
             if done or not claim(folder):
                 continue
             print("python tracerl.py " + " ".join(flags), flush=True)
+            args = tracerl.parse_args(flags)
+            if args.model is None:
+                with one_at_a_time():
+                    sft.warm_start(args.seed, args.block_size or 4, args.attention)
             tracerl.main(flags)
         time.sleep(1)
     return results
@@ -275,7 +292,7 @@ def variance(setting, args):
 def parse_args(argv=None):
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS)[:4], choices=SETTINGS)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--arms", nargs="+", default=None, choices=ARMS,
                         help="default: those of each setting")
     parser.add_argument("--seeds", type=int, default=5, choices=STUDENT)
@@ -284,7 +301,7 @@ def parse_args(argv=None):
     parser.add_argument("--more", action="append", default=[],
                         help="one more flag for every run: --more=--prompts=8")
     parser.add_argument("--variance", action="store_true", help="measure gradients instead of training")
-    parser.add_argument("--resamples", type=int, default=32, help="batches of rollouts for --variance")
+    parser.add_argument("--resamples", type=int, default=24, help="batches of rollouts for --variance")
     parser.add_argument("--value_steps", type=int, default=20, help="batches that train its value model")
     parser.add_argument("--picture", default=None, help="where to draw the learning curves")
     return parser.parse_args(argv)
