@@ -610,38 +610,31 @@ def replay(model, rollouts, shrink=1, temperature=1.0, max_tokens=16384):
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>traces</title>
-<style>
-  body { font: 16px sans-serif; margin: 2em } pre { white-space: pre-wrap; line-height: 1.7 }
-  span { padding: 2px; border-radius: 3px } .untrained { opacity: 0.45 }
-</style>
-<h1>Traces</h1>
-<p>Colour: the denoising step that revealed a token. Point at a token for its numbers; pale ones are not
-trained. <br><input type="range" min="0" style="width: 30em"> <output></output></p><main></main>
-<script>
+<style>body { font: 16px sans-serif; margin: 2em } pre { white-space: pre-wrap; line-height: 1.7 }
+span { padding: 2px; border-radius: 3px } .untrained { opacity: 0.45 }</style>
+<p>Colour: the denoising step that revealed a token. Point at it for its numbers; pale ones are not trained.
+<br><input type="range" min="0" style="width: 30em"> <output></output></p><main></main><script>
 const rollouts = DATA, slider = document.querySelector("input");
 const last = rollouts.flatMap(r => r.tokens.map(t => t.step)).reduce((a, b) => Math.max(a, b), 0);
-slider.max = last;  // before the value, which it bounds
-slider.value = last;
+slider.max = last; slider.value = last;  // in this order: the first bounds the second
 function element(name, text, title = "", style = "", kind = "") {
   return Object.assign(document.createElement(name), { textContent: text, title, style, className: kind });
 }
 function draw() {
   document.querySelector("output").value = "after step " + slider.value + " of " + last;
   document.querySelector("main").replaceChildren(...rollouts.map(r => {
-    const pre = element("pre", "reward " + r.reward + "\\n" + r.prompt);
+    const pre = element("pre", `reward ${r.reward}\\n${r.prompt}`);
     pre.append(...r.tokens.map((t, place) => {
       const isShown = t.step <= slider.value, colour = `background: hsl(${300 * t.step / last} 75% 82%)`;
       const numbers = Object.entries(t).map(([name, x]) => name + " " + x).join("\\n");
-      return element("span", isShown ? t.text : "\u2591", numbers, isShown ? colour : "",
-                     place < r.num_tokens ? "" : "untrained");
+      const [text, style] = isShown ? [t.text, colour] : ["\u2591", ""];
+      return element("span", text, numbers, style, place < r.num_tokens ? "" : "untrained");
     }));
     return pre;
   }));
 }
-slider.oninput = draw;
-draw();
-</script>
-"""
+slider.oninput = draw; draw();
+</script>"""
 
 
 def write_page(rollouts, tokenizer, path):
@@ -650,10 +643,11 @@ def write_page(rollouts, tokenizer, path):
     for r in rollouts:
         columns = dict(step=r.step_map, confidence=r.confidence, logp=r.logp, advantage=r.advantage,
                        value=r.value_old, ratio=r.ratio)
-        tokens = [dict(text=tokenizer.decode([token]), **{
-            name: round(column[place], 4) for name, column in columns.items() if place < len(column)})
-            for place, token in enumerate(r.response)]
-        shown.append(dict(prompt=tokenizer.decode(r.prompt), reward=r.reward, num_tokens=r.num_tokens,
-                          tokens=tokens))
+        tokens = [{"text": tokenizer.decode([token])} for token in r.response]
+        for name, column in columns.items():
+            for token, number in zip(tokens, column):
+                token[name] = round(number, 4)
+        text = tokenizer.decode(r.prompt)
+        shown.append(dict(prompt=text, reward=r.reward, num_tokens=r.num_tokens, tokens=tokens))
     with open(path, "w", encoding="utf-8") as file:  # no "<" of a model may end the script
         file.write(PAGE.replace("DATA", json.dumps(shown).replace("<", "\\u003c")))
