@@ -48,6 +48,13 @@ def runs(tmp_path_factory):
     return folder / "runs", output
 
 
+def shorten(monkeypatch):
+    """The embedded data with 200 problems at most: making and encoding all 20,000 takes seconds."""
+    whole = eval_math.arithmetic
+    monkeypatch.setattr(eval_math, "arithmetic", lambda split, number, *more: whole(
+        split, min(number, 200), *more))
+
+
 def small_data(folder):
     """A train.jsonl of 60 problems and a test.jsonl of 4."""
     rows = [json.dumps(dict(problem=p.problem, answer=p.answer)) + "\n"
@@ -115,6 +122,7 @@ def test_a_run_leaves_behind_what_the_readme_says(runs):
 
 def test_a_mistake_ends_with_a_clear_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    shorten(monkeypatch)
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
         tracerl.main(["--model=nowhere/at/all", *DATA])
     with pytest.raises(FileNotFoundError, match="no data file 'missing.jsonl'"):
@@ -245,6 +253,7 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
     assert "python tracerl.py --objective=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
     # all done
     assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found
+    shorten(monkeypatch)
     monkeypatch.setattr(sft, "warm_start", lambda seed: TINY)
     tune = sft.main
     monkeypatch.setattr(sft, "main", lambda flags: tune([*flags, "--steps=1", "--warmup=1", "--cooldown=1"]))

@@ -420,8 +420,9 @@ def test_all_groups_dropped_is_a_normal_event(tmp_path, monkeypatch):
     """An untrained model is never right: no update, weights unchanged, metrics and summary all the same."""
     monkeypatch.chdir(tmp_path)
     lm.save_checkpoint(random_model(), lm.tiny_tokenizer(), "random")
-    tracerl.main(["--model=random", "--train_data=arithmetic", "--eval_data=arithmetic-test",
-                  "--dev_data=arithmetic-dev", "--steps=2", "--prompts=3", "--group_size=2",
+    (tmp_path / "few.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n' * 20)
+    tracerl.main(["--model=random", "--train_data=few.jsonl", "--eval_data=arithmetic-test",
+                  "--dev_data=few.jsonl", "--steps=2", "--prompts=3", "--group_size=2",
                   "--max_new_tokens=8", "--eval_every=1"])
     lines = [json.loads(line) for line in open("runs/tracerl/metrics.jsonl")]
     assert len(lines) == 2 and all(line["kept_groups"] == 0 and line["gap_max"] < 1e-4 for line in lines)
