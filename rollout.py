@@ -1,62 +1,106 @@
 """rollout.py - a trace: recorded, then replayed.
 
-TraceRL trains a diffusion language model on the very states it was in while decoding. Here are both halves:
+TraceRL (arXiv 2509.06949) trains a diffusion language model on the very states it was in while decoding. Here
+are both halves of that:
 
-  generate   decodes block by block and records, for every token, the denoising step that revealed it,
-             with which confidence and which log-probability;
+  generate   decodes block by block, and records for every token the denoising step that revealed it, with
+             which confidence and which log-probability;
   replay     rebuilds those states as *views* in one training row, and reads off the same log-probabilities.
 
-`write_page`, last, shows traces in a browser.
+One block of K = 4 tokens while it is decoded (? is the mask token), and what the record keeps of it:
 
-With shrink 1 the two numbers are equal to float32 rounding (the replay law). If they are not, then masks,
-positions, blocks, cache or step map differ between sampling and training, and the policy gradient is of some
-other policy.
+    before step 1    ? ? ? ?     step 1 reveals 0 and 0        token             0    4    0    ;
+    before step 2    0 ? 0 ?     step 2 reveals ;              step_map          1    3    1    2
+    before step 3    0 ? 0 ;     step 3 reveals 4              logp at its step  -.02 -.31 -.01 -.05
+    whole            0 4 0 ;
 
-Reading order: Rollout, sample, reveal, generate; then merge_steps, the views, Rows, replay.
+The trace of this block is the three states on the left. The token 4 was drawn with 0, 0 and ; in sight: its
+probability "in general", or under random masks, is another number, and a policy gradient with that number is
+the gradient of some other policy. (One forward per state would be slow; `build_rows` does all states in one.)
 
-Left out: approximate prefix and dual caches for full attention (every forward sees the whole canvas: exact,
-slower), speculative decoding, classifier-free guidance.
+THE REPLAY LAW. On the trace's own states (shrink 1), the replayed log-probability of every token equals the
+recorded one, to float32 rounding. If it does not, then masks, positions, blocks, cache or step map differ
+between sampling and training. Every RL step prints this `gap`. How far off a mistake is, on tiny models:
+cutting blocks at the start of the response in training but at position 0 in decoding, 0.16 to 1.1 nats per
+token; cutting the last block at eos, 0.06 to 0.56 for its tokens. A training loss shows none of this: both
+sides of its ratio are wrong in the same way.
+
+Read in this order: Rollout; sample, reveal, Decoder, generate; then the views, build_rows, replay.
+
+Left out:
+  1. approximate prefix and dual caches for full attention: every forward sees the whole canvas, which is
+  exact, slower; 2. speculative decoding, classifier-free guidance; 3. tokens re-encoded from text: token ids
+  travel from rollout to update, and text is only for the answer checker.
 """
 
-import json
+import random
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from model import (
-    KVCache, Layout, block_mask, gather_lists, over_processes, policy_logits, processes, token_logprobs,
-    tile_mask, unsharded)
+from model import KVCache, Layout, attend_within, policy_logits, token_logprobs
+from plumbing import parallel
 
+STRATEGIES = ("static", "dynamic", "sequential", "entropy")  # see `reveal`
 ENTROPY_BOUND = 0.35  # of the "entropy" strategy, in nats
-STRATEGIES = ("static", "dynamic", "sequential", "entropy")
 
 
 @dataclass
 class Rollout:
-    """One response and the trace by which it was decoded. Lists are as long as `response`.
+    """One response and the trace by which it was decoded: the one record from decoding to update.
 
-    The response holds whole blocks: tokens after the end of the answer are kept, because the others saw them.
-    """
+    Lists are as long as `response`, one entry per token. The response holds whole blocks: tokens after the
+    end of the answer are kept, because the tokens before them in the same block were drawn with them in
+    sight. """
 
     prompt: list  # token ids
     response: list  # token ids of every decoded block, the last one whole
     num_tokens: int  # trained tokens: up to and including eos, or up to max_new_tokens
-    step_map: list  # denoising step that revealed each token, 1-based over the whole response
+    step_map: list  # denoising step that revealed each token, counted from 1 over the whole response
     confidence: list = field(default_factory=list)  # its probability in the distribution it was drawn from
     logp: list = field(default_factory=list)  # its log softmax(logits / T) then, before top-k and top-p
     canvas: int = 0  # full attention: response positions in view, decoded or not
     is_truncated: bool = False  # no eos within max_new_tokens
     seed: int = 0  # of its draws
+    # filled in on the way to the update (tracerl.py):
     reward: float = 0.0
     token_rewards: list = field(default_factory=list)  # process rewards of the trained tokens, if any
     advantage: list = field(default_factory=list)
-    logp_old: list = field(default_factory=list)  # of the start-of-step policy, on the rows that are trained
-    value_old: list = field(default_factory=list)  # of the start-of-step value model
+    value_old: list = field(default_factory=list)  # of the value model before this RL step
     returns: list = field(default_factory=list)
     ratio: list = field(default_factory=list)  # pi_new / pi_old as its update found it
+
+
+@dataclass
+class DecodingSettings:
+    """How tokens are drawn and revealed, checked once, at the door."""
+
+    max_new_tokens: int
+    block_size: int  # K
+    eos_ids: tuple
+    strategy: str = "dynamic"
+    denoising_steps: int = None  # per block: a step reveals K / denoising_steps tokens; None is K, one each
+    threshold: float = 0.9
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        self.denoising_steps = self.denoising_steps or self.block_size
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 1 <= self.denoising_steps <= self.block_size:
+            raise ValueError(f"denoising_steps {self.denoising_steps} must be between 1 and the block size, "
+                             f"{self.block_size}")
+        for name, is_good in (("threshold", 0 <= self.threshold <= 1), ("temperature", self.temperature >= 0),
+                              ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1)):
+            if not is_good:
+                raise ValueError(f"{name} {getattr(self, name)} is out of range: threshold 0..1, "
+                                 "temperature >= 0, top_k >= 0 (0 keeps all), 0 < top_p <= 1")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,15 +110,16 @@ class Rollout:
 def uniform(seed, step, position):
     """Draws in [0, 1), float64, from three int64 tensors: a counter-based hash (three rounds of splitmix64).
 
-    A draw depends on nothing but its numbers: a sequence is the same alone, in a batch, on another process.
-    """
+    A draw depends on nothing but its three numbers: uniform(7, 3, 11) is the draw of the sequence with seed 7
+    at its denoising step 3 for position 11, alone, in any batch, in any slot, on any process. A generator
+    that is advanced draw by draw would give each sequence other draws in another batch. """
     x = torch.zeros_like(position)
     for word in (seed, step, position):
-        x = (x ^ word) + -0x61C8864680B583EB
+        x = (x ^ word) + -0x61C8864680B583EB  # int64 arithmetic wraps around, as the hash wants
         x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47  # >> is arithmetic: the & makes it logical
         x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
         x = x ^ (x >> 31 & (1 << 33) - 1)
-    return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53
+    return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53  # the upper 53 bits: all a float64 holds
 
 
 def filter_probabilities(logp, top_k, top_p):
@@ -96,20 +141,20 @@ def filter_probabilities(logp, top_k, top_p):
 
 
 def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0):
-    """Draws a token at each position by inverse CDF (METHOD: decoding, step 1).
+    """Draws a token at each position by inverse CDF.
 
     logits (N, V), draws float64 (N,) in [0, 1) -> token int64 (N,), confidence, logp, entropy, float32 (N,).
-    The token is the smallest v whose cumulative probability exceeds the draw. logp is log softmax(logits / T)
-    before the filters: they shape what is drawn, not the policy that is trained. Greedy (temperature 0 or
-    top_k 1) would make every filtered confidence 1; confidence and entropy, which set the order, then come
-    from the unfiltered distribution (T = 1 at T = 0).
-    """
-    logp = (policy_logits(logits, mask_id) / (temperature or 1.0)).log_softmax(-1)
+    The token is the smallest v whose cumulative probability exceeds the draw: probabilities .5 .3 .2 and draw
+    .6 give token 1. logp is log softmax(logits / T) BEFORE the filters: they shape what is drawn and the
+    confidence, not the policy that is trained. """
+    logp = (policy_logits(logits, mask_id) / (temperature or 1.0)).log_softmax(-1)  # (N, V)
     if temperature == 0 or top_k == 1:
+        # Greedy. Every filtered confidence would be 1 and could order nothing, so that confidence and entropy
+        # are those of the unfiltered distribution (T = 1 at T = 0).
         token, p = logp.argmax(-1), logp.exp()
     else:
         p = filter_probabilities(logp, top_k, top_p)
-        cdf = p.double().cumsum(-1)
+        cdf = p.double().cumsum(-1)  # float64: 152k rounded terms must not sum to less than a draw close to 1
         total = cdf[:, -1]
         threshold = torch.minimum(draws.double() * total, total.nextafter(torch.zeros_like(total)))
         token = torch.searchsorted(cdf, threshold[:, None], right=True)[:, 0]
@@ -119,9 +164,13 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entropy_bound=ENTROPY_BOUND):
-    """Which sampled tokens to keep (METHOD: decoding, the table): (B, K) -> bool (B, K), within is_masked.
+    """Which of the sampled tokens to keep, (B, K) -> bool (B, K). The others stay masked, and are drawn anew.
 
-    quota int64 (B,): n of the table, the fewest tokens a step reveals (all that are left, if fewer are left).
+    strategy     reveals, with n = quota (int64, (B,)) = K / denoising_steps
+    static       the n most confident masked positions
+    dynamic      every masked position with confidence > threshold; if fewer than n, the n most confident
+    sequential   the n leftmost masked positions: with n = 1, decoding from left to right
+    entropy      masked positions by rising entropy while their sum stays under a bound, at least one
     """
     if strategy == "sequential":
         score = -torch.arange(confidence.shape[1], device=confidence.device).expand_as(confidence).float()
@@ -129,10 +178,12 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
         score = -entropy if strategy == "entropy" else confidence
     score = score.masked_fill(~is_masked, float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(dim=-1)
+    rank = order.argsort(dim=-1)  # scores .9 .2 .5: order 0 2 1, rank 0 2 1
     if strategy == "entropy":
         total = entropy.masked_fill(~is_masked, float("inf")).gather(-1, order).cumsum(-1)
         quota = (total < entropy_bound).sum(-1).clamp(min=1)
+    # "& is_masked": where fewer than n are left, the n best include positions that are not masked, and a
+    # revealed token, or one of the prompt, would be overwritten.
     is_best = (rank < quota[:, None]) & is_masked
     if strategy == "dynamic":
         is_sure = (confidence > threshold) & is_masked
@@ -141,513 +192,504 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Decoding. Every slot holds one sequence; each forward advances each slot by one denoising step, or writes
-# the clean keys and values of its finished block. A slot whose sequence has ended takes the next prompt:
-# batches are ragged throughout.
+# Decoding. Every slot holds one sequence, and each forward advances each slot by one denoising step. A slot
+# whose sequence has ended takes the next prompt, so that batches are ragged throughout.
 
 
 class Decoder:
-    """The state of all slots, as tensors (slots, length)."""
+    """The sequences being decoded. Tables are (slots, length) by absolute position, other tensors
+    (slots,)."""
 
-    def __init__(self, model, prompts, max_new_tokens, slots):
-        self.model, self.config, self.device = model, model.config, model.device
-        K = self.config.block_size
-        longest = max(map(len, prompts)) + max_new_tokens
-        length = longest if self.config.is_full else -(-longest // K) * K
-        shape = (slots, length)
-        self.token = torch.full(shape, self.config.mask_id, device=self.device)
-        self.is_masked = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        self.step_map = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self.confidence = torch.zeros(shape, device=self.device)
-        self.logp = torch.zeros(shape, device=self.device)
-        # per slot: sequence (-1: free), prompt length, end of decoding, block start, steps, steps in block
-        self.sequence, self.prompt, self.end, self.start, self.step, self.step_in_block = torch.zeros(
-            6, slots, dtype=torch.int64, device=self.device)
-        self.sequence -= 1
-        self.max_new_tokens = max_new_tokens
+    def __init__(self, model, settings, num_slots, longest_prompt):
+        self.model, self.config, self.settings, self.device = model, model.config, settings, model.device
+        K = settings.block_size
+        length = longest_prompt + settings.max_new_tokens + K  # the last block may stick out
+        table, state = (num_slots, length), dict(dtype=torch.int64, device=self.device)
+        self.token = torch.full(table, self.config.mask_id, **state)
+        self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
+        self.step_map = torch.zeros(table, **state)
+        self.confidence = torch.zeros(table, device=self.device)
+        self.logp = torch.zeros(table, device=self.device)
+        self.seed = torch.zeros(num_slots, **state)
+        self.prompt_length = torch.zeros(num_slots, **state)
+        self.end = torch.zeros(num_slots, **state)  # where decoding stops, at the latest
+        self.start = torch.zeros(num_slots, **state)  # of the block being decoded
+        self.step = torch.zeros(num_slots, **state)  # denoising steps so far
+        self.step_in_block = torch.zeros(num_slots, **state)
+        self.offset = torch.arange(K, device=self.device)
+        self.eos_ids = torch.tensor(settings.eos_ids, **state)
         if not self.config.is_full:
-            self.cache = KVCache(self.config, slots, length, model.embed.weight.dtype, self.device)
+            self.cache = KVCache(self.config, num_slots, length, model.embed.weight.dtype, self.device)
 
-    def admit(self, slots, sequences, prompts):
-        """Gives prompts to free slots and prefills the whole blocks of each, in one forward."""
-        K, is_full = self.config.block_size, self.config.is_full
-        for slot, sequence, prompt in zip(slots, sequences, prompts):
+    def admit(self, slots, prompts, seeds):
+        """Gives prompts to free slots, and fills the cache with the whole blocks of each."""
+        K, is_full = self.settings.block_size, self.config.is_full
+        for slot, prompt, seed in zip(slots, prompts, seeds):
             P = len(prompt)
-            end = P + self.max_new_tokens
-            self.sequence[slot], self.prompt[slot] = sequence, P
-            self.end[slot] = end if is_full else -(-end // K) * K
-            self.start[slot] = P if is_full else P // K * K  # a full-attention grid starts at the response
+            end = P + self.settings.max_new_tokens
+            # Block attention: P = 9, K = 4: positions 0..7 are whole blocks and prefilled; decoding starts at
+            # 8 with one prompt token and three masks. Full attention: the grid of blocks starts at the
+            # response.
+            self.start[slot] = P if is_full else P // K * K
+            self.end[slot] = end if is_full else -(-end // K) * K  # rounded up to whole blocks
+            self.seed[slot], self.prompt_length[slot] = seed, P
             self.token[slot] = self.config.mask_id
             self.token[slot, :P] = torch.tensor(prompt, device=self.device)
-            self.is_masked[slot] = torch.arange(self.token.shape[1], device=self.device) >= P
-        slots = torch.tensor(slots, device=self.device)
-        for state in (self.step_map, self.confidence, self.logp, self.step, self.step_in_block):
-            state[slots] = 0
-        longest = int(self.start[slots].max())
-        # shorter prompts write some of their masks, too: decoding writes there again
-        if not is_full and longest > 0:
-            position = torch.arange(longest, device=self.device).expand(len(slots), -1)
-            layout = Layout.clean(position, K, False)
-            self.model.hidden(self.token[slots, :longest], layout, self.cache.select(slots, position))
+            self.is_masked[slot] = False
+            self.is_masked[slot, P:self.end[slot]] = True
+            for state in (self.step_map, self.confidence, self.logp, self.step, self.step_in_block):
+                state[slot] = 0
+        if not is_full:
+            self.prefill(slots, [len(prompt) // K * K for prompt in prompts])
 
-    def forward(self, slots, columns):
-        """Final states at the current block (B, K) of these slots, to predict the tokens there: (B, K, C)."""
-        rows = slots[:, None]
-        if not self.config.is_full:
-            layout = Layout.clean(columns, self.config.block_size, False)
-            return self.model.hidden(
-                self.token[rows, columns], layout, self.cache.select(slots, columns), True)
+    def prefill(self, slots, lengths, max_tokens=16384):
+        """Writes the keys and values of the first `lengths` tokens of slots: like lengths in one forward,
+        since one long prompt among 256 short ones would make all of them long."""
+        for group in by_length([(length, 1) for length in lengths], max_tokens):
+            chosen = torch.tensor([slots[i] for i in group], device=self.device)
+            longest = max(lengths[i] for i in group)
+            if longest > 0:  # shorter ones write some of their masks, too: decoding writes there again
+                position = torch.arange(longest, device=self.device).expand(len(group), -1)
+                layout = Layout.clean(position, self.settings.block_size, False)
+                self.model.hidden(self.token[chosen, :longest], position, self.cache.filling(chosen, layout))
+
+    def states(self, slots, columns, committing):
+        """One forward -> final states (B, K, C) that predict the tokens at `columns` (B, K) of slots (B,).
+
+        committing (M,): slots whose block before this one has just become whole. Its clean tokens ride along
+        as a second row of the same slot: keys and values of all rows are written first, then all rows attend.
+        So the commit costs no forward of its own, and the cache never keeps a noisy block:
+
+            slots      7  block 8..11  0 ? 0 ?   denoising
+                       3  block 4..7   ? ? ? ?   denoising, sees the row below: the clean block 0..3
+            committing 3  block 0..3   8 9 4 +   commit
+        """
+        if self.config.is_full:
+            return self.full_states(slots, columns)
+        before = self.start[committing, None] - self.settings.block_size + self.offset  # (M, K)
+        rows, position = torch.cat([slots, committing]), torch.cat([columns, before])  # (B + M,), (B + M, K)
+        attend = self.cache.reading(rows, position)
+        return self.model.hidden(self.token[rows[:, None], position], position, attend)[:len(slots)]
+
+    def full_states(self, slots, columns):
+        """The same with full attention: every forward sees the whole canvas, the masks on the right
+        included."""
         longest = int(self.end[slots].max())
         position = torch.arange(longest, device=self.device).expand(len(slots), -1)
         document = torch.where(position < self.end[slots, None], 0, -1)  # a shorter canvas is padded
-        h = self.model.hidden(self.token[slots, :longest], Layout.clean(position, 1, True, document))
-        source = (columns - int(self.config.switches.shifts_logits)).clamp(min=0, max=longest - 1)
-        return h[torch.arange(len(slots), device=self.device)[:, None], source]
+        layout = Layout.clean(position, 1, True, document)
+        h = self.model.hidden(self.token[slots, :longest], position, attend_within(layout))
+        source = columns - int(self.config.shifts_logits)  # Dream: the output at i - 1 predicts token i
+        return h.gather(1, source.clamp(0, longest - 1)[..., None].expand(-1, -1, h.shape[-1]))
 
-    def advance(self, choose):
-        """One forward of every busy slot. choose(...) picks tokens; see `generate`."""
-        K = self.config.block_size
-        slots = (self.sequence >= 0).nonzero()[:, 0]
-        columns = self.start[slots, None] + torch.arange(K, device=self.device)  # (B, K)
-        is_inside = columns < self.end[slots, None]  # the last block of a canvas may be short
-        columns = columns.clamp(max=self.token.shape[1] - 1)
-        rows = slots[:, None]
-        is_masked = self.is_masked[rows, columns] & is_inside
-        h = self.forward(slots, columns)
-        is_done = ~is_masked.any(-1)  # nothing left to reveal: this forward was the commit of the clean block
-        self.start[slots[is_done]] += K
-        self.step_in_block[slots[is_done]] = 0
-        if is_done.all():
-            return
-        self.step[slots[~is_done]] += 1
-        token, confidence, logp, entropy = (
-            torch.zeros(is_masked.shape, dtype=d, device=self.device)
-            for d in (torch.int64, torch.float32, torch.float32, torch.float32))
-        step = self.step[rows].expand_as(columns)[is_masked]
-        draw = choose.draws(self.sequence[rows].expand_as(columns)[is_masked], step, columns[is_masked])
-        chunks = [sample(self.model.head(states), draws, self.config.mask_id, choose.temperature,
-                         choose.top_k, choose.top_p)
-                  for states, draws in zip(h[is_masked].split(256), draw.split(256))]  # (256, V) at a time
-        token[is_masked], confidence[is_masked], logp[is_masked], entropy[is_masked] = map(
-            torch.cat, zip(*chunks))
-        n, extra = divmod(K, choose.denoising_steps)
-        quota = n + (self.step_in_block[slots] < extra).long()
-        keep = reveal(confidence, entropy, is_masked, quota, choose.strategy, choose.threshold)
-        self.step_in_block[slots[~is_done]] += 1
-        at = (rows.expand_as(columns)[keep], columns[keep])
-        self.token[at], self.confidence[at], self.logp[at] = token[keep], confidence[keep], logp[keep]
-        self.step_map[at], self.is_masked[at] = self.step[at[0]], False
+    def denoise(self, slots, committing):
+        """A denoising step of every slot of `slots` -> (has_ended, has_moved), lists of bool: whether its
+        sequence is complete, or its block whole and the next one begun."""
+        s, rows = self.settings, slots[:, None]
+        columns = self.start[rows] + self.offset  # (B, K) absolute positions of the blocks
+        is_masked = self.is_masked[rows, columns]  # (B, K)
+        h = self.states(slots, columns, committing)  # (B, K, C)
+        self.step[slots] += 1
+        token, confidence, logp, entropy = self.propose(h, slots, columns, is_masked)
+        tokens_each, remainder = divmod(s.block_size, s.denoising_steps)  # K = 8 in 3 steps: 3, 3, 2
+        quota = tokens_each + (self.step_in_block[slots] < remainder).long()
+        is_kept = reveal(confidence, entropy, is_masked, quota, s.strategy, s.threshold)  # (B, K)
+        records = ((self.token, token), (self.confidence, confidence), (self.logp, logp),
+                   (self.step_map, self.step[rows]), (self.is_masked, False))
+        for table, new in records:
+            table[rows, columns] = torch.where(is_kept, new, table[rows, columns])
 
-    def finished(self, eos_ids):
-        """Slots whose block is whole and the last: it has an eos of the response, or the room is used up."""
-        slots = (self.sequence >= 0).nonzero()[:, 0]
-        columns = self.start[slots, None] + torch.arange(self.config.block_size, device=self.device)
-        is_inside = columns < self.end[slots, None]
-        columns = columns.clamp(max=self.token.shape[1] - 1)
-        rows = slots[:, None]
-        is_whole = ~(self.is_masked[rows, columns] & is_inside).any(-1)
-        is_response = is_inside & (columns >= self.prompt[slots, None])
-        has_eos = (torch.isin(self.token[rows, columns], eos_ids) & is_response).any(-1)
-        is_last = self.start[slots] + self.config.block_size >= self.end[slots]
-        if self.config.is_full:  # no cache, so no commit: on to the next block at once
-            ready = slots[is_whole & ~has_eos & ~is_last]
-            self.start[ready] += self.config.block_size
-            self.step_in_block[ready] = 0
-        return slots[is_whole & (has_eos | is_last)].tolist()
+        # An eos ends a sequence only inside the response (a prompt may end with one, and share the block),
+        # and only once its block is whole: the tokens after it are context for those before it.
+        is_whole = ~(is_masked & ~is_kept).any(-1)
+        is_response = columns >= self.prompt_length[rows]
+        has_eos = (torch.isin(self.token[rows, columns], self.eos_ids) & is_response).any(-1)
+        has_ended = is_whole & (has_eos | (self.start[slots] + s.block_size >= self.end[slots]))
+        has_moved = is_whole & ~has_ended
+        self.start[slots] += s.block_size * has_moved
+        self.step_in_block[slots] = torch.where(has_moved, 0, self.step_in_block[slots] + 1)
+        return torch.stack([has_ended, has_moved]).tolist()
 
-    def release(self, slot, eos_ids):
-        """Frees a slot and returns its record."""
-        P = int(self.prompt[slot])
-        stop = min(int(self.start[slot]) + self.config.block_size, int(self.end[slot]))
+    def propose(self, h, slots, columns, is_masked):
+        """Draws a token for every masked position -> token, confidence, logp, entropy, (B, K), 0
+        elsewhere."""
+        s, where = self.settings, is_masked.nonzero(as_tuple=True)
+        position, slot = columns[where], slots[where[0]]  # (N,) the masked positions of all blocks
+        draws = uniform(self.seed[slot], self.step[slot], position)
+        drawn = []
+        for states, u in zip(h[where].split(256), draws.split(256)):  # logits (256, V) at a time
+            logits = self.model.head(states)
+            drawn.append(sample(logits, u, self.config.mask_id, s.temperature, s.top_k, s.top_p))
+        tables = []
+        for parts in zip(*drawn):  # token, confidence, logp, entropy, each (N,)
+            values = torch.cat(parts)
+            table = values.new_zeros(is_masked.shape)
+            tables.append(table.index_put(where, values))
+        return tables
+
+    def release(self, slot, seed):
+        """The record of a complete sequence."""
+        s, P = self.settings, int(self.prompt_length[slot])
+        stop = min(int(self.start[slot]) + s.block_size, int(self.end[slot]))
         response = self.token[slot, P:stop].tolist()
-        limit = min(len(response), self.max_new_tokens)
-        num_tokens = next((i + 1 for i, token in enumerate(response[:limit]) if token in eos_ids), 0)
-        self.sequence[slot] = -1
+        limit = min(len(response), s.max_new_tokens)
+        until_eos = next((i + 1 for i, token in enumerate(response[:limit]) if token in s.eos_ids), None)
         return Rollout(
-            prompt=self.token[slot, :P].tolist(), response=response, num_tokens=num_tokens or limit,
+            prompt=self.token[slot, :P].tolist(), response=response, num_tokens=until_eos or limit,
             step_map=self.step_map[slot, P:stop].tolist(), confidence=self.confidence[slot, P:stop].tolist(),
-            logp=self.logp[slot, P:stop].tolist(), canvas=self.max_new_tokens if self.config.is_full else 0,
-            is_truncated=num_tokens == 0)
-
-
-@dataclass
-class Choose:
-    """How tokens are drawn and revealed, checked once."""
-
-    strategy: str
-    denoising_steps: int
-    threshold: float
-    temperature: float
-    top_k: int
-    top_p: float
-    seeds: torch.Tensor  # int64, one per sequence
-    uniforms: object = None
-
-    def __post_init__(self):
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
-        for name, is_good in (("threshold", 0 <= self.threshold <= 1), ("temperature", self.temperature >= 0),
-                              ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1)):
-            if not is_good:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range: "
-                                 "threshold 0..1, temperature >= 0, top_k >= 0 (0 keeps all), 0 < top_p <= 1")
-
-    def draws(self, sequence, step, position):
-        """A draw in [0, 1) for each of N masked positions, float64."""
-        if self.uniforms is None:
-            return uniform(self.seeds[sequence], step, position)
-        draw = torch.empty(len(position), dtype=torch.float64, device=position.device)
-        for number in sequence.unique().tolist():
-            own = sequence == number
-            values = self.uniforms(number, int(step[own][0]), position[own])
-            draw[own] = torch.as_tensor(values, dtype=torch.float64, device=draw.device)
-        return draw
+            logp=self.logp[slot, P:stop].tolist(), canvas=s.max_new_tokens if self.config.is_full else 0,
+            is_truncated=until_eos is None, seed=seed)
 
 
 @torch.no_grad()
-def generate(model, prompts, *, max_new_tokens, strategy="dynamic", denoising_steps=None, threshold=0.9,
-             temperature=1.0, top_k=0, top_p=1.0, eos_ids=(), seed=0, slots=None, uniforms=None):
+def generate(
+        model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=None, eos_ids=None, **settings):
     """Decodes a response to every prompt and records its trace -> list[Rollout], in the prompts' order.
 
-    prompts: lists of token ids, none empty. max_new_tokens: room for the response. strategy, denoising_steps
-    (per block, default K), threshold, temperature, top_k, top_p: see `reveal` and `sample`. eos_ids: tokens
-    that end a response; none of them in a prompt does. seed: one int per prompt, or an int s for s, s + 1,
-    ... slots: sequences decoded together (default all); memory grows with it, results do not depend on it.
-    uniforms: for tests, a callable (sequence number, 1-based denoising step, absolute positions int64 (n,) of
-    the masked tokens) -> n draws in [0, 1). Raises ValueError for an empty prompt, or a setting out of range.
-    """
-    K = model.config.block_size
-    prompts = [list(prompt) for prompt in prompts]
+    prompts: lists of token ids, none empty. max_new_tokens: room for the response. seed: one int per prompt,
+    or an int s for s, s + 1, ... slots: sequences decoded together (default all); memory grows with it,
+    results do not depend on it. block_size: K (default the model's). eos_ids: tokens that end a response
+    (default the model's; none of them in a prompt does). settings: see DecodingSettings. Raises ValueError
+    for an empty prompt, or a setting out of range. """
+    config, prompts = model.config, [list(prompt) for prompt in prompts]
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    seeds = [(s + 2**63) % 2**64 - 2**63 for s in seeds]  # into the range of int64
+    settings = DecodingSettings(max_new_tokens, block_size or config.block_size,
+                                tuple(config.eos_ids if eos_ids is None else eos_ids), **settings)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each, or a single int")
-    if max_new_tokens < 1 or (slots is not None and slots < 1):
-        raise ValueError(f"max_new_tokens ({max_new_tokens}) and slots ({slots}) must be at least 1")
-    if not 1 <= (denoising_steps or K) <= K:
-        raise ValueError(f"denoising_steps {denoising_steps} must be between 1 and the block size, {K}")
+    if slots is not None and slots < 1:
+        raise ValueError(f"slots must be at least 1, got {slots}")
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty: a response needs at least one token before it")
-    wrapped = [(s + 2**63) % 2**64 - 2**63 for s in seeds]
-    choose = Choose(strategy, denoising_steps or K, threshold, temperature, top_k, top_p,
-                    torch.tensor(wrapped, dtype=torch.int64, device=model.device), uniforms)
     if not prompts:
         return []
-    eos_set, eos_ids = set(eos_ids), torch.tensor(list(eos_ids), dtype=torch.int64, device=model.device)
     num_slots = min(slots or len(prompts), len(prompts))
-    decoder = Decoder(model, prompts, max_new_tokens, num_slots)
-    waiting, free, rollouts = deque(range(len(prompts))), list(range(num_slots)), [None] * len(prompts)
-    while waiting or len(free) < num_slots:
+    decoder = Decoder(model, settings, num_slots, max(map(len, prompts)))
+    waiting, rollouts = deque(range(len(prompts))), [None] * len(prompts)
+    owner, free, committing = {}, list(range(num_slots)), []  # owner: busy slot -> number of its prompt
+    while waiting or owner:
         if waiting and free:
-            taken = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
-            decoder.admit(free[:len(taken)], taken, [prompts[i] for i in taken])
-            free = free[len(taken):]
-        decoder.advance(choose)
-        for slot in decoder.finished(eos_ids):
-            number = int(decoder.sequence[slot])
-            rollouts[number] = decoder.release(slot, eos_set)
-            rollouts[number].seed = wrapped[number]
+            chosen = [free.pop(0) for _ in range(min(len(free), len(waiting)))]
+            taken = [waiting.popleft() for _ in chosen]
+            owner.update(zip(chosen, taken))
+            decoder.admit(chosen, [prompts[i] for i in taken], [seeds[i] for i in taken])
+        busy = sorted(owner)
+        has_ended, has_moved = decoder.denoise(
+            torch.tensor(busy, device=model.device),
+            torch.tensor(committing, dtype=torch.int64, device=model.device))
+        committing = [slot for slot, moved in zip(busy, has_moved) if moved]
+        for slot in [slot for slot, ended in zip(busy, has_ended) if ended]:
+            number = owner.pop(slot)
+            rollouts[number] = decoder.release(slot, seeds[number])
             free.append(slot)
     return rollouts
 
 
-@contextmanager
-def blocks_of(model, size):
-    """Inside, the model decodes and replays in blocks of `size` tokens: the larger blocks of a model are
-    trained at first on the rollouts of smaller ones (METHOD: SFT, larger blocks)."""
-    own, model.config.block_size = model.config.block_size, size
-    try:
-        yield
-    finally:
-        model.config.block_size = own
-
-
 def generate_everywhere(model, prompts, seeds, **settings):
     """`generate` with the prompts dealt out over all processes; every process gets all rollouts, in order."""
-    rank, number = processes()
-    with unsharded(model):
-        own = generate(model, prompts[rank::number], seed=seeds[rank::number], **settings)
-    return gather_lists(own)
+    with parallel.unsharded(model):
+        own = generate(model, parallel.share(prompts), seed=parallel.share(seeds), **settings)
+    return parallel.gather(own)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Replay: the states the policy was in, as views.
+# Views: the states the policy was in, and which tokens were drawn there.
 
 
-def merge_steps(steps, span, shrink=1):
-    """Denoising steps -> trace steps (METHOD: replay), both int64 (N, L), 0 where nothing was decoded.
+# FORK HERE (views): which states to train on. Without editing: --views file.py:function. The function is
+# called once for every block of every response (full attention: once for the whole response):
+#     rollout   the record: prompt, response, step_map, confidence, ...
+#     block     response indices of one block, e.g. [3, 4, 5, 6]
+#     shrink    the flag of that name
+#     rng       random.Random seeded by the rollout: the same views on any process
+# and gives a list of views (hidden, targets): which of these indices are masks in the view, and which are
+# predicted.
+def trace_views(rollout, block, shrink, rng=None):
+    """The views of TraceRL: one per trace step, its targets the tokens that this step revealed (paper,
+    section 4).
 
-    Inside each span of positions (a block; the whole row for full attention) the distinct steps are numbered
-    1, 2, ... in order, then every `shrink` neighbours share one number. L must be a multiple of span.
+    A trace step is `shrink` neighbouring denoising steps merged into one: fewer views, so less to compute,
+    but the tokens of the later steps are then predicted without those of the earlier ones in sight (which
+    moves their log-probabilities by 0.2 to 0.3 nats on the authors' tiny models).
+
+    step_map 1 3 1 2 of the block 0 4 0 ; with indices 0 to 3:
+        shrink 1   ([0, 1, 2, 3], [0, 2])   ([1, 3], [3])   ([1], [1])
+        shrink 2   ([0, 1, 2, 3], [0, 2, 3])   ([1], [1])
     """
-    N, L = steps.shape
-    ordered, order = steps.view(N, L // span, span).sort(dim=-1)
-    is_new = ordered > 0
-    is_new[..., 1:] &= ordered[..., 1:] != ordered[..., :-1]
-    number = (is_new.cumsum(-1) + shrink - 1) // shrink  # zeros sort first and stay 0
-    return torch.zeros_like(ordered).scatter(-1, order, number).view(N, L)
+    steps = sorted({rollout.step_map[j] for j in block})
+    views = []
+    for start in range(0, len(steps), shrink):
+        merged = steps[start:start + shrink]
+        hidden = [j for j in block if rollout.step_map[j] >= merged[0]]  # not revealed before this trace step
+        views.append((hidden, [j for j in hidden if rollout.step_map[j] <= merged[-1]]))
+    return views
 
 
-def trace_views(trace):
-    """Views of a trace, one per trace step: int64 (N, L) -> is_masked, is_target, bool (N, S, L).
+def random_views(rollout, block, shrink, rng):
+    """A baseline of the paper: masks drawn at random in place of the trace. The ratio is U(0.1, 0.9) per
+    block (full attention: per response); the masked tokens are the targets."""
+    ratio = rng.uniform(0.1, 0.9)
+    hidden = [j for j in block if rng.random() < ratio]
+    return [(hidden, hidden)]
 
-    The view of step t shows what was revealed before t; its targets are the tokens revealed at t.
+
+def coupled_views(rollout, block, shrink, rng):
+    """Another one: random masks and their complement, so that every token is a target exactly once."""
+    (hidden, _), = random_views(rollout, block, shrink, rng)
+    others = [j for j in block if j not in set(hidden)]
+    return [(hidden, hidden), (others, others)]
+
+
+VIEWS = dict(trace=trace_views, random=random_views, coupled=coupled_views)  # --views
+
+
+def blocks_of(prompt_length, response_length, block_size):
+    """Response indices, block by block, blocks cut at absolute positions.
+
+    P = 9, R = 7, K = 4: positions 9 10 11 | 12 13 14 15 are the indices [0, 1, 2], [3, 4, 5, 6].
     """
-    step = torch.arange(1, max(1, int(trace.max())) + 1, device=trace.device)[:, None]
-    return trace[:, None] >= step, trace[:, None] == step
+    blocks, start = [], 0
+    while start < response_length:
+        stop = min(start + block_size - (prompt_length + start) % block_size, response_length)
+        blocks.append(list(range(start, stop)))
+        start = stop
+    return blocks
+
+
+def views_of(rollout, config, block_size, views=trace_views, shrink=1):
+    """(block number, hidden, targets, masked share) of every view of a response, in the order of the
+    blocks."""
+    P, R = len(rollout.prompt), len(rollout.response)
+    blocks = [list(range(R))] if config.is_full else blocks_of(P, R, block_size)
+    rng, found = random.Random(rollout.seed), []
+    for block in blocks:
+        number = 0 if config.is_full else (P + block[0]) // block_size
+        for hidden, targets in views(rollout, block, shrink, rng):
+            found.append((number, hidden, targets, len(hidden) / len(block)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows: views laid out for the network, with all that a loss needs to know of each target.
+
+
+class Targets(NamedTuple):
+    """What a loss needs to know of every predicted token, copied from the records when rows are built. All
+    (N,)."""
+
+    logit_index: torch.Tensor  # int64: which of the rows' flattened (B * T) outputs predicts it
+    token: torch.Tensor  # int64: the token to predict
+    rollout_index: torch.Tensor  # int64: which rollout it belongs to
+    response_index: torch.Tensor  # int64: its index in that rollout's response
+    masked_share: torch.Tensor  # float32: t, the share of its block that its view hides (see sft_loss)
+    logp: torch.Tensor  # float32: recorded when it was drawn
+    logp_old: torch.Tensor  # float32: of the start-of-step policy, on this very row; set in step 4
+    advantage: torch.Tensor  # float32
+    value_old: torch.Tensor  # float32: for the value model's loss
+    returns: torch.Tensor  # float32: for the value model's loss
+
+
+TARGET_DTYPES = (torch.int64,) * 4 + (torch.float32,) * 6
+
+
+@dataclass
+class Row:
+    """One training row: lists over its tokens, and its targets as tuples in the order of Targets."""
+
+    tokens: list = field(default_factory=list)
+    position: list = field(default_factory=list)
+    block: list = field(default_factory=list)
+    view: list = field(default_factory=list)
+    targets: list = field(default_factory=list)
+
+    def add(self, tokens, block, view):
+        """Appends the tokens of one block."""
+        start = block * len(tokens)
+        self.tokens += tokens
+        self.position += range(start, start + len(tokens))
+        self.block += [block] * len(tokens)
+        self.view += [view] * len(tokens)
 
 
 @dataclass
 class Rows:
-    """Training rows (B, T) and the places in them where tokens are predicted. All int64, on one device."""
+    """A micro-batch on one device: tokens int64 (B, T), their layout, and the targets."""
 
-    tokens: torch.Tensor  # (B, T)
-    layout: Layout  # of (B, T); document -1 is padding
-    source: torch.Tensor  # (N,) index into the flattened (B * T) whose output predicts the target
-    target: torch.Tensor  # (N,) the token to predict
-    owner: torch.Tensor  # (N,) which rollout it belongs to
-    place: torch.Tensor  # (N,) its index in that rollout's response
-    is_packed: bool = False  # several texts in one row, see `packed`
-
-    def to(self, device):
-        """The same rows on another device."""
-        layout = Layout(*(t.to(device, non_blocking=True) for t in self.layout))
-        rest = (getattr(self, name).to(device, non_blocking=True)
-                for name in ("source", "target", "owner", "place"))
-        return Rows(self.tokens.to(device, non_blocking=True), layout, *rest, is_packed=self.is_packed)
-
-    def select(self, rows):
-        """Some of the rows, int64 (n,), cut to the longest of them."""
-        T, longest = self.tokens.shape[1], int((self.layout.document[rows] >= 0).sum(-1).max())
-        number = torch.full((len(self.tokens),), -1).index_put((rows,), torch.arange(len(rows)))
-        row, column = number[self.source // T], self.source % T
-        own = row >= 0
-        return Rows(self.tokens[rows, :longest], Layout(*(t[rows, :longest] for t in self.layout)),
-                    (row * longest + column)[own], self.target[own], self.owner[own], self.place[own])
-
-    def split(self, max_tokens, is_packed=False):
-        """Cuts into micro-batches of at most max_tokens tokens (at least one row each), with little padding.
-        is_packed: all rows of a micro-batch end to end in one (see `packed`)."""
-        lengths = (self.layout.document >= 0).sum(-1).tolist()
-        start = 0
-        while start < len(lengths):
-            stop, longest, total = start + 1, lengths[start], lengths[start]
-            while stop < len(lengths):
-                longest, total = max(longest, lengths[stop]), total + lengths[stop]
-                size = total if is_packed else longest * (stop + 1 - start)
-                if size > max_tokens or size > 512 and size - total > total / 32:  # full, or padding prevails
-                    break
-                stop += 1
-            part = self.select(torch.arange(start, stop))
-            yield part.packed(-(-max_tokens // 512) * 128) if is_packed else part
-            start = stop
-
-    def packed(self, multiple):
-        """The same rows end to end as one row, kept apart by their document numbers; padded to a multiple of
-        `multiple` tokens, so that kernels are compiled for few lengths."""
-        is_token = self.layout.document.flatten() >= 0
-        room = -int(is_token.sum()) % multiple
-        tokens, position, document, block, view = (
-            F.pad(t.flatten()[is_token], (0, room), value=fill)[None]
-            for t, fill in zip((self.tokens, *self.layout), (0, 0, -1, 0, 0)))
-        view[0, len(view[0]) - room:] = torch.arange(1, room + 1)  # padding sees itself only
-        source = (is_token.cumsum(0) - 1)[self.source]
-        return Rows(tokens, Layout(position, document, block, view), source, self.target, self.owner,
-                    self.place, is_packed=True)
+    tokens: torch.Tensor
+    layout: Layout
+    targets: Targets
 
     def states(self, backbone):
         """Final states (N, C) of a BlockDiffusionLM at the places that predict the targets."""
-        if self.tokens.is_cuda:
-            mask = block_mask(self.layout) if self.is_packed else None
-        else:
-            mask = tile_mask(self.layout) if self.tokens.shape[1] > 512 else None
-        return backbone.hidden(self.tokens, self.layout, mask=mask).flatten(0, 1)[self.source]
+        h = backbone.hidden(self.tokens, self.layout.position, attend_within(self.layout))  # (B, T, C)
+        return h.flatten(0, 1)[self.targets.logit_index]
 
 
-def micro_batches(rows, max_tokens, device, is_shared=False):
-    """Rows (or None for none) -> a list of micro-batches on `device`, as many on every process.
+def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, trained_only=False, post_num=0):
+    """The training rows of rollouts -> a list for each: one row, or with full attention one row per view.
 
-    is_shared: all processes have the same rows, and each takes its share of them. Sharded layers wait for
-    each other, so a process that has fewer micro-batches goes along on one token of padding without targets:
-    its losses are sums over nothing, its gradients 0. Packed on a GPU, where FlexAttention skips what lies
-    between documents; on a CPU rows of like length together.
-    """
-    rank, number = processes() if is_shared else (0, 1)
-    parts = []
-    if rows is not None and rank < len(rows.tokens):
-        own = rows.select(torch.arange(rank, len(rows.tokens), number))
-        parts = list(own.split(max_tokens, is_packed=device.type == "cuda"))
-    one, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    missing = int(over_processes(max, len(parts))[0]) - len(parts)
-    parts += [Rows(one, Layout(one, one - 1, one, one), none, none, none, none)] * missing
-    return [part.to(device) for part in parts]
+    trained_only: only the first num_tokens (+ post_num) tokens of a response are targets; the others are
+    still seen. A view without targets is left out, and so is clean text after the last block that anyone
+    looks back from.
 
+    A row is [clean text | view | view | ...]: one forward for all states. Prompt 894+396=, response 0;10, of
+    which step 1 revealed 0 and 1, and step 2 the rest; K = 4, "?" is the mask token:
 
-def canvases(rollouts, config):
-    """Prompt + response of rollouts, padded alike -> tokens, steps (0: not decoded), (N, L); lengths (N,).
+        tokens     8  9  4  +    3  9  6  =    ?  ?  ?  ?    0  ?  1  ?
+        position   0  1  2  3    4  5  6  7    8  9 10 11    8  9 10 11
+        block      0  0  0  0    1  1  1  1    2  2  2  2    2  2  2  2
+        view       0  0  0  0    0  0  0  0    1  1  1  1    2  2  2  2
+        target                                 0     1          ;     0
 
-    Full attention: undecoded positions of the canvas are masks that stay masks. Only the order of steps
-    counts, so step maps of other code may start at any number.
-    """
-    texts = [r.prompt + r.response + [config.mask_id] * (r.canvas - len(r.response)) for r in rollouts]
-    lengths = [len(text) for text in texts]
-    L = max(lengths)
-    L = L if config.is_full else -(-L // config.block_size) * config.block_size
-    tokens = torch.tensor([text + [config.pad_id] * (L - len(text)) for text in texts])
-    steps = torch.zeros_like(tokens)
-    for row, r in zip(steps, rollouts):
-        row[len(r.prompt):len(r.prompt) + len(r.response)] = torch.tensor(r.step_map) + (1 - min(r.step_map))
-    return tokens, steps, torch.tensor(lengths)
+    The row has P + R + K * (number of views) tokens, less the last clean block. A row per trace step, padded
+    to the longest prompt and response allowed (the authors' layout), has 6.6 times as many at P = 100, R =
+    500, padded to 300 + 2000. One clean text serves all views, because no clean token and no other view sees
+    the masks of a view.
 
-
-def build_rows(tokens, lengths, prompt_lengths, is_masked, is_target, config):
-    """Lays out clean text and views as training rows (METHOD: replay, "one forward for all of it").
-
-    tokens (N, L), lengths and prompt_lengths (N,), is_masked and is_target bool (N, S, L) -> Rows, one row
-    per text [clean | view | view | ...], views in the order of their blocks. A view without targets is left
-    out, and so is clean text after the last block that anyone looks back from. Full attention: no clean text;
-    one row per view, a whole canvas.
-    """
-    N, L = tokens.shape
-    S = is_masked.shape[1]
-    K = L if config.is_full else config.block_size
-    valid = torch.arange(L) < lengths[:, None]
-    has_view = is_target.view(N, S, L // K, K).any(-1).transpose(1, 2)  # (N, blocks, S)
-    n, b, s, k = (has_view[..., None] & valid.view(N, L // K, 1, K)).nonzero().T  # every token of every view
-    position, view = b * K + k, s + 1
-    if config.is_full:
-        row, b = n * S + s, torch.zeros_like(b)
-    else:
-        last = (has_view.any(-1) * torch.arange(L // K)).amax(-1)  # the last block with a view, of each text
-        clean_n, clean_position = (torch.arange(L) < last[:, None] * K).nonzero().T
-        n, position = torch.cat([clean_n, n]), torch.cat([clean_position, position])
-        view, b = torch.cat([torch.zeros_like(clean_n), view]), torch.cat([clean_position // K, b])
-        order = n.argsort(stable=True)  # clean text, then views, text by text
-        n, position, view, b = n[order], position[order], view[order], b[order]
-        row = n
-    counts = torch.bincount(row)
-    row, counts = (torch.cumsum(counts > 0, 0) - 1)[row], counts[counts > 0]  # close the gaps
-    order = counts.argsort(stable=True)  # short rows first: little padding after `split`
-    row, counts = order.argsort()[row], counts[order]
-    by_row = row.argsort(stable=True)
-    row, n, position, view, b = row[by_row], n[by_row], position[by_row], view[by_row], b[by_row]
-    T = int(counts.max()) if len(counts) else 0
-    column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-    shape, flat = (len(counts), T), row * T + column
-    shown = torch.where((view > 0) & is_masked[n, (view - 1).clamp(min=0), position], config.mask_id,
-                        tokens[n, position])
-    fields = [torch.full(shape, fill).flatten().index_put((flat,), value).view(shape)
-              for fill, value in ((config.pad_id, shown), (0, position), (-1, row), (0, b), (0, view))]
-    is_read = (view > 0) & is_target[n, (view - 1).clamp(min=0), position]
-    n, position, flat = n[is_read], position[is_read], flat[is_read]
-    shift = (position > 0).long() * config.switches.shifts_logits
-    return Rows(fields[0], Layout(*fields[1:]), flat - shift, tokens[n, position], n,
-                position - prompt_lengths[n])
+    Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens at
+    once. """
+    texts = []
+    for number, r in enumerate(rollouts):
+        P, R = len(r.prompt), len(r.response)
+        text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
+        K = len(text) if config.is_full else block_size
+        text += [config.mask_id] * (-len(text) % K)  # ends inside a block: its rest has not been decoded yet
+        end = min(r.num_tokens + post_num, R) if trained_only else R
+        logp_old = []  # comes later, from these very rows
+        columns = [column + [0.0] * (R - len(column))
+                   for column in (r.logp, logp_old, r.advantage, r.value_old, r.returns)]
+        values = list(zip(*columns))  # one tuple per response token
+        found = []
+        for block, hidden, targets, share in views_of(r, config, block_size, views, shrink):
+            trained = [j for j in targets if j < end]
+            if trained:
+                found.append((block, hidden, trained, share))
+        rows = []
+        for view, (block, hidden, trained, share) in enumerate(found, 1):
+            if config.is_full or not rows:  # a new row, with the clean blocks before the last view's
+                rows.append(Row())
+                for clean in range(found[-1][0]):
+                    rows[-1].add(text[clean * K:(clean + 1) * K], clean, 0)
+            shown, column = text[block * K:(block + 1) * K], len(rows[-1].tokens)
+            for j in hidden:
+                shown[P + j - block * K] = config.mask_id
+            rows[-1].add(shown, block, view)
+            for j in trained:
+                place = column + P + j - block * K
+                # Dream predicts a token one place before it; a prompt has a token, so that the place exists.
+                logit_index = place - int(config.shifts_logits)
+                rows[-1].targets.append((logit_index, r.response[j], number, j, share, *values[j]))
+        texts.append(rows)
+    return texts
 
 
-def masked_views(rollouts, config, is_coupled):
-    """The views of the paper's baselines: masks drawn at random instead of the trace (METHOD: policy loss).
+def by_length(sizes, max_tokens, is_packed=False):
+    """Groups items for forwards of at most max_tokens tokens (or one item), like lengths together.
 
-    Each block (full attention: the response) is masked with a ratio of its own from U(0.1, 0.9); the masked
-    tokens are the targets. is_coupled adds the complement, so that every token is a target once. The draws
-    depend on Rollout.seed alone.
-    """
-    tokens, steps, _ = canvases(rollouts, config)
-    position = torch.arange(tokens.shape[1]).expand_as(tokens)
-    seed = torch.tensor([r.seed for r in rollouts])[:, None].expand_as(tokens)
-    block = torch.zeros_like(position) if config.is_full else position // config.block_size
-    ratio = 0.1 + 0.8 * uniform(seed, torch.full_like(position, -1), block)
-    is_masked = (uniform(seed, torch.full_like(position, -2), position) < ratio) & (steps > 0)
-    views = [is_masked, ~is_masked & (steps > 0)] if is_coupled else [is_masked]
-    return torch.stack(views, dim=1)
+    sizes: (length of a row, number of rows) of each item -> lists of item numbers, short ones first. Unless
+    packed, rows are padded to the longest of their group; a group ends early where that would waste a
+    thirty-second of it. """
+    groups, num_rows, num_tokens = [], 0, 0
+    for item in sorted(range(len(sizes)), key=lambda item: sizes[item][0]):
+        length, count = sizes[item]
+        num_rows, num_tokens = num_rows + count, num_tokens + count * length
+        padded = num_tokens if is_packed else num_rows * length  # the longest so far is this one
+        is_wasteful = padded > 512 and padded - num_tokens > num_tokens / 32
+        if not groups or padded > max_tokens or is_wasteful:
+            groups.append([])
+            num_rows, num_tokens = count, count * length
+        groups[-1].append(item)
+    return groups
 
 
-def trace_rows(rollouts, config, shrink=1, trained_only=False, post_num=0, objective="tracerl"):
-    """The rows of TraceRL: every response token is a target once, in the view of the step that revealed it.
+def collate(rows, pad_id, multiple=None):
+    """Rows as lists -> tensors (Rows): each row padded to the longest; or, with `multiple`, all end to end in
+    one row.
 
-    trained_only: only the first num_tokens (+ post_num) tokens of each response are targets; the others are
-    still seen. objective: "tracerl", or the random masks of "random" and "coupled" in place of the trace.
-    """
-    tokens, steps, lengths = canvases(rollouts, config)
-    prompt_lengths = torch.tensor([len(r.prompt) for r in rollouts])
-    if objective == "tracerl":
-        span = tokens.shape[1] if config.is_full else config.block_size
-        is_masked, is_target = trace_views(merge_steps(steps, span, shrink))
-    else:
-        is_masked = masked_views(rollouts, config, objective == "coupled")
-        is_target = is_masked.clone()
-    if trained_only:
-        end = torch.tensor([len(r.prompt) + min(r.num_tokens + post_num, len(r.response)) for r in rollouts])
-        is_target &= (torch.arange(tokens.shape[1]) < end[:, None])[:, None]
-    return build_rows(tokens, lengths, prompt_lengths, is_masked, is_target, config)
+    multiple: the one row is padded to a multiple of so many tokens, so that kernels are compiled for few
+    lengths; the texts in it are kept apart by their document numbers. Padding is of document -1 and, being
+    each in a view of its own, sees itself only: a token that sees nothing would be NaN. """
+    lengths = [len(row.tokens) for row in rows]
+    is_packed = multiple is not None
+    T = -(-sum(lengths) // multiple) * multiple if is_packed else max(lengths)
+    B, used = (1 if is_packed else len(rows)), 0
+    size = B * T
+    fields = dict(tokens=[pad_id] * size, position=[0] * size, document=[-1] * size, block=[0] * size,
+                  view=list(range(1, size + 1)))
+    targets = []
+    for number, row in enumerate(rows):
+        start = used if is_packed else number * T  # where this row begins among all B * T tokens
+        stop = start + lengths[number]
+        for name in ("tokens", "position", "block", "view"):
+            fields[name][start:stop] = getattr(row, name)
+        fields["document"][start:stop] = [number] * lengths[number]
+        targets += [(start + logit_index, *rest) for logit_index, *rest in row.targets]
+        used = stop
+    tokens, *layout = (torch.tensor(values).view(B, T) for values in fields.values())
+    columns = list(zip(*targets)) or [()] * len(TARGET_DTYPES)
+    tensors = [torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, TARGET_DTYPES)]
+    return Rows(tokens, Layout(*layout), Targets(*tensors))
+
+
+def to_device(rows, device):
+    """The same micro-batch on another device."""
+    move = lambda tensor: tensor.to(device, non_blocking=True)
+    return Rows(move(rows.tokens), Layout(*map(move, rows.layout)), Targets(*map(move, rows.targets)))
+
+
+def micro_batches(texts, max_tokens, pad_id, device):
+    """The rows of rollouts (see build_rows) -> micro-batches on `device`, of max_tokens tokens at most.
+
+    Rows of one response stay in one micro-batch where they fit, so that a loss may look at whole responses.
+    On a GPU rows are packed end to end, since FlexAttention skips what lies between documents. """
+    is_packed = device.type == "cuda"
+    multiple = -(-max_tokens // 512) * 128 if is_packed else None
+    pieces = []
+    for rows in texts:
+        fitting = max(1, max_tokens // len(rows[0].tokens)) if rows else 1
+        pieces += [rows[start:start + fitting] for start in range(0, len(rows), fitting)]
+    sizes = [(len(rows[0].tokens), len(rows)) for rows in pieces]
+    groups = by_length(sizes, max_tokens, is_packed)
+    parts = [collate([row for item in group for row in pieces[item]], pad_id, multiple) for group in groups]
+    return [to_device(part, device) for part in parts]
+
+
+def with_dummies(parts, pad_id, device):
+    """This process's micro-batches, and dummies, so that every process has as many.
+
+    Sharded layers (FSDP2) gather their weights from all processes, in forward and backward: a process that
+    stopped early would leave the others waiting for ever. So one with fewer micro-batches runs dummies: one
+    padding token, no targets, a loss of 0 and gradients of 0. To be called on every process. """
+    most = int(parallel.largest(torch.tensor(len(parts), device=device)))
+    dummy = collate([Row(tokens=[pad_id], position=[0], block=[0], view=[1])], pad_id)
+    return parts + [to_device(dummy, device) for _ in range(most - len(parts))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Replay.
 
 
 def forward_rows(model, rows, temperature=1.0):
     """Log-probability and entropy of the targets of one micro-batch, in their order: float32 (N,) each."""
-    return token_logprobs(model, rows.states(model), rows.target, temperature)
+    return token_logprobs(model, rows.states(model), rows.targets.token, temperature)
 
 
-def replay(model, rollouts, shrink=1, temperature=1.0, max_tokens=16384):
+def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_tokens=16384):
     """Log-probabilities of every response token, given the states in which the trace revealed them.
 
-    One packed forward per max_tokens tokens -> list of float32 tensors, one per rollout, as long as its
-    response; with gradient, unless called under no_grad. shrink 1 and the sampling temperature give
-    Rollout.logp back (the replay law).
-    """
+    -> list of float32 tensors, one per rollout, as long as its response; with gradient, unless called under
+    no_grad. A sharded model must be `unsharded` meanwhile: processes may have other numbers of rollouts, or
+    none. shrink 1, the sampling temperature and the block size of the decoding give Rollout.logp back (the
+    replay law). """
     if not rollouts:
         return []
     longest = max(len(r.response) for r in rollouts)
     flat = torch.zeros(len(rollouts) * longest, device=model.device)
-    for rows in trace_rows(rollouts, model.config, shrink).split(max_tokens, model.device.type == "cuda"):
-        rows = rows.to(model.device)
+    texts = build_rows(rollouts, model.config, block_size or model.config.block_size, shrink=shrink)
+    for rows in micro_batches(texts, max_tokens, model.config.pad_id, model.device):
         logp, _ = forward_rows(model, rows, temperature)
-        flat = flat.index_put((rows.owner * longest + rows.place,), logp)
+        place = rows.targets.rollout_index * longest + rows.targets.response_index
+        flat = flat.index_put((place,), logp)
     return [part[:len(r.response)] for part, r in zip(flat.view(len(rollouts), longest), rollouts)]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A trace, to look at.
-
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>traces</title>
-<style>body { font: 16px sans-serif; margin: 2em } pre { white-space: pre-wrap; line-height: 1.7 }
-span { padding: 2px; border-radius: 3px } .untrained { opacity: 0.45 }</style>
-<p>Colour: the denoising step that revealed a token. Point at it for its numbers; pale ones are not trained.
-<br><input type="range" min="0" style="width: 30em"> <output></output></p><main></main><script>
-const rollouts = DATA, slider = document.querySelector("input");
-const last = rollouts.flatMap(r => r.tokens.map(t => t.step)).reduce((a, b) => Math.max(a, b), 0);
-slider.max = last; slider.value = last;  // in this order: the first bounds the second
-function element(name, text, title = "", style = "", kind = "") {
-  return Object.assign(document.createElement(name), { textContent: text, title, style, className: kind });
-}
-function draw() {
-  document.querySelector("output").value = "after step " + slider.value + " of " + last;
-  document.querySelector("main").replaceChildren(...rollouts.map(r => {
-    const pre = element("pre", `reward ${r.reward}\\n${r.prompt}`);
-    pre.append(...r.tokens.map((t, place) => {
-      const isShown = t.step <= slider.value, colour = `background: hsl(${300 * t.step / last} 75% 82%)`;
-      const numbers = Object.entries(t).map(([name, x]) => name + " " + x).join("\\n");
-      const [text, style] = isShown ? [t.text, colour] : ["\u2591", ""];
-      return element("span", text, numbers, style, place < r.num_tokens ? "" : "untrained");
-    }));
-    return pre;
-  }));
-}
-slider.oninput = draw; draw();
-</script>"""
-
-
-def write_page(rollouts, tokenizer, path):
-    """Writes traces as one self-contained page: tokens by the step that revealed them, with their numbers."""
-    shown = []
-    for r in rollouts:
-        columns = dict(step=r.step_map, confidence=r.confidence, logp=r.logp, advantage=r.advantage,
-                       value=r.value_old, ratio=r.ratio)
-        tokens = [{"text": tokenizer.decode([token])} for token in r.response]
-        for name, column in columns.items():
-            for token, number in zip(tokens, column):
-                token[name] = round(number, 4)
-        text = tokenizer.decode(r.prompt)
-        shown.append(dict(prompt=text, reward=r.reward, num_tokens=r.num_tokens, tokens=tokens))
-    with open(path, "w", encoding="utf-8") as file:  # no "<" of a model may end the script
-        file.write(PAGE.replace("DATA", json.dumps(shown).replace("<", "\\u003c")))

@@ -1,34 +1,51 @@
 """sft.py - how the starting model is made.
 
-Supervised fine-tuning of a block diffusion model: hide some tokens of every block, predict them from the rest
-of the block and the clean blocks before it. The rows are those of TraceRL itself (rollout.build_rows), with
-one random view per block in place of the views of a trace. From an autoregressive Qwen3 checkpoint this makes
-a block diffusion model (SDAR's recipe).
+Supervised fine-tuning of a block diffusion model: hide some tokens of every block, and predict them from the
+rest of the block and the clean blocks before it. The rows are those of TraceRL itself (rollout.build_rows):
+only the views differ.
 
-    python sft.py                                        # the tiny model on embedded arithmetic, two minutes
-    torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --run_name qwen3-block
+    response, K = 4    0 4 0 ;   0 8 0 ;   ...    one view per block; k of its 4 tokens hidden, k uniform
+    views              0 ? ? ;   ? ? ? ?   ...    in 1..4; loss: minus log-probability of the hidden ones
 
-Reading order: to_examples, sft_noise, sft_loss, train, main.
+From an autoregressive Qwen3 checkpoint this makes a block diffusion model (the recipe of SDAR, arXiv
+2510.06303); a trained model learns long chains of thought in the same way, from long examples.
+
+    python sft.py                     # the tiny model on embedded arithmetic, one or two minutes
+    torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --name qwen3-block
+
+Read in this order: to_examples, noise_views, sft_loss, train_step, train; the tiny model and the warm start
+are the embedded default of tracerl.py.
+
+Left out: packing short examples into one row on a CPU, loss on the prompt.
 """
 
-import argparse
 import functools
 import hashlib
 import json
 import os
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import eval_math
-import model as lm
 import rollout
+from model import BlockDiffusionLM
+from plumbing import checkpoints, parallel, runs
 from rollout import Rollout
+
+# ------------------------------------------------------------------------------------------------------------
+# Examples, views, loss.
 
 
 def to_examples(problems, tokenizer, config, max_new_tokens):
-    """Worked problems -> list[Rollout] with the response filled up with eos: to its block's end, or (full
-    attention) to the end of the canvas. The filling is trained as well: in decoding it is context for the
-    tokens before it."""
+    """Worked problems -> list[Rollout], the record that training rows are made from. Longer ones are left
+    out.
+
+    The response is filled up with eos: to its block's end, or (full attention) to the end of the canvas. The
+    filling is trained as well: in decoding it is context for the tokens before it, and has to be predicted
+    before they are. """
     if not config.eos_ids:
         raise ValueError("this checkpoint names no eos token: without one a response cannot end")
     eos, K, examples = config.eos_ids[0], config.block_size, []
@@ -36,72 +53,62 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
         if not p.solution:
             raise ValueError(f"no solution to learn from: {str(p.problem)[:80]!r}")
         response = tokenizer(p.solution, add_special_tokens=False).input_ids + [eos]
-        steps = list(p.step_map or range(1, len(response)))
+        steps = list(p.step_map or range(1, len(response)))  # without a step map: from left to right
         if len(steps) != len(response) - 1:
             raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: "
                              f"{str(p.problem)[:80]!r}")
         if len(response) > max_new_tokens:
             continue
-        room = 1 + (max_new_tokens - len(response) if config.is_full
-                    else -(len(p.tokens) + len(response)) % K)
-        response += [eos] * (room - 1)
-        steps += range(max(steps) + 1, max(steps) + 1 + room)  # the end comes last
-        examples.append(Rollout(p.tokens, response, len(response), steps,
-                                canvas=len(response) if config.is_full else 0))
+        # K = 4, 9 prompt tokens, 6 of response with eos: 15 tokens, so that 1 more fills the block
+        filling = max_new_tokens - len(response) if config.is_full else -(len(p.tokens) + len(response)) % K
+        response += [eos] * filling
+        steps += range(max(steps) + 1, max(steps) + 2 + filling)  # the end comes last
+        canvas = len(response) if config.is_full else 0
+        examples.append(Rollout(p.tokens, response, len(response), steps, canvas=canvas))
     return examples
 
 
-def sft_noise(is_response, span, generator):
-    """Hides tokens at random: in each span (block, or the row) k of its c response tokens, k uniform in 1..c.
-
-    is_response bool (N, L) -> is_masked bool (N, L), weight float32 (N, L): 1 / t with t = k / c the masked
-    share, the factor that makes the sum over masked tokens an unbiased diffusion bound (METHOD: SFT).
-    """
-    N, L = is_response.shape
-    cells = is_response.view(N, L // span, span)
-    count = cells.sum(-1, keepdim=True)
-    k = 1 + (torch.rand(count.shape, generator=generator) * count).long().clamp(max=(count - 1).clamp(min=0))
-    chance = torch.rand(cells.shape, generator=generator).masked_fill(~cells, 2.0)
-    is_masked = (chance.argsort(-1).argsort(-1) < k) & cells
-    return is_masked.view(N, L), (count / k).expand_as(cells).reshape(N, L)
+def noise_views(rollout, block, shrink, rng):
+    """One view per block (full attention: of the whole response): k tokens at random, k uniform in 1..c, of
+    its c."""
+    hidden = sorted(rng.sample(block, rng.randint(1, len(block))))
+    return [(hidden, hidden)]
 
 
-def sft_loss(logp, weight, normalizer):
-    """Minus the weighted log-likelihood of masked tokens, all (N,), over the whole update's normaliser."""
-    return -(weight * logp).sum() / normalizer
+VIEWS = dict(random=noise_views, trace=rollout.trace_views)  # --views; trace: the step map of the data
 
 
-def sft_rows(examples, config, generator):
-    """Random views of a batch -> (Rows, weight (N, L) by rollout and absolute position)."""
-    tokens, steps, lengths = rollout.canvases(examples, config)
-    prompts = torch.tensor([len(r.prompt) for r in examples])
-    is_masked, weight = sft_noise(
-        steps > 0, tokens.shape[1] if config.is_full else config.block_size, generator)
-    return rollout.build_rows(
-        tokens, lengths, prompts, is_masked[:, None], is_masked[:, None], config), weight
+def sft_loss(logp, masked_share, normalizer, is_weighted):
+    """Minus the log-likelihood of the hidden tokens over the whole update's normaliser; logp, masked_share
+    (N,).
+
+    is_weighted: each token by 1 / t, t the hidden share of its block. A token is hidden with probability t,
+    so that the sum is then an unbiased estimate over ALL response tokens: the diffusion bound, normalised by
+    their number. Without weights (the authors' choice), normalised by the number of hidden tokens. """
+    return -(logp / masked_share if is_weighted else logp).sum() / normalizer
 
 
-def train_step(model, optimizer, examples, seed, is_weighted, max_tokens, follows_trace=False):
-    """One update on a batch of examples, the same for any number of processes -> (loss, gradient norm).
-
-    follows_trace: the views of each example's step map, every token a target once, in place of random views.
-    """
-    if follows_trace:
-        rows, weight = rollout.trace_rows(examples, model.config), None
-    else:
-        rows, weight = sft_rows(examples, model.config, torch.Generator().manual_seed(seed))
-    is_weighted = is_weighted and not follows_trace
-    normalizer = sum(len(r.response) for r in examples) if is_weighted else len(rows.target)
-    prompts, total = torch.tensor([len(r.prompt) for r in examples], device=model.device), 0.0
-    weight = weight.to(model.device) if is_weighted else None
-    for part in rollout.micro_batches(rows, max_tokens, model.device, is_shared=True):
+def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
+    """One update on a batch of examples, the same for any number of processes -> (loss, gradient norm)."""
+    config = model.config
+    texts = rollout.build_rows(parallel.share(examples), config, config.block_size, views)
+    parts = rollout.micro_batches(texts, max_tokens, config.pad_id, model.device)
+    parts = rollout.with_dummies(parts, config.pad_id, model.device)
+    hidden = sum(len(part.targets.token) for part in parts)
+    hidden = int(parallel.add_up(torch.tensor(hidden, device=model.device)))  # of all processes
+    normalizer = sum(len(r.response) for r in examples) if is_weighted else hidden
+    total = torch.zeros((), device=model.device)
+    for part in parts:
         logp, _ = rollout.forward_rows(model, part)
-        scale = weight[part.owner, part.place + prompts[part.owner]] if is_weighted else torch.ones_like(logp)
-        loss = sft_loss(logp, scale, normalizer)
-        loss.backward()
-        total += float(loss.detach())
-    norm, _ = lm.optimizer_step(model, optimizer, 1.0)
-    return lm.over_processes(sum, total)[0], norm
+        loss = sft_loss(logp, part.targets.masked_share, normalizer, is_weighted)
+        loss.backward()  # the parts' losses are shares of one sum, so that their gradients simply add
+        total += loss.detach()
+    norm, _ = parallel.optimizer_step(model, optimizer, 1.0)
+    return float(parallel.add_up(total)), norm
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop.
 
 
 def learning_rate(step, peak, warmup, cooldown, decay_start):
@@ -116,151 +123,185 @@ def shuffled(number, seed):
     return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def train(model, tokenizer, examples, dev_problems, args, log):
+def draw_batch(examples, step, args):
+    """The examples of an update, every epoch in an order of its own, each with the seed of its masks."""
+    epoch, turn = divmod(step, len(examples) // args.batch_size)
+    order = shuffled(len(examples), args.seed * 1_000_003 + epoch)
+    batch = [examples[i] for i in order[turn * args.batch_size:(turn + 1) * args.batch_size]]
+    for i, r in enumerate(batch):
+        r.seed = (args.seed * 1_000_003 + step) * 1_000_003 + i
+    return batch
+
+
+def train(model, tokenizer, examples, dev_problems, args, run):
     """The loop. Stops after args.steps, or earlier: once accuracy on the development problems reaches
     args.stop_accuracy, the learning rate goes down over args.cooldown steps and training ends.
 
-    Order, masks and learning rate are functions of the step, so a run resumes from any checkpoint."""
-    optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay)
-    trainers, size, line = [(model, optimizer)], args.batch_size, {}
-    progress = args.resume and log.restore(trainers) or dict(step=0, decay_start=None)
-    bar = lm.progress(range(progress["step"], args.steps), "sft")
+    Order, masks and learning rate are functions of the step, so that a run resumes from any checkpoint."""
+    optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay)
+    views = runs.load_function(args.views, VIEWS, "--views")
+    trainers, line = [(model, optimizer)], {}
+    progress = run.restore(trainers) if args.resume else None
+    progress = progress or dict(step=0, decay_start=None)
+    bar = parallel.progress(range(progress["step"], args.steps), "sft")
     for step in bar:
         decay_start = progress["decay_start"]
         if decay_start is not None and step >= decay_start + args.cooldown:
             break
-        epoch, turn = divmod(step, len(examples) // size)
-        order = shuffled(len(examples), args.seed * 1_000_003 + epoch)
-        batch = [examples[i] for i in order[turn * size:(turn + 1) * size]]
         lr = learning_rate(step, args.lr, args.warmup, args.cooldown, decay_start)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, norm = train_step(model, optimizer, batch, args.seed * 1_000_003 + step, args.weighted,
-                                args.micro_tokens, args.objective == "trace")
+        parallel.set_learning_rate(optimizer, lr)
+        loss, norm = train_step(model, optimizer, draw_batch(examples, step, args), views, args.weighted,
+                                args.tokens_per_micro_batch)
         line = dict(step=step + 1, loss=loss, gradient_norm=norm, lr=lr)
         if dev_problems and (step + 1) % args.eval_every == 0:
-            line["accuracy"] = eval_math.evaluate(
-                model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens,
-                eos_ids=model.config.eos_ids, seed=args.seed)["accuracy"]
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{line['accuracy']:.3f}")
+            found = eval_math.evaluate(
+                model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens, seed=args.seed)
+            line["accuracy"] = found["accuracy"]
         is_reached = args.stop_accuracy is not None and line.get("accuracy", 0) >= args.stop_accuracy
         if decay_start is None and (is_reached or step + 1 >= args.steps - args.cooldown):
             progress["decay_start"] = step + 1
             if args.stop_accuracy is not None and not is_reached:
-                lm.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; "
-                       "going on from here")
-        log.write(line)
+                parallel.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; "
+                             "going on from here")
+        run.write(line)
+        bar.set_postfix({name: f"{line[name]:.3f}" for name in ("loss", "accuracy") if name in line})
         progress["step"] = step + 1
         if args.save_every and (step + 1) % args.save_every == 0:
-            log.save_checkpoint(tokenizer, trainers, progress, args.keep_checkpoints)
+            run.save(tokenizer, trainers, progress, args.keep_checkpoints)
     bar.close()
-    if "accuracy" in line:
-        lm.say(f"sft: {progress['step']} updates; accuracy on {len(dev_problems)} development problems "
-               f"{line['accuracy']:.3f}")
+    figures = ", ".join(f"{name} {line[name]:.3f}" for name in ("loss", "accuracy") if name in line)
+    parallel.say(f"sft: {progress['step']} updates; {figures}" + (
+        f" on {len(dev_problems)} development problems" if "accuracy" in line else ""))
 
 
-def add_common_flags(flag):
-    """The flags that sft.py and tracerl.py share: the model, its prompts, and what fits where."""
-    flag("--seed", int, 0, 0, "of weights and warm start, data order, masks and rollouts")
-    flag("--attention", str, "block", "block", "of the tiny model", choices=("block", "full"))
-    flag("--block_size", int, None, None, "K; None is the checkpoint's own, 4 for the tiny model")
-    flag("--max_prompt_tokens", int, 784, 784, "longer prompts are skipped and counted")
-    flag("--prompt_style", str, "chat", "chat", "how the chat template is used",
-         choices=eval_math.PROMPT_STYLES)
-    flag("--instruction", str, eval_math.INSTRUCTION, eval_math.INSTRUCTION,
-         "text after each problem; empty for data with whole prompts")
-    flag("--system", str, None, None, "a system message before each problem")
-    flag("--micro_tokens", int, 4096, 16384, "tokens of one forward and backward")
-    flag("--dtype", str, "float32", "bfloat16" if torch.cuda.is_available() else "float32",
-         "what layers compute in; weights, optimizer states, gradients and losses are float32 anyhow",
-         choices=("float32", "bfloat16"))
-    flag("--recompute", bool, False, False, "keep one activation per layer and compute the others again "
-         "in the backward pass: slower by a third, fits far longer rows")
-    flag("--lora_rank", int, 0, 0, "train adapters of this rank beside a frozen trunk; 0 trains everything")
-    flag("--resume", bool, False, False,
-         "go on with the run of this name from its newest checkpoint, or from the start")
+TINY = dict(  # defaults of the tiny model
+    data="arithmetic", dev_data="arithmetic-dev", steps=2700, lr=6e-3, weight_decay=0.2, max_new_tokens=20,
+    save_every=0, tokens_per_micro_batch=4096, dtype="float32")
+REAL = dict(  # defaults with --model
+    steps=1000, lr=1e-5, weight_decay=0.0, max_new_tokens=2000, save_every=200, tokens_per_micro_batch=16384,
+    dtype="bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def parse_args(argv=None):
-    """The flags of sft.py. Two defaults: of the tiny model, and with --model of a real checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1], allow_abbrev=False)
-    flag = functools.partial(lm.add_flag, parser)
-    flag("--model", str, None, None, "checkpoint folder or hub id; without it, a new tiny model")
-    flag("--data", str, "arithmetic", None, "embedded arithmetic, or a file or hub id "
-         "with problem and solution, prompt and response, or messages; optionally step_map")
-    flag("--objective", str, "random", "random",
-         "views: random masks in every block (full attention: in the response), or the step map of the data "
-         "(left to right where there is none)", choices=("random", "trace"))
-    flag("--weighted", bool, False, False,
-         "weight each masked token by 1 / masked share (the diffusion bound)")
-    flag("--run", str, "sft", "sft", "name of the folder under runs/ (with torchrun: --run_name)",
-         "--run_name")
-    flag("--steps", int, 2700, 1000, "most updates")
-    flag("--batch_size", int, 64, 64, "examples per update")
-    flag("--lr", float, 6e-3, 1e-5, "peak learning rate of AdamW")
-    flag("--warmup", int, 30, 30, "updates of rising learning rate")
-    flag("--cooldown", int, 200, 200, "updates of falling learning rate at the end")
-    flag("--weight_decay", float, 0.2, 0.0, "of AdamW, on matrices")
-    flag("--stop_accuracy", float, None, None,
-         "embedded data: start the cooldown at this accuracy on development problems")
-    flag("--eval_every", int, 100, 100, "embedded data: updates between evaluations on development problems")
-    flag("--slip", float, 0.6, 0.6, "embedded data: how often the pupil forgets a carry")
-    flag("--max_new_tokens", int, 20, 2000,
-         "longer responses are skipped and counted; full attention: length of the canvas")
-    flag("--save_every", int, 0, 200, "updates between checkpoints to resume from; 0 is none")
-    flag("--keep_checkpoints", int, 2, 2, "the newest ones to keep")
-    add_common_flags(flag)
-    args = lm.fill_defaults(parser, argv)
+    """The flags of sft.py."""
+    parser = runs.make_parser("Supervised fine-tuning of a block diffusion model.")
+    flag = parser.add_argument_group("most used").add_argument
+    flag("--model", help="checkpoint folder or hub id; without it, a new tiny model")
+    flag("--data", help="embedded arithmetic, or a file or hub id with problem and solution, prompt and "
+         "response, or messages; optionally step_map")
+    flag("--dev_data", help="problems with answers for --eval_every; the embedded ones with the tiny model")
+    flag("--steps", type=runs.positive_int, help="most updates")
+    flag("--batch_size", type=runs.positive_int, default=64, help="examples per update")
+    flag("--lr", type=runs.positive, help="peak learning rate of AdamW")
+    flag("--max_new_tokens", type=runs.positive_int,
+         help="longer responses are skipped and counted; full attention: length of the canvas")
+    flag("--views", default="random", help="what is hidden. random: some tokens of every block (full "
+         "attention: of the response); trace: by the step map of the data (left to right where there is "
+         "none); or file.py:function")
+    flag("--block_size", type=runs.positive_int, help="K; None is the checkpoint's own, 4 for the tiny model")
+    flag = parser.add_argument_group("training").add_argument
+    flag("--weighted", action="store_true",
+         help="weight each hidden token by 1 / hidden share of its block (the diffusion bound)")
+    flag("--warmup", type=runs.positive_int, default=30, help="updates of rising learning rate")
+    flag("--cooldown", type=runs.positive_int, default=200,
+         help="updates of falling learning rate at the end")
+    flag("--weight_decay", type=runs.not_negative, help="of AdamW, on matrices")
+    flag("--stop_accuracy", type=runs.share,
+         help="start the cooldown at this accuracy on development problems")
+    flag("--eval_every", type=runs.positive_int, default=100, help="updates between evaluations on those")
+    flag("--slip", type=runs.share, default=0.6, help="embedded data: how often the pupil forgets a carry")
+    flag("--attention", choices=("block", "full"), default="block", help="of the tiny model")
+    eval_math.add_prompt_flags(parser)
+    runs.add_training_flags(parser, "sft")
+    args = runs.parse(parser, argv, TINY, REAL)
     if args.data is None:
         parser.error("--model needs --data")
-    if args.model is None and (args.lora_rank or args.recompute):
-        parser.error("--lora_rank and --recompute need --model: the tiny model is trained whole")
-    for name in ("steps", "batch_size", "lr", "warmup", "cooldown", "eval_every", "max_new_tokens",
-                 "max_prompt_tokens", "micro_tokens"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    if args.stop_accuracy is not None and args.data != "arithmetic":
-        parser.error("--stop_accuracy needs the development problems of the embedded data")
+    if args.model is None and (args.lora_rank or args.gradient_checkpointing):
+        parser.error("--lora_rank and --gradient_checkpointing need --model: the tiny model is trained whole")
+    if args.stop_accuracy is not None and args.dev_data is None:
+        parser.error("--stop_accuracy needs --dev_data")
+    if args.weighted and args.views == "trace":
+        parser.error("--weighted needs random views: every token of a trace is a target once anyhow")
     return args
 
 
 def main(argv=None):
-    """Trains and saves runs/<run>/checkpoint -> its path."""
+    """Trains and saves runs/<name>/checkpoint -> its path."""
     args = parse_args(argv)
-    lm.start_processes(args.model is None, args.dtype == "bfloat16")
-    folder = os.path.join("runs", args.run)
+    parallel.start_processes(args.model is None, args.dtype == "bfloat16")
     if args.model is None:
-        model, tokenizer = lm.tiny_model(args.seed, args.block_size or 4, args.attention), lm.tiny_tokenizer()
-        model.to(lm.default_device())
+        model, tokenizer = tiny_model(args.seed, args.block_size or 4, args.attention), tiny_tokenizer()
+        model.to(parallel.default_device())
     else:
-        model, tokenizer = lm.load_to_train(args)
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer: examples cannot be encoded")
-    is_embedded = args.data == "arithmetic"
-    if is_embedded:
+        model, tokenizer = checkpoints.load_to_train(args.model, args)
+    if args.data == "arithmetic":
         problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
+        problems, _ = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction)
     else:
-        problems = eval_math.load_problems(args.data, needs_answer=False)
-    problems, num_long = eval_math.encode_prompts(
-        problems, tokenizer, args.max_prompt_tokens, args.instruction, args.prompt_style, args.system)
+        problems = eval_math.load_prompts(args.data, tokenizer, args, needs_answer=False)
     examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
     if len(examples) < args.batch_size:
         raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "
                          f"than a batch of {args.batch_size}: lower --batch_size or raise --max_new_tokens")
-    dev_problems = []
-    if is_embedded:
-        dev_problems, _ = eval_math.encode_prompts(
-            eval_math.arithmetic("dev", 200), tokenizer, args.max_prompt_tokens)
-    lm.say(f"sft: {len(examples)} examples; skipped {num_long} long prompts, "
-           f"{len(problems) - len(examples)} long responses")
-    settings = {name: value for name, value in vars(args).items() if name != "resume"}
-    log = lm.RunLog(folder, settings, is_resumed=args.resume)
-    lm.shard(model, model.layers, getattr(torch, args.dtype))
-    train(model, tokenizer, examples, dev_problems, args, log)
-    checkpoint = os.path.join(folder, "checkpoint")
-    lm.save_checkpoint(model, tokenizer, checkpoint)
-    lm.barrier()
-    return checkpoint
+    dev_problems = eval_math.load_prompts(args.dev_data, tokenizer, args)[:200] if args.dev_data else []
+    parallel.say(f"sft: {len(examples)} examples; skipped {len(problems) - len(examples)} long responses")
+    with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:
+        parallel.shard(model, model.layers, getattr(torch, args.dtype))
+        train(model, tokenizer, examples, dev_problems, args, run)
+        path = run.save_model(model, tokenizer)
+    parallel.say(f"sft: the model is in {path}")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tiny model of the embedded default: a checkpoint like any other, only small. The method ends here.
+
+
+def tiny_tokenizer():
+    """One token per character of the embedded arithmetic, and one for \\boxed{. A Hugging Face tokenizer.
+
+    Its chat template keeps the first line of a message: the instruction that follows the problem in a real
+    prompt ("Please reason step by step ...") would be unknown words to a model of 18 tokens.
+    """
+    words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>",
+                                        mask_token="<mask>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('\\n')[0] }}{% endfor %}"
+    return tokenizer
+
+
+def tiny_model(seed=0, block_size=4, attention="block"):
+    """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
+    num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
+    source = dict(block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
+                  rms_norm_eps=1e-6, rope_theta=1e4, hidden_act="silu")
+    if attention == "full":
+        source.update(model_type="llada", d_model=hidden_size, n_layers=num_layers, n_heads=4, n_kv_heads=4,
+                      mlp_hidden_size=3 * hidden_size, embedding_size=vocab_size, weight_tying=False)
+    else:
+        source.update(model_type="sdar", hidden_size=hidden_size, num_hidden_layers=num_layers,
+                      num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4,
+                      intermediate_size=3 * hidden_size, vocab_size=vocab_size, tie_word_embeddings=False,
+                      architectures=["SDARForCausalLM"])
+    model = BlockDiffusionLM(checkpoints.read_config(source))
+    initialize(model, seed)
+    return model
+
+
+def initialize(model, seed):
+    """Fills all weights: norms 1, biases 0, matrices N(0, 0.02), residual outputs smaller, as in GPT-2."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            is_residual = "o_proj" in name or "down_proj" in name
+            std = 0.02 / (2 * model.config.num_layers) ** 0.5 if is_residual else 0.02
+            nn.init.normal_(p, std=std, generator=generator)
 
 
 def warm_start(seed, block_size=4, attention="block"):
@@ -272,14 +313,14 @@ def warm_start(seed, block_size=4, attention="block"):
     everything = json.dumps(vars(parse_args(flags)), sort_keys=True)
     name = f"warm-start-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
     checkpoint = os.path.join("runs", name, "checkpoint")
-    lm.barrier()
+    parallel.barrier()
     if os.path.isdir(checkpoint):
-        lm.say(f"warm start: reusing {checkpoint}")
+        parallel.say(f"warm start: reusing {checkpoint}")
         return checkpoint
-    lm.say(f"warm start: fine-tuning a tiny model on the work of a pupil who forgets carries -> {checkpoint}")
-    return main([*flags, f"--run={name}"])
+    parallel.say("warm start: fine-tuning a tiny model on the work of a pupil who forgets carries "
+                 f"-> {checkpoint}")
+    return main([*flags, f"--name={name}", "--overwrite"])
 
 
 if __name__ == "__main__":
-    main()
-    lm.end_processes()
+    runs.run_command(main)

@@ -1,406 +1,464 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
+TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered: what is the log-probability of a
+response that was not written from left to right? Its answer: that of its trace, each token in the state in
+which it was revealed.
+
 One RL step, numbered as in the README and in `train`:
 
-  1 roll out    G responses to each prompt, with the trace of every one               (rollout.generate)
-  2 reward      1 if the boxed answer is right and the response was not truncated     (give_rewards)
-  3 advantage   how much better than the other responses to the same prompt           (set_advantages)
-                or than the value model expected, step by step                        (value_advantages)
-  4 old logp    replay the traces with the policy that made them                      (old_logprobs)
-  5 update      clipped policy gradient on the very states of the trace, with KL      (policy_loss, update)
-  6 log         metrics, evaluation, checkpoint
+  1 roll out    G responses to each prompt, with the trace of every one           rollout.generate
+  2 reward      1 if the boxed answer is right and the response has ended, else 0 eval_math.give_rewards
+  3 advantage   how much better than the other responses to the same prompt,      give_advantages
+                or than the value model expected, step by step
+  4 old logp    replay the traces with the policy that made them                  old_logprobs
+  5 update      clipped policy gradient on the states of the trace, with a KL     policy_loss, update
+  6 log         metrics, evaluation, checkpoint                                   finish_step
 
     torchrun tracerl.py                           # everything on a laptop: a tiny model, embedded arithmetic
     torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data gsm8k-train --eval_data math500
 
-To change the method for a paper, look for the three marks FORK HERE: reward, advantage, loss.
+Read in this order: group_advantages, policy_loss, train, and then what `train` calls. To change the method
+for a paper, look for FORK HERE: advantage and loss here, views in rollout.py, reward in eval_math.py. Each
+can be replaced by a function in a file of your own, without editing.
 
-Left out: a frozen reference model (the KL is to the policy that made the rollout), rollouts that are older
-than the policy, a second inference engine, reward models.
+Left out:
+  1. a frozen reference model: the KL is to the policy that made the rollout (a KL to a frozen one would be
+  one more term
+     in policy_loss, of log-probabilities replayed on the same rows with a second model in old_logprobs);
+  2. rollouts older than the policy, a second inference engine: the weights that train are those that decode;
+  3. reward models.
 """
 
-import argparse
 import functools
-import importlib.util
 import os
 import time
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 
 import eval_math
-import model as lm
 import rollout
 import sft
 import value
+from eval_math import give_rewards, math_reward, plus_minus
+from plumbing import checkpoints, parallel, runs, show
 
 # ------------------------------------------------------------------------------------------------------------
 # The maths: pure functions of tensors.
 
 
-# FORK HERE (advantage): from rewards to the A of the loss.
+# FORK HERE (advantage): from rewards to the A of the loss. Without editing: --advantage file.py:function, a
+# function of rewards, float (groups, G), that gives advantages of the same shape. A group of zeros is left
+# out of the update.
 def group_advantages(rewards):
-    """A = (r - mean) / population std in the group, 0 where all rewards are equal. float (N, G) -> same."""
+    """Standard scores in the group: A = (r - mean) / population std, 0 where all rewards are equal.
+
+    Rewards 1 0 0 0: mean .25, std .433, A = 1.73 -.58 -.58 -.58. Every token of a response has the same A.
+    """
     std = rewards.std(-1, unbiased=False, keepdim=True)
     return (rewards - rewards.mean(-1, keepdim=True)) / std.masked_fill(std < 1e-6, torch.inf)
 
 
-# FORK HERE (loss): from log-probabilities and advantages to what is minimised.
-def policy_loss(logp, logp_old, advantage, num_trained, clip=0.2, beta=0.01):
-    """The clipped policy gradient with a KL penalty (METHOD: policy loss; paper, the TraceRL objective).
+def batch_advantages(rewards):
+    """The reward minus the mean of the whole step."""
+    return rewards - rewards.mean()
 
-    logp, logp_old, advantage: float32 (N,), the trained tokens at hand. num_trained: how many the WHOLE
-    update has, over all micro-batches and processes, so that their losses and gradients simply add. clip:
-    epsilon. beta: weight of the KL. Returns the loss and a dict of detached sums over the tokens (and maxima)
-    for the log.
 
-    The samples come from the old policy, so KL(old || new) is estimated by k3 = (ratio - 1) - log ratio,
-    which is never negative. The log-ratio is clamped to 10: a ratio of e^10 is a collapse, and must not
-    become inf before it is seen.
-    """
-    log_ratio = (logp - logp_old).clamp(-10, 10)
+def raw_advantages(rewards):
+    """The reward itself: plain REINFORCE without a baseline."""
+    return rewards
+
+
+ADVANTAGES = dict(  # --advantage; value: by GAE, see value_advantages
+    group=group_advantages, batch=batch_advantages, raw=raw_advantages, value=None)
+
+
+# FORK HERE (loss): from log-probabilities and advantages to what is minimised. Without editing: --loss
+# file.py:function, called with the same arguments for each micro-batch. A micro-batch holds whole responses
+# where they fit (--tokens_per_micro_batch), told apart by targets.rollout_index: enough for a ratio of
+# sequences.
+def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=0.01):
+    """The clipped policy gradient with a KL penalty (paper, the TraceRL objective; clipping as in PPO):
+
+        L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
+
+    logp: float32 (n,), the micro-batch's targets under the policy that is trained. targets: rollout.Targets,
+    of which logp_old and advantage are used. num_tokens (N), num_responses: how many the WHOLE update has,
+    over all micro-batches and processes. Divide by these, never by what is at hand: then losses and gradients
+    simply add, and do not depend on how the update was split. (A mean per micro-batch gives tokens of short
+    responses more weight.)
+
+    k3 = (ratio - 1) - log ratio, never negative, estimates KL(old || new): the samples are the OLD policy's,
+    so that the mean of -log ratio is that KL, and ratio - 1, of mean 0, only takes variance away. (The other
+    common form, exp(-d) - 1 + d with d = log ratio, is for samples of the new policy.) """
+    # A ratio of e^10 is a collapse; it must not become inf before it is seen.
+    log_ratio = (logp - targets.logp_old).clamp(-10, 10)
     ratio = log_ratio.exp()
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    gain = torch.minimum(ratio * targets.advantage, clipped * targets.advantage)
     k3 = ratio - 1 - log_ratio
-    loss = (beta * k3 - gain).sum() / num_trained
-    with torch.no_grad():
-        deviation = (ratio - 1).abs()
-        stats = dict(kl=k3.sum(), clip_fraction=(deviation > clip).sum(),
-                     ratio_max=ratio.amax() if len(ratio) else 0.0)
-    return loss, stats
+    return (kl_coef * k3 - gain).sum() / num_tokens
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One update.
-
-
-def own_share(rollouts):
-    """This process's part of a mini-batch: longest first, dealt out in turn, so that work is about equal."""
-    rank, number = lm.processes()
-    return sorted(rollouts, key=lambda r: (-len(r.response), r.prompt, r.response))[rank::number]
-
-
-def minibatches(rollouts, group_size, number, seed):
-    """Deals whole groups, in a seeded order, into at most `number` mini-batches -> lists of Rollout."""
-    groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
-    order = sft.shuffled(len(groups), seed)
-    batches = [[r for i in order[start::number] for r in groups[i]] for start in range(number)]
-    return [batch for batch in batches if batch]
-
-
-def field_tables(rollouts, *names, device):
-    """Per-token fields of rollouts as float32 tables (N, longest), to be read at [rows.owner, rows.place]."""
-    longest = max((len(r.response) for r in rollouts), default=0)
-    pad = lambda values: (values + [0.0] * longest)[:longest]
-    return [torch.tensor([pad(getattr(r, name)) for r in rollouts]).view(len(rollouts), longest).to(device)
-            for name in names]
-
-
-def train_rows(model, rollouts, settings, objective):
-    """The micro-batches of this process's rollouts (maybe none), on the model's device."""
-    rows = rollout.trace_rows(
-        rollouts, model.config, settings.shrink, True, settings.post_num, objective) if rollouts else None
-    return rollout.micro_batches(rows, settings.micro_tokens, model.device)
+LOSSES = dict(clip=policy_loss)  # --loss
 
 
 @torch.no_grad()
-def predict(function, parts, rollouts):
-    """function(rows) at all targets of micro-batches -> float32 (rollouts, longest), 0 elsewhere, CPU."""
-    table = torch.zeros(len(rollouts), max((len(r.response) for r in rollouts), default=0))
-    for rows in parts:
-        table[rows.owner.cpu(), rows.place.cpu()] = function(rows).cpu()
-    return table
+def diagnose(logp, entropy, targets, clip_eps):
+    """Figures for the log, whatever the loss is -> sums over the targets (4,), maxima (2,), float64.
 
-
-def set_field(rollouts, name, table):
-    """Gives every rollout its row of a table."""
-    for r, row in zip(rollouts, table.tolist()):
-        setattr(r, name, row[:len(r.response)])
-
-
-def old_logprobs(model, rollouts, settings):
-    """Step 4: sets Rollout.logp_old, of the start-of-step policy, on the very rows that will be trained."""
-    parts = train_rows(model, rollouts, settings, settings.objective)
-    logp = predict(lambda rows: rollout.forward_rows(model, rows, settings.temperature)[0], parts, rollouts)
-    set_field(rollouts, "logp_old", logp)
-
-
-def value_advantages(critic, rollouts, settings):
-    """Step 3 with values: sets value_old, returns and advantage of this process's rollouts -> what to log.
-
-    Raw rewards, no filter and no normalisation (METHOD: value model). Values are of the trace's own states.
-    """
-    sums, square, count = [0.0] * 5, 0.0, 0
-    values = predict(critic, train_rows(critic, rollouts, settings, "tracerl"), rollouts)
-    if rollouts:
-        steps = value.global_steps(rollouts, critic.config, settings.shrink, settings.post_num)
-        rewards = value.place_rewards(torch.tensor([r.reward for r in rollouts]), steps)
-        for row, r in zip(rewards, rollouts):
-            if r.token_rewards:
-                row.zero_()[:len(r.token_rewards)] = torch.tensor(r.token_rewards)
-        returns, advantages = value.returns_and_advantages(
-            rewards, values, steps, settings.gamma, settings.lam)
-        for name, table in (("value_old", values), ("returns", returns), ("advantage", advantages)):
-            set_field(rollouts, name, table)
-        is_trained = steps > 0
-        sums = value.variance_sums(values[is_trained], returns[is_trained])
-        square, count = float((advantages[is_trained] ** 2).sum()), int(is_trained.sum())
-    *sums, square, count = lm.over_processes(sum, *sums, square, count)
-    return dict(explained_variance=value.explained_variance(*sums), advantage_rms=(square / count) ** 0.5)
-
-
-def update_value(critic, optimizer, batch, settings):
-    """One step of the value model on one mini-batch -> its loss, and whether it was skipped."""
-    own, total = own_share(batch), 0.0
-    parts = train_rows(critic, own, settings, "tracerl")
-    num_trained = lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0]
-    value_old, returns = field_tables(own, "value_old", "returns", device=critic.device)
-    for rows in parts:
-        at = rows.owner, rows.place
-        loss = value.value_loss(critic(rows), value_old[at], returns[at], num_trained, settings.value_clip)
-        loss.backward()
-        total += loss.detach()
-    _, is_finite = lm.optimizer_step(critic, optimizer, settings.max_norm)
-    return lm.over_processes(sum, float(total))[0], not is_finite
-
-
-def update(model, optimizer, batch, is_first, settings):
-    """One optimizer step on one mini-batch -> its metrics, over all processes; see the README's glossary.
-
-    is_first: no update has come before in this RL step, so the old policy is the present one and needs no
-    replay of its own.
-    """
-    own = own_share(batch)
-    parts = train_rows(model, own, settings, settings.objective)
-    num_trained = int(lm.over_processes(sum, sum(len(rows.target) for rows in parts))[0])
-    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "gap"), 0.0)
-    maxima = dict(ratio_max=0.0, gap_max=0.0)
-    old, advantage, recorded = field_tables(own, "logp_old", "advantage", "logp", device=model.device)
-    ratio = torch.ones_like(recorded)
-    for rows in parts:
-        at = rows.owner, rows.place
-        logp, entropy = rollout.forward_rows(model, rows, settings.temperature)
-        logp_old = logp.detach() if is_first else old[at]
-        loss, stats = policy_loss(logp, logp_old, advantage[at], num_trained, settings.clip, settings.beta)
-        loss.backward()
-        ratio[at] = (logp.detach() - logp_old).exp()
-        gap = (logp_old - recorded[at]).abs()
-        stats.update(loss=loss.detach() * num_trained, entropy=entropy.sum(), gap=gap.sum(),
-                     gap_max=gap.max() if len(gap) else 0.0)
-        sums = {name: total + float(stats[name]) for name, total in sums.items()}
-        maxima = {name: max(top, float(stats[name])) for name, top in maxima.items()}
-    set_field(own, "ratio", ratio)
-    norm, is_finite = lm.optimizer_step(model, optimizer, settings.max_norm)
-    sums = dict(zip(sums, lm.over_processes(sum, *sums.values())))
-    maxima = dict(zip(maxima, lm.over_processes(max, *maxima.values())))
-    return sums | maxima | dict(tokens=num_trained, gradient_norm=norm, skipped_updates=int(not is_finite))
-
-
-def summarize(updates):
-    """The metrics of one RL step: means over the trained tokens of its updates, maxima, and counts."""
-    if not updates:
-        return {}
-    tokens = max(1, sum(u["tokens"] for u in updates))
-    line = {name: sum(u[name] for u in updates) / tokens
-            for name in ("loss", "kl", "clip_fraction", "entropy", "gap")}
-    line |= {name: max(u[name] for u in updates) for name in ("ratio_max", "gap_max", "gradient_norm")}
-    return line | dict(trained_tokens=tokens, skipped_updates=sum(u["skipped_updates"] for u in updates))
-
-
-@torch.no_grad()
-def replay_gap(model, rollouts, temperature):
-    """The replay law on shrink-1 views: |replayed - recorded log-probability| -> its mean and maximum."""
-    own = own_share(rollouts)
-    with lm.unsharded(model):
-        replayed = rollout.replay(model, own, temperature=temperature)
-    gaps = [abs(a - b) for r, logp in zip(own, replayed) for a, b in zip(logp.tolist(), r.logp)]
-    total, count = lm.over_processes(sum, sum(gaps), len(gaps))
-    return dict(gap=total / max(count, 1), gap_max=lm.over_processes(max, max(gaps, default=0.0))[0])
+    Sums: k3, ratios outside the clip range, entropy, gap. Maxima: ratio, gap. The gap is |logp_old - recorded
+    logp|: 0 up to rounding on the trace's own states (the replay law). """
+    log_ratio = (logp - targets.logp_old).clamp(-10, 10).double()
+    ratio, gap = log_ratio.exp(), (targets.logp_old - targets.logp).abs().double()
+    is_clipped = ((ratio - 1).abs() > clip_eps).double()
+    sums = torch.stack([(ratio - 1 - log_ratio).sum(), is_clipped.sum(), entropy.double().sum(), gap.sum()])
+    nothing = ratio.new_zeros(1)  # a dummy micro-batch has no targets
+    return sums, torch.stack([torch.cat([ratio, nothing]).max(), torch.cat([gap, nothing]).max()])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop.
 
 
-def roll_out(model, problems, args, step):
-    """Step 1: G responses to each of this step's prompts -> rollouts, group by group, and their problems."""
+class Trainers(NamedTuple):
+    """What learns. critic and critic_optimizer are None without a value model."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    critic: torch.nn.Module
+    critic_optimizer: torch.optim.Optimizer
+
+    def pairs(self):
+        """(model, optimizer) pairs, for checkpoints."""
+        return [pair for pair in (self[:2], self[2:]) if pair[0] is not None]
+
+
+class Plugins(NamedTuple):
+    """What --reward, --advantage, --loss and --views name."""
+
+    reward: object
+    advantage: object
+    loss: object
+    views: object
+
+
+def train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progress):
+    """The RL steps, from progress["step"] + 1 on -> the progress at the end.
+
+    All randomness is a function of (seed, step), so that weights, optimizer states and progress are the whole
+    state of a run. Every process runs the same code on the same records; only forwards and backwards are
+    dealt out. """
+    model, optimizer, critic, _ = trainers
+    head_start = args.value_warmup if critic is not None else 0  # steps that train the value model alone
+    for step in parallel.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
+        started = time.perf_counter()
+        is_waiting = step <= head_start  # the policy waits
+        ramp = min(1.0, max(step - head_start, 0) / max(args.warmup, 1))
+        parallel.set_learning_rate(optimizer, args.lr * ramp)
+        K, rollout_K = block_sizes(model.config, args, step)
+
+        rollouts, asked = roll_out(model, problems, rollout_K, args, step)  # 1
+        give_rewards(rollouts, asked, tokenizer, plugins.reward)  # 2
+        rollout_seconds = time.perf_counter() - started
+        kept, line = give_advantages(rollouts, critic, plugins.advantage, K, args)  # 3
+        batches = make_batches(kept, trainers, plugins.views, K, args, step)
+        policy_batches = [] if is_waiting else batches
+        # The update's own replay measures the gap where its rows are the trace itself; a sample does where
+        # they are not.
+        is_trace = args.views == "trace" and args.shrink == 1 and rollout_K == K
+        gap = {}
+        if not (is_trace and policy_batches):
+            gap = replay_gap(model, rollouts[::16], rollout_K, args.temperature)
+        old_logprobs(model, policy_batches[1:], args)  # 4
+        line |= learn(trainers, batches, policy_batches, plugins.loss, args) | gap  # 5
+        line = dict(step=step) | line | dict(rollout_seconds=rollout_seconds,
+                                             update_seconds=time.perf_counter() - started - rollout_seconds)
+        finish_step(line, rollouts, kept, trainers, tokenizer, dev_problems, args, run, progress)  # 6
+    return progress
+
+
+def block_sizes(config, args, step):
+    """K of training and of the rollouts of a step: larger blocks are trained at first on the rollouts of
+    smaller ones."""
+    is_adapting = args.rollout_block_size is not None and step <= args.adapt_steps
+    return config.block_size, args.rollout_block_size if is_adapting else config.block_size
+
+
+# ------------------------------------------------------------------------------------------------ 1 roll out
+
+
+def roll_out(model, problems, block_size, args, step):
+    """G responses to each of this step's prompts -> rollouts, group by group, and their problems."""
     chosen = []
     for i in range((step - 1) * args.prompts, step * args.prompts):  # every epoch in an order of its own
         epoch, place = divmod(i, len(problems))
         chosen.append(problems[sft.shuffled(len(problems), args.seed * 1_000_003 + epoch)[place]])
     repeated = [p for p in chosen for _ in range(args.group_size)]
     seeds = [(args.seed * 1_000_003 + step) * 1_000_003 + i for i in range(len(repeated))]
-    return rollout.generate_everywhere(
-        model, [p.tokens for p in repeated], seeds, **sampling(args, model)), repeated
+    rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, block_size=block_size,
+                                           **eval_math.decoding_settings(args))
+    return rollouts, repeated
 
 
-def sampling(args, model, **changes):
-    """The settings of rollout.generate, from the flags."""
-    names = ("max_new_tokens", "strategy", "threshold", "temperature", "top_k", "top_p",
-             "denoising_steps", "slots")
-    return {name: getattr(args, name) for name in names} | dict(eos_ids=model.config.eos_ids) | changes
+# ----------------------------------------------------------------------------------------------- 3 advantage
 
 
-def set_advantages(rollouts, kind, group_size, keep_range):
-    """Step 3 without values: sets the advantages -> the rollouts to train on, group by group; maybe none.
+def give_advantages(rollouts, critic, advantage, block_size, args):
+    """Sets the advantages of all rollouts -> those to train on, group by group (maybe none), and figures for
+    the log.
 
-    kind "group": standard scores; groups that teach nothing or fall outside keep_range are dropped (METHOD:
-    advantages). "batch": the reward minus the mean of the batch. "none": the reward. The last two, and
-    "value" (set later), keep every group, unless no advantage differs from 0. Whole records are kept or
-    dropped, so nothing can fall out of step.
-    """
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, group_size)
-    is_kept = torch.ones(len(rewards), dtype=torch.bool)
-    advantages = rewards
-    if kind == "group":
-        advantages, mean = group_advantages(rewards), rewards.mean(-1)
-        is_kept = (rewards != rewards[:, :1]).any(-1) & (mean >= keep_range[0]) & (mean <= keep_range[1])
-    elif kind == "batch":
-        advantages = rewards - rewards.mean()
-    if kind != "value" and not advantages.any():
-        return []
-    for r, advantage in zip(rollouts, advantages.flatten().tolist() if kind != "value" else []):
-        r.advantage = [advantage] * len(r.response)
-    return [r for r, kept in zip(rollouts, is_kept.repeat_interleave(group_size).tolist()) if kept]
-
-
-def learn(model, optimizer, critic, critic_optimizer, kept, args, step):
-    """Steps 3 (with values) to 5: every mini-batch once per epoch -> metrics. Old means start-of-step."""
-    batches = minibatches(kept, args.group_size, args.minibatches, seed=args.seed * 1_000_003 + step)
-    line, updates, value_updates = {}, [], []
+    Without values, groups that teach nothing are left out: rewards all equal, or, with --keep_range, a mean
+    outside it (the paper: 0.2 to 0.8). That is a normal event. Whole records are kept or dropped: lists of
+    prompts, rewards and step maps that are cut apart from each other are how a response gets its neighbour's
+    reward. With values every group is kept, and raw rewards are used. """
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, args.group_size)
+    line = dict(reward=rewards.mean().item()) | eval_math.describe(rollouts)
     if critic is not None:
-        line = value_advantages(critic, [r for batch in batches for r in own_share(batch)], args)
-    is_warming_up = critic is not None and step <= args.value_warmup
-    for batch in batches if args.epochs > 1 else batches[1:]:
-        if not is_warming_up:
-            old_logprobs(model, own_share(batch), args)
-    for batch in batches * args.value_epochs if critic is not None else []:
-        value_updates.append(update_value(critic, critic_optimizer, batch, args))
-    for number, batch in enumerate(batches * args.epochs if not is_warming_up else []):
-        updates.append(update(model, optimizer, batch, is_first=number == 0, settings=args))
-    line |= summarize(updates)
+        figures = value_advantages(critic, rollouts, block_size, args)
+        return rollouts, line | figures | dict(kept_groups=len(rewards))
+    if any(r.token_rewards for r in rollouts):
+        raise ValueError(f"the reward function gives a reward per token, and --advantage {args.advantage} "
+                         "takes one per response: use --advantage value, or give their sum")
+    advantages = advantage(rewards)  # (groups, G)
+    is_kept = (advantages != 0).any(-1)
+    if args.advantage in ("batch", "raw"):  # these compare over the whole step
+        is_kept[:] = advantages.any()
+    elif args.keep_range is not None:
+        low, high = args.keep_range
+        is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
+    for r, A in zip(rollouts, advantages.flatten().tolist()):
+        r.advantage = [A] * len(r.response)
+    kept = [r for r, keep in zip(rollouts, is_kept.repeat_interleave(args.group_size).tolist()) if keep]
+    return kept, line | dict(kept_groups=int(is_kept.sum()))
+
+
+def value_advantages(critic, rollouts, block_size, args):
+    """The same with values: sets value_old, returns and advantage by GAE over trace steps -> figures for the
+    log."""
+    ordered, sums = longest_first(rollouts), torch.zeros(6, dtype=torch.float64)
+    own = parallel.share(ordered)
+    parts = own_rows(critic, own, rollout.trace_views, block_size, args)
+    with torch.no_grad():
+        write_back(own, "value_old", parts, [critic(rows) for rows in parts])
+    for r in own:  # one at a time: a response is a batch of one
+        steps = torch.tensor([value.trace_steps(r, critic.config, block_size, args.shrink, args.post_num)])
+        values = torch.tensor([r.value_old])  # (1, R)
+        rewards = value.place_rewards(torch.tensor([r.reward]), steps)
+        if r.token_rewards:
+            rewards.zero_()[0, :len(r.token_rewards)] = torch.tensor(r.token_rewards)
+        returns, advantages = value.returns_and_advantages(
+            rewards, values, steps, args.gamma, args.gae_lambda)
+        r.returns, r.advantage = returns[0].tolist(), advantages[0].tolist()
+        is_trained = steps > 0
+        sums[:5] += value.variance_sums(values[is_trained], returns[is_trained])
+        sums[5] += advantages.double().square().sum()
+    # Every process then holds the same records.
+    for r, fields in zip(ordered, parallel.gather([(r.value_old, r.returns, r.advantage) for r in own])):
+        r.value_old, r.returns, r.advantage = fields
+    sums = parallel.add_up(sums.to(critic.device)).cpu()
+    return dict(explained_variance=value.explained_variance(sums[:5]),
+                advantage_rms=float((sums[5] / sums[0]) ** 0.5))
+
+
+# ----------------------------------------------------------------------------- what is dealt to this process
+
+
+class Batch(NamedTuple):
+    """One mini-batch: this process's part of the rollouts of one update."""
+
+    rollouts: list
+    rows: list  # micro-batches of rollout.Rows, for the policy
+    value_rows: list  # the same for the value model: always the trace; [] without one
+
+
+def longest_first(rollouts):
+    """An order in which dealing out gives every process about equal work."""
+    return sorted(rollouts, key=lambda r: (-len(r.response), r.prompt, r.response))
+
+
+def own_rows(model, own, views, block_size, args):
+    """The micro-batches of this process's rollouts, as many on every process."""
+    texts = rollout.build_rows(own, model.config, block_size, views, args.shrink, True, args.post_num)
+    parts = rollout.micro_batches(texts, args.tokens_per_micro_batch, model.config.pad_id, model.device)
+    return rollout.with_dummies(parts, model.config.pad_id, model.device)
+
+
+def count_tokens(parts):
+    """Targets of this process's micro-batches."""
+    return sum(len(rows.targets.token) for rows in parts)
+
+
+def make_batches(kept, trainers, views, block_size, args, step):
+    """Deals whole groups, in a seeded order, into at most args.minibatches updates -> this process's part of
+    each."""
+    groups = [kept[i:i + args.group_size] for i in range(0, len(kept), args.group_size)]
+    groups = [groups[i] for i in sft.shuffled(len(groups), args.seed * 1_000_003 + step)]
+    batches = []
+    for start in range(min(args.minibatches, len(groups))):
+        chosen = [r for group in groups[start::args.minibatches] for r in group]
+        own = parallel.share(longest_first(chosen))
+        rows = own_rows(trainers.model, own, views, block_size, args)
+        value_rows = []
+        if trainers.critic is not None and views is rollout.trace_views:
+            value_rows = rows
+        elif trainers.critic is not None:
+            value_rows = own_rows(trainers.critic, own, rollout.trace_views, block_size, args)
+        batches.append(Batch(own, rows, value_rows))
+    return batches
+
+
+def write_back(rollouts, name, parts, numbers):
+    """Gives rollouts their numbers: a list `name` over the response, 0 where a token is no target."""
+    for r in rollouts:
+        setattr(r, name, [0.0] * len(r.response))
+    for rows, column in zip(parts, numbers):
+        places = zip(rows.targets.rollout_index.tolist(), rows.targets.response_index.tolist())
+        for (i, j), number in zip(places, column.tolist()):
+            getattr(rollouts[i], name)[j] = number
+
+
+# ------------------------------------------------------------------------------------------------ 4 old logp
+
+
+@torch.no_grad()
+def old_logprobs(model, batches, args):
+    """Sets Targets.logp_old: the start-of-step policy on the very rows that will be trained.
+
+    The recorded log-probabilities would do for shrink 1; but other views are other states, and on a GPU
+    decoding and training use different kernels. The first update of a step needs no pass of its own: see
+    `update`. """
+    for batch in batches:
+        for rows in batch.rows:
+            logp, _ = rollout.forward_rows(model, rows, args.temperature)
+            rows.targets.logp_old.copy_(logp)
+
+
+@torch.no_grad()
+def replay_gap(model, rollouts, block_size, temperature):
+    """The replay law on shrink-1 views of a few rollouts: |replayed - recorded logp| -> its mean and
+    maximum."""
+    own = parallel.share(longest_first(rollouts))
+    with parallel.unsharded(model):
+        replayed = rollout.replay(model, own, 1, temperature, block_size)
+    gaps = [torch.zeros(1)] + [(logp.cpu() - torch.tensor(r.logp)).abs() for logp, r in zip(replayed, own)]
+    gaps = torch.cat(gaps).double()
+    total = parallel.add_up(torch.stack([gaps.sum(), torch.tensor(len(gaps) - 1.0)]).to(model.device))
+    most = parallel.largest(gaps.max().to(model.device))
+    return dict(gap=float(total[0] / total[1]), gap_max=float(most))
+
+
+# -------------------------------------------------------------------------------------------------- 5 update
+
+
+def learn(trainers, batches, policy_batches, loss, args):
+    """The value model's updates, then the policy's: every mini-batch once per epoch -> figures for the
+    log."""
+    model, optimizer, critic, critic_optimizer = trainers
+    value_updates, updates = [], []
+    for _ in range(args.value_epochs):
+        for batch in batches:
+            if critic is not None:
+                value_updates.append(update_value(critic, critic_optimizer, batch, args))
+    for epoch in range(args.epochs):
+        for number, batch in enumerate(policy_batches):
+            updates.append(update(model, optimizer, batch, loss, epoch + number == 0, args))
+    return summarize(updates, value_updates)
+
+
+def update(model, optimizer, batch, loss, is_first, args):
+    """One optimizer step of the policy on one mini-batch -> its figures, over all processes.
+
+    is_first: no update has come before in this RL step, so that the old policy is the present one, and its
+    log-probabilities are those of this very forward.
+    """
+    own_size = [count_tokens(batch.rows), len(batch.rollouts)]
+    size = parallel.add_up(torch.tensor(own_size, device=model.device))
+    num_tokens, num_responses = size.tolist()  # of the whole update, before it is split
+    total, sums, maxima = (torch.zeros(n, dtype=torch.float64, device=model.device) for n in (1, 4, 2))
+    ratios = []
+    for rows in batch.rows:
+        logp, entropy = rollout.forward_rows(model, rows, args.temperature)
+        if is_first:
+            rows.targets.logp_old.copy_(logp.detach())
+        part = logp.sum()  # a dummy: nothing to learn, but a backward like everybody's
+        if len(logp):
+            part = loss(logp, rows.targets, num_tokens, num_responses, args.clip_eps, args.kl_coef)
+        part.backward()
+        part_sums, part_maxima = diagnose(logp, entropy, rows.targets, args.clip_eps)
+        total, sums, maxima = total + part.detach(), sums + part_sums, torch.maximum(maxima, part_maxima)
+        ratios.append((logp.detach() - rows.targets.logp_old).exp())
+    write_back(batch.rollouts, "ratio", batch.rows, ratios)
+    norm, is_finite = parallel.optimizer_step(model, optimizer, args.max_grad_norm)
+    loss_value, *sums = parallel.add_up(torch.cat([total, sums])).tolist()  # read once per update
+    figures = dict(loss=loss_value, trained_tokens=num_tokens, gradient_norm=norm,
+                   skipped_updates=int(not is_finite))
+    for name, number in zip(("kl", "clip_fraction", "entropy", "gap"), sums):
+        figures[name] = number / max(num_tokens, 1)
+    for name, number in zip(("ratio_max", "gap_max"), parallel.largest(maxima).tolist()):
+        figures[name] = number
+    return figures
+
+
+def update_value(critic, optimizer, batch, args):
+    """One step of the value model on one mini-batch -> its figures."""
+    num_tokens = torch.tensor(count_tokens(batch.value_rows), device=critic.device)
+    num_tokens, total = int(parallel.add_up(num_tokens)), torch.zeros((), device=critic.device)
+    for rows in batch.value_rows:
+        loss = value.value_loss(
+            critic(rows), rows.targets.value_old, rows.targets.returns, num_tokens, args.value_clip)
+        loss.backward()
+        total += loss.detach()
+    _, is_finite = parallel.optimizer_step(critic, optimizer, args.max_grad_norm)
+    return dict(value_loss=float(parallel.add_up(total)), skipped_updates=int(not is_finite))
+
+
+def summarize(updates, value_updates):
+    """The figures of one RL step: means over the trained tokens of its updates, maxima, and counts."""
+    line = {}
+    if updates:
+        tokens = max(1, sum(u["trained_tokens"] for u in updates))
+        for name in ("loss", "kl", "clip_fraction", "entropy", "gap"):
+            line[name] = sum(u[name] * u["trained_tokens"] for u in updates) / tokens
+        for name in ("ratio_max", "gap_max", "gradient_norm"):
+            line[name] = max(u[name] for u in updates)
+        line["trained_tokens"] = tokens
     if value_updates:
-        losses, skipped = zip(*value_updates)
-        line |= dict(value_loss=fmean(losses), skipped_updates=line.get("skipped_updates", 0) + sum(skipped))
+        line["value_loss"] = fmean(u["value_loss"] for u in value_updates)
+    if updates or value_updates:
+        line["skipped_updates"] = sum(u["skipped_updates"] for u in updates + value_updates)
     return line
 
 
-def train(model, tokenizer, problems, dev_problems, reward, args, log, before):
-    """The RL steps, from the start or from where --resume finds them -> the progress at the end.
-
-    before() evaluates the start, once. All randomness is a function of (seed, step), so that weights,
-    optimizer states and the step number are the whole state of a run.
-    """
-    critic = value.ValueModel(model) if args.advantage == "value" else None
-    saved = os.path.join(args.model or "", "value", "model.safetensors")
-    if critic is not None and not args.lora_rank and os.path.isfile(saved):
-        lm.say(f"value model: going on from {saved}")
-        value.load_value_model(critic, saved)
-    lm.shard(model, model.layers, getattr(torch, args.dtype))
-    if critic is not None:
-        lm.shard(critic, critic.backbone.layers, getattr(torch, args.dtype))
-    optimizer = lm.make_optimizer(model, args.lr, (0.9, 0.95))
-    # a long memory: once failures are rare, one of them must not throw the value model off its path
-    critic_optimizer = lm.make_optimizer(critic, args.value_lr, (0.9, 0.999)) if critic is not None else None
-    trainers = [(model, optimizer)] + ([(critic, critic_optimizer)] if critic is not None else [])
-    progress = log.restore(trainers) if args.resume else None
-    if progress is None:
-        progress = dict(step=0, gap_max=0.0, before=before())
-    else:
-        lm.say(f"resuming {log.folder} after step {progress['step']}")
-    for step in lm.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
-        started = time.perf_counter()
-        head_start = args.value_warmup if critic is not None else 0  # steps of the value model alone
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, max(step - head_start, 0) / max(args.warmup, 1))
-        is_adapting = args.rollout_block_size is not None and step <= args.adapt_steps
-        rollout_K = args.rollout_block_size if is_adapting else model.config.block_size
-        with rollout.blocks_of(model, rollout_K):
-            rollouts, repeated = roll_out(model, problems, args, step)  # 1
-        is_cut = is_adapting and not model.config.is_full
-        for r in rollouts if is_cut else []:  # the last large block shows what was not decoded as masks
-            r.canvas = len(r.response) + -(len(r.prompt) + len(r.response)) % model.config.block_size
-        give_rewards(rollouts, repeated, tokenizer, reward)  # 2
-        rolled_out = time.perf_counter()
-        kept = set_advantages(rollouts, args.advantage, args.group_size, args.keep_range)  # 3
-        line = dict(step=step, reward=fmean(r.reward for r in rollouts),
-                    kept_groups=len(kept) // args.group_size, **eval_math.describe(rollouts))
-        is_update = bool(kept) and step > head_start
-        if is_update and args.shrink == 1 and args.objective == "tracerl" and not is_adapting:
-            gap = {}  # the update itself replays every trained token
-        else:
-            with rollout.blocks_of(model, rollout_K):
-                gap = replay_gap(model, rollouts[::16], args.temperature)
-        if kept:
-            line |= learn(model, optimizer, critic, critic_optimizer, kept, args, step)  # 3, 4, 5
-        line |= gap
-        line |= dict(rollout_seconds=rolled_out - started, update_seconds=time.perf_counter() - rolled_out)
-        if dev_problems and args.eval_every and step % args.eval_every == 0:  # 6
-            line["dev_accuracy"] = eval_math.evaluate(
-                model, tokenizer, dev_problems, seed=args.seed, **sampling(args, model))["accuracy"]
-        log.write(line)
-        lm.say(describe_line(line))
-        check_gap(line, args)
-        progress |= dict(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
-        if step == args.steps or (args.save_every and step % args.save_every == 0):
-            log.save_checkpoint(
-                tokenizer, trainers, progress, args.keep_checkpoints,
-                functools.partial(value.save_value_model, critic) if critic is not None else None)
-            if log.is_writer:  # those that this process trained on have all their numbers
-                shown = [r for r in kept if r.ratio or r.value_old] or rollouts
-                rollout.write_page(shown[:8], tokenizer, os.path.join(log.folder, "trace.html"))
-    return progress
+# ----------------------------------------------------------------------------------------------------- 6 log
 
 
-# FORK HERE (reward): without editing, --reward file.py:function.
-def load_reward(spec):
-    """The function of "file.py:function", the user's own file. ValueError names what is missing."""
-    path, _, name = spec.partition(":")
-    if not os.path.isfile(path):
-        raise ValueError(f"--reward {spec!r}: no file {path!r}; give file.py:function")
-    module_spec = importlib.util.spec_from_file_location("reward", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"--reward {spec!r}: {path} has no function {name!r}")
-    return getattr(module, name)
-
-
-def apply_reward(function, rollouts, problems, tokenizer):
-    """Rewards by function(problem, text, token ids): a float, or one per trained token (process rewards)."""
-    for r, p in zip(rollouts, problems):
-        tokens = r.response[:r.num_tokens]
-        got = function(p, eval_math.response_text(r, tokenizer), tokens)
-        if hasattr(got, "__len__"):
-            r.token_rewards = [float(x) for x in got]
-            r.reward = sum(r.token_rewards)
-            if len(r.token_rewards) != len(tokens):
-                raise ValueError(f"the reward function gave {len(r.token_rewards)} numbers "
-                                 f"for {len(tokens)} tokens")
-        else:
-            r.reward, r.token_rewards = float(got), []
-
-
-def give_rewards(rollouts, problems, tokenizer, function=None):
-    """Step 2: the math grader, or the user's function. Each process judges its share, and all then hold the
-    same rewards: a verdict that a time limit decided, or a random reward, must not differ elsewhere."""
-    rank, number = lm.processes()
-    own, own_problems = rollouts[rank::number], problems[rank::number]
-    if function is None:
-        eval_math.score(own, own_problems, tokenizer)
-    else:
-        apply_reward(function, own, own_problems, tokenizer)
-    for r, (reward, token_rewards) in zip(
-            rollouts, lm.gather_lists([(r.reward, r.token_rewards) for r in own])):
-        r.reward, r.token_rewards = reward, token_rewards
+def finish_step(line, rollouts, kept, trainers, tokenizer, dev_problems, args, run, progress):
+    """Development accuracy, metrics, the check of the replay law, checkpoint."""
+    step, model = line["step"], trainers.model
+    if dev_problems and args.eval_every and step % args.eval_every == 0:
+        found = eval_math.evaluate(
+            model, tokenizer, dev_problems, seed=args.seed, **eval_math.decoding_settings(args))
+        line["dev_accuracy"] = found["accuracy"]
+    run.write(line)
+    parallel.say(describe_line(line))
+    check_gap(line, args)
+    progress.update(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
+    if step == args.steps or (args.save_every and step % args.save_every == 0):
+        has_value = trainers.critic is not None
+        save_more = functools.partial(checkpoints.save_value_model, trainers.critic) if has_value else None
+        run.save(tokenizer, trainers.pairs(), progress, args.keep_checkpoints, save_more)
+        if run.is_writer:  # those that this process trained on have all their numbers
+            shown = [r for r in kept if r.ratio or r.value_old] or rollouts
+            show.write_page(shown[:8], tokenizer, os.path.join(run.folder, "trace.html"))
 
 
 def check_gap(line, args):
     """Stops a float32 run that breaks the replay law: it would train on states the policy never was in.
 
     A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding
-    stays below 1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop.
-    """
+    stays below 1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop. """
     bound = 1e-4 / min(args.temperature, 1.0)
     is_law = line["gap"] <= bound and line["gap_max"] <= 10 * bound
     if args.dtype == "float32" and not is_law:
@@ -431,158 +489,178 @@ def describe_line(line):
     return "  ".join(parts)
 
 
-def evaluate_all(model, tokenizer, problems, args):
-    """Accuracy on the test problems: dynamic as trained, static one token per step, and greedy."""
-    modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
-                 greedy=dict(strategy="dynamic", temperature=0.0))
-    return {name: eval_math.evaluate(model, tokenizer, problems, seed=0, **sampling(args, model, **changes))
-            for name, changes in lm.progress(modes.items(), "evaluate")}
+# ------------------------------------------------------------------------------------------------------------
+# Set-up. The method ends here.
+
+
+TINY = dict(  # defaults of the tiny model
+    train_data="arithmetic", dev_data="arithmetic-dev", eval_data="arithmetic-test", steps=45, prompts=32,
+    minibatches=2, lr=1e-4, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4, value_clip=None,
+    max_new_tokens=20, slots=512, eval_every=20, save_every=20, tokens_per_micro_batch=4096, dtype="float32")
+REAL = dict(  # defaults with --model: the paper's for SDAR, for billions of parameters
+    steps=80, prompts=64, minibatches=1, lr=1e-6, warmup=0, value_lr=5e-6, value_warmup=5, value_epochs=1,
+    value_clip=0.2, max_new_tokens=2000, slots=64, eval_every=10, save_every=20, tokens_per_micro_batch=16384,
+    dtype="bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def parse_args(argv=None):
-    """The flags of tracerl.py. Two defaults: of the embedded task, and with --model the paper's for SDAR."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    flag = functools.partial(lm.add_flag, parser)
-    flag("--model", str, None, None,
-         "checkpoint folder or hub id; without it, a tiny model is made and warm-started")
-    flag("--train_data", str, "arithmetic", None, "problems to train on: embedded arithmetic or a file")
-    flag("--dev_data", str, "arithmetic-dev", None,
-         "problems for --eval_every; test problems never guide a run")
-    flag("--eval_data", str, "arithmetic-test", None, "test problems, scored before and after training only")
-    flag("--run", str, "tracerl", "tracerl", "name of the folder under runs/ "
-         "(torchrun refuses the short form, which it reads as the start of a flag of its own)", "--run_name")
-    flag("--steps", int, 45, 80, "RL steps")
-    flag("--prompts", int, 32, 64, "prompts per step")
-    flag("--group_size", int, 16, 16, "G, responses per prompt")
-    flag("--minibatches", int, 2, 1, "updates per pass over the rollouts of a step")
-    flag("--epochs", int, 1, 1, "passes over the rollouts of a step")
-    flag("--lr", float, 1e-4, 1e-6, "learning rate of AdamW")
-    flag("--warmup", int, 10, 0, "RL steps of rising learning rate, counted from the policy's first")
-    flag("--clip", float, 0.2, 0.2, "epsilon of the ratio")
-    flag("--beta", float, 0.01, 0.01, "weight of the KL to the policy of the rollout")
-    flag("--max_norm", float, 1.0, 1.0, "bound on the gradient norm")
-    flag("--shrink", int, 1, None, "s, denoising steps merged into one trace step; None is 1, "
-         "and 8 for full attention (the tiny task has too few steps for that)")
-    flag("--objective", str, "tracerl", "tracerl", "views: the trace, or the baselines' random masks, "
-         "without or with complement", choices=("tracerl", "random", "coupled"))
-    flag("--advantage", str, "group", "group", "standard score in the group; value model with GAE; "
-         "minus the batch mean; raw reward", choices=("group", "value", "batch", "none"))
-    flag("--value_lr", float, 4e-3, 5e-6, "learning rate of the value model")
-    flag("--value_warmup", int, 10, 5, "RL steps that train the value model only")
-    flag("--value_epochs", int, 4, 1, "passes of the value model over the rollouts of a step")
-    flag("--value_clip", float, None, 0.2,
-         "bound on the change of a value in its loss; None is no clipping (the paper: 0.2)")
-    flag("--post_num", int, 0, 0, "tokens after eos, in its block, that are trained as well")
-    flag("--gamma", float, 1.0, 1.0, "discount per trace step")
-    flag("--lam", float, 1.0, 1.0, "lambda of GAE")
-    flag("--reward", str, None, None, "file.py:function of (problem, response text, tokens) -> a float "
-         "or one per token, in place of the math grader (which still evaluates)")
-    flag("--keep_range", float, (0.0, 1.0), (0.2, 0.8), "mean rewards of the groups to keep; "
-         "equal rewards always drop", nargs=2, metavar=("LOW", "HIGH"))
-    flag("--strategy", str, "dynamic", "dynamic", "what a denoising step reveals", choices=rollout.STRATEGIES)
-    flag("--threshold", float, 0.9, 0.9, "confidence above which dynamic reveals a token")
-    flag("--denoising_steps", int, None, None,
-         "steps per block that the quota of revealed tokens is made for; None is K")
-    flag("--temperature", float, 1.0, 1.0, "T, of rollouts and of the policy that is trained")
-    flag("--top_k", int, 0, 0, "draw among the k most probable tokens; 0 is all")
-    flag("--top_p", float, 1.0, 1.0, "draw among the most probable tokens up to this sum; 1 is all")
-    flag("--rollout_block_size", int, None, None, "roll out in these smaller blocks for --adapt_steps steps "
-         "while training in blocks of --block_size")
-    flag("--adapt_steps", int, 20, 40,
-         "RL steps with --rollout_block_size; after them, rollouts have --block_size too")
-    flag("--max_new_tokens", int, 20, 2000, "longest response; full attention: length of the canvas")
-    flag("--slots", int, None, 64, "sequences decoded together on one process; None is all")
-    sft.add_common_flags(flag)
-    flag("--eval_every", int, 20, 10, "RL steps between evaluations on development problems; 0 is never")
-    flag("--save_every", int, 20, 20, "RL steps between checkpoints; 0 is at the end only")
-    flag("--keep_checkpoints", int, 3, 3, "the newest ones to keep")
-    args = lm.fill_defaults(parser, argv)
-    if args.reward and args.keep_range in ((0.0, 1.0), (0.2, 0.8)):
-        args.keep_range = (-1e9, 1e9)  # a reward of one's own has a scale of its own
+    """The flags of tracerl.py."""
+    parser = runs.make_parser("TraceRL: reinforcement learning of a diffusion language model on its traces.")
+    flag = parser.add_argument_group("most used").add_argument
+    flag("--model", help="checkpoint folder or hub id; without it, a tiny model is made and warm-started")
+    flag("--train_data", help="problems to train on: embedded arithmetic, a file, or a hub id")
+    flag("--dev_data", help="problems for --eval_every; test problems never guide a run")
+    flag("--eval_data", help="test problems, scored before and after training only")
+    flag("--steps", type=runs.positive_int, help="RL steps")
+    flag("--prompts", type=runs.positive_int, help="prompts per step")
+    flag("--group_size", type=runs.positive_int, default=16, help="G, responses per prompt")
+    flag("--lr", type=runs.positive, help="learning rate of AdamW")
+    flag("--attention", choices=("block", "full"), default="block", help="of the tiny model")
+    flag("--block_size", type=runs.positive_int, help="K; None is the checkpoint's own, 4 for the tiny model")
+    flag = parser.add_argument_group("method: each a built-in name, or file.py:function").add_argument
+    flag("--reward", default="math",
+         help="math: 1 if the boxed answer is right (accuracy is measured so, whatever this is)")
+    flag("--advantage", default="group", help="group: standard score in the group; value: value model with "
+         "GAE; batch: minus the mean of the step; raw: the reward")
+    flag("--loss", default="clip", help="clip: the clipped policy gradient with a KL")
+    flag("--views", default="trace",
+         help="trace, or the baselines' random masks: random, coupled (with complement)")
+    flag = parser.add_argument_group("policy").add_argument
+    flag("--shrink", type=runs.positive_int, help="s, denoising steps merged into one trace step; None is 1, "
+         "and 8 for full attention with --model (the tiny task has too few steps for that)")
+    flag("--clip_eps", type=runs.not_negative, default=0.2,
+         help="epsilon: ratios are clipped to 1 - eps .. 1 + eps")
+    flag("--kl_coef", type=runs.not_negative, default=0.01,
+         help="beta: weight of the KL to the policy of the rollout")
+    flag("--minibatches", type=runs.positive_int, help="updates per pass over the rollouts of a step")
+    flag("--epochs", type=runs.positive_int, default=1, help="passes over the rollouts of a step")
+    flag("--warmup", type=runs.count, help="RL steps of rising learning rate, from the policy's first")
+    flag("--max_grad_norm", type=runs.positive, default=1.0, help="bound on the gradient norm")
+    flag("--keep_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="mean rewards of the groups to "
+         "keep; equal rewards always drop. None is all; with --model and the math reward 0.2 0.8 (paper)")
+    flag("--post_num", type=runs.count, default=0,
+         help="tokens after eos, in its block, that are trained as well")
+    flag("--rollout_block_size", type=runs.positive_int, help="roll out in these smaller blocks for "
+         "--adapt_steps steps, while training in blocks of --block_size")
+    flag("--adapt_steps", type=runs.count, default=20, help="RL steps with --rollout_block_size")
+    flag = parser.add_argument_group("value model").add_argument
+    flag("--value_lr", type=runs.positive, help="learning rate")
+    flag("--value_warmup", type=runs.count, help="RL steps that train the value model only")
+    flag("--value_epochs", type=runs.positive_int, help="passes over the rollouts of a step")
+    flag("--value_clip", type=runs.positive,
+         help="bound on a value's change in its loss; None is none (the paper: 0.2)")
+    flag("--gamma", type=runs.share, default=1.0, help="discount per trace step")
+    flag("--gae_lambda", type=runs.share, default=1.0, help="lambda of GAE")
+    eval_math.add_decoding_flags(parser)
+    parser.add_argument("--strategy", choices=rollout.STRATEGIES, default="dynamic",
+                        help="what a denoising step reveals")
+    eval_math.add_prompt_flags(parser)
+    runs.add_training_flags(parser, "tracerl")
+    parser.add_argument("--eval_every", type=runs.count,
+                        help="RL steps between evaluations on --dev_data; 0 is never")
+    args = runs.parse(parser, argv, TINY, REAL)
     check_args(args, parser)
+    if args.keep_range is None and args.model is not None and args.reward == "math":
+        args.keep_range = [0.2, 0.8]
     return args
 
 
 def check_args(args, parser):
-    """Bad values die at the door."""
+    """What no flag's type can see."""
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
-    for name in ("steps", "prompts", "group_size", "minibatches", "epochs", "lr", "max_norm", "temperature",
-                 "value_lr", "value_epochs", "keep_checkpoints", "max_new_tokens",
-                 "max_prompt_tokens", "micro_tokens"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    for name in ("value_warmup", "warmup", "adapt_steps", "lora_rank", "post_num", "beta", "clip", "top_k",
-                 "eval_every", "save_every"):
-        if not getattr(args, name) >= 0:
-            parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
-    if args.shrink is not None and args.shrink < 1:
-        parser.error(f"--shrink must be at least 1, got {args.shrink}")
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}")
+    if args.temperature == 0:
+        parser.error("--temperature must be above 0: the same response G times teaches nothing")
+    if args.top_p == 0:
+        parser.error("--top_p must be above 0")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
-    for name in ("block_size", "rollout_block_size", "slots", "denoising_steps", "value_clip"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    if not args.keep_range[0] <= args.keep_range[1]:
+    if args.keep_range is not None and args.keep_range[0] > args.keep_range[1]:
         parser.error(f"--keep_range takes two numbers in rising order, got {args.keep_range}")
-    if not 0 < args.top_p <= 1 or not 0 <= args.threshold <= 1:
-        parser.error(f"--top_p {args.top_p} must be in (0, 1] and --threshold {args.threshold} in [0, 1]")
-    if os.path.basename(args.run) != args.run or args.run in ("", ".", ".."):
-        parser.error(f"--run {args.run!r} must be a plain folder name")
 
 
-def load_data(source, tokenizer, args):
-    """Problems whose prompts fit -> list[Problem]; the others are counted and said."""
-    problems = eval_math.load_problems(source, needs_answer=args.reward is None)
-    problems, num_long = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens,
-                                                  args.instruction, args.prompt_style, args.system)
-    lm.say(f"{source}: {len(problems)} problems" + (
-        f"; skipped {num_long} with a prompt over {args.max_prompt_tokens} tokens" if num_long else ""))
-    return problems
+def load_start(args):
+    """The policy to start from, by the flags -> model, tokenizer, its path."""
+    saved = runs.checkpoints_of(os.path.join("runs", args.name)) if args.resume and not args.lora_rank else []
+    if saved and args.model is None:
+        path = saved[-1]  # its weights are about to be restored anyway
+    else:
+        smallest = args.rollout_block_size or args.block_size or 4
+        path = args.model or sft.warm_start(args.seed, smallest, args.attention)
+    model, tokenizer = checkpoints.load_to_train(path, args)
+    if args.shrink is None:
+        args.shrink = 8 if model.config.is_full and args.model is not None else 1
+    smallest = args.rollout_block_size or model.config.block_size
+    if model.config.block_size % smallest:
+        raise ValueError(f"--rollout_block_size {smallest} must divide the block size, "
+                         f"{model.config.block_size}: set --block_size")
+    if (args.denoising_steps or 1) > smallest:
+        raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 "
+                         f"and the block size, {smallest}")
+    return model, tokenizer, path
+
+
+def make_trainers(model, path, args):
+    """The value model, if there is one; sharding; optimizers."""
+    critic = critic_optimizer = None
+    if args.advantage == "value":
+        critic, saved = value.ValueModel(model), os.path.join(path, "value", "model.safetensors")
+        if not args.lora_rank and os.path.isfile(saved):
+            parallel.say(f"value model: going on from {saved}")
+            checkpoints.load_value_model(critic, saved)
+    parallel.shard(model, model.layers, getattr(torch, args.dtype))
+    optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.95))
+    if critic is not None:
+        parallel.shard(critic, critic.backbone.layers, getattr(torch, args.dtype))
+        # a long memory: once failures are rare, one of them must not throw the value model off its path
+        critic_optimizer = parallel.make_optimizer(critic, args.value_lr, (0.9, 0.999))
+    return Trainers(model, optimizer, critic, critic_optimizer)
+
+
+def evaluate_all(model, tokenizer, problems, reward, args):
+    """Accuracy on the test problems: as trained, dynamic, static with one token per step, and greedy."""
+    modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
+                 greedy=dict(temperature=0.0))
+    modes |= {} if args.strategy in modes else {args.strategy: {}}
+    own_reward = None if reward is math_reward else reward
+    return {name: eval_math.evaluate(model, tokenizer, problems, reward=own_reward,
+                                     **eval_math.decoding_settings(args) | changes)
+            for name, changes in parallel.progress(modes.items(), "evaluate")}
 
 
 def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args, started = parse_args(argv), time.perf_counter()
-    reward = load_reward(args.reward) if args.reward else None
-    lm.start_processes(args.model is None, args.dtype == "bfloat16")
-    path = args.model or sft.warm_start(
-        args.seed, args.rollout_block_size or args.block_size or 4, args.attention)
-    model, tokenizer = lm.load_to_train(args, path)
-    args.shrink = args.shrink or (8 if model.config.is_full else 1)
-    smallest = args.rollout_block_size or model.config.block_size
-    if model.config.block_size % smallest:
-        raise ValueError(f"--rollout_block_size {smallest} must divide the block size, "
-                         f"{model.config.block_size}: set --block_size")
-    if not 1 <= (args.denoising_steps or 1) <= smallest:
-        raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 "
-                         f"and the block size, {smallest}")
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
-    problems, test_problems = (
-        load_data(source, tokenizer, args) for source in (args.train_data, args.eval_data))
-    dev_problems = load_data(args.dev_data, tokenizer, args) if args.dev_data and args.eval_every else []
-    settings = {name: value for name, value in vars(args).items() if name != "resume"} | dict(model=path)
-    log = lm.RunLog(os.path.join("runs", args.run), settings, is_resumed=args.resume)
-    evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, args)
-    progress = train(model, tokenizer, problems, dev_problems, reward, args, log, before=evaluate)
-    before, after = progress["before"], evaluate()
-    summary = dict(before=before, after=after, seconds=time.perf_counter() - started,
-                   replay_gap_max=progress["gap_max"], seed=args.seed)
-    log.finish(summary)
-    log.plot()
-    lm.say(
-        f"\n{'accuracy on ' + str(len(test_problems)) + ' test problems':36s}{'before':>16s}{'after':>18s}")
+    plugins = Plugins(runs.load_function(args.reward, dict(math=math_reward), "--reward"),
+                      runs.load_function(args.advantage, ADVANTAGES, "--advantage"),
+                      runs.load_function(args.loss, LOSSES, "--loss"),
+                      runs.load_function(args.views, rollout.VIEWS, "--views"))
+    parallel.start_processes(args.model is None, args.dtype == "bfloat16")
+    model, tokenizer, path = load_start(args)
+    load = functools.partial(
+        eval_math.load_prompts, tokenizer=tokenizer, args=args, needs_answer=args.reward == "math")
+    problems, test_problems = load(args.train_data), load(args.eval_data)
+    dev_problems = load(args.dev_data) if args.dev_data and args.eval_every else []
+    evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, plugins.reward, args)
+    with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:
+        trainers = make_trainers(model, path, args)
+        progress = run.restore(trainers.pairs()) if args.resume else None
+        if progress is not None:
+            parallel.say(f"resuming {run.folder} after step {progress['step']}")
+        progress = progress or dict(step=0, gap_max=0.0, before=evaluate())
+        progress = train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progress)
+        before, after = progress["before"], evaluate()
+        summary = dict(before=before, after=after, seconds=time.perf_counter() - started,
+                       replay_gap_max=progress["gap_max"], seed=args.seed)
+        run.finish(summary)
+    title = f"accuracy on {len(test_problems)} test problems"
+    parallel.say(f"\n{title:36s}{'before':>16s}{'after':>18s}")
     for name in before:
-        cells = [f"{e[name]['accuracy']:.3f} +- {e[name]['standard_error']:.3f}" for e in (before, after)]
-        lm.say(f"  {name:34s}{cells[0]:>16s}  {cells[1]:>16s}")
-    lm.say(f"{summary['seconds']:.0f} seconds; the run is in {log.folder}: {', '.join(log.files())}")
-    lm.end_processes()
+        parallel.say(f"  {name:34s}{plus_minus(before[name]):>16s}  {plus_minus(after[name]):>16s}")
+    parallel.say(f"{summary['seconds']:.0f} seconds; the run is in {run.folder}: {', '.join(run.files())}")
+    parallel.end_processes()
     return summary
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_command(main)

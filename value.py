@@ -1,26 +1,31 @@
 """value.py - a baseline per trace step.
 
-The diffusion value model (paper, section on the diffusion value model; METHOD: value model): a copy of the
-policy's backbone with a linear head to one number. It reads the very rows the policy is trained on, at the
-very places where the policy predicts, so V_j is the value of the state just before the denoising step that
-reveals token j.
+The diffusion value model (arXiv 2509.06949, section on the diffusion value model): a copy of the policy's
+backbone with a linear head to one number. It reads the very rows the policy is trained on, at the very places
+where the policy predicts. So V_j is the value of the state just BEFORE the denoising step that reveals token
+j: what a baseline must be, since it may know the state but not the token that is about to be drawn.
 
-Tokens revealed at one step share that state, so time runs over trace steps, not over tokens: rewards and
-values are averaged over the trained tokens of a step (a star marks these means), GAE runs over steps, and
-each token gets its own share back.
+Tokens revealed at one step are drawn from one state. So time runs over trace steps, not over tokens: rewards
+and values are averaged over the trained tokens of a step (a star marks these means), GAE runs over steps, and
+each token then gets its own share back:
 
-Reading order: ValueModel, global_steps, returns_and_advantages, value_loss, explained_variance.
-"""
+    step_map of a response      1   1   2   3   3          reward 1, all of it at the last step
+    token rewards r_j           0   0   0   1   1
+    values V_j                 .5  .7  .6  .9  .7
+    step means V*              .6      .6  .8              (steps 1, 2, 3)
+    gamma = lambda = 1:  A_j   .5  .3  .4  .1  .3          = 1 - V_j: what the value model did not expect
+    gamma 1, lambda 0:   A_j   .1 -.1  .2  .1  .3          = r_j - V_j + V* of the next step
+
+Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, value_loss.
+
+Left out: a value model smaller than the policy, or one that shares its trunk (with LoRA the frozen trunk is
+shared); saving and loading (plumbing/checkpoints.py). """
 
 import copy
-import os
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-import model as lm
 import rollout
 
 
@@ -30,7 +35,7 @@ class ValueModel(nn.Module):
     def __init__(self, policy):
         super().__init__()
         self.config = policy.config
-        # with LoRA the frozen trunk is shared, and only the adapters are copied
+        # With LoRA the frozen trunk is shared with the policy, and only the adapters are copied.
         shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
         self.backbone = copy.deepcopy(policy, shared)
         self.backbone.head = None  # a value model predicts no tokens
@@ -44,27 +49,24 @@ class ValueModel(nn.Module):
 
     def forward(self, rows):
         """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in their order."""
-        return F.linear(rows.states(self.backbone).float(), self.value_head.weight.float()).squeeze(-1)
+        h = rows.states(self.backbone)  # (N, C)
+        return h.float() @ self.value_head.weight[0].float()
 
 
-def global_steps(rollouts, config, shrink=1, post_num=0):
-    """Trace steps of the trained tokens over the whole response -> int64 (N, R), 0 on untrained tokens.
+def trace_steps(r, config, block_size, shrink=1, post_num=0):
+    """The trace step of every trained token of a rollout, over the whole response -> list of int, 0 if
+    untrained.
 
-    1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. Steps
-    that revealed no trained token (only the filling after eos) are not counted.
-    """
-    tokens, steps, _ = rollout.canvases(rollouts, config)
-    L = tokens.shape[1]
-    span = L if config.is_full else config.block_size
-    trace = rollout.merge_steps(steps, span, shrink)
-    place = torch.arange(L)[None] - torch.tensor([len(r.prompt) for r in rollouts])[:, None]
-    trained = torch.tensor([min(r.num_tokens + post_num, len(r.response)) for r in rollouts])[:, None]
-    is_trained = (place >= 0) & (place < trained)
-    order = torch.where(is_trained, torch.arange(L) // span * (L + 1) + trace, 0)
-    order = rollout.merge_steps(order, L)
-    R = max(len(r.response) for r in rollouts)
-    out = torch.zeros(len(rollouts), R + 1, dtype=torch.int64)  # last column: outside the response
-    return out.scatter(1, torch.where(is_trained, place, R), order)[:, :R]
+    1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. A step
+    that revealed no trained token (only the filling after eos) is not counted: nothing waits for it. """
+    end = min(r.num_tokens + post_num, len(r.response))
+    steps, count = [0] * len(r.response), 0
+    for _, _, targets, _ in rollout.views_of(r, config, block_size, shrink=shrink):
+        trained = [j for j in targets if j < end]
+        count += bool(trained)
+        for j in trained:
+            steps[j] = count
+    return steps
 
 
 def place_rewards(rewards, steps):
@@ -74,10 +76,11 @@ def place_rewards(rewards, steps):
 
 
 def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
-    """Returns and GAE advantages over trace steps (METHOD: value model) -> two float (N, R), 0 if untrained.
+    """Returns and GAE advantages over trace steps -> two float (N, R), 0 where nothing is trained.
 
-    rewards, values: per token, float (N, R). steps: `global_steps`, int64 (N, R), 0 = not trained. For token
-    j of step t, with means over the trained tokens of a step marked *, and everything after the last step 0:
+    rewards, values: per token, float (N, R). steps: int64 (N, R), 0 = not trained. For token j of step t,
+    with means over the trained tokens of a step marked *, and everything after the last step 0 (paper, value
+    model):
 
         R*_t = r*_t + gamma R*_{t+1}
         A*_t = delta_t + gamma lam A*_{t+1}     with delta_t = r*_t - V*_t + gamma V*_{t+1}
@@ -85,68 +88,48 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
         A_j  = (r_j - V_j) + gamma V*_{t+1} + gamma lam A*_{t+1}
     """
     N, S = len(steps), int(steps.max())
-    # column t is step t; column 0 collects untrained tokens, column S + 1 stays 0
+    # Column t is step t. Column 0 collects untrained tokens, and column S + 1, after the last step, stays 0.
     zeros = rewards.new_zeros(N, S + 2)
     count = zeros.scatter_add(1, steps, torch.ones_like(rewards)).clamp(min=1)
-    r = zeros.scatter_add(1, steps, rewards) / count
-    v = zeros.scatter_add(1, steps, values) / count
+    r = zeros.scatter_add(1, steps, rewards) / count  # (N, S + 2) r*
+    v = zeros.scatter_add(1, steps, values) / count  # V*
     returns, advantages = zeros.clone(), zeros.clone()
     for t in range(S, 0, -1):
         returns[:, t] = r[:, t] + gamma * returns[:, t + 1]
         delta = r[:, t] - v[:, t] + gamma * v[:, t + 1]
         advantages[:, t] = delta + gamma * lam * advantages[:, t + 1]
-    is_trained, next_returns, next_v, next_advantages = steps > 0, *(
-        table.gather(1, steps + 1) for table in (returns, v, advantages))
-    token_returns = rewards + gamma * next_returns
-    token_advantages = rewards - values + gamma * next_v + gamma * lam * next_advantages
+    following = steps + 1
+    token_returns = rewards + gamma * returns.gather(1, following)
+    token_advantages = (rewards - values + gamma * v.gather(1, following)
+                        + gamma * lam * advantages.gather(1, following))
+    is_trained = steps > 0
     return token_returns * is_trained, token_advantages * is_trained
 
 
-def value_loss(values, values_old, returns, num_trained, clip=None):
-    """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by num_trained.
+def value_loss(values, values_old, returns, num_tokens, clip=None):
+    """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by num_tokens.
 
-    All float32 (N,). num_trained: trained tokens of the whole update. clip None: plain 0.5 (V - R)^2.
-    """
+    All float32 (N,). num_tokens: trained tokens of the WHOLE update, over all micro-batches and processes, so
+    that their losses and gradients simply add. clip None: plain 0.5 (V - R)^2. """
     error = (values - returns) ** 2
     if clip is not None:
         clipped = values_old + (values - values_old).clamp(-clip, clip)
         error = torch.maximum(error, (clipped - returns) ** 2)
-    return 0.5 * error.sum() / num_trained
+    return 0.5 * error.sum() / num_tokens
 
 
 def variance_sums(values, returns):
-    """What explained_variance needs, of two float (N,): five sums that may be added over processes."""
-    error = (returns - values).double()
-    returns = returns.double()
-    return [float(x)
-            for x in (len(returns), returns.sum(), (returns**2).sum(), error.sum(), (error**2).sum())]
+    """What explained_variance needs, of two float (N,): five sums, float64 (5,), that add up over
+    processes."""
+    returns, error = returns.double(), (returns - values).double()
+    count = torch.tensor(len(returns), dtype=torch.float64)
+    return torch.stack([count, returns.sum(), (returns**2).sum(), error.sum(), (error**2).sum()])
 
 
-def explained_variance(count, total, squares, error, error_squares):
+def explained_variance(sums):
     """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant; 0 where all returns are equal."""
+    count, total, squares, error, error_squares = sums.tolist()
     variance = squares / count - (total / count) ** 2
     if variance < 1e-9:
         return 0.0
     return 1 - (error_squares / count - (error / count) ** 2) / variance
-
-
-def save_value_model(model, folder):
-    """Writes folder/value/model.safetensors: the backbone under the family's names (LoRA: merged), and
-    value_head.weight. To be called on every process."""
-    state = lm.whole_state(model)
-    if lm.processes()[0] > 0:
-        return
-    head = state.pop("value_head.weight")
-    state = {name.removeprefix("backbone."): p for name, p in state.items()}
-    state = {lm.family_name(model.config, name): p
-             for name, p in lm.merge_lora(state, lm.lora_rank(model)).items()}
-    os.makedirs(os.path.join(folder, "value"), exist_ok=True)
-    save_file({**state, "value_head.weight": head}, os.path.join(folder, "value", "model.safetensors"))
-
-
-def load_value_model(model, path):
-    """Fills a ValueModel from such a file (or from the authors', whose lm_head it does without)."""
-    state = load_file(path)
-    names = {name: lm.family_name(model.config, name) for name in model.backbone.state_dict()}
-    model.backbone.load_state_dict({name: state[theirs] for name, theirs in names.items()})
-    model.value_head.load_state_dict({"weight": state["value_head.weight"]})

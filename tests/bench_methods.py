@@ -35,11 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from matplotlib.figure import Figure
 
-import model as lm
 import rollout
 import sft
 import tracerl
 import value
+from eval_math import decoding_settings, give_rewards, load_prompts
+from plumbing import checkpoints, parallel
 
 SETTINGS = {  # where: flags of every arm
     "k4": [],
@@ -51,21 +52,21 @@ SETTINGS = {  # where: flags of every arm
 }
 ARMS = {  # what is compared: flags of one arm
     "tracerl": [],
-    "random": ["--objective=random"],
-    "coupled": ["--objective=coupled"],
+    "random": ["--views=random"],
+    "coupled": ["--views=coupled"],
     "value": ["--advantage=value"],
     "value-clip": ["--advantage=value", "--value_clip=0.2"],
     "batch": ["--advantage=batch"],
-    "none": ["--advantage=none"],
+    "raw": ["--advantage=raw"],
     "shrink-2": ["--shrink=2"],
     "shrink-4": ["--shrink=4"],
     "static": ["--strategy=static"],
     "adapt": ["--adapt_steps=10"],
     "direct": ["--adapt_steps=0"],
 }
-OBJECTIVES = ("tracerl", "random", "coupled")
-WHICH = {"k4": [arm for arm in ARMS if arm not in ("adapt", "direct")], "k8": OBJECTIVES, "k16": OBJECTIVES,
-         "full": (*OBJECTIVES, "shrink-4"), "k4-to-k8": ("adapt", "direct")}
+VIEWS = ("tracerl", "random", "coupled")
+WHICH = {"k4": [arm for arm in ARMS if arm not in ("adapt", "direct")], "k8": VIEWS, "k16": VIEWS,
+         "full": (*VIEWS, "shrink-4"), "k4-to-k8": ("adapt", "direct")}
 LRS = ("1e-4", "3e-4", "1e-3")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
 
@@ -76,7 +77,7 @@ def command(setting, arm, lr, seed, args):
     flags = [*start, *SETTINGS[setting], *ARMS[arm], f"--lr={lr}", f"--seed={seed}", f"--steps={args.steps}",
              f"--eval_every={args.steps}", *args.more]
     name = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]  # other flags, another run
-    return [*flags, f"--run=methods-{setting}-{arm}-lr{lr}-s{seed}-{name}"]
+    return [*flags, f"--name=methods-{setting}-{arm}-lr{lr}-s{seed}-{name}"]
 
 
 def larger_start(seed):
@@ -88,7 +89,7 @@ def larger_start(seed):
         name = f"methods-k4-to-k8-start-s{seed}-{hashlib.sha256(' '.join(tune).encode()).hexdigest()[:6]}"
         start = f"runs/{name}/checkpoint"
         if not os.path.isdir(start):
-            sft.main([*tune, f"--run={name}"])
+            sft.main([*tune, f"--name={name}"])
     data = ["--train_data=arithmetic", "--dev_data=arithmetic-dev", "--eval_data=arithmetic-test"]
     tiny, real = (vars(tracerl.parse_args(flags)) for flags in ([], [f"--model={start}", *data]))
     set_elsewhere = ("keep_range", "steps", "lr", "eval_every", "adapt_steps")
@@ -107,7 +108,7 @@ def one_at_a_time():
 
 def result(flags):
     """What a finished run left behind -> dict, or None."""
-    folder = Path("runs") / flags[-1].removeprefix("--run=")
+    folder = Path("runs") / flags[-1].removeprefix("--name=")
     if not (folder / "summary.json").is_file():
         return None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -124,7 +125,7 @@ def run_all(commands):
     """Runs what nobody has run yet -> the results, waiting for what others are running."""
     while not all(results := [result(flags) for flags in commands]):
         for flags, done in zip(commands, results):
-            folder = Path("runs") / flags[-1].removeprefix("--run=")
+            folder = Path("runs") / flags[-1].removeprefix("--name=")
             if done or not claim(folder):
                 continue
             print("python tracerl.py " + " ".join(flags), flush=True)
@@ -214,16 +215,15 @@ def draw(tables, path):
 # Variance of the gradient.
 
 
-def gradient(model, rollouts, settings):
+def gradient(model, rollouts, views, settings):
     """The policy gradient of one batch of rollouts at the policy that made them, flat."""
-    rows = tracerl.train_rows(model, rollouts, settings, settings.objective)
-    advantage, = tracerl.field_tables(rollouts, "advantage", device=model.device)
-    num_trained = sum(len(part.target) for part in rows)
+    rows = tracerl.own_rows(model, rollouts, views, model.config.block_size, settings)
+    num_tokens = sum(len(part.targets.token) for part in rows)
     model.zero_grad(set_to_none=True)
     for part in rows:
         logp, _ = rollout.forward_rows(model, part)
-        tracerl.policy_loss(logp, logp.detach(), advantage[part.owner, part.place], num_trained,
-                            beta=0.0)[0].backward()
+        part.targets.logp_old.copy_(logp.detach())
+        tracerl.policy_loss(logp, part.targets, num_tokens, len(rollouts), kl_coef=0.0).backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
                       for p in model.parameters()])
 
@@ -244,10 +244,10 @@ def noise(gradients):
 
 def variance(setting, args):
     """For fixed prompts and the warm start as policy: the noise of the gradient over resampled rollouts, for
-    each advantage (on the trace) and each objective (with group advantages) -> {name: (ratio, error,
+    each advantage (on the trace) and each kind of views (with group advantages) -> {name: (ratio, error,
     cosine)}: noise(), and the cosine of the mean gradient with that of the raw reward.
 
-    The objectives, and the group's division by its standard deviation, have other mean gradients, so that
+    The views, and the group's division by its standard deviation, have other mean gradients, so that
     less noise there is not yet a better estimate of the same thing: hence the cosine. The errors are over
     rollouts alone, of one policy and 32 prompts. The value model is trained beforehand, on other rollouts of
     the policy.
@@ -255,37 +255,36 @@ def variance(setting, args):
     settings = tracerl.parse_args([*SETTINGS[setting], "--advantage=value", "--value_lr=4e-3", *args.more])
     settings.shrink = settings.shrink or 1
     path = settings.model or sft.warm_start(0, settings.block_size or 4, settings.attention)
-    model, tokenizer = lm.load_model(path, settings.block_size, torch.float32)
-    problems = tracerl.load_data(settings.train_data, tokenizer, settings)
+    model, tokenizer = checkpoints.load_model(path, settings.block_size, torch.float32)
+    K, problems = model.config.block_size, load_prompts(settings.train_data, tokenizer, settings)
     critic = value.ValueModel(model)
-    optimizer = lm.make_optimizer(critic, settings.value_lr, (0.9, 0.999))
-    settings.prompts, settings.group_size = settings.prompts * settings.group_size, 1
+    optimizer = parallel.make_optimizer(critic, settings.value_lr, (0.9, 0.999))
+    trainers = tracerl.Trainers(model, None, critic, optimizer)
+    prompts, group_size = settings.prompts, settings.group_size
+    settings.prompts, settings.group_size = prompts * group_size, 1  # it learns from other prompts
     for step in range(1000, 1000 + args.value_steps):
-        rollouts, repeated = tracerl.roll_out(model, problems, settings, step)
-        tracerl.give_rewards(rollouts, repeated, tokenizer)
-        metrics = tracerl.value_advantages(critic, rollouts, settings)
-        for batch in tracerl.minibatches(rollouts, 1, 2, step) * settings.value_epochs:
-            tracerl.update_value(critic, optimizer, batch, settings)
+        rollouts, asked = tracerl.roll_out(model, problems, K, settings, step)
+        give_rewards(rollouts, asked, tokenizer)
+        kept, metrics = tracerl.give_advantages(rollouts, critic, None, K, settings)
+        batches = tracerl.make_batches(kept, trainers, rollout.trace_views, K, settings, step)
+        tracerl.learn(trainers, batches, [], None, settings)
     explained = metrics["explained_variance"]
     print(f"value model: explained variance {explained:.3f} after {args.value_steps} steps")
-    settings = tracerl.parse_args([*SETTINGS[setting], *args.more])
-    settings.shrink = settings.shrink or 1
-    found = {}
+    settings.prompts, settings.group_size, found = prompts, group_size, {}
     for turn in range(args.resamples):
-        problems_of_turn = [p for p in problems[:settings.prompts] for _ in range(settings.group_size)]
-        seeds = [turn * 1_000_003 + i for i in range(len(problems_of_turn))]
-        rollouts = rollout.generate_everywhere(model, [p.tokens for p in problems_of_turn], seeds,
-                                               **tracerl.sampling(settings, model))
-        tracerl.give_rewards(rollouts, problems_of_turn, tokenizer)
-        for name in ("group", "batch", "none", "value", "random", "coupled"):
-            kind = name if name in ("batch", "none", "value") else "group"
-            settings.objective = name if name in ("random", "coupled") else "tracerl"
-            kept = tracerl.set_advantages(rollouts, kind, settings.group_size, settings.keep_range)
-            if kind == "value":
-                tracerl.value_advantages(critic, kept, settings)
-            found.setdefault(name, []).append(gradient(model, kept, settings))
+        asked = [p for p in problems[:prompts] for _ in range(group_size)]
+        seeds = [turn * 1_000_003 + i for i in range(len(asked))]
+        rollouts = rollout.generate_everywhere(
+            model, [p.tokens for p in asked], seeds, **decoding_settings(settings))
+        give_rewards(rollouts, asked, tokenizer)
+        for name in ("group", "batch", "raw", "value", "random", "coupled"):
+            settings.advantage = name if name in ("batch", "raw", "value") else "group"
+            kept, _ = tracerl.give_advantages(rollouts, critic if name == "value" else None,
+                                              tracerl.ADVANTAGES[settings.advantage], K, settings)
+            views = rollout.VIEWS[name if name in ("random", "coupled") else "trace"]
+            found.setdefault(name, []).append(gradient(model, kept, views, settings))
     means = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}
-    return {name: (*noise(gradients), float(torch.cosine_similarity(means[name], means["none"], dim=0)))
+    return {name: (*noise(gradients), float(torch.cosine_similarity(means[name], means["raw"], dim=0)))
             for name, gradients in found.items()}
 
 
@@ -324,7 +323,7 @@ def main(argv=None):
     if args.picture and not args.variance:
         draw(found, args.picture)
     os.makedirs("runs", exist_ok=True)
-    lm.write_json(f"runs/{'variance' if args.variance else 'methods'}.json", found)
+    checkpoints.write_json(f"runs/{'variance' if args.variance else 'methods'}.json", found)
     return found
 
 

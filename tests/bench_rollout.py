@@ -19,6 +19,8 @@ from bench_update import PRESETS, preset_config
 
 import model as lm
 import rollout
+import sft
+from plumbing import parallel
 
 
 def uncached(model, r):
@@ -28,9 +30,9 @@ def uncached(model, r):
     for step in range(1, max(r.step_map) + 1):
         end = (int((steps == step).nonzero().max()) // K + 1) * K
         tokens = torch.where(steps >= step, model.config.mask_id, torch.tensor(text))[:end]
-        model.head(model.hidden(
-            tokens[None].to(model.device),
-            lm.Layout.clean(torch.arange(end, device=model.device)[None], K, False))[:, end - K:])
+        position = torch.arange(end, device=model.device)[None]
+        attend = lm.attend_within(lm.Layout.clean(position, K, False))
+        model.head(model.hidden(tokens[None].to(model.device), position, attend)[:, end - K:])
 
 
 def timed(function, device):
@@ -53,9 +55,9 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    device, rng = lm.default_device(), torch.Generator().manual_seed(0)
+    device, rng = parallel.default_device(), torch.Generator().manual_seed(0)
     model = lm.BlockDiffusionLM(preset_config(args.preset))
-    lm.initialize(model, 0)
+    sft.initialize(model, 0)
     model.to(device, torch.bfloat16 if is_cuda else torch.float32).eval()
     V = model.config.vocab_size
     prompts = [torch.randint(3, V, (int(n),), generator=rng).tolist()

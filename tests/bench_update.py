@@ -21,6 +21,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +31,7 @@ import torch
 import model as lm
 import rollout
 import tracerl
+from plumbing import parallel
 
 PRESETS = {  # C, layers, heads, kv heads, head_dim, feed-forward, V, tied
     "tiny": (64, 2, 4, 2, 16, 192, 18, False),
@@ -45,7 +47,7 @@ GPU_FLOPS, GPU_BYTES = 989e12, 80e9  # one H100 or H200, dense bfloat16; memory 
 def preset_config(name, block_size=4):
     """A ModelConfig by shape."""
     C, layers, heads, kv_heads, D, ff, V, tied = PRESETS[name]
-    return lm.ModelConfig("sdar", V, C, layers, heads, kv_heads, D, ff,
+    return lm.ModelConfig(V, C, layers, heads, kv_heads, D, ff,
                           mask_id=2, block_size=block_size, tie_word_embeddings=tied)
 
 
@@ -75,64 +77,62 @@ def made_up(config, number, prompt, low, high, seed=0):
 
 def author_rows(rollouts, config, prompt, response):
     """The authors' layout as Rows: row t shows, behind a response's clean text, each block before step t."""
-    K, L, fields = config.block_size, prompt + response, []
-    source, target, owner, place = [], [], [], []
+    K, rows = config.block_size, []
     for n, r in enumerate(rollouts):
-        R = len(r.response)
-        in_block = rollout.merge_steps(torch.tensor([r.step_map]), K)[0]
-        for t in range(1, int(in_block.max()) + 1):
-            clean = torch.tensor(r.prompt + r.response + [0] * (response - R))
-            noisy = clean[prompt:].clone()
-            noisy[:R][in_block >= t] = config.mask_id
-            position = torch.cat([torch.arange(L), torch.arange(prompt, L)])
-            view = torch.cat([torch.zeros(L), torch.ones(response)]).long()
-            document = torch.where((position < prompt + R), 0, -1)
-            where = (in_block == t).nonzero()[:, 0]
-            source += (len(fields) * (L + response) + L + where).tolist()
-            target += clean[prompt + where].tolist()
-            owner += [n] * len(where)
-            place += where.tolist()
-            fields.append(torch.stack([torch.cat([clean, noisy]), position, document, position // K, view]))
-    tokens, *layout = torch.stack(fields, dim=1)
-    return rollout.Rows(tokens, lm.Layout(*layout), *map(torch.tensor, (source, target, owner, place)))
+        R, clean = len(r.response), r.prompt + r.response + [0] * (response - len(r.response))
+        views = {}  # trace step inside its block -> (hidden, targets) of all blocks
+        for block in rollout.blocks_of(prompt, R, K):
+            for t, (hidden, targets) in enumerate(rollout.trace_views(r, block, 1)):
+                shown = views.setdefault(t, ([], []))
+                shown[0].extend(hidden)
+                shown[1].extend(targets)
+        for hidden, targets in views.values():
+            noisy = list(clean[prompt:])
+            for j in hidden:
+                noisy[j] = config.mask_id
+            position = [*range(prompt + response), *range(prompt, prompt + response)]
+            view = [0] * (prompt + response) + [1] * response
+            values = [(prompt + response + j, r.response[j], n, j, 1.0, 0.0, 0.0, r.advantage[j], 0.0, 0.0)
+                      for j in targets]
+            rows.append(rollout.Row(clean + noisy, position, [p // K for p in position], view, values))
+    return rollout.collate(rows, 0)
 
 
-def author_update(model, rows, advantage, rows_at_once, num_trained):
+def author_update(model, rows, rows_at_once, num_trained):
     """Old log-probabilities, forward, backward, as plainly as it can be said: all logits of every row."""
     def logprobs(part):
-        logits = lm.policy_logits(model.head(model.hidden(part.tokens, part.layout)), model.config.mask_id)
-        return logits.log_softmax(-1).flatten(0, 1)[part.source].gather(-1, part.target[:, None])[:, 0]
+        attend = partial(lm.masked_attention, mask=lm.dense_mask(part.layout))
+        logits = model.head(model.hidden(part.tokens, part.layout.position, attend))
+        logp = lm.policy_logits(logits, model.config.mask_id).log_softmax(-1).flatten(0, 1)
+        return logp[part.targets.logit_index].gather(-1, part.targets.token[:, None])[:, 0]
 
-    T = rows.tokens.shape[1]
-    parts = []
+    T, parts = rows.tokens.shape[1], []
     for start in range(0, len(rows.tokens), rows_at_once):
-        own = (rows.source // T >= start) & (rows.source // T < start + rows_at_once)
-        cut = slice(start, start + rows_at_once)
-        parts.append(rollout.Rows(
-            rows.tokens[cut], lm.Layout(*(t[cut] for t in rows.layout)), rows.source[own] - start * T,
-            rows.target[own], rows.owner[own], rows.place[own]).to(model.device))
+        row = rows.targets.logit_index // T
+        own, cut = (row >= start) & (row < start + rows_at_once), slice(start, start + rows_at_once)
+        targets = rollout.Targets(*(t[own] for t in rows.targets))
+        targets = targets._replace(logit_index=targets.logit_index - start * T)
+        part = rollout.Rows(rows.tokens[cut], lm.Layout(*(t[cut] for t in rows.layout)), targets)
+        parts.append(rollout.to_device(part, model.device))
     with torch.no_grad():
-        old = [logprobs(part) for part in parts]
-    for part, logp_old in zip(parts, old):
-        loss, _ = tracerl.policy_loss(
-            logprobs(part), logp_old, advantage[part.owner, part.place], num_trained)
-        loss.backward()
+        for part in parts:
+            part.targets.logp_old.copy_(logprobs(part))
+    for part in parts:
+        tracerl.policy_loss(logprobs(part), part.targets, num_trained, 1).backward()
 
 
 def packed_update(model, rollouts, settings, is_replayed):
     """Ours: the update of tracerl.py without its optimizer step; is_replayed: old log-probabilities by a pass
     of their own, as when there are several updates per RL step."""
+    parts = tracerl.own_rows(model, rollouts, rollout.trace_views, model.config.block_size, settings)
     if is_replayed:
-        tracerl.old_logprobs(model, rollouts, settings)
-    parts = tracerl.train_rows(model, rollouts, settings, "tracerl")
-    num_trained = sum(len(part.target) for part in parts)
-    old, advantage = tracerl.field_tables(rollouts, "logp_old", "advantage", device=model.device)
+        tracerl.old_logprobs(model, [tracerl.Batch(rollouts, parts, [])], settings)
+    num_trained = sum(len(part.targets.token) for part in parts)
     for rows in parts:
         logp, _ = rollout.forward_rows(model, rows)
-        at = rows.owner, rows.place
-        loss, _ = tracerl.policy_loss(
-            logp, old[at] if is_replayed else logp.detach(), advantage[at], num_trained)
-        loss.backward()
+        if not is_replayed:
+            rows.targets.logp_old.copy_(logp.detach())
+        tracerl.policy_loss(logp, rows.targets, num_trained, 1).backward()
 
 
 def peak_bytes(device):
@@ -145,7 +145,7 @@ def peak_bytes(device):
 def measure(args):
     """One measurement, in a process of its own -> dict."""
     torch.set_num_threads(args.threads)
-    device = lm.default_device()
+    device = parallel.default_device()
     config = preset_config(args.preset)
     with torch.device(device):
         model = lm.BlockDiffusionLM(config)
@@ -154,20 +154,18 @@ def measure(args):
             p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
     model.to(getattr(torch, args.dtype))
     for layer in model.layers:
-        layer.recomputes = args.recompute
+        layer.has_gradient_checkpointing = args.gradient_checkpointing
     rollouts = made_up(config, args.responses, args.prompt, *args.range)
-    settings = argparse.Namespace(
-        shrink=1, post_num=0, micro_tokens=args.micro_tokens, objective="tracerl", temperature=1.0)
+    settings = tracerl.parse_args([f"--tokens_per_micro_batch={args.tokens_per_micro_batch}", "--shrink=1"])
     if args.layout in ("authors", "unpadded"):
         response = args.padded if args.layout == "authors" else max(len(r.response) for r in rollouts)
         rows = author_rows(rollouts, config, args.prompt, response)
-        advantage, = tracerl.field_tables(rollouts, "advantage", device=device)
-        num_trained, tokens = len(rows.target), rows.tokens.numel()
-        at_once = max(1, args.micro_tokens // rows.tokens.shape[1])
-        once = lambda: author_update(model, rows, advantage, at_once, num_trained)
+        num_trained, tokens = len(rows.targets.token), rows.tokens.numel()
+        at_once = max(1, args.tokens_per_micro_batch // rows.tokens.shape[1])
+        once = lambda: author_update(model, rows, at_once, num_trained)
     else:
-        parts = tracerl.train_rows(model, rollouts, settings, "tracerl")
-        num_trained, tokens = sum(len(p.target) for p in parts), sum(p.tokens.numel() for p in parts)
+        parts = tracerl.own_rows(model, rollouts, rollout.trace_views, config.block_size, settings)
+        num_trained, tokens = sum(len(p.targets.token) for p in parts), sum(p.tokens.numel() for p in parts)
         once = lambda: packed_update(model, rollouts, settings, args.layout == "replayed")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -190,7 +188,7 @@ def measure(args):
 def matmul_flops(threads, dtype):
     """What this machine reaches on one large matrix product, per second."""
     torch.set_num_threads(threads)
-    device = lm.default_device()
+    device = parallel.default_device()
     a = torch.randn(4096 if device.type == "cuda" else 1536, device=device, dtype=dtype).outer(
         torch.randn(4096 if device.type == "cuda" else 1536, device=device, dtype=dtype))
     best = float("inf")
@@ -207,8 +205,8 @@ def logprob_memory(args):
     """Extra peak of log-probabilities and their backward: all positions at once, or ours in chunks. C is 64,
     so that the gradient of the head itself, V x C in either case, hides nothing."""
     torch.set_num_threads(args.threads)
-    device = lm.default_device()
-    model = lm.BlockDiffusionLM(lm.ModelConfig("sdar", 151936, 64, 1, 4, 4, 16, 64, mask_id=2)).to(device)
+    device = parallel.default_device()
+    model = lm.BlockDiffusionLM(lm.ModelConfig(151936, 64, 1, 4, 4, 16, 64, mask_id=2)).to(device)
     h = torch.randn(args.targets, 64, device=device, requires_grad=True)
     target = torch.randint(3, 151936, (args.targets,), device=device)
     model.head.weight.grad = torch.ones_like(model.head.weight)  # there anyway: not part of the extra
@@ -226,9 +224,10 @@ def logprob_memory(args):
 def child(args, **changes):
     """Runs one measurement in a fresh process -> its dict."""
     flags = [f"--{name}={value}" for name, value in (vars(args) | changes).items()
-             if name in ("preset", "threads", "responses", "prompt", "padded", "micro_tokens", "repeats",
-                         "dtype", "layout", "targets", "measures")]
-    flags += ["--range", *map(str, changes.get("range", args.range))] + ["--recompute"] * args.recompute
+             if name in ("preset", "threads", "responses", "prompt", "padded", "tokens_per_micro_batch",
+                         "repeats", "dtype", "layout", "targets", "measures")]
+    flags += ["--range", *map(str, changes.get("range", args.range))]
+    flags += ["--gradient_checkpointing"] * args.gradient_checkpointing
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -238,7 +237,7 @@ def child(args, **changes):
 def compare(args):
     """The packed update against the authors' layout."""
     peak = matmul_flops(args.threads, getattr(torch, args.dtype))
-    print(f"{args.preset}, {args.dtype}, {lm.default_device()}: {args.responses} responses of "
+    print(f"{args.preset}, {args.dtype}, {parallel.default_device()}: {args.responses} responses of "
           f"{args.range[0]} to {args.range[1]} tokens, prompts of {args.prompt}; "
           f"a matrix product: {peak / 1e12:.2f} TFLOP/s")
     found = {}
@@ -270,13 +269,13 @@ def table():
     """Memory of one GPU and time of one RL step, from formulas; nothing here is measured.
 
     N parameters, g GPUs. Training state: 16 N / g bytes (float32 weights, gradients, two moments); gathered
-    for rollouts: 2 N (bfloat16). LoRA: 2 N frozen, the adapters are neglected. Activations with --recompute:
-    2 bytes x C x layers for each of 16,384 tokens, plus one layer's (34 x C x 2 bytes a token). Cache:
-    2 bytes x 2 x kv heads x head_dim x layers x 64 slots x 2,784 tokens. Time: 64 x 16 / g responses of 1,000
-    tokens after prompts of 200: 4 passes (one again for --recompute) of 2 N FLOPs over 3,200 tokens each
-    (2 trace steps per block of 4) at 40 percent of 989 TFLOP/s; rollouts, bound by memory: 2 N bytes and the
-    cache of 700 tokens in each of 64 slots, for each of 250 blocks x 3 forwards, at 60 percent of 3.35 TB/s.
-    """
+    for rollouts: 2 N (bfloat16). LoRA: 2 N frozen, the adapters are neglected. Activations with
+    --gradient_checkpointing: 2 bytes x C x layers for each of 16,384 tokens, plus one layer's (34 x C x 2
+    bytes a token). Cache: 2 bytes x 2 x kv heads x head_dim x layers x 64 slots x 2,784 tokens. Time: 64 x 16
+    / g responses of 1,000 tokens after prompts of 200: 4 passes (one again for --gradient_checkpointing) of 2
+    N FLOPs over 3,200 tokens each (2 trace steps per block of 4) at 40 percent of 989 TFLOP/s; rollouts,
+    bound by memory: 2 N bytes and the cache of 700 tokens in each of 64 slots, for each of 250 blocks x 3
+    forwards, at 60 percent of 3.35 TB/s. """
     print("| model | GPUs | training state | whole weights | activations | cache | sum | LoRA "
           "| update | rollout |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -312,10 +311,10 @@ def parse_args(argv=None):
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--range", type=int, nargs=2, default=(96, 160), help="shortest and longest response")
     parser.add_argument("--padded", type=int, default=256, help="response length of the authors' layout")
-    parser.add_argument("--micro_tokens", type=int, default=16384 if is_cuda else 4608)
+    parser.add_argument("--tokens_per_micro_batch", type=int, default=16384 if is_cuda else 4608)
     parser.add_argument("--repeats", type=int, default=3,
                         help="timed updates after the first; the best counts")
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--targets", type=int, default=4000, help="of --logprobs")
     parser.add_argument("--logprobs", action="store_true")
     parser.add_argument("--growth", action="store_true")

@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 
 import model as lm  # noqa: E402
 import rollout  # noqa: E402
+from plumbing import checkpoints  # noqa: E402
 
 
 def random_model(kind="sdar", block_size=4, seed=0, std=0.25, vocab_size=18):
@@ -29,7 +30,7 @@ def random_model(kind="sdar", block_size=4, seed=0, std=0.25, vocab_size=18):
     if kind == "llada":
         source.update(d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=48,
                       embedding_size=vocab_size, weight_tying=False)
-    model = lm.BlockDiffusionLM(lm.ModelConfig.from_dict(source))
+    model = lm.BlockDiffusionLM(checkpoints.read_config(source))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -43,6 +44,17 @@ def random_prompts(lengths, seed=0, vocab_size=18):
     """One prompt of each length, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def all_rows(rollouts, config, block_size=None, multiple=None, **settings):
+    """All training rows of rollouts as one micro-batch on the CPU; settings: of rollout.build_rows."""
+    texts = rollout.build_rows(rollouts, config, block_size or config.block_size, **settings)
+    return rollout.collate([row for rows in texts for row in rows], config.pad_id, multiple)
+
+
+def seen(rows):
+    """(rollout, response index) of every target, in order."""
+    return list(zip(rows.targets.rollout_index.tolist(), rows.targets.response_index.tolist()))
 
 
 def fixture_cases(name):

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 
 import bench_methods
 import eval_math
-import model as lm
 import sft
 import tracerl
+from plumbing import checkpoints, parallel, runs
 
-TINY = str(FIXTURES / "tiny")
+TINY, FORKS = str(FIXTURES / "tiny"), str(ROOT / "tests/forks.py")
 DATA = ["--train_data=arithmetic", "--dev_data=arithmetic-dev", "--eval_data=arithmetic-test"]
 SMALL = ["--steps=2", "--prompts=6", "--group_size=4", "--max_new_tokens=20", "--lr=1e-3",
          "--minibatches=2", "--eval_every=0", "--warmup=0", "--keep_range", "0", "1",
-         "--micro_tokens=2048", "--slots=16", "--max_prompt_tokens=20"]
+         "--tokens_per_micro_batch=2048", "--slots=16", "--max_prompt_tokens=20"]
 
 
 def run(*command, cwd, processes=1, code=0):
@@ -30,21 +30,21 @@ def run(*command, cwd, processes=1, code=0):
     launcher = [sys.executable, "-m", "torch.distributed.run",
                 "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run([*launcher, str(ROOT / command[0]), *command[1:]], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def two_runs(tmp_path_factory):
     """The same two RL steps on one process and on two."""
     folder = tmp_path_factory.mktemp("runs")
     rows = [json.dumps(dict(problem=p.problem, answer=p.answer)) for p in eval_math.arithmetic("test", 100)]
     (folder / "hundred.jsonl").write_text("\n".join(rows))
     output = run("tracerl.py", "--model", TINY, *DATA[:2], "--eval_data=hundred.jsonl", *SMALL,
-                 "--run_name=one", cwd=folder)
+                 "--name=one", cwd=folder)
     few = ["--train_data=arithmetic", small_data(folder)[1]]  # what is evaluated changes nothing else
-    run("tracerl.py", "--model", TINY, *few, *SMALL, "--run_name=two", cwd=folder, processes=2)
+    run("tracerl.py", "--model", TINY, *few, *SMALL, "--name=two", cwd=folder, processes=2)
     return folder / "runs", output
 
 
@@ -68,15 +68,15 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_make_the_same_update_as_one(runs):
-    folder, _ = runs
+def test_two_processes_make_the_same_update_as_one(two_runs):
+    folder, _ = two_runs
     for one, two in zip(lines(folder / "one"), lines(folder / "two"), strict=True):
         assert one["kept_groups"] > 0 and one["skipped_updates"] == 0
         for name, value in one.items():
             if "seconds" not in name:
                 assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    one, two = (lm.load_model(folder / name / "checkpoints/step-2")[0] for name in ("one", "two"))
-    start, _ = lm.load_model(TINY)
+    one, two = (checkpoints.load_model(folder / name / "checkpoints/step-2")[0] for name in ("one", "two"))
+    start, _ = checkpoints.load_model(TINY)
     moved = sum((p - q).norm() ** 2 for p, q in zip(one.parameters(), start.parameters())) ** 0.5
     apart = sum((p - q).norm() ** 2 for p, q in zip(one.parameters(), two.parameters())) ** 0.5
     assert moved > 0.1 and apart < 1e-3 * moved
@@ -87,9 +87,9 @@ def test_four_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path,
     flags = ["--model", TINY, *small_data(tmp_path), *SMALL,
              "--advantage=value", "--value_warmup=1", "--prompts=3", "--group_size=2",
              "--minibatches=3", "--lora_rank=2", "--steps=2", "--save_every=1"]
-    run("tracerl.py", *flags, "--run_name=four", cwd=tmp_path, processes=4)
+    run("tracerl.py", *flags, "--name=four", cwd=tmp_path, processes=4)
     monkeypatch.chdir(tmp_path)
-    tracerl.main([*flags, "--run=one"])
+    tracerl.main([*flags, "--name=one"])
     compare = lambda old, new: [new[name] == pytest.approx(value, rel=1e-3, abs=1e-5)
                                 for name, value in old.items() if "seconds" not in name]
     for one, four in zip(lines(tmp_path / "runs/one"), lines(tmp_path / "runs/four"), strict=True):
@@ -99,13 +99,13 @@ def test_four_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path,
         assert all(torch.allclose(one[key], four[key], atol=2e-4) for key in one)
     # four processes wrote step 1, one goes on from there
     shutil.rmtree(tmp_path / "runs/four/checkpoints/step-2")
-    tracerl.main([*flags, "--run=four", "--resume"])
+    tracerl.main([*flags, "--name=four", "--resume"])
     assert all(compare(lines(tmp_path / "runs/one")[1], lines(tmp_path / "runs/four")[1]))
 
 
-def test_a_run_leaves_behind_what_the_readme_says(runs):
-    folder, output = runs
-    assert {p.name for p in (folder / "one").iterdir()} == {
+def test_a_run_leaves_behind_what_the_readme_says(two_runs):
+    folder, output = two_runs
+    assert {p.name for p in (folder / "one").iterdir()} - {"lock"} == {
         "args.json", "checkpoints", "curves.png", "metrics.jsonl", "summary.json", "trace.html"}
     summary = json.loads((folder / "one/summary.json").read_text())
     assert set(summary) == {"before", "after", "seconds", "replay_gap_max", "seed"}
@@ -141,8 +141,8 @@ def test_the_readme_gives_the_install_and_main_commands():
 
 
 def test_importing_the_files_does_nothing():
-    code = ("import model, rollout, eval_math, value, sft, tracerl, torch; "
-            "print(torch.distributed.is_initialized(), eval_math.WORKERS.started)")
+    code = ("import model, rollout, eval_math, value, sft, tracerl, torch; from plumbing import grading; "
+            "print(torch.distributed.is_initialized(), grading.WORKERS.started)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False 0\n", done.stderr
 
@@ -152,22 +152,23 @@ def test_importing_the_files_does_nothing():
 def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
     """Killed with step 4's checkpoint half written, resumed: weights and metrics of a run left in peace."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
     flags = ["--model", TINY, *small_data(tmp_path), *SMALL, *more,
              "--steps=5", "--save_every=1", "--keep_checkpoints=2"]
-    tracerl.main([*flags, "--run=whole"])
-    script = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import model, tracerl\n"
-              "write = model.write_json\n"
+    tracerl.main([*flags, "--name=whole"])
+    script = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import tracerl\n"
+              "from plumbing import runs\n"
+              "write = runs.write_json\n"
               "def stop(path, value):\n"
               "    os.kill(os.getpid(), 9) if 'step-4.partial' in str(path) else write(path, value)\n"
-              "model.write_json = stop\ntracerl.main(sys.argv[1:])\n")
+              "runs.write_json = stop\ntracerl.main(sys.argv[1:])\n")
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: other threads, other rounding
-    done = subprocess.run([sys.executable, "-c", script, *flags, "--run=killed"],
+    done = subprocess.run([sys.executable, "-c", script, *flags, "--name=killed"],
                           capture_output=True, text=True, env=one_thread)
     assert done.returncode == -9, done.stderr
     assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} == {
         "step-2", "step-3", "step-4.partial"}
-    tracerl.main([*flags, "--run=killed", "--resume"])
+    tracerl.main([*flags, "--name=killed", "--resume"])
     for name in ("model.safetensors", "value/model.safetensors")[:1 + bool(more)]:
         whole, resumed = (load_file(tmp_path / f"runs/{run}/checkpoints/step-5/{name}")
                           for run in ("whole", "killed"))
@@ -176,8 +177,8 @@ def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
     assert ([quiet(line) for line in lines(tmp_path / "runs/whole")]
             == [quiet(line) for line in lines(tmp_path / "runs/killed")])
     assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} >= {"step-4", "step-5"}
-    with pytest.raises(ValueError, match="other settings .*lr"):
-        tracerl.main([*flags, "--run=killed", "--resume", "--lr=1"])
+    with pytest.raises(ValueError, match="other settings: lr was 0.001, is 1.0\\. Leave"):
+        tracerl.main([*flags, "--name=killed", "--resume", "--lr=1"])
 
 
 @pytest.mark.parametrize("more", [[], ["--lora_rank=4", "--advantage=value", "--value_warmup=0"]],
@@ -185,9 +186,9 @@ def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
 def test_bfloat16_computes_and_float32_keeps(more, tmp_path, monkeypatch):
     """Layers compute in bfloat16, the weights move by less than bfloat16 could say, ratios stay near 1."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
     tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL,
-                  "--dtype=bfloat16", "--recompute", "--lr=1e-6", *more])
+                  "--dtype=bfloat16", "--gradient_checkpointing", "--lr=1e-6", *more])
     assert all(0 < line["gap"] < 0.1 and 1 <= line["ratio_max"] < 2 and line["skipped_updates"] == 0
                for line in lines(tmp_path / "runs/tracerl"))
     kind = torch.bfloat16 if more else torch.float32  # the frozen trunk is kept in what it computes in
@@ -204,44 +205,45 @@ def test_bfloat16_computes_and_float32_keeps(more, tmp_path, monkeypatch):
 
 def test_a_full_disk_a_foreign_checkpoint_and_a_taken_name_are_clear_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
     flags = ["--model", TINY, *small_data(tmp_path), *SMALL, "--save_every=1"]
     keep = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = lm.RunLog.save_checkpoint
+    save = runs.Run.save
 
     def save_on_a_full_disk(self, tokenizer, trainers, progress, *rest):
         if progress["step"] == 2:  # no file may grow beyond 200 kB: the weights do not fit
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, keep[1]))
         save(self, tokenizer, trainers, progress, *rest)
 
-    monkeypatch.setattr(lm.RunLog, "save_checkpoint", save_on_a_full_disk)
+    monkeypatch.setattr(runs.Run, "save", save_on_a_full_disk)
     try:
         with pytest.raises(RuntimeError, match="step-2 could not be written .*step-1"):
-            tracerl.main([*flags, "--run=full"])
+            tracerl.main([*flags, "--name=full"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, keep)
-    monkeypatch.setattr(lm.RunLog, "save_checkpoint", save)
-    lm.load_model(tmp_path / "runs/full/checkpoints/step-1")
-    tracerl.main([*flags, "--run=full", "--resume"])
+    monkeypatch.setattr(runs.Run, "save", save)
+    checkpoints.load_model(tmp_path / "runs/full/checkpoints/step-1")
+    tracerl.main([*flags, "--name=full", "--resume"])
     assert [line["step"] for line in lines(tmp_path / "runs/full")] == [1, 2]
     # another model's train state in the place of ours
     model = random_model()
-    lm.RunLog("other", {}).save_checkpoint(
-        None, [(model, lm.make_optimizer(model, 0.1, (0.9, 0.95)))], dict(step=2), keep=1)
+    with runs.Run("other", {}) as other:
+        other.save(None, [(model, parallel.make_optimizer(model, 0.1, (0.9, 0.95)))], dict(step=2), keep=1)
     shutil.rmtree("runs/full/checkpoints/step-2")
-    shutil.copytree("other/checkpoints/step-2", "runs/full/checkpoints/step-2")
+    shutil.copytree("runs/other/checkpoints/step-2", "runs/full/checkpoints/step-2")
     with pytest.raises(ValueError, match="step-2 cannot be resumed from"):
-        tracerl.main([*flags, "--run=full", "--resume"])
+        tracerl.main([*flags, "--name=full", "--resume"])
     (tmp_path / "runs/taken").write_text("a file")
     with pytest.raises(ValueError, match="cannot write to runs/taken"):
-        tracerl.main([*flags, "--run=taken"])
+        tracerl.main([*flags, "--name=taken"])
 
 
 def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
     flags = ["--model", TINY, *small_data(tmp_path), "--dev_data=test.jsonl", "--prompts=4", "--group_size=4",
-             "--keep_range", "0", "1", "--max_new_tokens=20", "--micro_tokens=2048", "--value_warmup=0"]
+             "--keep_range", "0", "1", "--max_new_tokens=20", "--tokens_per_micro_batch=2048",
+             "--value_warmup=0"]
     more = [f"--more={flag}" for flag in flags] + ["--steps=1", "--seeds=2"]
     arms = ["--arms", "tracerl", "coupled"]
     found = bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more, "--picture=p.png"])
@@ -250,7 +252,7 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
         assert lr in ("1e-3", "1e-4") and len(results) == 2 and all(0 <= r["dynamic"] <= 1 for r in results)
     assert json.loads((tmp_path / "runs/methods.json").read_text()).keys() == {"k4"}
     output = capsys.readouterr().out
-    assert "python tracerl.py --objective=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
+    assert "python tracerl.py --views=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
     # all done
     assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found
     shorten(monkeypatch)
@@ -262,8 +264,8 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
     assert set(larger) == {"adapt", "direct"}
     noise = bench_methods.main(
         ["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1", *more])["k4"]
-    assert set(noise) == {"group", "batch", "none", "value", "random", "coupled"}
-    assert noise["none"][2] == pytest.approx(1, abs=1e-4)
+    assert set(noise) == {"group", "batch", "raw", "value", "random", "coupled"}
+    assert noise["raw"][2] == pytest.approx(1, abs=1e-4)
     assert all(abs(cosine) < 1.0001 for *_, cosine in noise.values())
 
 
@@ -276,29 +278,34 @@ def test_the_noise_of_a_gradient_is_its_variance_over_its_squared_mean():
 
 @pytest.mark.parametrize("flags", [
     ["--advantage=value", "--value_warmup=1", "--value_lr=1e-3"],
-    ["--advantage=batch", "--objective=coupled"],
-    ["--advantage=none", "--objective=random"],
+    ["--advantage=batch", "--views=coupled"],
+    ["--advantage=raw", "--views=random"],
     ["--shrink=2", "--strategy=static"],
     ["--block_size=8", "--rollout_block_size=4", "--adapt_steps=1"],
     ["--reward=mine.py:short", "--keep_range", "-99", "0"],
-    ["--advantage=value", "--value_warmup=0", "--reward=mine.py:each", "--gamma=0.9", "--lam=0.5"],
-], ids=" ".join)
+    ["--advantage=value", "--value_warmup=0", "--reward=mine.py:each", "--gamma=0.9", "--gae_lambda=0.5"],
+    [f"--loss={FORKS}:clip_higher", f"--views={FORKS}:some_steps"],
+    [f"--loss={FORKS}:sequence_ratio"],
+    [f"--advantage={FORKS}:centered", f"--loss={FORKS}:constant_length"],
+    [f"--advantage={FORKS}:softmax_weights", f"--loss={FORKS}:ratio_free"],
+    [f"--views={FORKS}:fully_masked", "--strategy=sequential"],
+], ids=lambda flags: " ".join(flags).replace(FORKS, "forks.py"))
 def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, tmp_path, monkeypatch):
     """Two RL steps by `main`: the gap holds before the update, the policy moves, and what was saved loads."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
         "def short(problem, text, tokens):\n    return -float(len(set(tokens)))\n\n"
         "def each(problem, text, tokens):\n    return [float(t % 2) for t in tokens]\n")
-    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)  # slow, and seen above
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)  # slow, and seen above
     trained = []
     keep = tracerl.train
-    monkeypatch.setattr(tracerl, "train", lambda model, *rest, **more: (
-        trained.append(model), keep(model, *rest, **more))[1])
+    monkeypatch.setattr(tracerl, "train", lambda trainers, *rest: (
+        trained.append(trainers.model), keep(trainers, *rest))[1])
     tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL, *flags])
     metrics = lines(tmp_path / "runs/tracerl")
     assert all(line["gap_max"] < 1e-4 for line in metrics) and any("kl" in line for line in metrics)
-    saved, _ = lm.load_model(tmp_path / "runs/tracerl/checkpoints/step-2")
-    start, _ = lm.load_model(TINY)
+    saved, _ = checkpoints.load_model(tmp_path / "runs/tracerl/checkpoints/step-2")
+    start, _ = checkpoints.load_model(TINY)
     assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), trained[0].parameters()))
     assert not all(torch.equal(p, q) for p, q in zip(saved.parameters(), start.parameters()))
     readme = (ROOT / "README.md").read_text()
@@ -308,16 +315,18 @@ def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, tmp_path, mo
 
 def test_saving_changes_nothing_even_before_the_policy_has_moved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lm.RunLog, "plot", lambda self: None)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
     flags = ["--model", TINY, *small_data(tmp_path), *SMALL, "--advantage=value", "--value_warmup=1"]
     for name, save_every in (("often", 1), ("once", 0)):
-        tracerl.main([*flags, f"--save_every={save_every}", f"--run={name}"])
+        tracerl.main([*flags, f"--save_every={save_every}", f"--name={name}"])
     shutil.rmtree("runs/often/checkpoints/step-2")  # and to go on from there is to have gone on
-    tracerl.main([*flags, "--save_every=1", "--run=often", "--resume"])
+    tracerl.main([*flags, "--save_every=1", "--name=often", "--resume"])
     for name in ("", "value/"):
         often, once = (load_file(f"runs/{run}/checkpoints/step-2/{name}model.safetensors")
                        for run in ("often", "once"))
         assert all(torch.equal(often[key], once[key]) for key in once)
     assert "ratio" in (tmp_path / "runs/often/trace.html").read_text()
-    lm.RunLog("runs/often", {})  # a new run of the same name takes nothing over
-    assert sorted(os.listdir("runs/often")) == ["args.json", "metrics.jsonl"]
+    with pytest.raises(ValueError, match="runs/often holds a run"):
+        runs.Run("often", {})
+    with runs.Run("often", {}, overwrite=True) as run:  # a new run of the same name takes nothing over
+        assert run.files() == ["args.json", "metrics.jsonl"] == sorted({*os.listdir("runs/often")} - {"lock"})

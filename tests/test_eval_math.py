@@ -14,7 +14,8 @@ import torch
 from conftest import FIXTURES, ROOT, random_model
 
 import eval_math
-import model as lm
+import sft
+from plumbing import checkpoints, grading
 from eval_math import Problem, arithmetic, extract_answer, is_correct, load_problems
 from rollout import Rollout
 
@@ -57,12 +58,12 @@ def test_a_pupil_who_slips_is_wrong_when_a_carry_was_due():
 
 
 def test_a_truncated_response_is_wrong_even_with_the_right_answer():
-    tokenizer = lm.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     tokens = tokenizer("\\boxed{5}", add_special_tokens=False).input_ids
     rollouts = [Rollout([3], [*tokens, 1], 4, [1] * 4),
                 Rollout([3], [*tokens, 1], 4, [1] * 4, is_truncated=True),
                 Rollout([3], [*tokens, 1], 2, [1] * 4)]
-    eval_math.score(rollouts, [Problem("", "5")] * 3, tokenizer)
+    eval_math.give_rewards(rollouts, [Problem("", "5")] * 3, tokenizer)
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0]
 
 
@@ -70,19 +71,21 @@ def test_accuracy_has_the_standard_error_of_the_mean_over_problems(monkeypatch):
     problems = [Problem("", "5", tokens=[3]) for _ in range(4)]
     rewards = iter([1, 1, 1, 0, 0, 0, 1, 1.0])
 
-    def fake_score(rollouts, *_):
+    def fake_rewards(rollouts, *_):
         for r in rollouts:
             r.reward = next(rewards)
 
-    monkeypatch.setattr(eval_math, "score", fake_score)
+    monkeypatch.setattr(eval_math, "give_rewards", fake_rewards)
     result = eval_math.evaluate(random_model(), None, problems, num_samples=2, max_new_tokens=4)
     means = torch.tensor([1, 0.5, 0, 1])
     assert result["accuracy"] == pytest.approx(0.625) and result["n"] == 4
     assert result["standard_error"] == pytest.approx(float(means.std() / 2))
+    alone = eval_math.accuracy([[1.0, 0.0]])
+    assert alone["standard_error"] is None and eval_math.plus_minus(alone) == "0.500 +- ?"
 
 
 def test_long_prompts_are_skipped_and_counted():
-    tokenizer = lm.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     problems = [Problem("1+2=", "3"), Problem("1+2+3+4=", "10"), Problem("5+5=", "10")]
     fitting, num_long = eval_math.encode_prompts(problems, tokenizer, 5)
     assert [p.problem for p in fitting] == ["1+2=", "5+5="] and num_long == 1
@@ -247,14 +250,14 @@ def test_equal_answers_in_other_clothes_are_right(answer, gold):
 HOSTILE = """
 import json, os, sys, resource, tempfile, time
 sys.path.insert(0, sys.argv[1])
-import eval_math
+from plumbing import grading
 canary, before, out = tempfile.mkdtemp(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
 for line in open(sys.argv[2]):
     case = json.loads(line)
     text = "".join(s * n for s, n in case["build"]).replace("{canary}", canary)
     started = time.perf_counter()
-    answer = eval_math.extract_answer(text if case["raw"] else f"The answer is \\\\boxed{{{text}}}")
-    is_right = eval_math.is_correct(answer, case["gold"])
+    answer = grading.extract_answer(text if case["raw"] else f"The answer is \\\\boxed{{{text}}}")
+    is_right = grading.is_correct(answer, case["gold"])
     out.append((case["id"], case["must"], is_right, time.perf_counter() - started))
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
@@ -276,18 +279,18 @@ def test_hostile_answers_neither_hang_nor_grow_nor_run():
 def test_verdicts_do_not_depend_on_order_batch_or_thread():
     cases = [(extract_answer(p["response"]), p["gold"]) for p in pairs()] * 2
     expected = [is_correct(*case) for case in cases]
-    eval_math.WORKERS.cache.clear()
+    grading.WORKERS.cache.clear()
     mixed = list(enumerate(cases))
     random.Random(0).shuffle(mixed)
     with ThreadPoolExecutor(8) as pool:
         got = dict(pool.map(lambda item: (item[0], is_correct(*item[1])), mixed))
     assert [got[i] for i in range(len(cases))] == expected
-    eval_math.WORKERS.cache.clear()
-    assert [v for v, _ in eval_math.grade(cases)] == expected
+    grading.WORKERS.cache.clear()
+    assert [v for v, _ in grading.grade(cases)] == expected
 
 
 def test_a_check_that_is_killed_is_wrong_and_counted_and_the_next_one_works(monkeypatch):
-    workers = eval_math.Workers()
+    workers = grading.Workers()
     assert workers.ask("x+1", "1+x") == (True, "expression")
     process = workers.idle.get()
     process.kill()
@@ -295,7 +298,7 @@ def test_a_check_that_is_killed_is_wrong_and_counted_and_the_next_one_works(monk
     workers.idle.put(workers.idle.get())  # both kinds of slot come round
     results = [workers.run("\\sqrt{3}", "\\sqrt{3}") for _ in range(4)]
     assert sorted(results) == [(False, "killed")] + [(True, "expression")] * 3 and workers.killed == 1
-    monkeypatch.setattr(eval_math.Workers, "WALL_SECONDS", 0.3)
+    monkeypatch.setattr(grading.Workers, "WALL_SECONDS", 0.3)
     stuck = workers.idle.get() or workers.start()
     stuck.send_signal(19)  # SIGSTOP: a worker that sleeps uses no CPU time, so only the wall clock ends it
     workers.idle.put(stuck)
@@ -304,7 +307,7 @@ def test_a_check_that_is_killed_is_wrong_and_counted_and_the_next_one_works(monk
 
 
 def test_the_cpu_limit_ends_a_check_in_time():
-    workers = eval_math.Workers()
+    workers = grading.Workers()
     started = time.perf_counter()
     nested = "(" * 3 + "x+1" + ")^{99}" * 3  # past the guard on purpose: the limits must hold without it
     is_right, how = workers.run(
@@ -313,8 +316,8 @@ def test_the_cpu_limit_ends_a_check_in_time():
 
 
 def test_the_interpreter_exits_promptly_with_workers_running():
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eval_math; "
-            "eval_math.is_correct('x+1', '1+x'); print('done')")
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plumbing import grading; "
+            "grading.is_correct('x+1', '1+x'); print('done')")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "done\n"
     started = time.perf_counter()
@@ -343,7 +346,7 @@ def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     flags = ["--model", str(FIXTURES / "tiny"), "--max_new_tokens=20", "--n=2", "--limit=20", "--slots=8"]
     first = eval_math.main(flags)
-    path = tmp_path / "runs/eval/responses.jsonl"
+    path, = tmp_path.glob("runs/eval-*-arithmetic-test/responses.jsonl")
     lines = path.read_text().splitlines()
     assert (len(lines) == 80
             and {"text", "response", "step_map", "correct", "how"} <= set(json.loads(lines[0])))
@@ -356,7 +359,7 @@ def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, mo
     again = eval_math.main(flags)
     assert "33 of 80 responses were there already" in capsys.readouterr().out
     assert {s: m["accuracy"] for s, m in again.items()} == {s: m["accuracy"] for s, m in first.items()}
-    with pytest.raises(ValueError, match="temperature.*--run_name"):
+    with pytest.raises(ValueError, match="temperature was 1.0, is 0.5.*--name"):
         eval_math.main([*flags, "--temperature=0.5"])
 
 
@@ -368,6 +371,6 @@ def test_an_autoregressive_model_is_scored_under_the_same_prompts(tmp_path, monk
         vocab_size=18, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
         num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
     transformers.Qwen3ForCausalLM(config).save_pretrained("ar")
-    lm.tiny_tokenizer().save_pretrained("ar")
+    sft.tiny_tokenizer().save_pretrained("ar")
     summary = eval_math.main(["--ar=ar", "--max_new_tokens=6", "--limit=9", "--slots=4", "--temperature=0"])
     assert summary["autoregressive"]["n"] == 9 and summary["autoregressive"]["tokens_per_step"] == 1

@@ -4,17 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import FIXTURES, ROOT, fixture_tensors, random_model, random_prompts
+from conftest import FIXTURES, ROOT, all_rows, fixture_tensors, random_model, random_prompts
 from safetensors.torch import load_file
 
 import model as lm
 import rollout
+import sft
 import value
 from model import Layout
+from plumbing import checkpoints, parallel
 
 
 def random_layout(seed, K=4, is_full=False):
@@ -80,7 +83,8 @@ def test_the_network_does_not_know_how_its_rows_are_packed():
     both = torch.tensor([a + b + [0, 0]])
     position = torch.tensor([[*range(8), *range(12), 0, 0]])
     document = torch.tensor([[0] * 8 + [1] * 12 + [-1] * 2])
-    packed = model.head(model.hidden(both, Layout.clean(position, 4, False, document)))
+    attend = lm.attend_within(Layout.clean(position, 4, False, document))
+    packed = model.head(model.hidden(both, position, attend))
     torch.testing.assert_close(packed[:, :8], model(torch.tensor([a])), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed[:, 8:20], model(torch.tensor([b])), atol=1e-5, rtol=1e-5)
 
@@ -95,17 +99,17 @@ def test_block_size_1_equals_transformers_qwen3(is_tied):
     theirs = transformers.Qwen3ForCausalLM(theirs_config).eval()
     for p in theirs.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    config = lm.ModelConfig.from_dict({**theirs_config.to_dict(), "mask_token_id": 39}, block_size=1)
+    config = checkpoints.read_config({**theirs_config.to_dict(), "mask_token_id": 39}, block_size=1)
     model = lm.BlockDiffusionLM(config)
     state = theirs.state_dict()
-    model.load_state_dict({name: state[lm.family_name(config, name)] for name in model.state_dict()})
+    model.load_state_dict({name: state[checkpoints.family_name(config, name)] for name in model.state_dict()})
     tokens = torch.randint(0, 40, (2, 17))
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("K", [4, 8])
 def test_sdar_logits_are_the_authors(K):
-    model, tokenizer = lm.load_model(FIXTURES / "authors/sdar", block_size=K)
+    model, tokenizer = checkpoints.load_model(FIXTURES / "authors/sdar", block_size=K)
     data = fixture_tensors("sdar_logits")
     torch.testing.assert_close(model(data["input_ids"]), data[f"logits_b{K}"], atol=2e-4, rtol=0)
     assert tokenizer is None and model.config.eos_ids == (3,) and model.config.mask_id == 119
@@ -113,7 +117,7 @@ def test_sdar_logits_are_the_authors(K):
 
 @pytest.mark.parametrize("name, logits", [("dream", "shifted_logits"), ("llada", "logits")])
 def test_full_attention_logits_are_the_authors(name, logits):
-    model, _ = lm.load_model(FIXTURES / "authors" / name)
+    model, _ = checkpoints.load_model(FIXTURES / "authors" / name)
     data = fixture_tensors(f"{name}_logits")
     torch.testing.assert_close(model(data["input_ids"]), data[logits], atol=2e-4, rtol=0)
 
@@ -144,17 +148,17 @@ def test_log_probabilities_are_float32_whatever_the_weights_are():
 @pytest.mark.parametrize("kind", ["sdar", "qwen3", "dream", "llada"])
 def test_save_then_load_gives_every_bit_back(kind, tmp_path):
     model = random_model(kind)
-    lm.save_checkpoint(model, lm.tiny_tokenizer(), tmp_path / "one", max_shard_size="20KB")
-    again, tokenizer = lm.load_model(tmp_path / "one")
+    checkpoints.save_checkpoint(model, sft.tiny_tokenizer(), tmp_path / "one", max_shard_size="20KB")
+    again, tokenizer = checkpoints.load_model(tmp_path / "one")
     assert len(list((tmp_path / "one").glob("*.safetensors"))) > 1
     for (name, p), (_, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(p, q), name
-    assert tokenizer.encode("12+3=") == lm.tiny_tokenizer().encode("12+3=")
+    assert tokenizer.encode("12+3=") == sft.tiny_tokenizer().encode("12+3=")
     assert (again.config.mask_id, again.config.block_size, again.config.eos_ids) == (2, 4, (1,))
 
 
 def test_the_tiny_tokenizer_gives_its_text_back():
-    tokenizer = lm.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     text = "090;111;090;\\boxed{919}"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert len(ids) == 17 and tokenizer.decode([*ids, 1], skip_special_tokens=True) == text
@@ -173,24 +177,24 @@ def test_the_tiny_tokenizer_gives_its_text_back():
 ])
 def test_a_checkpoint_that_does_not_fit_says_why(change, message, tmp_path):
     import json
-    lm.save_checkpoint(random_model(), None, tmp_path / "c")
+    checkpoints.save_checkpoint(random_model(), None, tmp_path / "c")
     path = tmp_path / "c" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
-        lm.load_model(tmp_path / "c")
+        checkpoints.load_model(tmp_path / "c")
 
 
 def test_a_missing_checkpoint_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
-        lm.load_model(tmp_path / "nothing")
+        checkpoints.load_model(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="config.json"):
-        lm.load_model(tmp_path / "empty")
+        checkpoints.load_model(tmp_path / "empty")
 
 
 def test_transformers_own_qwen3_loads_what_we_save(tmp_path):
     model = random_model("sdar", block_size=1)
-    lm.save_checkpoint(model, None, tmp_path / "c")
+    checkpoints.save_checkpoint(model, None, tmp_path / "c")
     config = transformers.Qwen3Config(**{k: v for k, v in model.config.source.items() if k != "model_type"})
     theirs = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "c", config=config, dtype=torch.float32)
     tokens = torch.tensor(random_prompts([12]))
@@ -204,13 +208,13 @@ def test_a_qwen3_checkpoint_without_a_mask_token_gets_a_row_for_one(tmp_path):
         num_attention_heads=4, num_key_value_heads=2, eos_token_id=1)
     theirs = transformers.Qwen3ForCausalLM(config)
     theirs.save_pretrained(tmp_path / "ar")
-    model, _ = lm.load_model(tmp_path / "ar", block_size=1)
+    model, _ = checkpoints.load_model(tmp_path / "ar", block_size=1)
     assert model.config.mask_id == 18 and model.config.vocab_size == 19 and model.config.eos_ids == (1,)
     torch.testing.assert_close(model.embed.weight[18], theirs.model.embed_tokens.weight.mean(0))
     tokens = torch.tensor(random_prompts([9]))
     torch.testing.assert_close(model(tokens)[..., :18], theirs(tokens).logits, atol=1e-4, rtol=1e-4)
-    lm.save_checkpoint(model, None, tmp_path / "again")
-    again, _ = lm.load_model(tmp_path / "again")
+    checkpoints.save_checkpoint(model, None, tmp_path / "again")
+    again, _ = checkpoints.load_model(tmp_path / "again")
     assert (again.config.mask_id == 18
             and all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters())))
 
@@ -221,7 +225,7 @@ def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
     import json
 
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    lm.save_checkpoint(random_model(family), None, tmp_path / "c")
+    checkpoints.save_checkpoint(random_model(family), None, tmp_path / "c")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.train_from_iterator(["so the answer is 12"] * 9, trainers.BpeTrainer(
@@ -235,36 +239,36 @@ def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
         auto_map=dict(AutoTokenizer=["tokenization_dream.DreamTokenizer", None]), added_tokens_decoder=added,
         eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mask|>",
         chat_template="{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}")))
-    model, tokenizer = lm.load_model(tmp_path / "c")
+    model, tokenizer = checkpoints.load_model(tmp_path / "c")
     ids = tokenizer("<|im_start|>so the answer", add_special_tokens=False).input_ids
     assert (tokenizer.decode(ids) == "<|im_start|>so the answer"
             and ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>"))
     assert set(model.config.eos_ids) == {1, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])}
-    lm.save_checkpoint(model, tokenizer, tmp_path / "again")
-    _, again = lm.load_model(tmp_path / "again")
+    checkpoints.save_checkpoint(model, tokenizer, tmp_path / "again")
+    _, again = checkpoints.load_model(tmp_path / "again")
     assert again("<|im_start|>so the answer", add_special_tokens=False).input_ids == ids
 
 
 def test_published_configurations_are_understood():
     """The fields of the published config.json files that matter here."""
-    sdar = lm.ModelConfig.from_dict(dict(
+    sdar = checkpoints.read_config(dict(
         model_type="sdar", vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32,
         head_dim=128, num_key_value_heads=8, intermediate_size=9728, rope_theta=1000000,
         tie_word_embeddings=False, eos_token_id=151643))
     assert (sdar.mask_id, sdar.block_size, sdar.is_full, sdar.head_dim) == (151669, 4, False, 128)
-    dream = lm.ModelConfig.from_dict(dict(
+    dream = checkpoints.read_config(dict(
         model_type="Dream", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
         mask_token_id=151666, num_key_value_heads=4, intermediate_size=18944, rope_theta=1000000.0,
         tie_word_embeddings=False, eos_token_id=151643))
     assert (dream.mask_id, dream.block_size, dream.is_full, dream.head_dim) == (151666, 32, True, 128)
-    assert dream.switches.shifts_logits and dream.switches.has_qkv_bias and not dream.switches.has_qk_norm
-    llada = lm.ModelConfig.from_dict(dict(
+    assert dream.shifts_logits and dream.has_qkv_bias and not dream.has_qk_norm
+    llada = checkpoints.read_config(dict(
         model_type="llada", vocab_size=126464, embedding_size=126464, d_model=4096, n_layers=32, n_heads=32,
         n_kv_heads=32, mlp_hidden_size=12288, rope_theta=500000.0, weight_tying=False,
         mask_token_id=126336, eos_token_id=126081))
     assert (llada.mask_id, llada.rope_theta, llada.num_kv_heads, llada.eos_ids) == (
         126336, 5e5, 32, (126081,))
-    new = lm.ModelConfig.from_dict(
+    new = checkpoints.read_config(
         {**sdar.source, "rope_parameters": dict(rope_type="default", rope_theta=123.0)})
     assert new.rope_theta == 123.0
 
@@ -273,11 +277,11 @@ LOAD = """
 import sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import torch
-import model as lm
+from plumbing import checkpoints
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
-lm.load_model(sys.argv[3], device="cpu")  # what the libraries set up once
+checkpoints.load_model(sys.argv[3], device="cpu")  # what the libraries set up once
 start, peak, running = anonymous(), 0, True
 def watch():
     global peak
@@ -286,7 +290,7 @@ def watch():
         time.sleep(0.002)
 thread = threading.Thread(target=watch)
 thread.start()
-model, _ = lm.load_model(sys.argv[2], device="cpu")
+model, _ = checkpoints.load_model(sys.argv[2], device="cpu")
 running = False
 thread.join()
 size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -300,7 +304,7 @@ def test_loading_never_holds_a_second_copy(tmp_path):
     millions = int(os.environ.get("TEST_LOAD_MILLIONS", 60))
     layers = max(1, millions // 15)
     with torch.device("meta"):
-        shape = lm.BlockDiffusionLM(lm.ModelConfig.from_dict(dict(
+        shape = lm.BlockDiffusionLM(checkpoints.read_config(dict(
             model_type="sdar", vocab_size=8000, hidden_size=1024, num_hidden_layers=layers,
             num_attention_heads=16, head_dim=64, num_key_value_heads=8, intermediate_size=3072,
             mask_token_id=7999, eos_token_id=1, tie_word_embeddings=True)))
@@ -308,7 +312,7 @@ def test_loading_never_holds_a_second_copy(tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(0.01)
-    lm.save_checkpoint(model, None, tmp_path / "big", max_shard_size="50MB")
+    checkpoints.save_checkpoint(model, None, tmp_path / "big", max_shard_size="50MB")
     done = subprocess.run([sys.executable, "-c", LOAD, str(ROOT), str(tmp_path / "big"),
                            str(FIXTURES / "authors/sdar")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -318,10 +322,10 @@ def test_loading_never_holds_a_second_copy(tmp_path):
 # ------------------------------------------------------------------------------------------- the fast paths
 
 
-def rows_of_views(model, number=5):
+def rows_of_views(model, number=5, multiple=None):
     rollouts = rollout.generate(
         model, random_prompts(range(2, 2 + number)), max_new_tokens=14, threshold=0.4, eos_ids=(1,))
-    return rollout.trace_rows(rollouts, model.config)
+    return all_rows(rollouts, model.config, multiple=multiple)
 
 
 @pytest.mark.parametrize("kind", ["sdar", "dream"])
@@ -329,11 +333,12 @@ def rows_of_views(model, number=5):
 def test_flex_attention_sees_what_the_dense_mask_shows(kind):
     """The GPU's attention, run without its compiler: packed rows, padding, grouped heads."""
     model = random_model(kind)
-    rows = rows_of_views(model).packed(128)
+    rows = rows_of_views(model, multiple=128)
     assert rows.tokens.shape[1] % 128 == 0 and (rows.layout.document == -1).any()
-    mask = lm.block_mask(rows.layout)
     is_text = (rows.layout.document >= 0)[..., None]
-    dense, flex = (model.hidden(rows.tokens, rows.layout, mask=m) for m in (None, mask))
+    attends = [partial(lm.masked_attention, mask=mask(rows.layout))
+               for mask in (lm.dense_mask, lm.block_mask)]
+    dense, flex = (model.hidden(rows.tokens, rows.layout.position, attend) for attend in attends)
     torch.testing.assert_close(flex * is_text, dense * is_text, atol=2e-5, rtol=1e-4)
 
 
@@ -344,8 +349,8 @@ def test_tiles_see_what_the_dense_mask_shows(kind):
         model = random_model(kind)
         rows = rows_of_views(model)
         tiles = lm.tile_mask(rows.layout, size=16)
-        h = model.hidden(
-            rows.tokens, rows.layout, mask=tiles if is_tiled else None).flatten(0, 1)[rows.source]
+        attend = partial(lm.masked_attention, mask=tiles if is_tiled else lm.dense_mask(rows.layout))
+        h = model.hidden(rows.tokens, rows.layout.position, attend).flatten(0, 1)[rows.targets.logit_index]
         h.square().sum().backward()
         numbers.append([h, *(p.grad for p in model.layers.parameters())])
     for ours, theirs in zip(*numbers):
@@ -358,7 +363,7 @@ def test_tiles_see_what_the_dense_mask_shows(kind):
 def test_block_masks_are_traced_once_for_each_length():
     """What torch.compile meets on a GPU, with its backend left out: no graph break, no second compilation for
     other rows of the same length."""
-    rows = [rows_of_views(random_model(seed=seed)).packed(512).layout for seed in range(2)]
+    rows = [rows_of_views(random_model(seed=seed), multiple=1024).layout for seed in range(2)]
     created, create_block_mask = [], lm.create_block_mask
 
     def remember(rule, *sizes, device):
@@ -381,7 +386,7 @@ def test_computing_activations_again_changes_no_gradient():
     for recomputes in (False, True):
         model = random_model()
         for layer in model.layers:
-            layer.recomputes = recomputes
+            layer.has_gradient_checkpointing = recomputes
         logp, _ = rollout.forward_rows(model, rows_of_views(model))
         logp.sum().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -391,8 +396,8 @@ def test_computing_activations_again_changes_no_gradient():
 def test_micro_batches_of_nothing_have_gradients_of_zero():
     """What a process without work goes along on: every parameter takes part, none moves."""
     model = random_model("sdar")
-    one, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    rows = rollout.Rows(one, lm.Layout(one, one - 1, one, one), none, none, none, none)
+    rows = rollout.collate([rollout.Row([0], [0], [0], [1])], 0)
+    assert len(rows.targets.token) == 0
     logp, _ = rollout.forward_rows(model, rows)
     logp.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -404,37 +409,37 @@ def test_micro_batches_of_nothing_have_gradients_of_zero():
 @pytest.mark.parametrize("kind", ["sdar", "dream", "llada"])
 def test_adapters_start_as_nothing_and_are_all_that_learns(kind, tmp_path):
     model, plain = random_model(kind), random_model(kind)
-    lm.add_lora(model, 3)
+    parallel.add_lora(model, 3)
     tokens = torch.randint(3, 18, (2, 12))
     assert torch.equal(model(tokens), plain(tokens))
-    optimizer = lm.make_optimizer(model, 0.1, (0.9, 0.95))
+    optimizer = parallel.make_optimizer(model, 0.1, (0.9, 0.95))
     for _ in range(2):
         model(tokens).square().sum().backward()
         assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None} == {
             "lora_A", "lora_B"}
-        lm.optimizer_step(model, optimizer, 1.0)
+        parallel.optimizer_step(model, optimizer, 1.0)
     assert not torch.allclose(model(tokens), plain(tokens), atol=1e-2)
-    lm.save_checkpoint(model, None, tmp_path / "merged")
-    merged, _ = lm.load_model(tmp_path / "merged")
+    checkpoints.save_checkpoint(model, None, tmp_path / "merged")
+    merged, _ = checkpoints.load_model(tmp_path / "merged")
     torch.testing.assert_close(merged(tokens), model(tokens), atol=1e-4, rtol=1e-4)
     adapter = load_file(tmp_path / "merged/adapter/adapter_model.safetensors")
     settings = json.loads((tmp_path / "merged/adapter/adapter_config.json").read_text())
     assert len(adapter) == 2 * 7 * 2 and settings["r"] == 3 and settings["lora_alpha"] == 6
-    name = "base_model.model." + lm.family_name(model.config, "layers.1.down_proj.lora_A") + ".weight"
-    assert torch.equal(adapter[name], model.layers[1].down_proj.lora_A)
+    name = checkpoints.family_name(model.config, "layers.1.down_proj.lora_A")
+    assert torch.equal(adapter[f"base_model.model.{name}.weight"], model.layers[1].down_proj.lora_A)
 
 
 def test_policy_and_value_model_share_the_frozen_trunk():
     policy = random_model()
-    lm.add_lora(policy, 2)
+    parallel.add_lora(policy, 2)
     critic = value.ValueModel(policy)
     for (name, p), q in zip(policy.layers.named_parameters(), critic.backbone.layers.parameters()):
         assert (p is q) == ("lora" not in name), name
-    optimizer = lm.make_optimizer(critic, 0.1, (0.9, 0.95))
+    optimizer = parallel.make_optimizer(critic, 0.1, (0.9, 0.95))
     start = [p.clone() for p in policy.parameters()]
     rows = rows_of_views(policy)
     for _ in range(3):
         (critic(rows) - 1).square().sum().backward()
-        lm.optimizer_step(critic, optimizer, 1.0)
+        parallel.optimizer_step(critic, optimizer, 1.0)
     assert critic(rows).abs().mean() > 0.1
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), start))

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, fixture_cases, fixture_tensors, random_model, random_prompts
+from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen
 
 import model as lm
 import rollout
-from rollout import Rollout, generate, merge_steps, replay, reveal, sample, trace_rows
+import sft
+from plumbing import checkpoints, show
+from rollout import Rollout, generate, replay, reveal, sample, trace_views
 
 STRATEGIES = list(rollout.STRATEGIES)
 
@@ -93,7 +95,7 @@ def test_the_replay_law_in_full_attention(kind, strategy):
 def test_a_wrong_replay_breaks_the_law():
     """The law can fail: another order, another temperature or merged steps give other numbers."""
     model = random_model()
-    rollouts = generate(model, random_prompts([5, 6, 7]), max_new_tokens=16, strategy="static")
+    rollouts = generate(model, random_prompts([5, 6, 7]), max_new_tokens=16, strategy="static", eos_ids=())
     assert gap(model, rollouts) < 1e-4
     assert gap(model, rollouts, temperature=0.9) > 1e-2
     assert gap(model, rollouts, shrink=2) > 1e-2
@@ -127,39 +129,53 @@ def test_every_response_token_is_a_target_exactly_once(kind):
     model = random_model(kind)
     rollouts = generate(model, random_prompts([2, 5, 8, 11]), max_new_tokens=14, threshold=0.3, eos_ids=(1,))
     for shrink in (1, 2, 100):
-        rows = trace_rows(rollouts, model.config, shrink)
-        seen = sorted(zip(rows.owner.tolist(), rows.place.tolist()))
-        assert seen == [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.response))]
-        assert rows.target.tolist() == [
-            rollouts[n].response[i] for n, i in zip(rows.owner.tolist(), rows.place.tolist())]
-    trained = trace_rows(rollouts, model.config, trained_only=True)
-    assert len(trained.target) == sum(r.num_tokens for r in rollouts)
-    one_more = trace_rows(rollouts, model.config, trained_only=True, post_num=1)
-    assert len(one_more.target) == sum(min(r.num_tokens + 1, len(r.response)) for r in rollouts)
+        rows = all_rows(rollouts, model.config, shrink=shrink)
+        assert sorted(seen(rows)) == [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.response))]
+        assert rows.targets.token.tolist() == [rollouts[n].response[i] for n, i in seen(rows)]
+    trained = all_rows(rollouts, model.config, trained_only=True)
+    assert len(trained.targets.token) == sum(r.num_tokens for r in rollouts)
+    one_more = all_rows(rollouts, model.config, trained_only=True, post_num=1)
+    assert len(one_more.targets.token) == sum(min(r.num_tokens + 1, len(r.response)) for r in rollouts)
 
 
-def test_micro_batches_hold_the_same_targets_within_their_budget():
+def test_a_target_carries_what_the_record_says():
     model = random_model()
+    rollouts = generate(model, random_prompts([2, 5, 8]), max_new_tokens=14, eos_ids=(1,))
+    for n, r in enumerate(rollouts):
+        r.advantage = [10.0 * n + i for i in range(len(r.response))]
+        r.returns = [-x for x in r.advantage]
+    targets = all_rows(rollouts, model.config).targets
+    for n, i, logp, advantage, returns, value_old in zip(
+            targets.rollout_index.tolist(), targets.response_index.tolist(), targets.logp.tolist(),
+            targets.advantage.tolist(), targets.returns.tolist(), targets.value_old.tolist()):
+        assert logp == pytest.approx(rollouts[n].logp[i])
+        assert advantage == 10 * n + i == -returns and value_old == 0
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+def test_micro_batches_hold_the_same_targets_within_their_budget(kind):
+    model = random_model(kind)
     rollouts = generate(model, random_prompts(range(1, 30)), max_new_tokens=30, eos_ids=(1,))
-    whole = trace_rows(rollouts, model.config)
-    parts = list(whole.split(200))
-    assert len(parts) > 3 and all(part.tokens.numel() <= 200 or len(part.tokens) == 1 for part in parts)
-    key = lambda rows: sorted(zip(rows.owner.tolist(), rows.place.tolist(), rows.target.tolist()))
-    assert sorted(sum(map(key, parts), [])) == key(whole)
+    texts = rollout.build_rows(rollouts, model.config, 4, shrink=8)
+    parts = rollout.micro_batches(texts, 300, 0, torch.device("cpu"))
+    assert len(parts) > 3 and all(part.tokens.numel() <= 300 or len(part.tokens) == 1 for part in parts)
+    assert sorted(sum(map(seen, parts), [])) == sorted(seen(all_rows(rollouts, model.config)))
+    for n, rows in enumerate(texts):  # a response is in one part where it fits
+        size = sum(len(row.tokens) for row in rows)
+        owners = [part for part in parts if (part.targets.rollout_index == n).any()]
+        assert len(owners) == 1 or size > 300, (n, size)
 
 
 def test_a_larger_block_shows_what_smaller_ones_left_undecoded_as_masks():
     model = random_model(block_size=4)
-    rollouts = generate(model, random_prompts([8, 9, 6]), max_new_tokens=10, strategy="static")
-    model.config.block_size = 8
-    for r in rollouts:  # as tracerl.py does while it adapts
-        r.canvas = len(r.response) + -(len(r.prompt) + len(r.response)) % 8
-        rows = trace_rows([r], model.config)
-        assert len(rows.target) == len(r.response)
+    rollouts = generate(model, random_prompts([8, 9, 6]), max_new_tokens=10, strategy="static", eos_ids=())
+    for r in rollouts:
+        rows = all_rows([r], model.config, block_size=8)
+        assert len(rows.targets.token) == len(r.response)
         views = rows.layout.view + 100 * rows.layout.block
         assert set(views[rows.layout.view > 0].unique(return_counts=True)[1].tolist()) == {8}
         is_left = (rows.layout.view > 0) & (rows.layout.position >= len(r.prompt) + len(r.response))
-        assert is_left.any() == (r.canvas > len(r.response))
+        assert is_left.any() == ((len(r.prompt) + len(r.response)) % 8 > 0)
         assert (rows.tokens[is_left] == model.config.mask_id).all()
 
 
@@ -167,33 +183,47 @@ def test_a_larger_block_shows_what_smaller_ones_left_undecoded_as_masks():
 @torch.no_grad()
 def test_rows_packed_end_to_end_give_the_numbers_of_rows_apart(kind):
     model = random_model(kind)
-    rows = trace_rows(
-        generate(model, random_prompts(range(2, 12)), max_new_tokens=14, eos_ids=(1,)), model.config)
+    rollouts = generate(model, random_prompts(range(2, 12)), max_new_tokens=14, eos_ids=(1,))
+    texts = rollout.build_rows(rollouts, model.config, 4)
+    rows = [row for text in texts for row in text]
+    groups = rollout.by_length([(len(row.tokens), 1) for row in rows], 256, is_packed=True)
+    packed = [rollout.collate([rows[i] for i in group], 0, 256) for group in groups]
     numbers = []
-    for parts in ([rows], list(rows.split(256, is_packed=True))):
+    for parts in ([rollout.collate(rows, 0)], packed):
         table = torch.zeros(10, 24)
         for part in parts:
-            table[part.owner, part.place], _ = rollout.forward_rows(model, part)
+            logp, _ = rollout.forward_rows(model, part)
+            table[part.targets.rollout_index, part.targets.response_index] = logp
         numbers.append(table)
-    assert all(len(part.tokens) == 1 and part.tokens.numel() <= 256 for part in parts) and len(parts) > 3
+    assert all(len(part.tokens) == 1 and part.tokens.numel() == 256 for part in packed) and len(packed) > 3
     torch.testing.assert_close(*numbers, atol=1e-5, rtol=1e-5)
 
 
-def test_merge_steps_groups_neighbours_inside_a_block():
-    steps = torch.tensor([[0, 0, 2, 1, 7, 3, 5, 3]])
-    assert merge_steps(steps, 4).tolist() == [[0, 0, 2, 1, 3, 1, 2, 1]]
-    assert merge_steps(steps, 4, shrink=2).tolist() == [[0, 0, 1, 1, 2, 1, 1, 1]]
-    assert merge_steps(steps, 4, shrink=9).tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]
-    assert merge_steps(steps, 8).tolist() == [[0, 0, 2, 1, 5, 3, 4, 3]]
-    assert merge_steps(steps, 8, shrink=2).tolist() == [[0, 0, 1, 1, 3, 2, 2, 2]]
+def test_a_trace_step_is_shrink_neighbouring_denoising_steps():
+    r = Rollout([3], [5, 6, 7, 8], 4, [1, 3, 1, 2])
+    block = [0, 1, 2, 3]
+    assert trace_views(r, block, 1) == [([0, 1, 2, 3], [0, 2]), ([1, 3], [3]), ([1], [1])]
+    assert trace_views(r, block, 2) == [([0, 1, 2, 3], [0, 2, 3]), ([1], [1])]
+    assert trace_views(r, block, 9) == [([0, 1, 2, 3], [0, 1, 2, 3])]
+    r.step_map = [7, 30, 7, 12]  # only the order counts
+    assert trace_views(r, block, 1) == [([0, 1, 2, 3], [0, 2]), ([1, 3], [3]), ([1], [1])]
 
 
-def test_shrink_1_changes_nothing():
-    generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(1, 5, (20, 8), generator=generator)
-    merged = merge_steps(steps, 4)
-    for row, new in zip(steps.view(-1, 4).tolist(), merged.view(-1, 4).tolist()):
-        assert [sorted(set(row)).index(s) + 1 for s in row] == new
+def test_blocks_are_cut_at_absolute_positions():
+    assert rollout.blocks_of(9, 7, 4) == [[0, 1, 2], [3, 4, 5, 6]]
+    assert rollout.blocks_of(8, 8, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_row_is_the_picture_in_the_docstring():
+    """894+396= and 0;10 in two steps, with one token for each character."""
+    config = random_model(block_size=4).config
+    r = Rollout(list(range(3, 11)), [11, 12, 13, 14], 4, [1, 2, 1, 2])
+    (row,), = rollout.build_rows([r], config, 4)
+    assert row.tokens == [*range(3, 11), 2, 2, 2, 2, 11, 2, 13, 2]
+    assert row.position == [*range(12), 8, 9, 10, 11]
+    assert row.block == [0] * 4 + [1] * 4 + [2] * 8 and row.view == [0] * 8 + [1] * 4 + [2] * 4
+    assert [target[:4] for target in row.targets] == [
+        (8, 11, 0, 0), (10, 13, 0, 2), (13, 12, 0, 1), (15, 14, 0, 3)]
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -216,9 +246,54 @@ def test_a_sequence_is_the_same_alone_and_in_a_ragged_batch(kind, strategy):
     assert len({len(r.response) for r in together}) > 1
 
 
+class SeparateCommits(rollout.Decoder):
+    """A slow twin: the clean keys and values of a whole block by a forward of their own."""
+
+    def states(self, slots, columns, committing):
+        if len(committing):
+            K = self.settings.block_size
+            before = self.start[committing, None] - K + self.offset
+            tokens = self.token[committing[:, None], before]
+            self.model.hidden(tokens, before, self.cache.reading(committing, before))
+        return super().states(slots, columns, committing[:0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_commit_that_rides_along_is_a_commit(strategy, monkeypatch):
+    model = random_model()
+    settings = dict(max_new_tokens=26, strategy=strategy, threshold=0.5, slots=3, seed=4)
+    prompts = random_prompts([3, 14, 7, 1, 9, 4, 12])
+    ours = generate(model, prompts, **settings)
+    monkeypatch.setattr(rollout, "Decoder", SeparateCommits)
+    for a, b in zip(ours, generate(model, prompts, **settings)):
+        assert a.response == b.response and a.step_map == b.step_map
+        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-5, rtol=0)
+
+
+def test_a_block_costs_its_denoising_steps_and_no_forward_more(monkeypatch):
+    model, forwards = random_model(), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args: (forwards.append(args), hidden(*args))[1])
+    r, = generate(model, random_prompts([5]), max_new_tokens=30, eos_ids=())
+    assert len(forwards) == max(r.step_map) + 1  # and one to prefill
+
+
+def test_sequential_with_one_token_a_step_is_decoding_from_left_to_right():
+    """With its trace it is JustGRPO's setting: each token predicted from what stands to its left, and
+    masks."""
+    model = random_model()
+    r, = generate(model, random_prompts([6]), max_new_tokens=14, strategy="sequential", eos_ids=())
+    assert r.step_map == list(range(1, 15))
+    rows = all_rows([r], model.config)
+    for column, i in zip(rows.targets.logit_index.tolist(), rows.targets.response_index.tolist()):
+        position, _, block, view = (t[0] for t in rows.layout)
+        is_later = (view == view[column]) & (block == block[column]) & (position >= 6 + i)
+        assert (rows.tokens[0][is_later] == model.config.mask_id).all()
+
+
 def test_same_seed_same_trace_other_seed_other_trace():
     model = random_model()
-    one, two, other = (generate(model, random_prompts([5]), max_new_tokens=24, seed=s)[0].response
+    one, two, other = (generate(model, random_prompts([5]), max_new_tokens=24, seed=s, eos_ids=())[0].response
                        for s in (3, 3, 4))
     assert one == two != other
 
@@ -278,9 +353,10 @@ def test_the_mask_token_is_never_sampled():
 
 def test_denoising_steps_set_the_quota_with_the_remainder_first():
     model = random_model(block_size=8)
-    r, = generate(model, random_prompts([8]), max_new_tokens=16, strategy="static", denoising_steps=3)
+    settings = dict(strategy="static", denoising_steps=3, eos_ids=())
+    r, = generate(model, random_prompts([8]), max_new_tokens=16, **settings)
     assert [r.step_map.count(step) for step in range(1, 7)] == [3, 3, 2, 3, 3, 2]
-    r, = generate(model, random_prompts([12]), max_new_tokens=4, strategy="static", denoising_steps=3)
+    r, = generate(model, random_prompts([12]), max_new_tokens=4, **settings)
     assert [r.step_map.count(step) for step in (1, 2)] == [3, 1]  # fewer masks are left than the quota
 
 
@@ -329,22 +405,23 @@ def test_an_empty_prompt_is_refused_and_no_prompts_are_fine():
 
 @pytest.mark.parametrize("case", [c for c in fixture_cases("sdar_generate") if "topk1" not in c["id"]],
                          ids=lambda c: c["id"])
-def test_sdar_decoding_is_the_authors(case, authors_policy):
+def test_sdar_decoding_is_the_authors(case, authors_policy, monkeypatch):
     """Tokens and reveal steps exactly; log-probabilities and confidences to the fixture's tolerance.
 
     For the `inverse_cdf` cases the stored uniforms are injected; their logp is at temperature 1, ours at T.
     """
     K, T, P = case["block_length"], case["temperature"], len(case["prompt"])
-    model, _ = lm.load_model(FIXTURES / "authors/sdar", block_size=K)
+    model, _ = checkpoints.load_model(FIXTURES / "authors/sdar", block_size=K)
     data = fixture_tensors("sdar_generate")
     draws = data.get(f"{case['id']}.u")
     is_drawn = case["sampling"] == "inverse_cdf"
+    if is_drawn:
+        monkeypatch.setattr(rollout, "uniform", lambda seed, step, position: draws[step - 1, position % K])
     r, = generate(
         model, [case["prompt"]], max_new_tokens=case["gen_length"], denoising_steps=case["denoising_steps"],
         strategy=case["strategy"].removeprefix("low_confidence_"),
         threshold=case["confidence_threshold"] or 0.9, temperature=T if is_drawn else 0,
-        top_k=case["top_k"], top_p=case["top_p"], eos_ids=case["stop_token_ids"] or (),
-        uniforms=(lambda sequence, step, position: draws[step - 1, position % K]) if is_drawn else None)
+        top_k=case["top_k"], top_p=case["top_p"], eos_ids=case["stop_token_ids"] or ())
     end = P + len(r.response)
     assert r.prompt + r.response == case["tokens"][:end] and set(case["tokens"][end:]) <= {119}
     assert r.step_map == case["step_global"][P:end]
@@ -360,12 +437,12 @@ def test_sdar_decoding_is_the_authors(case, authors_policy):
 ], ids=lambda c: c["id"])
 def test_llada_decoding_is_the_authors(case):
     K, P = case["block_length"], len(case["prompt"])
-    model, _ = lm.load_model(FIXTURES / "authors/llada", block_size=K)
+    model, _ = checkpoints.load_model(FIXTURES / "authors/llada", block_size=K)
     threshold = case.get("threshold")
     steps_per_block = case["steps"] * K // case["gen_length"]
     r, = generate(model, [case["prompt"]], max_new_tokens=case["gen_length"], temperature=0,
                   strategy="static" if threshold is None else "dynamic", threshold=threshold or 0.9,
-                  denoising_steps=steps_per_block if threshold is None else K)
+                  denoising_steps=steps_per_block if threshold is None else K, eos_ids=())
     order = lambda steps: [sorted(set(steps)).index(step) for step in steps]
     assert r.prompt + r.response == case["tokens"] and order(r.step_map) == order(case["unmask_step"][P:])
 
@@ -374,7 +451,7 @@ def test_llada_decoding_is_the_authors(case):
 def test_replayed_log_probabilities_are_the_authors(name, authors_policy):
     case = next(c for c in fixture_cases("sdar_tracerl") if name.endswith("tracerl_" + c["id"]))
     data, L0 = fixture_tensors(name), case["L0"]
-    model, _ = lm.load_model(FIXTURES / "authors/sdar", block_size=case["block_size"])
+    model, _ = checkpoints.load_model(FIXTURES / "authors/sdar", block_size=case["block_size"])
     rollouts = [Rollout(p, r, len(r), s)
                 for p, r, s in zip(case["prompts"], case["responses"], case["step_maps"])]
     ours = replay(model, rollouts, case["shrink"])
@@ -384,11 +461,11 @@ def test_replayed_log_probabilities_are_the_authors(name, authors_policy):
 
 
 def test_the_page_holds_the_trace_and_no_text_can_break_out_of_it(tmp_path):
-    model, tokenizer = random_model(), lm.tiny_tokenizer()
+    model, tokenizer = random_model(), sft.tiny_tokenizer()
     r, = generate(model, [[5, 6, 7]], max_new_tokens=8, seed=[1])
     tokenizer.decode = lambda ids: "</script><b>" if list(ids) == r.response[:1] else f"{list(ids)}"
     r.advantage, r.reward = [0.5] * r.num_tokens, 1.0
-    rollout.write_page([r], tokenizer, tmp_path / "trace.html")
+    show.write_page([r], tokenizer, tmp_path / "trace.html")
     page = (tmp_path / "trace.html").read_text()
     assert page.count("</script>") == 1
     shown, = json.loads(page.split("const rollouts = ")[1].split(", slider = ")[0])

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, fixture_cases, fixture_tensors, random_model, random_prompts
+from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen
 
 import eval_math
 import model as lm
 import rollout
 import sft
+from plumbing import checkpoints
 from rollout import Rollout
 
 
@@ -20,44 +21,48 @@ def examples(lengths=((5, 7), (8, 12), (3, 9)), canvas=False):
             for p, r in zip(prompts, responses)]
 
 
-@pytest.mark.parametrize("span", [4, 20])
-def test_noise_hides_k_uniform_in_1_to_c_of_each_spans_response_tokens(span):
-    is_response = torch.zeros(2000, 20, dtype=torch.bool)
-    is_response[:, 6:17] = True  # spans with 0, 2, 4, 4, 1 response tokens, or one with 11
-    is_masked, weight = sft.sft_noise(is_response, span, torch.Generator().manual_seed(0))
-    assert not (is_masked & ~is_response).any()
-    for start in range(0, 20, span):
-        inside = slice(start, start + span)
-        count, k = int(is_response[0, inside].sum()), is_masked[:, inside].sum(-1)
-        if count == 0:
-            assert not k.any()
-            continue
+@pytest.mark.parametrize("P, is_full", [(6, False), (6, True)])
+def test_noise_hides_k_uniform_in_1_to_c_of_each_blocks_response_tokens(P, is_full):
+    """Response tokens at positions 6..16: blocks with 2, 4, 4, 1 of them, or one response with 11."""
+    config = random_model("llada" if is_full else "sdar").config
+    hidden_sets = {}
+    for seed in range(2000):
+        r = Rollout([3] * P, [4] * 11, 11, [1] * 11, canvas=11 if is_full else 0, seed=seed)
+        for block, hidden, targets, share in rollout.views_of(r, config, 4, sft.noise_views):
+            assert hidden == targets == sorted(set(hidden))
+            hidden_sets.setdefault(block, []).append((hidden, share))
+    sizes = {0: 11} if is_full else {1: 2, 2: 4, 3: 4, 4: 1}
+    assert hidden_sets.keys() == sizes.keys()
+    for block, count in sizes.items():
+        k = torch.tensor([len(hidden) for hidden, _ in hidden_sets[block]])
         shares = torch.bincount(k, minlength=count + 1)[1:] / 2000
-        assert (k.min() == 1 and k.max() == count
-                and (shares - 1 / count).abs().max() < 4 * (1 / count / 2000) ** 0.5 + 1e-6)
-        each = is_masked[:, inside][is_response[:, inside]].view(2000, count).float().mean(0)
-        assert (each - (count + 1) / 2 / count).abs().max() < 0.05  # every token as often as any other
-        assert torch.allclose(weight[:, inside], (count / k)[:, None].expand(-1, span))
+        assert k.min() == 1 and k.max() == count
+        assert (shares - 1 / count).abs().max() < 4 * (1 / count / 2000) ** 0.5 + 1e-6
+        places = torch.tensor([j for hidden, _ in hidden_sets[block] for j in hidden])
+        each = torch.bincount(places - places.min()) / 2000
+        assert len(each) == count and (each - (count + 1) / 2 / count).abs().max() < 0.05  # all alike
+        assert all(share == len(hidden) / count for hidden, share in hidden_sets[block])
 
 
 def test_the_weighted_loss_is_unbiased_for_a_model_that_ignores_the_rest():
     """With weight 1 / t the expected sum over masked tokens is the sum over all tokens."""
-    is_response = torch.ones(20000, 8, dtype=torch.bool)
-    is_masked, weight = sft.sft_noise(is_response, 8, torch.Generator().manual_seed(0))
-    logp = -torch.arange(1.0, 9.0).expand(20000, -1)
-    loss = sft.sft_loss(logp[is_masked], weight[is_masked], is_response.sum())
-    assert loss.item() == pytest.approx(4.5, abs=0.05)
+    config, total = random_model(block_size=8).config, 0.0
+    for seed in range(20000):
+        r = Rollout([3] * 8, [4] * 8, 8, [1] * 8, seed=seed)
+        (_, hidden, _, share), = rollout.views_of(r, config, 8, sft.noise_views)
+        logp = -torch.tensor(hidden).float() - 1
+        total += sft.sft_loss(logp, torch.full_like(logp, share), 8, True).item()
+    assert total / 20000 == pytest.approx(4.5, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["sdar", "llada"])
 def test_a_hidden_token_is_predicted_from_its_block_and_the_clean_past(kind):
     model = random_model(kind)
     batch = examples(canvas=kind == "llada")
-    rows, _ = sft.sft_rows(batch, model.config, torch.Generator().manual_seed(3))
+    rows = all_rows(batch, model.config, views=sft.noise_views)
     logp, _ = rollout.forward_rows(model, rows)
-    hidden = {(n, p) for n, p in zip(rows.owner.tolist(), rows.place.tolist())}
-    K = model.config.block_size
-    for value, n, place in zip(logp, rows.owner.tolist(), rows.place.tolist()):
+    hidden, K = set(seen(rows)), model.config.block_size
+    for value, (n, place) in zip(logp, seen(rows)):
         text, P = batch[n].prompt + batch[n].response, len(batch[n].prompt)
         at = P + place
         stop = len(text) if kind == "llada" else at // K * K + K
@@ -69,7 +74,7 @@ def test_a_hidden_token_is_predicted_from_its_block_and_the_clean_past(kind):
 
 
 def test_the_end_is_filled_with_eos_to_the_block_or_the_canvas():
-    tokenizer = lm.tiny_tokenizer()
+    tokenizer = sft.tiny_tokenizer()
     problems, _ = eval_math.encode_prompts(
         [eval_math.Problem("12+3=", "15", "5;1;\\boxed{15}")], tokenizer, 99)
     block, = sft.to_examples(problems, tokenizer, random_model().config, 16)
@@ -85,8 +90,7 @@ def test_the_update_does_not_depend_on_micro_batches():
     for max_tokens in (10, 60, 10_000):
         model = random_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loss, norm = sft.train_step(
-            model, optimizer, examples(), seed=1, is_weighted=True, max_tokens=max_tokens)
+        loss, norm = sft.train_step(model, optimizer, examples(), sft.noise_views, True, max_tokens)
         results.append((loss, norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
     for loss, norm, weights in results[1:]:
         assert (loss == pytest.approx(results[0][0], rel=1e-5)
@@ -96,10 +100,10 @@ def test_the_update_does_not_depend_on_micro_batches():
 
 def test_a_few_steps_learn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = sft.main(["--steps=40", "--cooldown=10", "--eval_every=20", "--run=short"])
+    path = sft.main(["--steps=40", "--cooldown=10", "--eval_every=20", "--name=short"])
     lines = [json.loads(line) for line in open("runs/short/metrics.jsonl")]
     assert len(lines) == 40 and lines[-1]["loss"] < 0.6 * lines[0]["loss"] and "accuracy" in lines[19]
-    model, tokenizer = lm.load_model(path)
+    model, tokenizer = checkpoints.load_model(path)
     assert tokenizer.eos_token_id in model.config.eos_ids
 
 
@@ -112,15 +116,15 @@ def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monke
     transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=18, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
         num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)).save_pretrained("ar")
-    lm.tiny_tokenizer().save_pretrained("ar")
+    sft.tiny_tokenizer().save_pretrained("ar")
     rows = [{"prompt": p.problem, "response": p.solution} for p in eval_math.arithmetic("train", 64)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for objective in ("random", "trace"):
+    for flags in (["--views=random", "--weighted"], ["--views=trace"]):
         path = sft.main(["--model=ar", "--data=data.jsonl", "--steps=30", "--cooldown=5", "--lr=1e-2",
-                         "--batch_size=32", f"--objective={objective}", "--max_new_tokens=20", "--weighted"])
+                         "--batch_size=32", "--max_new_tokens=20", "--overwrite", *flags])
         losses = [json.loads(line)["loss"] for line in open("runs/sft/metrics.jsonl")]
         assert losses[-1] < 0.7 * losses[0]
-        model, tokenizer = lm.load_model(path)
+        model, tokenizer = checkpoints.load_model(path)
         assert model.config.mask_id == 18 and model.config.block_size == 4
         r, = rollout.generate(model, [tokenizer("12+3=").input_ids], max_new_tokens=8)
         assert 18 not in r.response and max(r.step_map) >= 2
@@ -133,7 +137,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     flags = ["--model", str(FIXTURES / "tiny"), "--data=data.jsonl", "--steps=6", "--cooldown=3", "--lr=1e-2",
              "--batch_size=24", "--max_new_tokens=20", "--save_every=2"]
-    whole, _ = lm.load_model(sft.main([*flags, "--run=whole"]))
+    whole, _ = checkpoints.load_model(sft.main([*flags, "--name=whole"]))
     step, calls = sft.train_step, []
 
     def stop_at_the_fifth(*args):
@@ -144,8 +148,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sft, "train_step", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
-        sft.main([*flags, "--run=stopped"])
-    resumed, _ = lm.load_model(sft.main([*flags, "--run=stopped", "--resume"]))
+        sft.main([*flags, "--name=stopped"])
+    resumed, _ = checkpoints.load_model(sft.main([*flags, "--name=stopped", "--resume"]))
     assert len(calls) == 5 + 2  # from step 4 on
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
     assert ((tmp_path / "runs/whole/metrics.jsonl").read_text()
@@ -154,7 +158,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--model=x"], "--model needs --data"), (["--warmup=0"], "--warmup"),
-    (["--stop_accuracy=0.5", "--model=x", "--data=y"], "development problems"),
+    (["--stop_accuracy=0.5", "--model=x", "--data=y"], "--stop_accuracy needs --dev_data"),
 ])
 def test_a_bad_flag_is_refused_by_name(flags, message, capsys):
     with pytest.raises(SystemExit):
@@ -167,20 +171,23 @@ def test_the_sft_loss_is_the_authors(K, authors_policy):
     """Theirs is divided by rows and padded length; ours by masked tokens, which are the fixture's."""
     case = next(c for c in fixture_cases("sdar_sft") if c["id"] == f"sft_semiar_b{K}")
     data = fixture_tensors(f"sdar_sft_semiar_b{K}")
-    model, _ = lm.load_model(FIXTURES / "authors/sdar", block_size=K)
+    model, _ = checkpoints.load_model(FIXTURES / "authors/sdar", block_size=K)
     batch = [Rollout(p, r, len(r), [1] * len(r)) for p, r in zip(case["prompts"], case["responses"])]
-    tokens, _, lengths = rollout.canvases(batch, model.config)
-    prompts = torch.tensor([len(p) for p in case["prompts"]])
-    is_masked = data["p_mask"][:, None]
-    rows = rollout.build_rows(tokens, lengths, prompts, is_masked, is_masked, model.config)
+    is_masked = {id(r): row[len(r.prompt):] for r, row in zip(batch, data["p_mask"].tolist())}
+
+    def views(rollout, block, shrink, rng):
+        hidden = [j for j in block if is_masked[id(rollout)][j]]
+        return [(hidden, hidden)]
+
+    rows = all_rows(batch, model.config, views=views)
     logp, _ = rollout.forward_rows(model, rows)
-    torch.testing.assert_close(
-        logp, data["logp"][rows.owner, rows.place + prompts[rows.owner]], atol=2e-4, rtol=0)
-    loss = sft.sft_loss(logp, torch.ones_like(logp), case["n_rows"] * case["L1"])
+    theirs = torch.stack([data["logp"][n, len(batch[n].prompt) + j] for n, j in seen(rows)])
+    torch.testing.assert_close(logp, theirs, atol=2e-4, rtol=0)
+    loss = sft.sft_loss(logp, rows.targets.masked_share, case["n_rows"] * case["L1"], False)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=2e-5)
     for name, p in model.named_parameters():
-        theirs = lm.family_name(model.config, name)
+        theirs = checkpoints.family_name(model.config, name)
         assert p.grad.norm().item() == pytest.approx(case["grad_norms"][theirs], rel=1e-4)
         if f"grad.{theirs}" in data:
             assert (p.grad - data[f"grad.{theirs}"]).norm() <= 1e-4 * p.grad.norm()

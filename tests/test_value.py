@@ -2,13 +2,18 @@
 
 import pytest
 import torch
-from conftest import FIXTURES, fixture_cases, fixture_tensors, random_model, random_prompts
+from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen
 
-import model as lm
 import rollout
 import value
+from plumbing import checkpoints
 from rollout import Rollout
 from value import explained_variance, place_rewards, returns_and_advantages, value_loss, variance_sums
+
+
+def renumber(steps):
+    """Distinct steps of each row as 1, 2, ... in their order; 0 stays 0."""
+    return torch.tensor([[sorted({0, *row}).index(t) for t in row] for row in steps.tolist()])
 
 
 def random_case(seed, N=6, R=14, kind="sequence"):
@@ -16,7 +21,7 @@ def random_case(seed, N=6, R=14, kind="sequence"):
     steps = torch.randint(1, 7, (N, R), generator=generator)
     steps = torch.where(torch.rand(N, R, generator=generator) < 0.2, 0, steps)
     steps[:, 0] = 1
-    steps = rollout.merge_steps(steps, R)
+    steps = renumber(steps)
     values = torch.randn(N, R, generator=generator)
     if kind == "sequence":
         return place_rewards(torch.randn(N, generator=generator), steps), values, steps
@@ -77,15 +82,15 @@ def test_a_sequence_reward_lies_on_the_last_step_that_has_trained_tokens():
     assert place_rewards(torch.tensor([3.0, 5.0]), steps).tolist() == [[0, 3, 3, 0], [5, 0, 0, 0]]
 
 
-def test_global_steps_count_blocks_in_turn_and_skip_steps_without_trained_tokens():
+def test_trace_steps_count_blocks_in_turn_and_skip_steps_without_trained_tokens():
     config = random_model().config
     r = Rollout([7, 7], [3, 4, 5, 6, 1, 8], 5, [2, 1, 4, 3, 6, 5])
-    assert value.global_steps([r], config).tolist() == [[2, 1, 4, 3, 5, 0]]
-    assert value.global_steps([r], config, shrink=2).tolist() == [[1, 1, 2, 2, 3, 0]]
-    assert value.global_steps([r], config, post_num=1).tolist() == [[2, 1, 4, 3, 6, 5]]
+    assert value.trace_steps(r, config, 4) == [2, 1, 4, 3, 5, 0]
+    assert value.trace_steps(r, config, 4, shrink=2) == [1, 1, 2, 2, 3, 0]
+    assert value.trace_steps(r, config, 4, post_num=1) == [2, 1, 4, 3, 6, 5]
     full = random_model("llada").config
     r.canvas = 8
-    assert value.global_steps([r], full, shrink=3).tolist() == [[1, 1, 2, 1, 2, 0]]
+    assert value.trace_steps(r, full, 4, shrink=3) == [1, 1, 2, 1, 2, 0]
 
 
 @pytest.mark.parametrize("kind", ["sdar", "dream"])
@@ -93,30 +98,29 @@ def test_a_new_value_model_says_0_everywhere_and_its_head_learns_first(kind):
     policy = random_model(kind)
     rollouts = rollout.generate(policy, random_prompts([3, 6, 8]), max_new_tokens=12, eos_ids=(1,))
     model = value.ValueModel(policy)
-    for rows in rollout.trace_rows(rollouts, policy.config).split(10_000):
-        values = model(rows)
-        assert torch.equal(values, torch.zeros(len(rows.target))) and values.dtype == torch.float32
-        value_loss(values, values.detach(), torch.ones_like(values), len(values)).backward()
+    rows = all_rows(rollouts, policy.config)
+    values = model(rows)
+    assert torch.equal(values, torch.zeros(len(rows.targets.token))) and values.dtype == torch.float32
+    value_loss(values, values.detach(), torch.ones_like(values), len(values)).backward()
     assert model.value_head.weight.grad.norm() > 0 and model.backbone.embed.weight.grad.norm() == 0
     assert model.backbone.embed.weight is not policy.embed.weight
 
 
 def test_explained_variance_knows_good_from_bad():
     returns = torch.tensor([0.0, 1, 0, 1])
-    explained = lambda values, returns: explained_variance(*variance_sums(values, returns))
+    explained = lambda values, returns: explained_variance(variance_sums(values, returns))
     assert explained(returns, returns) == 1 and explained(torch.zeros(4), returns) == 0
     assert explained(-returns, returns) == -3 and explained(returns, torch.ones(4)) == 0
-    halves = [sum(pair) for pair in zip(variance_sums(returns[:1] / 2, returns[:1]),
-                                        variance_sums(returns[1:] / 2, returns[1:]))]
-    assert explained_variance(*halves) == explained(returns / 2, returns) == 0.75
+    halves = variance_sums(returns[:1] / 2, returns[:1]) + variance_sums(returns[1:] / 2, returns[1:])
+    assert explained_variance(halves) == explained(returns / 2, returns) == 0.75
 
 
 @pytest.mark.parametrize("kind", ["sdar", "llada"])
 def test_a_saved_value_model_comes_back(kind, tmp_path):
     model, other = value.ValueModel(random_model(kind)), value.ValueModel(random_model(kind, seed=1))
     model.value_head.weight.data.normal_()
-    value.save_value_model(model, tmp_path)
-    value.load_value_model(other, tmp_path / "value/model.safetensors")
+    checkpoints.save_value_model(model, tmp_path)
+    checkpoints.load_value_model(other, tmp_path / "value/model.safetensors")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -128,7 +132,7 @@ def test_returns_and_advantages_are_the_authors(case):
     data = fixture_tensors("sdar_gae")
     own = {name: data[f"{case['inputs']}.{name}"] for name in ("old_values", "step_map_collapsed", "trained")}
     R = own["trained"].shape[1]
-    steps = rollout.merge_steps(torch.where(own["trained"], own["step_map_collapsed"] + 1, 0), R)
+    steps = renumber(torch.where(own["trained"], own["step_map_collapsed"] + 1, 0))
     if case["reward_kind"] == "scalar":
         rewards = place_rewards(torch.tensor(case["reward"]), steps)
     else:
@@ -144,16 +148,16 @@ def test_the_value_loss_and_gradient_are_the_authors(K):
     """Theirs is divided by rows and padded length L1; ours by trained tokens."""
     case = next(c for c in fixture_cases("sdar_value_loss") if c["block_size"] == K)
     data = fixture_tensors(case["file"].removesuffix(".safetensors"))
-    policy, _ = lm.load_model(FIXTURES / "authors/sdar_value", block_size=K)
+    policy, _ = checkpoints.load_model(FIXTURES / "authors/sdar_value", block_size=K)
     model = value.ValueModel(policy)
-    value.load_value_model(model, FIXTURES / "authors/sdar_value/model.safetensors")
+    checkpoints.load_value_model(model, FIXTURES / "authors/sdar_value/model.safetensors")
     texts, L0 = data["input_ids"].tolist(), case["L0"]
     step_maps = data["step_map"].tolist()
     rollouts = [Rollout(text[:L0], text[L0:], len(text) - L0, steps) for text, steps in zip(texts, step_maps)]
-    rows = rollout.trace_rows(rollouts, policy.config)
+    rows = all_rows(rollouts, policy.config)
     where = {(int(data["row_to_response"][row]), column - L0): (row, column)
              for row, column in data["p_mask"].nonzero().tolist()}
-    keys = [where[key] for key in zip(rows.owner.tolist(), rows.place.tolist())]
+    keys = [where[key] for key in seen(rows)]
     at = lambda name: torch.stack([data[name][key] for key in keys])
     values = model(rows)
     torch.testing.assert_close(values, at("values"), atol=2e-4, rtol=0)
@@ -162,7 +166,7 @@ def test_the_value_loss_and_gradient_are_the_authors(K):
     assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
     for name, p in model.named_parameters():
         theirs = ("value_head.weight" if name == "value_head.weight"
-                  else lm.family_name(policy.config, name.removeprefix("backbone.")))
+                  else checkpoints.family_name(policy.config, name.removeprefix("backbone.")))
         if f"grad.{theirs}" in data:
             expected = data[f"grad.{theirs}"]
             assert (p.grad - expected).norm() <= 1e-4 * expected.norm(), name

@@ -1,0 +1,258 @@
+"""plumbing/parallel.py - many processes: the group, sharding (FSDP2), the optimizer step, LoRA layers.
+
+One process group from torchrun, nothing else. Work is dealt out by one rule, `share`: item i goes to process
+i modulo the number of processes. Losses are sums over a process's own tokens, divided by the token count of
+ALL processes; so gradients are added up, never averaged, and one process or eight compute the same update.
+"""
+
+import math
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------
+# The group.
+
+
+def start_processes(is_tiny=False, needs_group=False):
+    """Joins torchrun's process group, if there is one. needs_group: makes a group of one, if there is none.
+
+    is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time, and costs
+    fifty times as much as soon as another program wants it (threads that wait for each other spin).
+    """
+    if is_tiny:
+        torch.set_num_threads(1)
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if dist.is_initialized() or (is_alone and not needs_group):
+        return
+    is_cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if is_cuda and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+            "Start fewer processes, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
+    if is_cuda:
+        torch.cuda.set_device(local)
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if is_alone else {}
+    # two hours: the others wait for the longest rollout
+    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(hours=2), **alone)
+
+
+def end_processes():
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def default_device():
+    """This process's GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def processes():
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first():
+    """Whether this is the process that writes and prints."""
+    return processes()[0] == 0
+
+
+def share(items):
+    """This process's part of a list that every process has: dealt like cards, one after the other."""
+    rank, number = processes()
+    return items[rank::number]
+
+
+def gather(own):
+    """Undoes `share`: every process's part -> the whole list, in its order, on every process."""
+    number = processes()[1]
+    if number == 1:
+        return own
+    parts = [None] * number
+    dist.all_gather_object(parts, own)
+    whole = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        whole[rank::number] = part
+    return whole
+
+
+def from_first(value):
+    """The first process's value, on every process."""
+    if processes()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def add_up(tensor):
+    """Sum of a tensor over all processes, in place; on every process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(tensor):
+    """Maximum of a tensor over all processes, in place; on every process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def barrier():
+    """Waits for the other processes."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def progress(items, name):
+    """A tqdm bar on the first process, if someone is watching a terminal."""
+    return tqdm(items, desc=name, disable=None if is_first() else True, mininterval=1)
+
+
+def say(text):
+    """Prints on the first process only, above a progress bar if there is one."""
+    if is_first():
+        tqdm.write(text)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sharding.
+
+
+def shard(model, layers, dtype=torch.float32):
+    """Shards parameters, gradients and optimizer states over all processes (FSDP2), layer by layer, in place.
+
+    dtype: what layers compute in. The sharded weights are float32 whatever it is, and gradients are added up
+    in float32: they are sums over tokens (see `optimizer_step`), so no process average is taken. Frozen
+    weights (LoRA) stay whole on every process. Without a process group this does nothing.
+    """
+    if not dist.is_initialized():
+        return
+    mesh = init_device_mesh(default_device().type, (processes()[1],))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    for module in [*layers, model]:
+        for p in module.parameters():
+            if p.requires_grad and not isinstance(p, DTensor):
+                p.data = p.data.float()
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if hasattr(model, "hidden"):
+        register_fsdp_forward_method(model, "hidden")
+
+
+@contextmanager
+def unsharded(model):
+    """Inside, every process holds the whole weights, and may run as many forwards as it likes: no layer
+    waits for another process. Nothing to do for a model that is not sharded."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+def whole_state(model):
+    """Parameters by name, whole and contiguous, of a model that may be sharded; on the first process only, if
+    there are several. To be called on every process."""
+    if not dist.is_initialized():
+        return model.state_dict()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # Gathered tensors are views of padded storage when a dimension does not divide by the number of
+    # processes (18 tokens on 4), and safetensors then cannot tell whole tensors from parts: make copies.
+    return {name: p.clone(memory_format=torch.contiguous_format) for name, p in state.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The optimizer step.
+
+
+MAX_SKIPPED = 5  # updates in a row whose gradient is not finite, before the run stops
+
+
+def make_optimizer(model, lr, betas, weight_decay=0.0):
+    """AdamW on the trainable parameters; decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def set_learning_rate(optimizer, lr):
+    """Of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimizer_step(model, optimizer, max_grad_norm):
+    """Clips the gradient to a norm common to all processes and steps -> (norm, whether it stepped).
+
+    A norm that is not finite skips the update, on every process alike; RuntimeError after MAX_SKIPPED in a
+    row.
+    """
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    is_finite = bool(norm.isfinite())
+    optimizer.num_skipped = 0 if is_finite else getattr(optimizer, "num_skipped", 0) + 1
+    if is_finite:
+        optimizer.step()
+    else:
+        say(f"the gradient norm is {float(norm)}: update skipped ({optimizer.num_skipped} in a row)")
+    optimizer.zero_grad(set_to_none=True)
+    if optimizer.num_skipped >= MAX_SKIPPED:
+        raise RuntimeError(f"{MAX_SKIPPED} updates in a row had a gradient that is not finite: "
+                           "lower the learning rate")
+    return float(norm), is_finite
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA: the trunk stays as it is and takes no gradient; two thin matrices beside each linear layer learn.
+
+
+LORA_ALPHA = 2  # times the rank: what B A x is scaled by, as is usual
+
+
+class LoRALinear(nn.Linear):
+    """W x + b + 2 B A x, frozen W and b; A (rank, in), B (out, rank), 0 at the start (arXiv 2106.09685)."""
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        thin = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return super().forward(x) + LORA_ALPHA * thin
+
+
+def add_lora(model, rank, seed=0):
+    """Freezes a language model; trainable float32 adapters go beside every linear layer but the head."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for linear in [m for m in model.layers.modules() if isinstance(m, nn.Linear)]:
+        linear.__class__ = LoRALinear
+        A = torch.randn(rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
+        linear.lora_A = nn.Parameter(A.to(model.device))
+        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=model.device))
+
+
+def lora_rank(model):
+    """The rank of the model's adapters; 0 without."""
+    return next((len(m.lora_A) for m in model.modules() if isinstance(m, LoRALinear)), 0)

@@ -1,0 +1,425 @@
+"""plumbing/runs.py - a run: its flags, its folder, its metrics and curves, its checkpoints to resume from.
+
+A run's folder, runs/<name>/, belongs to one command at a time (a lock that the kernel lets go of when its
+holder dies), and is never emptied unless --overwrite asks for it. Whatever is replaced is written aside and
+renamed: killed at any moment, what lies under a proper name is whole. """
+
+import argparse
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import sys
+import traceback
+import warnings
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from plumbing import parallel
+from plumbing.checkpoints import read_json, save_checkpoint, write_json
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags.
+
+
+def positive(text):
+    """The type of a flag: a number above 0."""
+    number = float(text)
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
+def not_negative(text):
+    """A number, 0 or above."""
+    number = float(text)
+    if not (number >= 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return number
+
+
+def share(text):
+    """A number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")
+    return number
+
+
+def positive_int(text):
+    """A whole number above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return int(text)
+
+
+def count(text):
+    """A whole number, 0 or above."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return int(text)
+
+
+def folder_name(text):
+    """A plain name, no path."""
+    if os.path.basename(text) != text or text in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"must be a plain folder name, got {text!r}")
+    return text
+
+
+def make_parser(description):
+    """A parser whose help shows the defaults of the case at hand, and which takes no abbreviations."""
+    return argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_training_flags(parser, name):
+    """Flags of sft.py and tracerl.py about the run, the machine, and what fits on it."""
+    flag = parser.add_argument_group("run").add_argument
+    flag("--name", type=folder_name, default=name, help="of the folder under runs/")
+    flag("--seed", type=int, default=0, help="of weights, data order, masks and rollouts")
+    flag("--resume", action="store_true",
+         help="go on with the run of this name, with its settings, from its newest checkpoint (or the start)")
+    flag("--overwrite", action="store_true", help="replace a run of this name")
+    flag("--save_every", type=count, help="steps between checkpoints; 0 is at the end only")
+    flag("--keep_checkpoints", type=positive_int, default=3, help="the newest ones to keep")
+    flag("--debug", action="store_true", help="show the traceback of an error")
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--tokens_per_micro_batch", type=positive_int, help="tokens of one forward and backward")
+    flag("--dtype", choices=("float32", "bfloat16"),
+         help="what layers compute in; weights, optimizer states, gradients and losses are float32 anyhow")
+    flag("--gradient_checkpointing", action="store_true", help="keep one activation per layer and compute "
+         "the others again in the backward pass: slower by a third, fits far longer rows")
+    flag("--lora_rank", type=count, default=0,
+         help="train adapters of this rank beside a frozen trunk; 0 trains everything")
+
+
+# Settings that a resumed run may change: they do not touch results (beyond rounding), or only say how far to
+# go.
+MAY_CHANGE = {"name", "resume", "overwrite", "debug", "steps", "eval_every", "save_every", "keep_checkpoints",
+              "slots", "tokens_per_micro_batch", "gradient_checkpointing"}
+
+
+def parse(parser, argv, tiny, real):
+    """The flags, with the defaults of the tiny model, or those of a real checkpoint where --model is given.
+    With --resume, those of the run itself: only what is to change has to be said again."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model")
+    first.add_argument("--name", default=parser.get_default("name"))
+    first.add_argument("--resume", action="store_true")
+    known, _ = first.parse_known_args(argv)
+    parser.set_defaults(**(tiny if known.model is None else real))
+    path = os.path.join("runs", known.name, "args.json")
+    if not (known.resume and os.path.isfile(path)):
+        return parser.parse_args(argv)
+    saved = read_json(path)
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    check_same(saved, vars(args), path)
+    return args
+
+
+def check_same(saved, settings, path):
+    """Refuses to mix two settings in one run."""
+    settings = json.loads(json.dumps(settings))  # as they would come back from a file
+    changed = [f"{name} was {saved.get(name)!r}, is {settings.get(name)!r}"
+               for name in sorted({*saved, *settings} - MAY_CHANGE) if saved.get(name) != settings.get(name)]
+    if changed:
+        raise ValueError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
+                         "Leave the flag out, or choose another --name")
+
+
+def run_command(main):
+    """main() of a script, for people: an error of the user's is one line, with exit status 2."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except KeyboardInterrupt:
+        if parallel.is_first():
+            print(f"{program}: stopped. To go on: the same command with --resume", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(f"{program}: error: {error} (--debug shows where)", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        parallel.end_processes()
+
+
+def load_function(spec, built_in, flag):
+    """What --reward, --advantage, --loss and --views name: a built-in function, or file.py:function of the
+    user's own. ValueError that names what is missing."""
+    if spec in built_in:
+        return built_in[spec]
+    path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        raise ValueError(f"{flag} {spec}: no file {path or spec!r}; give file.py:function, or one of "
+                         + ", ".join(built_in))
+    module_spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{flag} {spec}: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder.
+
+
+# of LoRA, the adapters alone: the frozen trunk is in --model already
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def train_state(trainers):
+    """Weights and optimizer states of (model, optimizer) pairs, for torch.distributed.checkpoint."""
+    out = {}
+    for number, (model, optimizer) in enumerate(trainers):
+        is_fresh = not optimizer.state
+        weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
+        out[str(number)] = dict(model=weights, optimizer=moments)
+        for state in optimizer.state.values() if is_fresh else []:
+            state["step"].zero_()  # get_state_dict made a step of size 0 to have moments: it does not count
+    return out
+
+
+def checksums(folder):
+    """{file name: [size, sha256]} of the tensor files of a folder, each process reading its share."""
+    names = parallel.share(sorted(name for name in os.listdir(folder) if name != "progress.json"))
+    own = []
+    for name in names:
+        path = os.path.join(folder, name)
+        with open(path, "rb") as file:
+            own.append((name, [os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()]))
+    return dict(parallel.gather(own))
+
+
+class Run:
+    """runs/<name>/ while a command works in it. To be used in a `with`; only the first process writes.
+
+    resume: what is there is kept. overwrite: what is there goes. Neither: a name that holds a run is an
+    error. """
+
+    def __init__(self, name, settings, resume=False, overwrite=False, log="metrics.jsonl"):
+        self.folder, self.is_writer, self.lock = os.path.join("runs", name), parallel.is_first(), None
+        self.path, settings_path = os.path.join(self.folder, log), os.path.join(self.folder, "args.json")
+        if not self.is_writer:
+            return
+        self.take()
+        try:
+            if os.path.isfile(settings_path) and resume:
+                check_same(read_json(settings_path), settings, settings_path)
+            elif os.path.isfile(settings_path):
+                if not overwrite:
+                    raise ValueError(f"{self.folder} holds a run: go on with it (--resume), replace it "
+                                     "(--overwrite), or choose another --name")
+                self.empty(settings.get("model"))
+            write_json(settings_path, settings)
+            open(self.path, "a", encoding="utf-8").close()
+            self.keep_lines(self.own_lines())  # without half a line, if a crash left one
+        except BaseException:
+            self.lock.close()
+            raise
+
+    def take(self):
+        """Makes the folder this command's own, or says whose it is."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self.lock = open(os.path.join(self.folder, "lock"), "a+", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot write to {self.folder} ({error.strerror}): run this from a folder "
+                             "of your own, or free the name") from error
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            holder = self.lock.read().strip()
+            self.lock.close()
+            raise ValueError(f"{self.folder} is in use by {holder}: wait for it, "
+                             "or choose another --name") from None
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.lock.flush()
+
+    def empty(self, model):
+        """Removes an old run, unless the new one starts from it."""
+        if model is not None and os.path.realpath(model).startswith(os.path.realpath(self.folder) + os.sep):
+            raise ValueError(f"--model {model} lies inside {self.folder}, which --overwrite would delete: "
+                             "choose another --name")
+        for name in set(os.listdir(self.folder)) - {"lock"}:
+            path = os.path.join(self.folder, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.is_writer:
+            if kind is KeyboardInterrupt:
+                self.plot()  # as far as it came
+            self.lock.close()  # lets go of the lock
+
+    def write(self, line):
+        """Appends one line to the log."""
+        if self.is_writer:
+            self.put(lambda file: file.write(json.dumps(line) + "\n"), self.path, "a")
+
+    def put(self, write, path, mode):
+        """Writes to a file; a full disk is an error that says what to do."""
+        try:
+            with open(path, mode, encoding="utf-8") as file:
+                write(file)
+        except OSError as error:
+            raise RuntimeError(f"{path} could not be written ({error.strerror}): free some space and go on "
+                               "with --resume") from error
+
+    def read(self):
+        """The lines so far, on every process."""
+        return parallel.from_first(self.own_lines() if self.is_writer else None)
+
+    def own_lines(self):
+        """The same, on the first process only. A last line that was cut off by a crash is not one."""
+        lines = []
+        with open(self.path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith("\n"):
+                    try:
+                        lines.append(json.loads(line))
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"{self.path}, line {number} is damaged ({error}): mend or remove "
+                                         "that line") from None
+        return lines
+
+    def keep_lines(self, lines):
+        """The log with these lines only. Written aside and renamed: killed here, no earlier line is lost."""
+        if self.is_writer:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            self.put(lambda file: file.write(text), f"{self.path}.partial", "w")
+            os.replace(f"{self.path}.partial", self.path)
+
+    def checkpoints(self):
+        """Paths of the whole checkpoints, by step. (A half-written one is still called .partial.)"""
+        return checkpoints_of(self.folder)
+
+    def save(self, tokenizer, trainers, progress, keep, write_more=None):
+        """Saves checkpoints/step-<progress["step"]>: the first model of `trainers` in its Hugging Face
+        layout, and in train_state/ all that `restore` needs. All but the newest `keep` are deleted after.
+
+        trainers: (model, optimizer) pairs. progress: JSON values. write_more(folder) may add its own files.
+        """
+        path = os.path.join(self.folder, "checkpoints", f"step-{progress['step']}")
+        partial = f"{path}.partial"
+        try:
+            save_checkpoint(trainers[0][0], tokenizer, partial)
+            if write_more is not None:
+                write_more(partial)
+            parallel.barrier()
+            state_folder = os.path.join(partial, "train_state")
+            with warnings.catch_warnings():  # of one process: that it is one
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.save(train_state(trainers), checkpoint_id=state_folder, no_dist=not dist.is_initialized())
+            parallel.barrier()
+            progress = progress | dict(files=checksums(state_folder))
+            if self.is_writer:
+                write_json(os.path.join(state_folder, "progress.json"), progress)
+                shutil.rmtree(path, ignore_errors=True)
+                os.rename(partial, path)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RuntimeError(f"{path} could not be written ({error}): free some space and go on with "
+                               f"--resume; earlier checkpoints are whole: {self.checkpoints()}") from error
+        if self.is_writer:
+            for old in self.checkpoints()[:-keep]:
+                shutil.rmtree(old)
+            self.plot()
+        parallel.barrier()
+
+    def save_model(self, model, tokenizer):
+        """Saves the model alone in checkpoint/ -> its path."""
+        path = os.path.join(self.folder, "checkpoint")
+        try:
+            save_checkpoint(model, tokenizer, path)
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(f"{path} could not be written ({error}): free some space and go on with "
+                               "--resume") from error
+        parallel.barrier()
+        return path
+
+    def restore(self, trainers):
+        """Loads the newest checkpoint into the models and optimizers, and cuts the log back to its step ->
+        its progress, or None where there is no checkpoint yet. ValueError for a damaged or foreign
+        checkpoint."""
+        parallel.barrier()
+        if not (paths := self.checkpoints()):
+            self.keep_lines([])
+            return None
+        folder = os.path.join(paths[-1], "train_state")
+        remedy = "Move it away to go on from the one before"
+        if not os.path.isfile(os.path.join(folder, "progress.json")):
+            raise ValueError(f"{paths[-1]} has no train_state to resume from: use it with --model. {remedy}")
+        progress = read_json(os.path.join(folder, "progress.json"))
+        saved, found = progress.pop("files", {}), checksums(folder)
+        damaged = sorted(name for name in {*found, *saved} if saved.get(name) != found.get(name))
+        if damaged:
+            raise ValueError(f"{folder} is damaged: {', '.join(damaged)} is not what was saved. {remedy}")
+        state = train_state(trainers)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            for (model, optimizer), part in zip(trainers, state.values()):
+                set_state_dict(model, optimizer, model_state_dict=part["model"],
+                               optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
+        except (OSError, CheckpointException, RuntimeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"{paths[-1]} cannot be resumed from ({reason}): it is of another model. "
+                             f"{remedy}") from error
+        self.keep_lines([line for line in self.read() if line["step"] <= progress["step"]])
+        parallel.barrier()
+        return progress
+
+    def finish(self, summary):
+        """Writes summary.json."""
+        if self.is_writer:
+            write_json(os.path.join(self.folder, "summary.json"), summary)
+            self.plot()
+
+    def plot(self):
+        """Draws every number of the log against the step in curves.png, reward and accuracy first. On the
+        first process only."""
+        lines = self.own_lines()
+        names = {name for line in lines for name in line if isinstance(line[name], (int, float))} - {"step"}
+        first = [name for name in ("reward", "dev_accuracy", "accuracy", "loss") if name in names]
+        names = first + sorted(names - {*first})
+        if not names or "step" not in lines[0]:
+            return
+        figure = Figure(figsize=(12, 2.2 * math.ceil(len(names) / 3)), layout="constrained")
+        for number, name in enumerate(names, 1):
+            axes = figure.add_subplot(math.ceil(len(names) / 3), 3, number)
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points), marker="." if len(points) < 30 else None)
+            axes.set_title(name, fontsize=9)
+        figure.savefig(os.path.join(self.folder, "curves.png"), dpi=80)
+
+    def files(self):
+        """What the folder holds."""
+        return sorted(set(os.listdir(self.folder)) - {"lock"}) if self.is_writer else []
+
+
+def checkpoints_of(folder):
+    """Paths of the whole checkpoints of a run's folder, by step."""
+    folder = os.path.join(folder, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
+    return [os.path.join(folder, f"step-{step}") for step in steps]
