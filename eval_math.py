@@ -30,10 +30,9 @@ from statistics import fmean
 
 import datasets
 import torch
-import transformers
 
 import rollout
-from plumbing import grading, parallel, runs
+from plumbing import autoregressive, grading, parallel, runs
 from plumbing.checkpoints import load_model
 from plumbing.grading import extract_answer, is_correct, read_json_rows
 
@@ -61,7 +60,8 @@ def arithmetic(split, number, seed=0, slip=0.0):
     split: "train", "dev" or "test"; every sum belongs to one split for good. slip: the probability with which
     the pupil who writes the solutions forgets a carry, and carries on consistently. That is a bad habit for
     reinforcement learning to remove: a model that imitates the pupil can add, and slips. The `answer` is
-    always the right one. """
+    always the right one.
+    """
     buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]  # of ten
     rng, seen = random.Random(f"{split} {seed}"), {}
     while len(seen) < number:
@@ -76,7 +76,8 @@ def work_out(a, b, slip, rng):
     """The pupil's page: for each column, units first, its sum and the carry handed on; then the answer.
 
     237 + 682: 7 + 2 = 09, hand on 0; 3 + 8 = 11, hand on 1; 2 + 6 + 1 = 09, hand on 0. A pupil who slips
-    hands on 0 where a carry is due, so that the slip can be seen the moment it is written. """
+    hands on 0 where a carry is due, so that the slip can be seen the moment it is written.
+    """
     page, digits, carry = "", "", 0
     for power in (1, 10, 100):
         column = a // power % 10 + b // power % 10 + carry
@@ -105,7 +106,8 @@ def load_problems(source, problem_column=None, answer_column=None, needs_answer=
     question, prompt or messages; answer; solution or response), or given. In GSM8K's style the answer stands
     behind ####; in a solution without an answer, in the last \\boxed{}. needs_answer: whether a row without
     one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the source and the
-    row of what is broken, missing or empty. """
+    row of what is broken, missing or empty.
+    """
     if source in ("arithmetic", "arithmetic-dev", "arithmetic-test"):
         split = source.removeprefix("arithmetic").lstrip("-") or "train"
         return arithmetic(split, 20000 if split == "train" else 400)
@@ -198,12 +200,22 @@ def encode_prompts(
             text = text.rstrip()
         if style == "think" and not text.rstrip().endswith("<think>"):
             text += "<think>\n"
-        p.tokens = tokenizer(text, add_special_tokens=False).input_ids
+        p.tokens = encode(text, tokenizer)
     fitting = [p for p in problems if len(p.tokens) <= max_prompt_tokens]
     if not fitting:
         raise ValueError(f"none of {len(problems)} prompts has at most {max_prompt_tokens} tokens: "
                          "raise --max_prompt_tokens")
     return fitting, len(problems) - len(fitting)
+
+
+def encode(text, tokenizer):
+    """Text -> token ids. ValueError where the tokenizer does not know a character: it would be lost."""
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in tokens:
+        raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data for "
+                         "another model")
+    return tokens
 
 
 def load_prompts(source, tokenizer, args, needs_answer=True):
@@ -228,7 +240,8 @@ def math_reward(problem, text, tokens, rollout):
     """1 if the last \\boxed{} is right and the response has ended, else 0.
 
     A truncated response is wrong whatever it says: otherwise a model learns to box a guess early and never to
-    stop. """
+    stop.
+    """
     return float(not rollout.is_truncated and is_correct(extract_answer(text), problem.answer))
 
 
@@ -236,7 +249,8 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     """Sets Rollout.reward and token_rewards (step 2 of tracerl.py).
 
     Each process judges its share, and all then hold the same rewards: a verdict that a time limit decided, or
-    a random reward, must not be another one elsewhere, or the processes would train on different groups. """
+    a random reward, must not be another one elsewhere, or the processes would train on different groups.
+    """
     num_arguments = len(inspect.signature(reward).parameters)
     # the grader's checks run in two workers; a user's function may not like threads
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
@@ -299,7 +313,8 @@ def accuracy(rewards):
     """Rewards of each problem's samples -> accuracy, its standard error over problems, n, pass@k (k: all).
 
     The error is over problems: samples of one problem are alike, and count as one observation together. One
-    problem alone says nothing about others: its standard error is None. """
+    problem alone says nothing about others: its standard error is None.
+    """
     means = [fmean(samples) for samples in rewards]
     mean, n = fmean(means), len(means)
     variance = sum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else None
@@ -333,36 +348,6 @@ def diffusion_responses(model, tokenizer, problems, seeds, strategy, args):
                  decoded=len(r.response), step_map=r.step_map) for r in rollouts]
 
 
-def autoregressive_responses(model, tokenizer, problems, seeds, strategy, args):
-    """The same of an autoregressive model, by transformers' generate: left-padded batches, token by token."""
-    eos = model.generation_config.eos_token_id
-    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
-    settings = dict(do_sample=False) if args.temperature == 0 else dict(
-        do_sample=True, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    own, own_seeds, out = parallel.share(problems), parallel.share(seeds), []
-    for start in range(0, len(own), args.slots):
-        batch = [{"input_ids": p.tokens} for p in own[start:start + args.slots]]
-        inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
-        torch.manual_seed(own_seeds[start])
-        tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens,
-                                pad_token_id=tokenizer.pad_token_id, **settings)
-        for row in tokens[:, inputs["input_ids"].shape[1]:].tolist():
-            end = next((i + 1 for i, token in enumerate(row) if token in eos), None)
-            length = end or len(row)
-            out.append(dict(
-                response=tokenizer.decode(row[:length], skip_special_tokens=True), length=length,
-                truncated=end is None, decoded=length, step_map=list(range(1, length + 1))))
-    return parallel.gather(out)
-
-
-def load_autoregressive(path):
-    """A model and tokenizer for `autoregressive_responses`."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    return model.to(parallel.default_device()).eval(), tokenizer
-
-
 def fingerprint(model, problems):
     """Short hashes of weights and data: an evaluation is gone on with only if both are still the same."""
     sums = [float(p.detach().sum(dtype=torch.float64)) for p in model.parameters()]
@@ -374,11 +359,14 @@ def fingerprint(model, problems):
 def evaluate_command(args):
     """Samples, grades, tabulates. Responses are in runs/<name>/responses.jsonl at once: a run can go on."""
     parallel.start_processes()
-    model, tokenizer = load_autoregressive(args.ar) if args.ar else load_model(args.model, args.block_size)
+    if args.ar:
+        model, tokenizer = autoregressive.load(args.ar)
+    else:
+        model, tokenizer = load_model(args.model, args.block_size)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     problems = load_prompts(args.data, tokenizer, args)[:args.limit]
-    respond = autoregressive_responses if args.ar else diffusion_responses
+    respond = autoregressive.responses if args.ar else diffusion_responses
     strategies = ["autoregressive"] if args.ar else args.strategy
     name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
     with runs.Run(name, vars(args) | fingerprint(model, problems), resume=True, log="responses.jsonl") as run:

@@ -221,7 +221,8 @@ class KVCache:
     A forward first writes the keys and values of its tokens at their positions, then reads everything up to
     its block's own end. So a block lies in the cache while it is still noisy; that is harmless, since only
     its own next forward reads it, and writes it anew before. What must hold: once a block is whole, its CLEAN
-    keys and values are written before a later block reads them (rollout.Decoder: the commit). """
+    keys and values are written before a later block reads them (rollout.Decoder: the commit).
+    """
 
     def __init__(self, config, num_slots, length, dtype, device):
         shape = (config.num_layers, num_slots, length, config.num_kv_heads, config.head_dim)

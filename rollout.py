@@ -53,7 +53,8 @@ class Rollout:
 
     Lists are as long as `response`, one entry per token. The response holds whole blocks: tokens after the
     end of the answer are kept, because the tokens before them in the same block were drawn with them in
-    sight. """
+    sight.
+    """
 
     prompt: list  # token ids
     response: list  # token ids of every decoded block, the last one whole
@@ -112,7 +113,8 @@ def uniform(seed, step, position):
 
     A draw depends on nothing but its three numbers: uniform(7, 3, 11) is the draw of the sequence with seed 7
     at its denoising step 3 for position 11, alone, in any batch, in any slot, on any process. A generator
-    that is advanced draw by draw would give each sequence other draws in another batch. """
+    that is advanced draw by draw would give each sequence other draws in another batch.
+    """
     x = torch.zeros_like(position)
     for word in (seed, step, position):
         x = (x ^ word) + -0x61C8864680B583EB  # int64 arithmetic wraps around, as the hash wants
@@ -146,7 +148,8 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0):
     logits (N, V), draws float64 (N,) in [0, 1) -> token int64 (N,), confidence, logp, entropy, float32 (N,).
     The token is the smallest v whose cumulative probability exceeds the draw: probabilities .5 .3 .2 and draw
     .6 give token 1. logp is log softmax(logits / T) BEFORE the filters: they shape what is drawn and the
-    confidence, not the policy that is trained. """
+    confidence, not the policy that is trained.
+    """
     logp = (policy_logits(logits, mask_id) / (temperature or 1.0)).log_softmax(-1)  # (N, V)
     if temperature == 0 or top_k == 1:
         # Greedy. Every filtered confidence would be 1 and could order nothing, so that confidence and entropy
@@ -350,7 +353,8 @@ def generate(
     or an int s for s, s + 1, ... slots: sequences decoded together (default all); memory grows with it,
     results do not depend on it. block_size: K (default the model's). eos_ids: tokens that end a response
     (default the model's; none of them in a prompt does). settings: see DecodingSettings. Raises ValueError
-    for an empty prompt, or a setting out of range. """
+    for an empty prompt, or a setting out of range.
+    """
     config, prompts = model.config, [list(prompt) for prompt in prompts]
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     seeds = [(s + 2**63) % 2**64 - 2**63 for s in seeds]  # into the range of int64
@@ -549,7 +553,8 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
     the masks of a view.
 
     Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens at
-    once. """
+    once.
+    """
     texts = []
     for number, r in enumerate(rollouts):
         P, R = len(r.prompt), len(r.response)
@@ -590,7 +595,8 @@ def by_length(sizes, max_tokens, is_packed=False):
 
     sizes: (length of a row, number of rows) of each item -> lists of item numbers, short ones first. Unless
     packed, rows are padded to the longest of their group; a group ends early where that would waste a
-    thirty-second of it. """
+    thirty-second of it.
+    """
     groups, num_rows, num_tokens = [], 0, 0
     for item in sorted(range(len(sizes)), key=lambda item: sizes[item][0]):
         length, count = sizes[item]
@@ -610,7 +616,8 @@ def collate(rows, pad_id, multiple=None):
 
     multiple: the one row is padded to a multiple of so many tokens, so that kernels are compiled for few
     lengths; the texts in it are kept apart by their document numbers. Padding is of document -1 and, being
-    each in a view of its own, sees itself only: a token that sees nothing would be NaN. """
+    each in a view of its own, sees itself only: a token that sees nothing would be NaN.
+    """
     lengths = [len(row.tokens) for row in rows]
     is_packed = multiple is not None
     T = -(-sum(lengths) // multiple) * multiple if is_packed else max(lengths)
@@ -643,7 +650,8 @@ def micro_batches(texts, max_tokens, pad_id, device):
     """The rows of rollouts (see build_rows) -> micro-batches on `device`, of max_tokens tokens at most.
 
     Rows of one response stay in one micro-batch where they fit, so that a loss may look at whole responses.
-    On a GPU rows are packed end to end, since FlexAttention skips what lies between documents. """
+    On a GPU rows are packed end to end, since FlexAttention skips what lies between documents.
+    """
     is_packed = device.type == "cuda"
     multiple = -(-max_tokens // 512) * 128 if is_packed else None
     pieces = []
@@ -661,7 +669,8 @@ def with_dummies(parts, pad_id, device):
 
     Sharded layers (FSDP2) gather their weights from all processes, in forward and backward: a process that
     stopped early would leave the others waiting for ever. So one with fewer micro-batches runs dummies: one
-    padding token, no targets, a loss of 0 and gradients of 0. To be called on every process. """
+    padding token, no targets, a loss of 0 and gradients of 0. To be called on every process.
+    """
     most = int(parallel.largest(torch.tensor(len(parts), device=device)))
     dummy = collate([Row(tokens=[pad_id], position=[0], block=[0], view=[1])], pad_id)
     return parts + [to_device(dummy, device) for _ in range(most - len(parts))]
@@ -682,7 +691,8 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
     -> list of float32 tensors, one per rollout, as long as its response; with gradient, unless called under
     no_grad. A sharded model must be `unsharded` meanwhile: processes may have other numbers of rollouts, or
     none. shrink 1, the sampling temperature and the block size of the decoding give Rollout.logp back (the
-    replay law). """
+    replay law).
+    """
     if not rollouts:
         return []
     longest = max(len(r.response) for r in rollouts)

@@ -45,14 +45,15 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
 
     The response is filled up with eos: to its block's end, or (full attention) to the end of the canvas. The
     filling is trained as well: in decoding it is context for the tokens before it, and has to be predicted
-    before they are. """
+    before they are.
+    """
     if not config.eos_ids:
         raise ValueError("this checkpoint names no eos token: without one a response cannot end")
     eos, K, examples = config.eos_ids[0], config.block_size, []
     for p in problems:
         if not p.solution:
             raise ValueError(f"no solution to learn from: {str(p.problem)[:80]!r}")
-        response = tokenizer(p.solution, add_special_tokens=False).input_ids + [eos]
+        response = eval_math.encode(p.solution, tokenizer) + [eos]
         steps = list(p.step_map or range(1, len(response)))  # without a step map: from left to right
         if len(steps) != len(response) - 1:
             raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: "
@@ -84,7 +85,8 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
     is_weighted: each token by 1 / t, t the hidden share of its block. A token is hidden with probability t,
     so that the sum is then an unbiased estimate over ALL response tokens: the diffusion bound, normalised by
-    their number. Without weights (the authors' choice), normalised by the number of hidden tokens. """
+    their number. Without weights (the authors' choice), normalised by the number of hidden tokens.
+    """
     return -(logp / masked_share if is_weighted else logp).sum() / normalizer
 
 
@@ -164,14 +166,19 @@ def train(model, tokenizer, examples, dev_problems, args, run):
                 parallel.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; "
                              "going on from here")
         run.write(line)
-        bar.set_postfix({name: f"{line[name]:.3f}" for name in ("loss", "accuracy") if name in line})
+        if (step + 1) % args.eval_every == 0:
+            parallel.say(describe_line(line))
         progress["step"] = step + 1
         if args.save_every and (step + 1) % args.save_every == 0:
             run.save(tokenizer, trainers, progress, args.keep_checkpoints)
     bar.close()
-    figures = ", ".join(f"{name} {line[name]:.3f}" for name in ("loss", "accuracy") if name in line)
-    parallel.say(f"sft: {progress['step']} updates; {figures}" + (
-        f" on {len(dev_problems)} development problems" if "accuracy" in line else ""))
+    parallel.say(describe_line(line) if line else f"sft: all of {progress['step']} updates were made before")
+
+
+def describe_line(line):
+    """One line of the terminal."""
+    accuracy = f", accuracy on development problems {line['accuracy']:.3f}" if "accuracy" in line else ""
+    return f"sft: update {line['step']}, loss {line['loss']:.3f}{accuracy}"
 
 
 TINY = dict(  # defaults of the tiny model
@@ -268,8 +275,8 @@ def tiny_tokenizer():
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>",
-                                        mask_token="<mask>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>",
+                                        eos_token="<eos>", mask_token="<mask>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('\\n')[0] }}{% endfor %}"
     return tokenizer
 

@@ -91,7 +91,8 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
 
     k3 = (ratio - 1) - log ratio, never negative, estimates KL(old || new): the samples are the OLD policy's,
     so that the mean of -log ratio is that KL, and ratio - 1, of mean 0, only takes variance away. (The other
-    common form, exp(-d) - 1 + d with d = log ratio, is for samples of the new policy.) """
+    common form, exp(-d) - 1 + d with d = log ratio, is for samples of the new policy.)
+    """
     # A ratio of e^10 is a collapse; it must not become inf before it is seen.
     log_ratio = (logp - targets.logp_old).clamp(-10, 10)
     ratio = log_ratio.exp()
@@ -109,7 +110,8 @@ def diagnose(logp, entropy, targets, clip_eps):
     """Figures for the log, whatever the loss is -> sums over the targets (4,), maxima (2,), float64.
 
     Sums: k3, ratios outside the clip range, entropy, gap. Maxima: ratio, gap. The gap is |logp_old - recorded
-    logp|: 0 up to rounding on the trace's own states (the replay law). """
+    logp|: 0 up to rounding on the trace's own states (the replay law).
+    """
     log_ratio = (logp - targets.logp_old).clamp(-10, 10).double()
     ratio, gap = log_ratio.exp(), (targets.logp_old - targets.logp).abs().double()
     is_clipped = ((ratio - 1).abs() > clip_eps).double()
@@ -149,7 +151,8 @@ def train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progr
 
     All randomness is a function of (seed, step), so that weights, optimizer states and progress are the whole
     state of a run. Every process runs the same code on the same records; only forwards and backwards are
-    dealt out. """
+    dealt out.
+    """
     model, optimizer, critic, _ = trainers
     head_start = args.value_warmup if critic is not None else 0  # steps that train the value model alone
     for step in parallel.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
@@ -173,6 +176,7 @@ def train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progr
             gap = replay_gap(model, rollouts[::16], rollout_K, args.temperature)
         old_logprobs(model, policy_batches[1:], args)  # 4
         line |= learn(trainers, batches, policy_batches, plugins.loss, args) | gap  # 5
+        line |= drift(model, policy_batches, args)
         line = dict(step=step) | line | dict(rollout_seconds=rollout_seconds,
                                              update_seconds=time.perf_counter() - started - rollout_seconds)
         finish_step(line, rollouts, kept, trainers, tokenizer, dev_problems, args, run, progress)  # 6
@@ -212,7 +216,8 @@ def give_advantages(rollouts, critic, advantage, block_size, args):
     Without values, groups that teach nothing are left out: rewards all equal, or, with --keep_range, a mean
     outside it (the paper: 0.2 to 0.8). That is a normal event. Whole records are kept or dropped: lists of
     prompts, rewards and step maps that are cut apart from each other are how a response gets its neighbour's
-    reward. With values every group is kept, and raw rewards are used. """
+    reward. With values every group is kept, and raw rewards are used.
+    """
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, args.group_size)
     line = dict(reward=rewards.mean().item()) | eval_math.describe(rollouts)
     if critic is not None:
@@ -328,7 +333,8 @@ def old_logprobs(model, batches, args):
 
     The recorded log-probabilities would do for shrink 1; but other views are other states, and on a GPU
     decoding and training use different kernels. The first update of a step needs no pass of its own: see
-    `update`. """
+    `update`.
+    """
     for batch in batches:
         for rows in batch.rows:
             logp, _ = rollout.forward_rows(model, rows, args.temperature)
@@ -431,6 +437,23 @@ def summarize(updates, value_updates):
     return line
 
 
+@torch.no_grad()
+def drift(model, batches, args):
+    """How far the step's updates have moved the policy: KL(old || new) and the largest ratio on a few rollouts.
+
+    With one update per step nothing else shows a collapse: the update's own ratios are measured BEFORE it
+    moves the weights, so that they are 1 whatever comes of it.
+    """
+    if not batches:
+        return {}
+    rows = batches[0].rows[0]  # the first micro-batch of every process
+    logp, entropy = rollout.forward_rows(model, rows, args.temperature)
+    sums, maxima = diagnose(logp, entropy, rows.targets, args.clip_eps)
+    count = torch.tensor([float(len(logp))], dtype=torch.float64, device=model.device)
+    sums, maxima = parallel.add_up(torch.cat([sums, count])), parallel.largest(maxima)
+    return dict(drift_kl=float(sums[0] / sums[-1]), drift_ratio_max=float(maxima[0]))
+
+
 # ----------------------------------------------------------------------------------------------------- 6 log
 
 
@@ -442,7 +465,8 @@ def finish_step(line, rollouts, kept, trainers, tokenizer, dev_problems, args, r
             model, tokenizer, dev_problems, seed=args.seed, **eval_math.decoding_settings(args))
         line["dev_accuracy"] = found["accuracy"]
     run.write(line)
-    parallel.say(describe_line(line))
+    parallel.say(show.describe_line(line))
+    show.warn(line, progress)
     check_gap(line, args)
     progress.update(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
     if step == args.steps or (args.save_every and step % args.save_every == 0):
@@ -458,7 +482,8 @@ def check_gap(line, args):
     """Stops a float32 run that breaks the replay law: it would train on states the policy never was in.
 
     A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding
-    stays below 1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop. """
+    stays below 1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop.
+    """
     bound = 1e-4 / min(args.temperature, 1.0)
     is_law = line["gap"] <= bound and line["gap_max"] <= 10 * bound
     if args.dtype == "float32" and not is_law:
@@ -466,27 +491,6 @@ def check_gap(line, args):
             f"the replay law is broken: replayed and recorded log-probabilities differ by {line['gap']:.1e} "
             f"on average and by up to {line['gap_max']:.1e}, far more than rounding ({bound:.0e}). "
             "Training and sampling disagree about masks, positions, blocks or steps.")
-
-
-def describe_line(line):
-    """One line of the terminal per RL step; the README explains every name."""
-    parts = [f"step {line['step']:3d}", f"reward {line['reward']:.3f}", f"kept {line['kept_groups']:d}",
-             f"length {line['length']:.1f}", f"tokens/step {line['tokens_per_step']:.2f}"]
-    if "ratio_max" in line:
-        parts += [f"ratio max {line['ratio_max']:.2f}", f"clipped {line['clip_fraction']:.3f}",
-                  f"KL {line['kl']:.4f}", f"entropy {line['entropy']:.3f}",
-                  f"grad {line['gradient_norm']:.2f}"]
-    else:
-        parts += ["value model only" if "value_loss" in line else "nothing to learn from: no update"]
-    if "value_loss" in line:
-        parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
-    parts += [f"gap {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s",
-              f"update {line['update_seconds']:.1f}s"]
-    if line.get("skipped_updates"):
-        parts.append(f"SKIPPED {line['skipped_updates']} updates")
-    if "dev_accuracy" in line:
-        parts.append(f"dev accuracy {line['dev_accuracy']:.3f}")
-    return "  ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -505,7 +509,11 @@ REAL = dict(  # defaults with --model: the paper's for SDAR, for billions of par
 
 def parse_args(argv=None):
     """The flags of tracerl.py."""
-    parser = runs.make_parser("TraceRL: reinforcement learning of a diffusion language model on its traces.")
+    parser = runs.make_parser(
+        "TraceRL: reinforcement learning of a diffusion language model on its traces.",
+        "The defaults with --model suit billions of parameters. For a model as small as the embedded one: "
+        + " ".join(f"--{name} {TINY[name]}" for name in ("lr", "warmup", "minibatches", "value_lr", "value_epochs",
+                                                         "max_new_tokens")))
     flag = parser.add_argument_group("most used").add_argument
     flag("--model", help="checkpoint folder or hub id; without it, a tiny model is made and warm-started")
     flag("--train_data", help="problems to train on: embedded arithmetic, a file, or a hub id")
@@ -657,6 +665,10 @@ def main(argv=None):
     parallel.say(f"\n{title:36s}{'before':>16s}{'after':>18s}")
     for name in before:
         parallel.say(f"  {name:34s}{plus_minus(before[name]):>16s}  {plus_minus(after[name]):>16s}")
+    if "reward" in before["greedy"]:
+        for name in before:
+            parallel.say(f"  mean of your reward, {name:13s}{before[name]['reward']:>16.3f}"
+                         f"  {after[name]['reward']:>16.3f}")
     parallel.say(f"{summary['seconds']:.0f} seconds; the run is in {run.folder}: {', '.join(run.files())}")
     parallel.end_processes()
     return summary

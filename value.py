@@ -19,7 +19,8 @@ each token then gets its own share back:
 Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, value_loss.
 
 Left out: a value model smaller than the policy, or one that shares its trunk (with LoRA the frozen trunk is
-shared); saving and loading (plumbing/checkpoints.py). """
+shared); saving and loading (plumbing/checkpoints.py).
+"""
 
 import copy
 
@@ -58,7 +59,8 @@ def trace_steps(r, config, block_size, shrink=1, post_num=0):
     untrained.
 
     1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. A step
-    that revealed no trained token (only the filling after eos) is not counted: nothing waits for it. """
+    that revealed no trained token (only the filling after eos) is not counted: nothing waits for it.
+    """
     end = min(r.num_tokens + post_num, len(r.response))
     steps, count = [0] * len(r.response), 0
     for _, _, targets, _ in rollout.views_of(r, config, block_size, shrink=shrink):
@@ -110,7 +112,8 @@ def value_loss(values, values_old, returns, num_tokens, clip=None):
     """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by num_tokens.
 
     All float32 (N,). num_tokens: trained tokens of the WHOLE update, over all micro-batches and processes, so
-    that their losses and gradients simply add. clip None: plain 0.5 (V - R)^2. """
+    that their losses and gradients simply add. clip None: plain 0.5 (V - R)^2.
+    """
     error = (values - returns) ** 2
     if clip is not None:
         clipped = values_old + (values - values_old).clamp(-clip, clip)

@@ -5,8 +5,11 @@ i modulo the number of processes. Losses are sums over a process's own tokens, d
 ALL processes; so gradients are added up, never averaged, and one process or eight compute the same update.
 """
 
+import ctypes
 import math
 import os
+import signal
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -36,6 +39,8 @@ def start_processes(is_tiny=False, needs_group=False):
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if dist.is_initialized() or (is_alone and not needs_group):
         return
+    if sys.platform == "linux" and not is_alone:  # however torchrun dies, the kernel ends its processes, too
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     is_cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     if is_cuda and local >= torch.cuda.device_count():
         raise ValueError(

@@ -2,7 +2,8 @@
 
 A run's folder, runs/<name>/, belongs to one command at a time (a lock that the kernel lets go of when its
 holder dies), and is never emptied unless --overwrite asks for it. Whatever is replaced is written aside and
-renamed: killed at any moment, what lies under a proper name is whole. """
+renamed: killed at any moment, what lies under a proper name is whole.
+"""
 
 import argparse
 import fcntl
@@ -15,8 +16,10 @@ import re
 import shutil
 import socket
 import sys
+import time
 import traceback
 import warnings
+from contextlib import contextmanager
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -77,9 +80,9 @@ def folder_name(text):
     return text
 
 
-def make_parser(description):
+def make_parser(description, epilog=None):
     """A parser whose help shows the defaults of the case at hand, and which takes no abbreviations."""
-    return argparse.ArgumentParser(description=description, allow_abbrev=False,
+    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
@@ -151,7 +154,11 @@ def run_command(main):
     except (ValueError, OSError, RuntimeError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        print(f"{program}: error: {error} (--debug shows where)", file=sys.stderr, flush=True)
+        text = f"{program}: error: {error} (--debug shows where)"
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last words are what it finds there
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(dict(message=text, timestamp=int(time.time())), file)
+        print(text, file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         parallel.end_processes()
@@ -182,6 +189,21 @@ def load_function(spec, built_in, flag):
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+@contextmanager
+def writing(path, partial=None):
+    """Inside, an error of the disk is one that says what to do, and `partial`, half-written, goes."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            if os.path.isfile(partial):
+                os.remove(partial)
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        raise RuntimeError(f"{path} could not be written ({reason}): free some space and go on with --resume; "
+                           "what was saved before is whole") from error
+
+
 def train_state(trainers):
     """Weights and optimizer states of (model, optimizer) pairs, for torch.distributed.checkpoint."""
     out = {}
@@ -209,7 +231,8 @@ class Run:
     """runs/<name>/ while a command works in it. To be used in a `with`; only the first process writes.
 
     resume: what is there is kept. overwrite: what is there goes. Neither: a name that holds a run is an
-    error. """
+    error.
+    """
 
     def __init__(self, name, settings, resume=False, overwrite=False, log="metrics.jsonl"):
         self.folder, self.is_writer, self.lock = os.path.join("runs", name), parallel.is_first(), None
@@ -225,7 +248,8 @@ class Run:
                     raise ValueError(f"{self.folder} holds a run: go on with it (--resume), replace it "
                                      "(--overwrite), or choose another --name")
                 self.empty(settings.get("model"))
-            write_json(settings_path, settings)
+            with writing(settings_path, f"{settings_path}.partial"):
+                write_json(settings_path, settings)
             open(self.path, "a", encoding="utf-8").close()
             self.keep_lines(self.own_lines())  # without half a line, if a crash left one
         except BaseException:
@@ -248,9 +272,10 @@ class Run:
             self.lock.close()
             raise ValueError(f"{self.folder} is in use by {holder}: wait for it, "
                              "or choose another --name") from None
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.lock.flush()
+        with writing(self.lock.name):
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self.lock.flush()
 
     def empty(self, model):
         """Removes an old run, unless the new one starts from it."""
@@ -273,16 +298,8 @@ class Run:
     def write(self, line):
         """Appends one line to the log."""
         if self.is_writer:
-            self.put(lambda file: file.write(json.dumps(line) + "\n"), self.path, "a")
-
-    def put(self, write, path, mode):
-        """Writes to a file; a full disk is an error that says what to do."""
-        try:
-            with open(path, mode, encoding="utf-8") as file:
-                write(file)
-        except OSError as error:
-            raise RuntimeError(f"{path} could not be written ({error.strerror}): free some space and go on "
-                               "with --resume") from error
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def read(self):
         """The lines so far, on every process."""
@@ -304,9 +321,10 @@ class Run:
     def keep_lines(self, lines):
         """The log with these lines only. Written aside and renamed: killed here, no earlier line is lost."""
         if self.is_writer:
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            self.put(lambda file: file.write(text), f"{self.path}.partial", "w")
-            os.replace(f"{self.path}.partial", self.path)
+            with writing(self.path, f"{self.path}.partial"):
+                with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                os.replace(f"{self.path}.partial", self.path)
 
     def checkpoints(self):
         """Paths of the whole checkpoints, by step. (A half-written one is still called .partial.)"""
@@ -320,7 +338,7 @@ class Run:
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{progress['step']}")
         partial = f"{path}.partial"
-        try:
+        with writing(path, partial):
             save_checkpoint(trainers[0][0], tokenizer, partial)
             if write_more is not None:
                 write_more(partial)
@@ -335,24 +353,16 @@ class Run:
                 write_json(os.path.join(state_folder, "progress.json"), progress)
                 shutil.rmtree(path, ignore_errors=True)
                 os.rename(partial, path)
-        except (OSError, SafetensorError, CheckpointException) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise RuntimeError(f"{path} could not be written ({error}): free some space and go on with "
-                               f"--resume; earlier checkpoints are whole: {self.checkpoints()}") from error
-        if self.is_writer:
-            for old in self.checkpoints()[:-keep]:
-                shutil.rmtree(old)
-            self.plot()
+                for old in self.checkpoints()[:-keep]:
+                    shutil.rmtree(old)
+                self.plot()
         parallel.barrier()
 
     def save_model(self, model, tokenizer):
         """Saves the model alone in checkpoint/ -> its path."""
         path = os.path.join(self.folder, "checkpoint")
-        try:
+        with writing(path):
             save_checkpoint(model, tokenizer, path)
-        except (OSError, SafetensorError) as error:
-            raise RuntimeError(f"{path} could not be written ({error}): free some space and go on with "
-                               "--resume") from error
         parallel.barrier()
         return path
 
@@ -392,8 +402,10 @@ class Run:
     def finish(self, summary):
         """Writes summary.json."""
         if self.is_writer:
-            write_json(os.path.join(self.folder, "summary.json"), summary)
-            self.plot()
+            path = os.path.join(self.folder, "summary.json")
+            with writing(path, f"{path}.partial"):
+                write_json(path, summary)
+                self.plot()
 
     def plot(self):
         """Draws every number of the log against the step in curves.png, reward and accuracy first. On the

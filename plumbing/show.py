@@ -1,6 +1,50 @@
-"""plumbing/show.py - a trace, to look at."""
+"""plumbing/show.py - what a person sees: the line of a step, its warnings, a page of traces."""
 
 import json
+
+from plumbing import parallel
+
+
+def describe_line(line):
+    """One line of the terminal per RL step; the README explains every name."""
+    parts = [f"step {line['step']:3d}", f"reward {line['reward']:.3f}", f"kept {line['kept_groups']:d}",
+             f"length {line['length']:.1f}", f"tokens/step {line['tokens_per_step']:.2f}"]
+    if "ratio_max" in line:
+        parts += [f"ratio max {line['ratio_max']:.2f}", f"clipped {line['clip_fraction']:.3f}",
+                  f"KL {line['kl']:.4f}", f"entropy {line['entropy']:.3f}",
+                  f"grad {line['gradient_norm']:.2f}", f"drift {line['drift_kl']:.4f}"]
+    else:
+        parts += ["value model only" if "value_loss" in line else "nothing to learn from: no update"]
+    if "value_loss" in line:
+        parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
+    parts += [f"gap {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s",
+              f"update {line['update_seconds']:.1f}s"]
+    if line.get("skipped_updates"):
+        parts.append(f"SKIPPED {line['skipped_updates']} updates")
+    if "dev_accuracy" in line:
+        parts.append(f"dev accuracy {line['dev_accuracy']:.3f}")
+    return "  ".join(parts)
+
+
+MAX_DRIFT = 0.1  # nats per token in one RL step
+MAX_IDLE = 5  # steps in a row without an update
+
+
+def warn(line, progress):
+    """Says what a table of numbers hides: a policy that moves too far, or not at all."""
+    if line.get("drift_kl", 0.0) > MAX_DRIFT:
+        parallel.say(f"WARNING: step {line['step']} moved the policy by {line['drift_kl']:.2f} nats per token "
+                     f"(largest ratio {line['drift_ratio_max']:.1f}): a collapse may follow. Lower --lr")
+    is_idle = "kl" not in line and "value_loss" not in line
+    progress["idle_steps"] = progress.get("idle_steps", 0) + 1 if is_idle else 0
+    if progress["idle_steps"] and progress["idle_steps"] % MAX_IDLE == 0:
+        parallel.say(f"WARNING: no update in {progress['idle_steps']} steps: all responses to a prompt earn the "
+                     f"same (mean reward {line['reward']:.2f}). Problems of another difficulty, a wider "
+                     "--keep_range or a larger --group_size would help, if there is still something to learn")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A trace, to look at.
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>traces</title>
 <style>body { font: 16px sans-serif; margin: 2em } pre { white-space: pre-wrap; line-height: 1.7 }

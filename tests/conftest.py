@@ -16,6 +16,7 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+import eval_math  # noqa: E402
 import model as lm  # noqa: E402
 import rollout  # noqa: E402
 from plumbing import checkpoints  # noqa: E402
@@ -44,6 +45,15 @@ def random_prompts(lengths, seed=0, vocab_size=18):
     """One prompt of each length, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def small_data(folder, seed=0):
+    """A train.jsonl of 60 problems and a test.jsonl of 4 in a folder -> the flags that name them."""
+    rows = [json.dumps(dict(problem=p.problem, answer=p.answer)) + "\n"
+            for p in eval_math.arithmetic("train", 64, seed)]
+    (folder / "train.jsonl").write_text("".join(rows[4:]))
+    (folder / "test.jsonl").write_text("".join(rows[:4]))
+    return ["--train_data=train.jsonl", "--eval_data=test.jsonl"]
 
 
 def all_rows(rollouts, config, block_size=None, multiple=None, **settings):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, random_model
+from conftest import FIXTURES, ROOT, random_model, small_data
 from safetensors.torch import load_file
 
 import bench_methods
@@ -53,15 +53,6 @@ def shorten(monkeypatch):
     whole = eval_math.arithmetic
     monkeypatch.setattr(eval_math, "arithmetic", lambda split, number, *more: whole(
         split, min(number, 200), *more))
-
-
-def small_data(folder):
-    """A train.jsonl of 60 problems and a test.jsonl of 4."""
-    rows = [json.dumps(dict(problem=p.problem, answer=p.answer)) + "\n"
-            for p in eval_math.arithmetic("train", 64)]
-    (folder / "train.jsonl").write_text("".join(rows[4:]))
-    (folder / "test.jsonl").write_text("".join(rows[:4]))
-    return ["--train_data=train.jsonl", "--eval_data=test.jsonl"]
 
 
 def lines(folder):
@@ -217,7 +208,7 @@ def test_a_full_disk_a_foreign_checkpoint_and_a_taken_name_are_clear_errors(tmp_
 
     monkeypatch.setattr(runs.Run, "save", save_on_a_full_disk)
     try:
-        with pytest.raises(RuntimeError, match="step-2 could not be written .*step-1"):
+        with pytest.raises(RuntimeError, match="step-2 could not be written .*--resume"):
             tracerl.main([*flags, "--name=full"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, keep)

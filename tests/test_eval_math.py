@@ -15,7 +15,7 @@ from conftest import FIXTURES, ROOT, random_model
 
 import eval_math
 import sft
-from plumbing import checkpoints, grading
+from plumbing import grading
 from eval_math import Problem, arithmetic, extract_answer, is_correct, load_problems
 from rollout import Rollout
 

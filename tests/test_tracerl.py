@@ -9,12 +9,11 @@ import torch
 from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen
 
 import eval_math
-import model as lm
 import rollout
 import sft
 import tracerl
 import value
-from plumbing import checkpoints, parallel, runs
+from plumbing import checkpoints, runs
 from rollout import Rollout, Targets
 from tracerl import ADVANTAGES, Trainers, give_advantages, group_advantages, policy_loss
 

@@ -1,0 +1,328 @@
+"""Laws of a run: nothing is lost, nothing is wrong in silence."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import FIXTURES, ROOT, random_model, random_prompts, small_data
+
+import eval_math
+import rollout
+import sft
+import tracerl
+from plumbing import checkpoints, grading, runs, show
+
+TINY = str(FIXTURES / "tiny")
+SMALL = ["--model", TINY, "--train_data=train.jsonl", "--eval_data=test.jsonl", "--steps=1", "--prompts=4",
+         "--group_size=4", "--max_new_tokens=20", "--lr=1e-3", "--eval_every=0", "--keep_range", "0", "1",
+         "--tokens_per_micro_batch=2048", "--max_prompt_tokens=20"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with small data."""
+    monkeypatch.chdir(tmp_path)
+    small_data(tmp_path)
+    return tmp_path
+
+
+class file_size_limit:
+    """Inside, no file of this process may grow beyond `limit` bytes: a disk that is full."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __enter__(self):
+        self.kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.kept[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.kept)
+
+
+# ------------------------------------------------------------------------------------------- what a user loses
+
+
+def test_a_run_is_never_deleted_without_being_asked(folder):
+    tracerl.main([*SMALL, "--name=mine"])
+    saved = "runs/mine/checkpoints/step-1"
+    start = [saved if flag == TINY else flag for flag in SMALL]
+    with pytest.raises(ValueError, match="runs/mine holds a run: go on with it .--resume., replace it"):
+        tracerl.main([*start, "--name=mine"])
+    with pytest.raises(ValueError, match="lies inside runs/mine, which --overwrite would delete"):
+        tracerl.main([*start, "--name=mine", "--overwrite"])
+    assert os.path.isdir(saved)
+    tracerl.main([*start, "--name=other"])
+    tracerl.main([*SMALL, "--name=mine", "--overwrite"])
+
+
+def test_three_and_four_processes_save_and_resume(folder):
+    """The vocabulary of 18 divides by neither; the warm start's saving, the checkpoint, and going on from it."""
+    rows = [json.dumps({"prompt": p.problem, "response": p.solution}) for p in eval_math.arithmetic("train", 64)]
+    Path("worked.jsonl").write_text("\n".join(rows))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+    def run(number, script, *flags):
+        done = subprocess.run(
+            [*torchrun, f"--nproc_per_node={number}", str(ROOT / script), *flags], text=True,
+            capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run(3, "sft.py", "--data=worked.jsonl", "--steps=4", "--cooldown=2", "--dev_data=test.jsonl", "--batch_size=24")
+    start = ["runs/sft/checkpoint" if flag == TINY else flag for flag in SMALL]
+    run(4, "tracerl.py", *start)
+    run(3, "tracerl.py", "--resume", "--steps=2")
+    model, _ = checkpoints.load_model("runs/tracerl/checkpoints/step-2")
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert len(Path("runs/tracerl/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_log_is_whole_at_every_moment(folder, monkeypatch):
+    with runs.Run("r", {}) as run:
+        for step in range(3):
+            run.write(dict(step=step))
+        lines = Path(run.path).read_text()
+        monkeypatch.setattr(runs.os, "replace", lambda *paths: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run.keep_lines(run.own_lines()[:1])
+        assert Path(run.path).read_text() == lines
+
+
+def test_two_commands_never_work_in_one_folder(folder):
+    with runs.Run("r", {}):
+        with pytest.raises(ValueError, match=f"runs/r is in use by process {os.getpid()} on"):
+            runs.Run("r", {}, overwrite=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, time; file = open('runs/r/lock', 'a')\n"
+         "fcntl.flock(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match="in use"):
+        runs.Run("r", {}, overwrite=True)
+    holder.kill()  # the kernel lets go of the lock of whoever dies
+    holder.wait()
+    with runs.Run("r", {}, overwrite=True):
+        pass
+
+
+def test_a_graded_file_never_overwrites_its_input(folder):
+    Path("answers.jsonl").write_text('{"gold": "1", "response": "\\\\boxed{1}"}\n')
+    before = Path("answers.jsonl").read_text()
+    with pytest.raises(ValueError, match="would be overwritten"):
+        eval_math.main(["--grade=answers.jsonl", "--out=./answers.jsonl"])
+    assert Path("answers.jsonl").read_text() == before
+
+
+def test_a_full_disk_is_a_clear_error_wherever_it_strikes(folder, monkeypatch):
+    with runs.Run("r", {}) as run:
+        with file_size_limit(10), pytest.raises(RuntimeError, match="metrics.jsonl could not be written .*free"):
+            run.write(dict(step=1, text="longer than that"))
+        with file_size_limit(10), pytest.raises(RuntimeError, match="summary.json could not be written"):
+            run.finish(dict(text="longer than that"))
+        model = random_model()
+        with file_size_limit(20_000), pytest.raises(RuntimeError, match="runs/r/checkpoint could not be written"):
+            run.save_model(model, sft.tiny_tokenizer())
+    with file_size_limit(100), pytest.raises(RuntimeError, match="args.json could not be written"):
+        runs.Run("s", dict(text="longer than that" * 10))
+    left = [str(path) for path in Path("runs").rglob("*.partial*")]
+    assert not left and not os.path.exists("runs/r/checkpoint")
+
+
+def flip(path, place=-100):
+    """Changes one byte of a file."""
+    content = bytearray(Path(path).read_bytes())
+    content[place] ^= 1
+    Path(path).write_bytes(content)
+
+
+def test_damaged_files_are_named_with_the_remedy(folder):
+    tracerl.main([*SMALL, "--name=r"])
+    resume = ["--name=r", "--resume", "--steps=2"]
+    state = "runs/r/checkpoints/step-1/train_state"
+    shutil.copytree("runs/r", "kept")
+
+    def damaged(message, path, content=None):
+        if content is None:
+            flip(path)
+        else:
+            Path(path).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            tracerl.main(resume)
+        shutil.rmtree("runs/r")
+        shutil.copytree("kept", "runs/r")
+
+    damaged("__0_0.distcp is not what was saved. Move it away", f"{state}/__0_0.distcp")
+    damaged("progress.json is damaged", f"{state}/progress.json", '{"step": 1')
+    damaged("args.json is damaged", "runs/r/args.json", "{")
+    damaged("metrics.jsonl, line 1 is damaged", "runs/r/metrics.jsonl", "{{}\n")
+    os.remove(f"{state}/__0_0.distcp")
+    with pytest.raises(ValueError, match="is not what was saved"):
+        tracerl.main(resume)
+    shutil.copytree(TINY, "tiny")
+    Path("tiny/config.json").write_text("{")
+    with pytest.raises(ValueError, match="tiny/config.json is damaged"):
+        checkpoints.load_model("tiny")
+    shutil.copy(f"{TINY}/config.json", "tiny/config.json")
+    Path("tiny/model.safetensors").write_bytes(Path(f"{TINY}/model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="tiny/model.safetensors is damaged"):
+        checkpoints.load_model("tiny")
+
+
+# ------------------------------------------------------------------------------------------ wrong in silence
+
+
+def test_an_evaluation_knows_its_weights_and_data(folder):
+    shutil.copytree(TINY, "model")
+    flags = ["--model=model", "--data=test.jsonl", "--max_new_tokens=20", "--strategy=static"]
+    eval_math.main(flags)
+    assert os.path.isfile("runs/eval-model-test.jsonl/responses.jsonl")
+    eval_math.main(flags)  # nothing has changed: it goes on
+    model, tokenizer = checkpoints.load_model("model")
+    model.head.weight.data[3] += 0.1
+    checkpoints.save_checkpoint(model, tokenizer, "model")
+    with pytest.raises(ValueError, match="other settings: weights was '[0-9a-f]+', is"):
+        eval_math.main(flags)
+    small_data(folder, seed=1)
+    with pytest.raises(ValueError, match="problems was"):
+        eval_math.main(flags)
+
+
+def test_a_collapse_is_seen_and_said(folder, capsys):
+    """One update per step: ratio, KL and clip of the update say nothing; drift does."""
+    tracerl.main([*SMALL, "--lr=0.1", "--minibatches=1", "--warmup=0"])
+    line, = [json.loads(line) for line in open("runs/tracerl/metrics.jsonl")]
+    assert line["ratio_max"] == 1 and line["kl"] == 0 and line["drift_kl"] > show.MAX_DRIFT
+    assert "WARNING: step 1 moved the policy by" in capsys.readouterr().out
+
+
+def test_steps_without_an_update_are_counted_and_said(capsys):
+    progress = {}
+    for step in range(1, 11):
+        show.warn(dict(step=step, reward=1.0), progress)
+    assert capsys.readouterr().out.count("WARNING: no update in") == 2
+    show.warn(dict(step=11, reward=1.0, kl=0.0, drift_kl=0.001), progress)
+    assert progress["idle_steps"] == 0
+
+
+def test_a_library_call_ends_at_the_models_own_eos():
+    model = random_model()
+    assert any(not r.is_truncated for r in rollout.generate(model, random_prompts([5] * 20), max_new_tokens=40))
+
+
+def test_unknown_characters_are_an_error():
+    with pytest.raises(ValueError, match="does not know all characters of 'what is 12.3"):
+        eval_math.encode_prompts([eval_math.Problem("what is 12+3=", "15")], sft.tiny_tokenizer(), 99)
+
+
+def test_an_answer_alone_is_no_solution_to_learn_from(folder):
+    Path("answers.jsonl").write_text('{"problem": "12+3=", "answer": "15"}\n')
+    problems = eval_math.load_problems("answers.jsonl")
+    assert problems[0].solution == ""
+    with pytest.raises(ValueError, match="no solution to learn from: '12.3='"):
+        sft.to_examples(problems, sft.tiny_tokenizer(), random_model().config, 20)
+
+
+def test_the_trained_strategy_and_the_own_reward_are_evaluated(folder, capsys):
+    Path("mine.py").write_text("def short(problem, text, tokens):\n    return -float(len(tokens))\n")
+    summary = tracerl.main([*SMALL, "--strategy=entropy", "--reward=mine.py:short"])
+    assert set(summary["after"]) == {"dynamic", "static", "greedy", "entropy"}
+    assert all(found["reward"] < 0 for found in summary["before"].values())
+    assert "mean of your reward, entropy" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------- ways that are open
+
+
+def test_resume_takes_its_settings_from_the_run(folder, monkeypatch):
+    """Steps may differ; nothing else has to be said again, and no warm start is made."""
+    monkeypatch.setattr(sft, "warm_start", lambda *_: TINY)
+    data = ["--train_data=train.jsonl", "--eval_data=test.jsonl", "--prompts=4", "--group_size=4", "--eval_every=0"]
+    tracerl.main(["--steps=1", *data, "--keep_range", "0", "1"])
+    monkeypatch.setattr(sft, "warm_start", lambda *_: pytest.fail("a warm start"))
+    tracerl.main(["--resume", "--steps=2"])
+    args = json.loads(Path("runs/tracerl/args.json").read_text())
+    assert args["prompts"] == 4 and args["steps"] == 2 and args["keep_range"] == [0, 1]
+    assert len(Path("runs/tracerl/metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="other settings: lr was 0.0001, is 0.5. Leave the flag out"):
+        tracerl.main(["--resume", "--steps=2", "--lr=0.5"])
+
+
+def test_text_files_of_every_kind_are_read_or_named(folder):
+    row = json.dumps({"problem": "a\u2028b", "answer": "2"}, ensure_ascii=False)
+    Path("data.jsonl").write_text(f"\ufeff{row}\n{row}\n", encoding="utf-8")
+    assert [p.problem for p in eval_math.load_problems("data.jsonl")] == ["a\u2028b"] * 2
+    Path("latin.jsonl").write_bytes('{"problem": "é", "answer": "2"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.jsonl is not UTF-8 text"):
+        eval_math.load_problems("latin.jsonl")
+    Path("list.json").write_text('[{"problem": "1"')
+    with pytest.raises(ValueError, match="list.json: broken JSON"):
+        eval_math.load_problems("list.json")
+
+
+def test_killed_checks_leave_no_open_files():
+    workers = grading.Workers()
+    workers.run("x+1", "1+x")
+    opened = None
+    for _ in range(4):
+        process = workers.idle.get() or workers.start()
+        process.kill()
+        workers.idle.put(process)
+        assert "killed" in {workers.run("\\sqrt{3}", "\\sqrt{3}")[1] for _ in range(workers.NUMBER)}
+        now = len(os.listdir("/proc/self/fd"))
+        opened = opened or now
+    assert now <= opened + 4
+
+
+def test_one_long_prompt_does_not_make_all_others_long(monkeypatch):
+    model, tokens = random_model(), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda t, *rest: (tokens.append(t.shape), hidden(t, *rest))[1])
+    prompts = random_prompts([3000] + [10] * 64)
+    rollout.generate(model, prompts, max_new_tokens=1)
+    prefills = [shape for shape in tokens if shape[1] > 4]
+    assert prefills == [(64, 8), (1, 3000)]
+
+
+def test_ctrl_c_is_one_line_and_warnings_of_libraries_are_none(folder):
+    """Under -W error, so that any warning would end it; stopped in its second step, with a curve drawn."""
+    command = [sys.executable, "-W", "error", str(ROOT / "tracerl.py"), *SMALL, "--steps=100000", "--save_every=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while "step   2" not in (line := process.stdout.readline()):
+        assert line or process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].endswith("stopped. To go on: the same command with --resume")
+    assert "Traceback" not in errors and os.path.isfile("runs/tracerl/curves.png")
+
+
+def test_a_mistake_is_one_line_with_status_2(folder):
+    done = subprocess.run([sys.executable, str(ROOT / "tracerl.py"), "--model", "nowhere", *SMALL[2:]],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        "tracerl.py: error: no checkpoint folder 'nowhere' (a hub id looks like JetLM/SDAR-4B-Chat) "
+        "(--debug shows where)\n")
+
+
+def test_processes_end_when_torchrun_dies(folder):
+    """Killed without a chance to say goodbye; its processes must not go on alone."""
+    script = "import os, sys, time; sys.path.insert(0, sys.argv[1]); from plumbing import parallel\n" \
+             "parallel.start_processes(); print(os.getpid(), flush=True); time.sleep(60)\n"
+    Path("wait.py").write_text(script)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "wait.py", str(ROOT)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pids = [int(launcher.stdout.readline()) for _ in range(2)]
+    launcher.kill()
+    launcher.wait()
+    deadline = time.time() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
