@@ -330,12 +330,6 @@ def describe(rollouts):
         tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
 
 
-def plus_minus(found):
-    """An accuracy with its standard error, as text."""
-    error = found["standard_error"]
-    return f"{found['accuracy']:.3f} +- " + ("?" if error is None else f"{error:.3f}")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The evaluation command. The method ends here.
 

@@ -41,7 +41,7 @@ import eval_math
 import rollout
 import sft
 import value
-from eval_math import give_rewards, math_reward, plus_minus
+from eval_math import give_rewards, math_reward
 from plumbing import checkpoints, parallel, runs, show
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,44 +150,66 @@ def train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progr
     """The RL steps, from progress["step"] + 1 on -> the progress at the end.
 
     All randomness is a function of (seed, step), so that weights, optimizer states and progress are the whole
-    state of a run. Every process runs the same code on the same records; only forwards and backwards are
-    dealt out.
+    state of a run. Every process runs this same code on the same records; only forwards and backwards are
+    dealt out (see `own_rows`).
     """
-    model, optimizer, critic, _ = trainers
-    head_start = args.value_warmup if critic is not None else 0  # steps that train the value model alone
+    model = trainers.model
     for step in parallel.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
-        started = time.perf_counter()
-        is_waiting = step <= head_start  # the policy waits
-        ramp = min(1.0, max(step - head_start, 0) / max(args.warmup, 1))
-        parallel.set_learning_rate(optimizer, args.lr * ramp)
-        K, rollout_K = block_sizes(model.config, args, step)
-
-        rollouts, asked = roll_out(model, problems, rollout_K, args, step)  # 1
+        plan, started = plan_step(step, trainers, plugins, args), time.perf_counter()
+        rollouts, asked = roll_out(model, problems, plan.rollout_block_size, args, step)  # 1
         give_rewards(rollouts, asked, tokenizer, plugins.reward)  # 2
-        rollout_seconds = time.perf_counter() - started
-        kept, line = give_advantages(rollouts, critic, plugins.advantage, K, args)  # 3
-        batches = make_batches(kept, trainers, plugins.views, K, args, step)
-        policy_batches = [] if is_waiting else batches
-        # The update's own replay measures the gap where its rows are the trace itself; a sample does where
-        # they are not.
-        is_trace = args.views == "trace" and args.shrink == 1 and rollout_K == K
-        gap = {}
-        if not (is_trace and policy_batches):
-            gap = replay_gap(model, rollouts[::16], rollout_K, args.temperature)
-        old_logprobs(model, policy_batches[1:], args)  # 4
-        line |= learn(trainers, batches, policy_batches, plugins.loss, args) | gap  # 5
-        line |= drift(model, policy_batches, args)
-        line = dict(step=step) | line | dict(rollout_seconds=rollout_seconds,
-                                             update_seconds=time.perf_counter() - started - rollout_seconds)
-        finish_step(line, rollouts, kept, trainers, tokenizer, dev_problems, args, run, progress)  # 6
+        rolled_out = time.perf_counter()
+        kept, line = give_advantages(rollouts, trainers.critic, plan, args)  # 3
+        batches = make_batches(kept, trainers, plan, args, step)
+        gap = old_logprobs(model, batches, rollouts, plan, args)  # 4
+        line |= learn(trainers, batches, plan, args) | gap  # 5
+        line |= drift(model, rollouts[::16], plan, args) if "kl" in line else {}
+        line |= dict(rollout_seconds=rolled_out - started, update_seconds=time.perf_counter() - rolled_out)
+        finish_step(dict(step=step) | line, rollouts, kept, trainers, tokenizer, dev_problems, args, run,
+                    progress)  # 6
     return progress
 
 
-def block_sizes(config, args, step):
-    """K of training and of the rollouts of a step: larger blocks are trained at first on the rollouts of
-    smaller ones."""
+class Plan(NamedTuple):
+    """What is particular about a step. In most there is nothing: the flags, and one block size."""
+
+    advantage: object  # functions: --advantage, --loss, --views
+    loss: object
+    views: object
+    block_sizes: tuple  # K of the training rows
+    rollout_block_size: int  # K of the rollouts
+    lr: float  # of the policy
+    updates_policy: bool  # False while the value model has its head start
+    is_replayed: bool  # whether the rows of the update are the trace itself, states as they were sampled
+
+
+def plan_step(step, trainers, plugins, args):
+    """The Plan of a step.
+
+    Value model: for --value_warmup steps it learns alone, since the advantages of a new one are noise.
+
+    Larger blocks (4 -> 8, paper): a model that has only seen blocks of 4 is helpless in blocks of 8, so that
+    its rollouts there earn nothing and teach nothing. For --adapt_steps steps it rolls out in the smaller
+    blocks that it knows, and imitates its own right responses (advantage = reward) with random tokens hidden,
+    in blocks of BOTH sizes: in the larger ones to learn them, in the smaller ones because the rollouts need
+    them. Then TraceRL goes on in the larger blocks. The traces of the smaller blocks alone do not do it: they
+    fill each block of 8 from its left half, and decoding may start anywhere in it.
+    """
+    K, is_full = trainers.model.config.block_size, trainers.model.config.is_full
     is_adapting = args.rollout_block_size is not None and step <= args.adapt_steps
-    return config.block_size, args.rollout_block_size if is_adapting else config.block_size
+    rollout_K = args.rollout_block_size if is_adapting else K
+    if is_adapting and not is_full:  # (full attention: the same canvas whatever the blocks of its decoding)
+        return Plan(raw_advantages, policy_loss, sft.noise_views, (K, rollout_K), rollout_K,
+                    args.adapt_lr, updates_policy=True, is_replayed=False)
+    head_start = 0  # steps before the policy's first
+    if trainers.critic is not None:
+        head_start = args.value_warmup
+    elif args.rollout_block_size is not None and not is_full:
+        head_start = args.adapt_steps
+    ramp = min(1.0, max(step - head_start, 0) / max(args.warmup, 1))
+    is_replayed = plugins.views is rollout.trace_views and args.shrink == 1
+    return Plan(plugins.advantage, plugins.loss, plugins.views, (K,), rollout_K,
+                args.lr * ramp, updates_policy=step > head_start, is_replayed=is_replayed)
 
 
 # ------------------------------------------------------------------------------------------------ 1 roll out
@@ -209,7 +231,7 @@ def roll_out(model, problems, block_size, args, step):
 # ----------------------------------------------------------------------------------------------- 3 advantage
 
 
-def give_advantages(rollouts, critic, advantage, block_size, args):
+def give_advantages(rollouts, critic, plan, args):
     """Sets the advantages of all rollouts -> those to train on, group by group (maybe none), and figures for
     the log.
 
@@ -221,14 +243,14 @@ def give_advantages(rollouts, critic, advantage, block_size, args):
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, args.group_size)
     line = dict(reward=rewards.mean().item()) | eval_math.describe(rollouts)
     if critic is not None:
-        figures = value_advantages(critic, rollouts, block_size, args)
+        figures = value_advantages(critic, rollouts, plan.block_sizes[0], args)
         return rollouts, line | figures | dict(kept_groups=len(rewards))
     if any(r.token_rewards for r in rollouts):
         raise ValueError(f"the reward function gives a reward per token, and --advantage {args.advantage} "
                          "takes one per response: use --advantage value, or give their sum")
-    advantages = advantage(rewards)  # (groups, G)
+    advantages = plan.advantage(rewards)  # (groups, G)
     is_kept = (advantages != 0).any(-1)
-    if args.advantage in ("batch", "raw"):  # these compare over the whole step
+    if plan.advantage in (batch_advantages, raw_advantages):  # these compare over the whole step
         is_kept[:] = advantages.any()
     elif args.keep_range is not None:
         low, high = args.keep_range
@@ -247,18 +269,9 @@ def value_advantages(critic, rollouts, block_size, args):
     parts = own_rows(critic, own, rollout.trace_views, block_size, args)
     with torch.no_grad():
         write_back(own, "value_old", parts, [critic(rows) for rows in parts])
-    for r in own:  # one at a time: a response is a batch of one
-        steps = torch.tensor([value.trace_steps(r, critic.config, block_size, args.shrink, args.post_num)])
-        values = torch.tensor([r.value_old])  # (1, R)
-        rewards = value.place_rewards(torch.tensor([r.reward]), steps)
-        if r.token_rewards:
-            rewards.zero_()[0, :len(r.token_rewards)] = torch.tensor(r.token_rewards)
-        returns, advantages = value.returns_and_advantages(
-            rewards, values, steps, args.gamma, args.gae_lambda)
-        r.returns, r.advantage = returns[0].tolist(), advantages[0].tolist()
-        is_trained = steps > 0
-        sums[:5] += value.variance_sums(values[is_trained], returns[is_trained])
-        sums[5] += advantages.double().square().sum()
+    for r in own:
+        steps = value.trace_steps(r, critic.config, block_size, args.shrink, args.post_num)
+        sums += value.estimate(r, steps, args.gamma, args.gae_lambda)
     # Every process then holds the same records.
     for r, fields in zip(ordered, parallel.gather([(r.value_old, r.returns, r.advantage) for r in own])):
         r.value_old, r.returns, r.advantage = fields
@@ -295,7 +308,7 @@ def count_tokens(parts):
     return sum(len(rows.targets.token) for rows in parts)
 
 
-def make_batches(kept, trainers, views, block_size, args, step):
+def make_batches(kept, trainers, plan, args, step):
     """Deals whole groups, in a seeded order, into at most args.minibatches updates -> this process's part of
     each."""
     groups = [kept[i:i + args.group_size] for i in range(0, len(kept), args.group_size)]
@@ -304,12 +317,13 @@ def make_batches(kept, trainers, views, block_size, args, step):
     for start in range(min(args.minibatches, len(groups))):
         chosen = [r for group in groups[start::args.minibatches] for r in group]
         own = parallel.share(longest_first(chosen))
-        rows = own_rows(trainers.model, own, views, block_size, args)
-        value_rows = []
-        if trainers.critic is not None and views is rollout.trace_views:
+        rows, value_rows = [], []
+        for K in plan.block_sizes:
+            rows += own_rows(trainers.model, own, plan.views, K, args)
+        if trainers.critic is not None and plan.views is rollout.trace_views:
             value_rows = rows
         elif trainers.critic is not None:
-            value_rows = own_rows(trainers.critic, own, rollout.trace_views, block_size, args)
+            value_rows = own_rows(trainers.critic, own, rollout.trace_views, plan.block_sizes[0], args)
         batches.append(Batch(own, rows, value_rows))
     return batches
 
@@ -328,48 +342,64 @@ def write_back(rollouts, name, parts, numbers):
 
 
 @torch.no_grad()
-def old_logprobs(model, batches, args):
-    """Sets Targets.logp_old: the start-of-step policy on the very rows that will be trained.
+def old_logprobs(model, batches, rollouts, plan, args):
+    """Sets Targets.logp_old: the start-of-step policy on the very rows that will be trained -> the replay gap.
 
-    The recorded log-probabilities would do for shrink 1; but other views are other states, and on a GPU
-    decoding and training use different kernels. The first update of a step needs no pass of its own: see
-    `update`.
+    The recorded log-probabilities would do for the trace itself; but other views are other states, and on a
+    GPU decoding and training use different kernels. The first update of a step needs no pass of its own, since
+    its policy is still the old one (see `update`); and where the rows are the trace itself, the updates
+    measure the gap on all of them, so that {} is given here. Else a sample of the rollouts is replayed for it.
     """
-    for batch in batches:
-        for rows in batch.rows:
+    is_measured = bool(batches) and plan.updates_policy and plan.is_replayed
+    gap = {} if is_measured else replay_gap(model, rollouts[::16], plan.rollout_block_size, args.temperature)
+    if plan.updates_policy:
+        for rows in [rows for batch in batches[1:] for rows in batch.rows]:
             logp, _ = rollout.forward_rows(model, rows, args.temperature)
             rows.targets.logp_old.copy_(logp)
+    return gap
 
 
 @torch.no_grad()
-def replay_gap(model, rollouts, block_size, temperature):
-    """The replay law on shrink-1 views of a few rollouts: |replayed - recorded logp| -> its mean and
-    maximum."""
+def beside_record(model, rollouts, block_size, temperature):
+    """Replayed minus recorded log-probability of every token of this process's share of rollouts, float64."""
     own = parallel.share(longest_first(rollouts))
-    with parallel.unsharded(model):
+    with parallel.unsharded(model):  # processes may have other numbers of rollouts
         replayed = rollout.replay(model, own, 1, temperature, block_size)
-    gaps = [torch.zeros(1)] + [(logp.cpu() - torch.tensor(r.logp)).abs() for logp, r in zip(replayed, own)]
-    gaps = torch.cat(gaps).double()
-    total = parallel.add_up(torch.stack([gaps.sum(), torch.tensor(len(gaps) - 1.0)]).to(model.device))
-    most = parallel.largest(gaps.max().to(model.device))
-    return dict(gap=float(total[0] / total[1]), gap_max=float(most))
+    differences = [logp.cpu() - torch.tensor(r.logp) for logp, r in zip(replayed, own)]
+    return torch.cat([torch.zeros(0), *differences]).double().to(model.device)
+
+
+def replay_gap(model, rollouts, block_size, temperature):
+    """The replay law on a few rollouts: |replayed - recorded logp|, its mean and maximum."""
+    gap = beside_record(model, rollouts, block_size, temperature).abs()
+    return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
+
+
+def drift(model, rollouts, plan, args):
+    """How far the step's updates have moved the policy: KL(old || new) and the largest ratio on a few rollouts.
+
+    With one update per step nothing else shows a collapse: the update's own ratios are measured BEFORE it
+    moves the weights, so that they are 1 whatever comes of it.
+    """
+    log_ratio = beside_record(model, rollouts, plan.rollout_block_size, args.temperature).clamp(-10, 10)
+    k3 = log_ratio.exp() - 1 - log_ratio
+    return dict(drift_kl=parallel.mean_of(k3), drift_ratio_max=parallel.largest_of(log_ratio.exp()))
 
 
 # -------------------------------------------------------------------------------------------------- 5 update
 
 
-def learn(trainers, batches, policy_batches, loss, args):
-    """The value model's updates, then the policy's: every mini-batch once per epoch -> figures for the
-    log."""
+def learn(trainers, batches, plan, args):
+    """The value model's updates, then the policy's: every mini-batch once per epoch -> figures for the log."""
     model, optimizer, critic, critic_optimizer = trainers
     value_updates, updates = [], []
-    for _ in range(args.value_epochs):
-        for batch in batches:
-            if critic is not None:
-                value_updates.append(update_value(critic, critic_optimizer, batch, args))
-    for epoch in range(args.epochs):
-        for number, batch in enumerate(policy_batches):
-            updates.append(update(model, optimizer, batch, loss, epoch + number == 0, args))
+    if critic is not None:
+        for batch in batches * args.value_epochs:
+            value_updates.append(update_value(critic, critic_optimizer, batch, args))
+    if plan.updates_policy:
+        parallel.set_learning_rate(optimizer, plan.lr)
+        for number, batch in enumerate(batches * args.epochs):
+            updates.append(update(model, optimizer, batch, plan.loss, number == 0, args))
     return summarize(updates, value_updates)
 
 
@@ -437,23 +467,6 @@ def summarize(updates, value_updates):
     return line
 
 
-@torch.no_grad()
-def drift(model, batches, args):
-    """How far the step's updates have moved the policy: KL(old || new) and the largest ratio on a few rollouts.
-
-    With one update per step nothing else shows a collapse: the update's own ratios are measured BEFORE it
-    moves the weights, so that they are 1 whatever comes of it.
-    """
-    if not batches:
-        return {}
-    rows = batches[0].rows[0]  # the first micro-batch of every process
-    logp, entropy = rollout.forward_rows(model, rows, args.temperature)
-    sums, maxima = diagnose(logp, entropy, rows.targets, args.clip_eps)
-    count = torch.tensor([float(len(logp))], dtype=torch.float64, device=model.device)
-    sums, maxima = parallel.add_up(torch.cat([sums, count])), parallel.largest(maxima)
-    return dict(drift_kl=float(sums[0] / sums[-1]), drift_ratio_max=float(maxima[0]))
-
-
 # ----------------------------------------------------------------------------------------------------- 6 log
 
 
@@ -499,10 +512,10 @@ def check_gap(line, args):
 
 TINY = dict(  # defaults of the tiny model
     train_data="arithmetic", dev_data="arithmetic-dev", eval_data="arithmetic-test", steps=45, prompts=32,
-    minibatches=2, lr=1e-4, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4, value_clip=None,
+    minibatches=2, lr=1e-4, adapt_lr=1e-3, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4, value_clip=None,
     max_new_tokens=20, slots=512, eval_every=20, save_every=20, tokens_per_micro_batch=4096, dtype="float32")
 REAL = dict(  # defaults with --model: the paper's for SDAR, for billions of parameters
-    steps=80, prompts=64, minibatches=1, lr=1e-6, warmup=0, value_lr=5e-6, value_warmup=5, value_epochs=1,
+    steps=80, prompts=64, minibatches=1, lr=1e-6, adapt_lr=1e-5, warmup=0, value_lr=5e-6, value_warmup=5, value_epochs=1,
     value_clip=0.2, max_new_tokens=2000, slots=64, eval_every=10, save_every=20, tokens_per_micro_batch=16384,
     dtype="bfloat16" if torch.cuda.is_available() else "float32")
 
@@ -550,7 +563,8 @@ def parse_args(argv=None):
          help="tokens after eos, in its block, that are trained as well")
     flag("--rollout_block_size", type=runs.positive_int, help="roll out in these smaller blocks for "
          "--adapt_steps steps, while training in blocks of --block_size")
-    flag("--adapt_steps", type=runs.count, default=20, help="RL steps with --rollout_block_size")
+    flag("--adapt_steps", type=runs.count, default=45, help="steps with --rollout_block_size, of --steps")
+    flag("--adapt_lr", type=runs.positive, help="learning rate of these steps")
     flag = parser.add_argument_group("value model").add_argument
     flag("--value_lr", type=runs.positive, help="learning rate")
     flag("--value_warmup", type=runs.count, help="RL steps that train the value model only")
@@ -581,6 +595,9 @@ def check_args(args, parser):
         parser.error("--temperature must be above 0: the same response G times teaches nothing")
     if args.top_p == 0:
         parser.error("--top_p must be above 0")
+    if args.advantage == "value" and args.rollout_block_size is not None:
+        parser.error("--rollout_block_size needs --advantage group: adapt first, then go on from the checkpoint "
+                     "with --model and --advantage value")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     if args.keep_range is not None and args.keep_range[0] > args.keep_range[1]:
@@ -661,15 +678,9 @@ def main(argv=None):
         summary = dict(before=before, after=after, seconds=time.perf_counter() - started,
                        replay_gap_max=progress["gap_max"], seed=args.seed)
         run.finish(summary)
-    title = f"accuracy on {len(test_problems)} test problems"
-    parallel.say(f"\n{title:36s}{'before':>16s}{'after':>18s}")
-    for name in before:
-        parallel.say(f"  {name:34s}{plus_minus(before[name]):>16s}  {plus_minus(after[name]):>16s}")
-    if "reward" in before["greedy"]:
-        for name in before:
-            parallel.say(f"  mean of your reward, {name:13s}{before[name]['reward']:>16.3f}"
-                         f"  {after[name]['reward']:>16.3f}")
+    show.print_table(before, after, len(test_problems))
     parallel.say(f"{summary['seconds']:.0f} seconds; the run is in {run.folder}: {', '.join(run.files())}")
+    parallel.barrier()  # a process that left early would take the others' connections with it
     parallel.end_processes()
     return summary
 

@@ -108,6 +108,21 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     return token_returns * is_trained, token_advantages * is_trained
 
 
+def estimate(r, steps, gamma, lam):
+    """Sets a Rollout's returns and advantage, from its value_old and its rewards -> sums for the log.
+
+    steps: `trace_steps` of it. Sums, float64 (6,): the five of `variance_sums`, and the squares of the advantages.
+    """
+    steps, values = torch.tensor([steps]), torch.tensor([r.value_old])  # (1, R): a batch of one
+    rewards = place_rewards(torch.tensor([r.reward]), steps)
+    if r.token_rewards:  # process rewards take its place: each token's own
+        rewards.zero_()[0, :len(r.token_rewards)] = torch.tensor(r.token_rewards)
+    returns, advantages = returns_and_advantages(rewards, values, steps, gamma, lam)
+    r.returns, r.advantage = returns[0].tolist(), advantages[0].tolist()
+    sums = variance_sums(values[steps > 0], returns[steps > 0])
+    return torch.cat([sums, advantages.double().square().sum()[None]])
+
+
 def value_loss(values, values_old, returns, num_tokens, clip=None):
     """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by num_tokens.
 

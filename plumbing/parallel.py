@@ -118,6 +118,17 @@ def largest(tensor):
     return tensor
 
 
+def mean_of(numbers):
+    """Mean over all processes' numbers, float64 (n,) each."""
+    total, count = add_up(torch.stack([numbers.sum(), torch.tensor(float(len(numbers))).to(numbers)])).tolist()
+    return total / count
+
+
+def largest_of(numbers):
+    """The largest of all processes' numbers, none of them negative."""
+    return float(largest(torch.cat([numbers, numbers.new_zeros(1)]).max()))
+
+
 def barrier():
     """Waits for the other processes."""
     if processes()[1] > 1:

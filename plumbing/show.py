@@ -43,6 +43,24 @@ def warn(line, progress):
                      "--keep_range or a larger --group_size would help, if there is still something to learn")
 
 
+def plus_minus(found):
+    """An accuracy with its standard error, as text."""
+    error = found["standard_error"]
+    return f"{found['accuracy']:.3f} +- " + ("?" if error is None else f"{error:.3f}")
+
+
+def print_table(before, after, num_problems):
+    """Accuracies before and after training, and the means of a reward of one's own."""
+    title = f"accuracy on {num_problems} test problems"
+    parallel.say(f"\n{title:36s}{'before':>16s}{'after':>18s}")
+    for name in before:
+        parallel.say(f"  {name:34s}{plus_minus(before[name]):>16s}  {plus_minus(after[name]):>16s}")
+    for name in before:
+        if "reward" in before[name]:
+            numbers = f"{before[name]['reward']:>16.3f}  {after[name]['reward']:>16.3f}"
+            parallel.say(f"  mean of your reward, {name:13s}{numbers}")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A trace, to look at.
 

@@ -14,7 +14,7 @@ first, until it is silent for ten minutes.
 
 Tables and runs/methods.json: after training, mean over the seeds +- half of a 95 percent confidence interval
 (Student's t); "reward" is the mean over all RL steps, so it shows speed (of arms that decode alike: not of
-static, nor of k4-to-k8); "vs" is the difference to the first arm, paired by seed, not corrected for the
+static); "vs" is the difference to the first arm, paired by seed, not corrected for the
 number of arms. The value arm spends its first 10 steps on the value model alone. Picture: --picture FILE.
 """
 
@@ -47,8 +47,7 @@ SETTINGS = {  # where: flags of every arm
     "k8": ["--block_size=8"],
     "k16": ["--block_size=16"],
     "full": ["--attention=full"],
-    # see larger_start; training and test have K = 8
-    "k4-to-k8": ["--block_size=8", "--rollout_block_size=4"],
+    "k4-to-k8": ["--block_size=8", "--rollout_block_size=4", "--adapt_steps=45"],
 }
 ARMS = {  # what is compared: flags of one arm
     "tracerl": [],
@@ -61,40 +60,21 @@ ARMS = {  # what is compared: flags of one arm
     "shrink-2": ["--shrink=2"],
     "shrink-4": ["--shrink=4"],
     "static": ["--strategy=static"],
-    "adapt": ["--adapt_steps=10"],
-    "direct": ["--adapt_steps=0"],
 }
 VIEWS = ("tracerl", "random", "coupled")
-WHICH = {"k4": [arm for arm in ARMS if arm not in ("adapt", "direct")], "k8": VIEWS, "k16": VIEWS,
-         "full": (*VIEWS, "shrink-4"), "k4-to-k8": ("adapt", "direct")}
+WHICH = {"k4": [arm for arm in ARMS], "k8": VIEWS, "k16": VIEWS,
+         "full": (*VIEWS, "shrink-4"), "k4-to-k8": ("tracerl",)}
 LRS = ("1e-4", "3e-4", "1e-3")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
 
 
 def command(setting, arm, lr, seed, args):
     """The flags of one run."""
-    start = larger_start(seed) if setting == "k4-to-k8" else []
-    flags = [*start, *SETTINGS[setting], *ARMS[arm], f"--lr={lr}", f"--seed={seed}", f"--steps={args.steps}",
-             f"--eval_every={args.steps}", *args.more]
+    steps = args.steps + (45 if setting == "k4-to-k8" else 0)  # to learn the larger blocks first
+    flags = [*SETTINGS[setting], *ARMS[arm], f"--lr={lr}", f"--seed={seed}", f"--steps={steps}",
+             f"--eval_every={steps}", *args.more]
     name = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]  # other flags, another run
     return [*flags, f"--name=methods-{setting}-{arm}-lr{lr}-s{seed}-{name}"]
-
-
-def larger_start(seed):
-    """Flags that start from a model at home in blocks of 4 that has had 40 updates of fine-tuning in blocks
-    of 8 (one without any scores 0 there), with the defaults of the embedded task, which --model changes."""
-    with one_at_a_time():
-        tune = [f"--model={sft.warm_start(seed)}", "--data=arithmetic", "--block_size=8", "--steps=40",
-                "--lr=5e-4", "--warmup=10", "--cooldown=10", "--max_new_tokens=20"]
-        name = f"methods-k4-to-k8-start-s{seed}-{hashlib.sha256(' '.join(tune).encode()).hexdigest()[:6]}"
-        start = f"runs/{name}/checkpoint"
-        if not os.path.isdir(start):
-            sft.main([*tune, f"--name={name}"])
-    data = ["--train_data=arithmetic", "--dev_data=arithmetic-dev", "--eval_data=arithmetic-test"]
-    tiny, real = (vars(tracerl.parse_args(flags)) for flags in ([], [f"--model={start}", *data]))
-    set_elsewhere = ("keep_range", "steps", "lr", "eval_every", "adapt_steps")
-    changed = {k: v for k, v in tiny.items() if v not in (real[k], None) and k not in set_elsewhere}
-    return [f"--model={start}", *data, "--keep_range", "0", "1", *(f"--{k}={v}" for k, v in changed.items())]
 
 
 @contextmanager
@@ -132,7 +112,7 @@ def run_all(commands):
             args = tracerl.parse_args(flags)
             if args.model is None:
                 with one_at_a_time():
-                    sft.warm_start(args.seed, args.block_size or 4, args.attention)
+                    sft.warm_start(args.seed, args.rollout_block_size or args.block_size or 4, args.attention)
             tracerl.main(flags)
         time.sleep(1)
     return results
@@ -260,14 +240,15 @@ def variance(setting, args):
     critic = value.ValueModel(model)
     optimizer = parallel.make_optimizer(critic, settings.value_lr, (0.9, 0.999))
     trainers = tracerl.Trainers(model, None, critic, optimizer)
+    plan = tracerl.Plan(None, None, rollout.trace_views, (K,), K, 0.0, updates_policy=False, is_replayed=True)
     prompts, group_size = settings.prompts, settings.group_size
     settings.prompts, settings.group_size = prompts * group_size, 1  # it learns from other prompts
     for step in range(1000, 1000 + args.value_steps):
         rollouts, asked = tracerl.roll_out(model, problems, K, settings, step)
         give_rewards(rollouts, asked, tokenizer)
-        kept, metrics = tracerl.give_advantages(rollouts, critic, None, K, settings)
-        batches = tracerl.make_batches(kept, trainers, rollout.trace_views, K, settings, step)
-        tracerl.learn(trainers, batches, [], None, settings)
+        kept, metrics = tracerl.give_advantages(rollouts, critic, plan, settings)
+        batches = tracerl.make_batches(kept, trainers, plan, settings, step)
+        tracerl.learn(trainers, batches, plan, settings)
     explained = metrics["explained_variance"]
     print(f"value model: explained variance {explained:.3f} after {args.value_steps} steps")
     settings.prompts, settings.group_size, found = prompts, group_size, {}
@@ -279,8 +260,8 @@ def variance(setting, args):
         give_rewards(rollouts, asked, tokenizer)
         for name in ("group", "batch", "raw", "value", "random", "coupled"):
             settings.advantage = name if name in ("batch", "raw", "value") else "group"
-            kept, _ = tracerl.give_advantages(rollouts, critic if name == "value" else None,
-                                              tracerl.ADVANTAGES[settings.advantage], K, settings)
+            plan = plan._replace(advantage=tracerl.ADVANTAGES[settings.advantage])
+            kept, _ = tracerl.give_advantages(rollouts, critic if name == "value" else None, plan, settings)
             views = rollout.VIEWS[name if name in ("random", "coupled") else "trace"]
             found.setdefault(name, []).append(gradient(model, kept, views, settings))
     means = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}

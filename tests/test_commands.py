@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import bench_methods
 import eval_math
-import sft
 import tracerl
 from plumbing import checkpoints, parallel, runs
 
@@ -246,13 +245,6 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
     assert "python tracerl.py --views=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
     # all done
     assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found
-    shorten(monkeypatch)
-    monkeypatch.setattr(sft, "warm_start", lambda seed: TINY)
-    tune = sft.main
-    monkeypatch.setattr(sft, "main", lambda flags: tune([*flags, "--steps=1", "--warmup=1", "--cooldown=1"]))
-    own = [flag for flag in more if flag not in ("--more=--model", f"--more={TINY}")]  # its own start
-    larger = bench_methods.main(["--settings", "k4-to-k8", "--lrs", "1e-3", *own])["k4-to-k8"]
-    assert set(larger) == {"adapt", "direct"}
     noise = bench_methods.main(
         ["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1", *more])["k4"]
     assert set(noise) == {"group", "batch", "raw", "value", "random", "coupled"}

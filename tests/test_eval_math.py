@@ -15,7 +15,7 @@ from conftest import FIXTURES, ROOT, random_model
 
 import eval_math
 import sft
-from plumbing import grading
+from plumbing import grading, show
 from eval_math import Problem, arithmetic, extract_answer, is_correct, load_problems
 from rollout import Rollout
 
@@ -81,7 +81,7 @@ def test_accuracy_has_the_standard_error_of_the_mean_over_problems(monkeypatch):
     assert result["accuracy"] == pytest.approx(0.625) and result["n"] == 4
     assert result["standard_error"] == pytest.approx(float(means.std() / 2))
     alone = eval_math.accuracy([[1.0, 0.0]])
-    assert alone["standard_error"] is None and eval_math.plus_minus(alone) == "0.500 +- ?"
+    assert alone["standard_error"] is None and show.plus_minus(alone) == "0.500 +- ?"
 
 
 def test_long_prompts_are_skipped_and_counted():
@@ -250,7 +250,7 @@ def test_equal_answers_in_other_clothes_are_right(answer, gold):
 HOSTILE = """
 import json, os, sys, resource, tempfile, time
 sys.path.insert(0, sys.argv[1])
-from plumbing import grading
+from plumbing import grading, show
 canary, before, out = tempfile.mkdtemp(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
 for line in open(sys.argv[2]):
     case = json.loads(line)

@@ -15,7 +15,7 @@ import tracerl
 import value
 from plumbing import checkpoints, runs
 from rollout import Rollout, Targets
-from tracerl import ADVANTAGES, Trainers, give_advantages, group_advantages, policy_loss
+from tracerl import ADVANTAGES, Plugins, Trainers, give_advantages, group_advantages, policy_loss
 
 
 def settings(**changes):
@@ -29,10 +29,16 @@ def settings(**changes):
     return args
 
 
+def plan_of(args, trainers=None, loss=policy_loss, step=1000):
+    """The plan of a late step."""
+    plugins = Plugins(None, ADVANTAGES[args.advantage], loss, rollout.VIEWS[args.views])
+    return tracerl.plan_step(step, trainers or Trainers(random_model(), None, None, None), plugins, args)
+
+
 def keep(rollouts, advantage="group", group_size=4, keep_range=None, **changes):
     """Step 3 without a value model -> the rollouts that are kept."""
     args = settings(advantage=advantage, group_size=group_size, keep_range=keep_range, **changes)
-    return give_advantages(rollouts, None, ADVANTAGES[advantage], 4, args)[0]
+    return give_advantages(rollouts, None, plan_of(args), args)[0]
 
 
 def targets_of(logp_old, advantage, rollout_index=None):
@@ -42,10 +48,9 @@ def targets_of(logp_old, advantage, rollout_index=None):
     return Targets(index, index, owner, index, zero + 1, logp_old, logp_old, advantage, zero, zero)
 
 
-def rollouts_with_rewards(model, num_groups=3, group_size=4, temperature=1.0):
+def rollouts_with_rewards(model, num_groups=3, group_size=4, **settings):
     prompts = [p for p in random_prompts(range(3, 3 + num_groups)) for _ in range(group_size)]
-    out = rollout.generate(
-        model, prompts, max_new_tokens=14, threshold=0.4, eos_ids=(1,), temperature=temperature)
+    out = rollout.generate(model, prompts, max_new_tokens=14, threshold=0.4, eos_ids=(1,), **settings)
     for i, r in enumerate(out):
         r.reward = float(i * 7 % 3 == 0)
     return out
@@ -143,9 +148,10 @@ def one_update(model, kept, lr=0.1, loss=policy_loss, **changes):
     """Steps 4 and 5 -> the figures, the weights, and the batches."""
     args = settings(**changes)
     trainers = Trainers(model, torch.optim.SGD(model.parameters(), lr=lr), None, None)
-    batches = tracerl.make_batches(kept, trainers, rollout.VIEWS[args.views], 4, args, 1)
-    tracerl.old_logprobs(model, batches[1:], args)
-    metrics = tracerl.learn(trainers, batches, batches, loss, args)
+    plan = plan_of(args, trainers, loss)._replace(lr=lr)
+    batches = tracerl.make_batches(kept, trainers, plan, args, 1)
+    tracerl.old_logprobs(model, batches, kept, plan, args)
+    metrics = tracerl.learn(trainers, batches, plan, args)
     return metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), batches
 
 
@@ -193,8 +199,8 @@ def test_later_updates_use_the_start_of_step_policy():
 
 def test_every_kept_rollout_is_trained_once_per_epoch():
     groups = [[Rollout([g + 3], [i + 3], 1, [1]) for i in range(4)] for g in range(7)]
-    deal = lambda kept: tracerl.make_batches(
-        kept, Trainers(random_model(), None, None, None), rollout.trace_views, 4, settings(minibatches=3), 5)
+    args, trainers = settings(minibatches=3), Trainers(random_model(), None, None, None)
+    deal = lambda kept: tracerl.make_batches(kept, trainers, plan_of(args, trainers), args, 5)
     batches = [batch.rollouts for batch in deal(sum(groups, []))]
     assert len(batches) == 3 and sorted((r.prompt[0], r.response[0]) for b in batches for r in b) == [
         (g + 3, i + 3) for g in range(7) for i in range(4)]
@@ -220,6 +226,25 @@ def test_an_update_raises_the_probability_of_what_was_rewarded():
     before = total()
     one_update(model, kept, lr=0.003)
     assert total() > before
+
+
+def test_larger_blocks_are_learnt_by_imitation_in_both_sizes_then_by_tracerl():
+    model = random_model(block_size=8)
+    trainers = Trainers(model, None, None, None)
+    args = settings(rollout_block_size=4, adapt_steps=10, adapt_lr=0.5, lr=0.1, warmup=2)
+    early, late = (plan_of(args, trainers, step=step) for step in (10, 11))
+    assert early.block_sizes == (8, 4) and early.rollout_block_size == 4 and early.lr == 0.5
+    assert late.block_sizes == (8,) and late.rollout_block_size == 8 and late.lr == 0.05
+    rollouts = rollouts_with_rewards(model, block_size=4)
+    kept, _ = give_advantages(rollouts, None, early, args)
+    assert kept == rollouts and all(set(r.advantage) == {r.reward} for r in kept)
+    batch, = tracerl.make_batches(kept, trainers, early, args, 10)
+    views = torch.cat([rows.layout.view.flatten() for rows in batch.rows])
+    position = torch.cat([rows.layout.position.flatten() for rows in batch.rows])
+    assert len(batch.rows) == 2 and (views[position > 0] > 0).any()
+    full = Trainers(random_model("llada", block_size=8), None, None, None)
+    assert plan_of(args, full, step=10).rollout_block_size == 4
+    assert plan_of(args, full, step=10)._replace(rollout_block_size=8, lr=0) == plan_of(args, full)._replace(lr=0)
 
 
 def test_a_broken_replay_law_stops_a_float32_run():
@@ -256,19 +281,20 @@ def test_the_baselines_go_through_the_same_update(views):
 
 def test_a_value_model_learns_the_returns_and_the_policy_waits_for_its_warm_up():
     model = random_model()
-    critic, args = value.ValueModel(model), settings(advantage="value")
+    critic, args = value.ValueModel(model), settings(advantage="value", value_warmup=30)
     optimizers = [torch.optim.Adam(m.parameters(), lr=3e-3) for m in (model, critic)]
     trainers = Trainers(model, optimizers[0], critic, optimizers[1])
     start = [p.clone() for p in model.parameters()]
     rollouts = rollouts_with_rewards(model)
 
-    def one_step(is_waiting):
-        kept, line = give_advantages(rollouts, critic, None, 4, args)
-        batches = tracerl.make_batches(kept, trainers, rollout.trace_views, 4, args, 1)
-        assert kept == rollouts
-        return line | tracerl.learn(trainers, batches, [] if is_waiting else batches, policy_loss, args)
+    def one_step(step):
+        plan = plan_of(args, trainers, step=step)
+        kept, line = give_advantages(rollouts, critic, plan, args)
+        batches = tracerl.make_batches(kept, trainers, plan, args, 1)
+        assert kept == rollouts and plan.updates_policy == (step > 30)
+        return line | tracerl.learn(trainers, batches, plan, args)
 
-    lines = [one_step(is_waiting=True) for _ in range(30)]
+    lines = [one_step(step) for step in range(1, 31)]
     assert lines[0]["explained_variance"] == 0 and lines[-1]["explained_variance"] > 0.5
     assert lines[-1]["value_loss"] < 0.3 * lines[0]["value_loss"] and "ratio_max" not in lines[-1]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
@@ -276,7 +302,7 @@ def test_a_value_model_learns_the_returns_and_the_policy_waits_for_its_warm_up()
         assert r.returns[:r.num_tokens] == pytest.approx([r.reward] * r.num_tokens)
         assert r.advantage[:r.num_tokens] == pytest.approx(
             [r.reward - v for v in r.value_old[:r.num_tokens]], abs=1e-5)
-    assert one_step(is_waiting=False)["ratio_max"] == 1
+    assert one_step(31)["ratio_max"] == 1
     assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
 
 
@@ -288,7 +314,8 @@ def test_process_rewards_are_what_is_returned(post_num):
         r.token_rewards = [float((i + j) % 2) for j in range(r.num_tokens)]
         r.reward = sum(r.token_rewards)
     args = settings(post_num=post_num, advantage="value")
-    give_advantages(rollouts, value.ValueModel(model), None, 4, args)
+    critic = value.ValueModel(model)
+    give_advantages(rollouts, critic, plan_of(args, Trainers(model, None, critic, None)), args)
     for r in rollouts:
         steps = sorted(set(r.step_map[:r.num_tokens + post_num]))
         places = [[j for j in range(min(r.num_tokens + post_num, len(r.response))) if r.step_map[j] == t]
