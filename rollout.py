@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from model import KVCache, Layout, attend_within, policy_logits, token_logprobs
 from plumbing import parallel
@@ -142,7 +143,29 @@ def filter_probabilities(logp, top_k, top_p):
     return p
 
 
-def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0):
+def inverse_cdf(p, draws, size=256):
+    """The smallest v whose cumulative probability exceeds the draw: p (N, V), draws float64 (N,) -> (N,).
+
+    Sums are float64, since 152k rounded terms must not sum to less than a draw close to 1; and they are made in
+    two levels, since a float64 copy of (N, V) would cost more than the softmax: sums of groups of `size`
+    tokens first, then the cumulative sum inside the one group in which the draw falls.
+    """
+    groups = F.pad(p, (0, -p.shape[1] % size)).unflatten(1, (-1, size))  # (N, groups, size)
+    sums = groups.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, groups)
+    threshold = below(draws[:, None] * sums[:, -1:], sums[:, -1:])  # (N, 1)
+    group = torch.searchsorted(sums, threshold, right=True)  # (N, 1)
+    before = F.pad(sums, (1, 0)).gather(1, group)  # the sum of all groups before
+    inside = groups[torch.arange(len(p), device=p.device), group[:, 0]].double().cumsum(-1)  # (N, size)
+    place = torch.searchsorted(inside, below(threshold - before, inside[:, -1:]), right=True)
+    return (group * size + place)[:, 0]
+
+
+def below(x, bound):
+    """x, or the next number below the bound where rounding has reached it: some token must exceed the draw."""
+    return torch.minimum(x, bound.nextafter(torch.zeros_like(bound)))
+
+
+def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True):
     """Draws a token at each position by inverse CDF.
 
     logits (N, V), draws float64 (N,) in [0, 1) -> token int64 (N,), confidence, logp, entropy, float32 (N,).
@@ -157,12 +180,9 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0):
         token, p = logp.argmax(-1), logp.exp()
     else:
         p = filter_probabilities(logp, top_k, top_p)
-        cdf = p.double().cumsum(-1)  # float64: 152k rounded terms must not sum to less than a draw close to 1
-        total = cdf[:, -1]
-        threshold = torch.minimum(draws.double() * total, total.nextafter(torch.zeros_like(total)))
-        token = torch.searchsorted(cdf, threshold[:, None], right=True)[:, 0]
+        token = inverse_cdf(p, draws.double())
     confidence = p.gather(-1, token[:, None])[:, 0]
-    entropy = torch.special.entr(p).sum(-1)
+    entropy = torch.special.entr(p).sum(-1) if with_entropy else torch.zeros_like(confidence)
     return token, confidence, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
@@ -227,23 +247,29 @@ class Decoder:
     def admit(self, slots, prompts, seeds):
         """Gives prompts to free slots, and fills the cache with the whole blocks of each."""
         K, is_full = self.settings.block_size, self.config.is_full
-        for slot, prompt, seed in zip(slots, prompts, seeds):
-            P = len(prompt)
-            end = P + self.settings.max_new_tokens
-            # Block attention: P = 9, K = 4: positions 0..7 are whole blocks and prefilled; decoding starts at
-            # 8 with one prompt token and three masks. Full attention: the grid of blocks starts at the
-            # response.
-            self.start[slot] = P if is_full else P // K * K
-            self.end[slot] = end if is_full else -(-end // K) * K  # rounded up to whole blocks
-            self.seed[slot], self.prompt_length[slot] = seed, P
-            self.token[slot] = self.config.mask_id
-            self.token[slot, :P] = torch.tensor(prompt, device=self.device)
-            self.is_masked[slot] = False
-            self.is_masked[slot, P:self.end[slot]] = True
-            for state in (self.step_map, self.confidence, self.logp, self.step, self.step_in_block):
-                state[slot] = 0
-        if not is_full:
-            self.prefill(slots, [len(prompt) // K * K for prompt in prompts])
+        to = torch.tensor(slots, device=self.device)  # (M,)
+        longest = max(map(len, prompts))
+        padded = [prompt + [self.config.mask_id] * (longest - len(prompt)) for prompt in prompts]
+        P = torch.tensor([len(prompt) for prompt in prompts], device=self.device)  # (M,)
+        end = P + self.settings.max_new_tokens
+        # Block attention: P = 9, K = 4: positions 0..7 are whole blocks and prefilled; decoding starts at 8 with
+        # one prompt token and three masks. Full attention: the grid of blocks starts at the response.
+        self.start[to] = P if is_full else P // K * K
+        self.end[to] = end if is_full else (end + K - 1) // K * K  # rounded up to whole blocks
+        self.seed[to], self.prompt_length[to] = torch.tensor(seeds, device=self.device), P
+        self.token[to] = self.config.mask_id
+        self.token[to, :longest] = torch.tensor(padded, device=self.device)
+        position = torch.arange(self.token.shape[1], device=self.device)
+        self.is_masked[to] = (position >= P[:, None]) & (position < self.end[to, None])
+        for state in (self.step_map, self.confidence, self.logp, self.step, self.step_in_block):
+            state[to] = 0
+        if not is_full:  # a group's prompt is prefilled once, for the first of its slots
+            first = {}
+            for slot, prompt in zip(slots, prompts):
+                first.setdefault(tuple(prompt), slot)
+            self.prefill(list(first.values()), [len(prompt) // K * K for prompt in first])
+            source = torch.tensor([first[tuple(prompt)] for prompt in prompts], device=self.device)
+            self.cache.copy(source, to, longest // K * K)
 
     def prefill(self, slots, lengths, max_tokens=16384):
         """Writes the keys and values of the first `lengths` tokens of slots: like lengths in one forward,
@@ -256,7 +282,7 @@ class Decoder:
                 layout = Layout.clean(position, self.settings.block_size, False)
                 self.model.hidden(self.token[chosen, :longest], position, self.cache.filling(chosen, layout))
 
-    def states(self, slots, columns, committing):
+    def states(self, slots, columns, committing, num_in_place):
         """One forward -> final states (B, K, C) that predict the tokens at `columns` (B, K) of slots (B,).
 
         committing (M,): slots whose block before this one has just become whole. Its clean tokens ride along
@@ -271,7 +297,7 @@ class Decoder:
             return self.full_states(slots, columns)
         before = self.start[committing, None] - self.settings.block_size + self.offset  # (M, K)
         rows, position = torch.cat([slots, committing]), torch.cat([columns, before])  # (B + M,), (B + M, K)
-        attend = self.cache.reading(rows, position)
+        attend = self.cache.reading(rows, position, num_in_place)
         return self.model.hidden(self.token[rows[:, None], position], position, attend)[:len(slots)]
 
     def full_states(self, slots, columns):
@@ -285,13 +311,15 @@ class Decoder:
         source = columns - int(self.config.shifts_logits)  # Dream: the output at i - 1 predicts token i
         return h.gather(1, source.clamp(0, longest - 1)[..., None].expand(-1, -1, h.shape[-1]))
 
-    def denoise(self, slots, committing):
+    def denoise(self, busy, committing):
         """A denoising step of every slot of `slots` -> (has_ended, has_moved), lists of bool: whether its
         sequence is complete, or its block whole and the next one begun."""
-        s, rows = self.settings, slots[:, None]
+        s, slots = self.settings, torch.tensor(busy, device=self.device)
+        committing = torch.tensor(committing, dtype=torch.int64, device=self.device)
+        num_in_place, rows = len(busy) if busy[-1] == len(busy) - 1 else 0, slots[:, None]
         columns = self.start[rows] + self.offset  # (B, K) absolute positions of the blocks
         is_masked = self.is_masked[rows, columns]  # (B, K)
-        h = self.states(slots, columns, committing)  # (B, K, C)
+        h = self.states(slots, columns, committing, num_in_place)  # (B, K, C)
         self.step[slots] += 1
         token, confidence, logp, entropy = self.propose(h, slots, columns, is_masked)
         tokens_each, remainder = divmod(s.block_size, s.denoising_steps)  # K = 8 in 3 steps: 3, 3, 2
@@ -322,7 +350,8 @@ class Decoder:
         drawn = []
         for states, u in zip(h[where].split(256), draws.split(256)):  # logits (256, V) at a time
             logits = self.model.head(states)
-            drawn.append(sample(logits, u, self.config.mask_id, s.temperature, s.top_k, s.top_p))
+            drawn.append(sample(logits, u, self.config.mask_id, s.temperature, s.top_k, s.top_p,
+                                s.strategy == "entropy"))
         tables = []
         for parts in zip(*drawn):  # token, confidence, logp, entropy, each (N,)
             values = torch.cat(parts)
@@ -380,9 +409,7 @@ def generate(
             owner.update(zip(chosen, taken))
             decoder.admit(chosen, [prompts[i] for i in taken], [seeds[i] for i in taken])
         busy = sorted(owner)
-        has_ended, has_moved = decoder.denoise(
-            torch.tensor(busy, device=model.device),
-            torch.tensor(committing, dtype=torch.int64, device=model.device))
+        has_ended, has_moved = decoder.denoise(busy, committing)
         committing = [slot for slot, moved in zip(busy, has_moved) if moved]
         for slot in [slot for slot, ended in zip(busy, has_ended) if ended]:
             number = owner.pop(slot)

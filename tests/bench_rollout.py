@@ -1,13 +1,27 @@
-"""bench_rollout.py - what decoding costs: with and without a cache, in ragged slots and in waiting batches.
+"""bench_rollout.py - what decoding costs, beside a plain loop and beside the machine's own limit.
 
-    python tests/bench_rollout.py                        # the tiny model on a CPU, 34M's shape on a GPU
-    python tests/bench_rollout.py --preset 0.6B --responses 256
+    python tests/bench_rollout.py                        # 34M parameters, batches of 1, 8, 64, 256
+    python tests/bench_rollout.py --preset 4B            # for a GPU
+    python tests/bench_rollout.py --preset tiny --batches 1 64 --max_new_tokens 20
 
-Ratios within one run count, not times. "no cache" runs each denoising step over the whole text so far, as the
-plain rule would; "waiting batches" admits new prompts only when all slots are free, as a static batch does.
+Per batch size and strategy: tokens per second, forwards (denoising steps of the longest sequence, and the prefill),
+tokens per forward and row, times the plain loop's rate at batch 1, and percent of the limit. Ours and the plain loop
+take turns; medians.
+
+The plain loop is what one writes in an afternoon: transformers' Qwen3 with the same weights and its DynamicCache, one
+sequence, one forward per denoising step and one to commit each whole block, logits at all K places.
+
+The limit: a forward cannot take less time than its matrix products, rows x parameters x 2 operations at the rate that
+this machine reaches on such products (measured at these widths and this number of rows), nor less than reading the
+weights once (measured as a copy). The rows counted are those that the method needs: K per denoising step and K per
+committed block, the head at masked places only. Attention, sampling and bookkeeping are not in the limit.
+
+Weights are random but for one token's, see make_model: a dynamic step (threshold 0.5) reveals about 1.9 tokens.
 """
 
 import argparse
+import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -15,28 +29,90 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from bench_update import PRESETS, preset_config
+from bench_update import PRESETS, counts, preset_config
 
 import model as lm
 import rollout
-import sft
-from plumbing import parallel
+from plumbing import checkpoints, parallel
 
 
-def uncached(model, r):
-    """Denoising steps of one response again, each as a forward of the whole text without a cache."""
-    K, text, start = model.config.block_size, r.prompt + r.response, len(r.prompt)
-    steps = torch.tensor([0] * start + r.step_map)
-    for step in range(1, max(r.step_map) + 1):
-        end = (int((steps == step).nonzero().max()) // K + 1) * K
-        tokens = torch.where(steps >= step, model.config.mask_id, torch.tensor(text))[:end]
-        position = torch.arange(end, device=model.device)[None]
-        attend = lm.attend_within(lm.Layout.clean(position, K, False))
-        model.head(model.hidden(tokens[None].to(model.device), position, attend)[:, end - K:])
+def make_model(preset, device):
+    """A random model that draws one token with probability 0.55 everywhere, and all others alike: its confidences do not
+    depend on the text, so that every sequence decodes equally fast, as a trained model's do on the whole."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = lm.BlockDiffusionLM(preset_config(preset))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(1.0) if p.dim() == 1 else p.normal_(std=0.02)
+        model.embed.weight.add_(1.0)  # a part that all states share, and that survives the layers
+        tokens = torch.randint(3, model.config.vocab_size, (1, 64), device=device)
+        position = torch.arange(64, device=device)[None]
+        h = model.hidden(tokens, position, lm.attend_within(lm.Layout.clean(position, 4, False)))[0]
+        shared, others = h.mean(0), model.head(h).logsumexp(-1).mean()
+        model.head.weight[5] = shared * (others + math.log(0.55 / 0.45)) / shared.square().sum()
+    return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+
+
+class PlainLoop:
+    """One sequence at a time, by transformers."""
+
+    def __init__(self, model):
+        import transformers
+        c = model.config
+        with torch.device(model.device):
+            self.model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+                vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+                num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, head_dim=c.head_dim,
+                num_key_value_heads=c.num_kv_heads, rope_theta=c.rope_theta, rms_norm_eps=c.rms_norm_eps,
+                tie_word_embeddings=c.tie_word_embeddings, attn_implementation="sdpa"))
+        state = {checkpoints.family_name(c, name): p for name, p in model.state_dict().items()}
+        self.model.load_state_dict(state)
+        self.model.to(model.embed.weight.dtype).eval()
+        self.config, self.cache_class = c, transformers.DynamicCache
+
+    @torch.no_grad()
+    def generate(self, prompt, max_new_tokens, strategy, threshold):
+        """-> denoising steps."""
+        K, mask_id, device = self.config.block_size, self.config.mask_id, self.model.device
+        cache, start, steps = self.cache_class(), len(prompt) // K * K, 0
+        end = -(-(len(prompt) + max_new_tokens) // K) * K
+        text = torch.full((1, end), mask_id, device=device)
+        text[0, :len(prompt)] = torch.tensor(prompt, device=device)
+        block = torch.arange(start, device=device) // K
+        if start:
+            self.forward(text[:, :start], 0, cache, (block[None] <= block[:, None])[None, None])
+        while start < end:
+            window = text[:, start:start + K]
+            is_masked = window == mask_id
+            while is_masked.any():
+                logits = self.forward(window, start, cache, None)[0].float()
+                cache.crop(-K)
+                logits[:, mask_id] = -torch.inf
+                p = logits.softmax(-1)
+                token = torch.multinomial(p, 1)
+                confidence = p.gather(-1, token)[:, 0].masked_fill(~is_masked[0], -1)
+                keep = (confidence > threshold) & is_masked[0] if strategy == "dynamic" else is_masked[0] & False
+                if not keep.any():
+                    keep[confidence.argmax()] = True
+                window[0, keep] = token[keep, 0]
+                is_masked[0, keep] = False
+                steps += 1
+            self.forward(window, start, cache, None)  # commit
+            start += K
+        return steps
+
+    def forward(self, tokens, start, cache, mask):
+        """Logits (1, T, V); keys and values go to the cache. mask None: everything is seen."""
+        position = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        if mask is None:
+            mask = torch.ones(1, 1, tokens.shape[1], start + tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        return self.model(input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True,
+                          attention_mask=mask).logits
 
 
 def timed(function, device):
-    """Seconds."""
+    """Seconds, result."""
     started = time.perf_counter()
     out = function()
     if device.type == "cuda":
@@ -44,45 +120,93 @@ def timed(function, device):
     return time.perf_counter() - started, out
 
 
+def matmul_rate(config, rows, dtype, device):
+    """Operations per second of this machine on products (rows, C) x (C, feed-forward), weights from memory."""
+    C, ff = config.hidden_size, config.intermediate_size
+    weights = [torch.randn(ff, C, dtype=dtype, device=device) for _ in range(max(2, 2**25 // (ff * C)))]
+    x, best = torch.randn(rows, C, dtype=dtype, device=device), float("inf")
+    for _ in range(5):
+        for multiply in (torch.nn.functional.linear, lambda x, W: (W @ x.T).T):
+            seconds, _ = timed(lambda: [multiply(x, W) for W in weights], device)
+            best = min(best, seconds / len(weights))
+    return 2 * rows * C * ff / best
+
+
+def copy_rate(device):
+    """Bytes read per second."""
+    a = torch.empty(2**26, dtype=torch.float32, device=device).fill_(1.0)
+    b = torch.empty_like(a)
+    return a.numel() * 4 * 2 / min(timed(lambda: b.copy_(a), device)[0] for _ in range(5))
+
+
+def limit_seconds(model, rollouts, batch, rates):
+    """The least time for these rollouts, see the top."""
+    config, K = model.config, model.config.block_size
+    matrices, embedding = counts(config)
+    steps = sum(max(r.step_map) for r in rollouts)
+    blocks = sum(len(rollout.blocks_of(len(r.prompt), len(r.response), K)) for r in rollouts)
+    rows = K * (steps + blocks) + sum(len(r.prompt) for r in rollouts)
+    masked = sum(step for r in rollouts for step in (sorted_steps(r)))
+    operations = 2 * (matrices * rows + embedding * masked)
+    forwards = max(max(r.step_map) for r in rollouts) * -(-len(rollouts) // batch)
+    bytes_read = forwards * (matrices + embedding) * model.embed.weight.element_size()
+    return max(operations / rates[0], bytes_read / rates[1])
+
+
+def sorted_steps(r):
+    """For every token, in how many denoising steps of its block it was masked."""
+    first = {}
+    for block in rollout.blocks_of(len(r.prompt), len(r.response), 4):
+        start = min(r.step_map[j] for j in block)
+        first.update({j: start for j in block})
+    return [r.step_map[j] - first[j] + 1 for j in range(len(r.response))]
+
+
 def main(argv=None):
-    """Prints three lines."""
-    is_cuda = torch.cuda.is_available()
+    """Prints a line per batch size and strategy."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--preset", default="34M" if is_cuda else "tiny", choices=PRESETS)
-    parser.add_argument("--responses", type=int, default=256 if is_cuda else 64)
-    parser.add_argument("--slots", type=int, default=64 if is_cuda else 16)
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--preset", default="34M", choices=PRESETS)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--prompt_tokens", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    device, rng = parallel.default_device(), torch.Generator().manual_seed(0)
-    model = lm.BlockDiffusionLM(preset_config(args.preset))
-    sft.initialize(model, 0)
-    model.to(device, torch.bfloat16 if is_cuda else torch.float32).eval()
-    V = model.config.vocab_size
-    prompts = [torch.randint(3, V, (int(n),), generator=rng).tolist()
-               for n in torch.randint(32, 96, (args.responses,), generator=rng)]
-    # ends are drawn like other tokens (the tiny model: every 17 tokens): lengths as ragged as real answers'
-    eos = list(range(3, 3 + max(1, round(V / 100))))
-    decode = lambda prompts, slots, seed=0: rollout.generate(
-        model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos, slots=slots,
-        denoising_steps=2, seed=seed)
-    decode(prompts[:args.slots], args.slots)  # warm up
-    seconds, rollouts = timed(lambda: decode(prompts, args.slots), device)
-    lengths = [len(r.response) for r in rollouts]
-    print(f"{args.preset}, {device}: {len(prompts)} responses of {min(lengths)} to {max(lengths)} tokens, "
-          f"{args.slots} slots: {sum(lengths) / seconds:.0f} tokens a second, "
-          f"{sum(lengths) / sum(max(r.step_map) for r in rollouts):.2f} tokens a denoising step")
-    starts = range(0, len(prompts), args.slots)
-    waiting, _ = timed(lambda: [decode(prompts[i:i + args.slots], args.slots, i) for i in starts], device)
-    print(f"  ragged slots: {waiting / seconds:.2f} x less time than batches that wait for their longest")
-    one = max(rollouts[:args.slots], key=lambda r: len(r.response))
-    cached, _ = timed(lambda: decode([one.prompt], 1, one.seed), device)
-    with torch.no_grad():
-        plain, _ = timed(lambda: uncached(model, one), device)
-    print(f"  cache: one response of {len(one.response)} tokens after {len(one.prompt)}, "
-          f"{max(one.step_map)} denoising steps: {plain / cached:.2f} x less time than without "
-          "(commits and bookkeeping included)")
+    device = parallel.default_device()
+    model = make_model(args.preset, device)
+    plain = PlainLoop(model)
+    rng = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, model.config.vocab_size, (args.prompt_tokens,), generator=rng).tolist()
+               for _ in range(max(args.batches))]
+    bandwidth = copy_rate(device)
+    print(f"{args.preset}, {device}, {model.embed.weight.dtype}: prompts of {args.prompt_tokens}, responses of "
+          f"{args.max_new_tokens} tokens; copy {bandwidth / 1e9:.1f} GB/s")
+    for strategy in ("static", "dynamic"):
+        settings = dict(max_new_tokens=args.max_new_tokens, strategy=strategy, threshold=0.5)
+        decode = lambda batch, seed: rollout.generate(model, prompts[:batch], eos_ids=(), seed=seed, **settings)
+        plain_seconds, seconds, results = [], {batch: [] for batch in args.batches}, {}
+        plain.generate(prompts[0], 8, strategy, 0.5)
+        decode(1, 0)
+        for repeat in range(args.repeats):
+            spent, steps = timed(lambda: plain.generate(prompts[0], **settings), device)
+            plain_seconds.append(spent)
+            for batch in args.batches:
+                spent, results[batch] = timed(lambda: decode(batch, repeat), device)
+                seconds[batch].append(spent)
+        rate = args.max_new_tokens / statistics.median(plain_seconds)
+        print(f"  {strategy:8s} plain loop      {rate:8.1f} tokens/s, {args.max_new_tokens / steps:.2f} tokens/step")
+        for batch in args.batches:
+            own, rollouts = statistics.median(seconds[batch]), results[batch]
+            tokens = sum(len(r.response) for r in rollouts)
+            steps = [max(r.step_map) for r in rollouts]
+            K = model.config.block_size
+            rates = matmul_rate(model.config, batch * K, model.embed.weight.dtype, device), bandwidth
+            share = limit_seconds(model, rollouts, batch, rates) / own
+            print(f"  {strategy:8s} batch {batch:4d}      {tokens / own:8.1f} tokens/s, "
+                  f"{tokens / sum(steps):.2f} tokens/step, {max(steps)} forwards, "
+                  f"{tokens / own / rate:.2f} x the plain loop, {share:.0%} of the limit "
+                  f"({rates[0] / 1e9:.0f} GFLOP/s)", flush=True)
 
 
 if __name__ == "__main__":

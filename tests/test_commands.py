@@ -1,5 +1,7 @@
 """The commands of the README, run as a person would run them."""
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -40,11 +42,14 @@ def two_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     rows = [json.dumps(dict(problem=p.problem, answer=p.answer)) for p in eval_math.arithmetic("test", 100)]
     (folder / "hundred.jsonl").write_text("\n".join(rows))
-    output = run("tracerl.py", "--model", TINY, *DATA[:2], "--eval_data=hundred.jsonl", *SMALL,
-                 "--name=one", cwd=folder)
+    output, home = io.StringIO(), os.getcwd()
+    os.chdir(folder)
+    with contextlib.redirect_stdout(output):
+        tracerl.main(["--model", TINY, *DATA[:2], "--eval_data=hundred.jsonl", *SMALL, "--name=one"])
+    os.chdir(home)
     few = ["--train_data=arithmetic", small_data(folder)[1]]  # what is evaluated changes nothing else
     run("tracerl.py", "--model", TINY, *few, *SMALL, "--name=two", cwd=folder, processes=2)
-    return folder / "runs", output
+    return folder / "runs", output.getvalue()
 
 
 def shorten(monkeypatch):

@@ -336,10 +336,8 @@ def test_the_grader_is_a_command(tmp_path):
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(out) == 40 and all(set(line) == {"correct", "answer", "how"} for line in out)
     (tmp_path / "in.jsonl").write_text('{"gold": "1"}\n')
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out", "out.jsonl"],
-        cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and "row 1" in done.stderr
+    with pytest.raises(ValueError, match="row 1: needs the texts gold and response"):
+        grading.main([str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])
 
 
 def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, monkeypatch, capsys):

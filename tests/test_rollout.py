@@ -249,13 +249,13 @@ def test_a_sequence_is_the_same_alone_and_in_a_ragged_batch(kind, strategy):
 class SeparateCommits(rollout.Decoder):
     """A slow twin: the clean keys and values of a whole block by a forward of their own."""
 
-    def states(self, slots, columns, committing):
+    def states(self, slots, columns, committing, num_in_place):
         if len(committing):
             K = self.settings.block_size
             before = self.start[committing, None] - K + self.offset
             tokens = self.token[committing[:, None], before]
             self.model.hidden(tokens, before, self.cache.reading(committing, before))
-        return super().states(slots, columns, committing[:0])
+        return super().states(slots, columns, committing[:0], 0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
