@@ -62,10 +62,12 @@ def arithmetic(split, number, seed=0, slip=0.0):
     reinforcement learning to remove: a model that imitates the pupil can add, and slips. The `answer` is
     always the right one.
     """
+    # A hash of the text deals every sum to one of ten buckets, whatever the seed: no seed of the training
+    # data can ever contain a test problem.
     buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]  # of ten
-    rng, seen = random.Random(f"{split} {seed}"), {}
+    rng, seen = random.Random(f"{split} {seed}"), {}  # seen: text -> Problem
     while len(seen) < number:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        a, b = rng.randint(100, 999), rng.randint(100, 999)  # three digits each
         text = f"{a}+{b}="
         if zlib.crc32(text.encode()) % 10 in buckets and text not in seen:
             seen[text] = Problem(text, str(a + b), work_out(a, b, slip, rng))
@@ -80,9 +82,12 @@ def work_out(a, b, slip, rng):
     """
     page, digits, carry = "", "", 0
     for power in (1, 10, 100):
+        # the digits of this column, and what was handed on to it
         column = a // power % 10 + b // power % 10 + carry
+        # The slip: no carry where one is due. In the last column there is nothing to hand on to, so that its
+        # sum is written in full.
         carry = column // 10 if power == 100 or rng.random() >= slip else 0
-        page += f"{column:02d}{carry};"
+        page += f"{column:02d}{carry};"  # 11 and 1 handed on: "111;"
         digits = f"{column % 10 if power < 100 else column}{digits}"
     return f"{page}\\boxed{{{digits}}}"
 
@@ -111,9 +116,10 @@ def load_problems(source, problem_column=None, answer_column=None, needs_answer=
     if source in ("arithmetic", "arithmetic-dev", "arithmetic-test"):
         split = source.removeprefix("arithmetic").lstrip("-") or "train"
         return arithmetic(split, 20000 if split == "train" else 400)
-    rows = read_rows(source)
+    rows = read_rows(source)  # dicts
     if not rows:
         raise ValueError(f"{source} holds no problems")
+    # The solution's column cannot be named: it is for fine-tuning, whose data have the usual names.
     given = dict(problem=problem_column, answer=answer_column, solution=None)
     return [to_problem(row, f"{source}, row {number}", given, needs_answer)
             for number, row in enumerate(rows, 1)]
@@ -121,17 +127,20 @@ def load_problems(source, problem_column=None, answer_column=None, needs_answer=
 
 def read_rows(source):
     """The rows of a local file or hub data set, as dicts."""
+    # A local file first, by the end of its name; then a name or an id of the hub.
     if os.path.isfile(source):
         if source.endswith((".json", ".jsonl")):
             return read_json_rows(source)
         if source.endswith(".parquet"):
             return list(datasets.Dataset.from_parquet(source, cache_dir=None))
         raise ValueError(f"{source}: the name must end in .jsonl, .json or .parquet")
+    # "folder/missing.jsonl" looks like a hub id: a missing file should not be looked for on the hub.
     is_file_name = source.endswith((".json", ".jsonl"))
     is_id = not is_file_name and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source)
     if source not in HUB and not is_id:
         raise FileNotFoundError(f"no data file {source!r}, and no name among {', '.join(HUB)}, "
                                 "and not a hub id owner/name")
+    # "openai/gsm8k:main:train" -> name, configuration, split; empty ones take the default.
     name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
     return list(datasets.load_dataset(name, config or None, split=split or "train"))
 
@@ -142,19 +151,24 @@ def to_problem(row, where, given, needs_answer):
         raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}")
     columns, found = {name.lower(): name for name in row}, {}
     for field_name, names in COLUMNS.items():
+        # The first column with a usual name; case does not matter.
         name = given[field_name] or next((columns[n] for n in names if n in columns), None)
         if name is not None and name not in row:
             raise ValueError(f"{where}: no column {name!r}; it has {', '.join(row)}")
+        # a column that is absent may be optional: see below
         found[field_name] = row[name] if name is not None else None
     problem, answer, solution = found["problem"], found["answer"], found["solution"]
+    # {"messages": [...]}: the data of chat models.
     if isinstance(problem, list):  # a conversation: the last message is the response
+        # Earlier turns stay in the prompt.
         problem, solution = problem[:-1], problem[-1]["content"]
     answer = "" if answer is None else str(answer)
     if "####" in answer:  # GSM8K keeps the whole solution in its answer column
         solution = answer if solution is None else solution
-        answer = answer.rsplit("####", 1)[1].strip()
+        answer = answer.rsplit("####", 1)[1].strip()  # "... #### 18" -> "18"
     elif (boxed := extract_answer(answer)) is not None:
         answer = boxed
+    # Empty is as bad as absent: it would be an answer that no response can match.
     for name, value, is_needed in (("problem", problem, True), ("answer", answer.strip(), needs_answer)):
         if is_needed and not value:
             raise ValueError(
@@ -185,23 +199,28 @@ def encode_prompts(
         raise ValueError(f"unknown prompt style {style!r}: choose one of {', '.join(PROMPT_STYLES)}")
     if style != "plain" and not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
+    # The template decides what to do with it; templates without such a switch ignore it.
     switch = dict(enable_thinking=False) if style == "no_think" else {}
     for p in problems:
         chat = p.problem
         if not isinstance(chat, list):
+            # a plain problem becomes a chat of one message
             chat = [{"role": "user", "content": p.problem + instruction}]
         if system is not None and chat[0]["role"] != "system":
+            # A system message of the data's own goes before ours.
             chat = [{"role": "system", "content": system}, *chat]
         if style == "plain":
+            # A base model has seen no chat markup: it would only be noise to it.
             text = "\n".join(message["content"] for message in chat)
         else:
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **switch)
         if style == "trado":
-            text = text.rstrip()
+            text = text.rstrip()  # no newline after the last "assistant"
         if style == "think" and not text.rstrip().endswith("<think>"):
             text += "<think>\n"
+        # add_special_tokens is off: the template has written all special tokens that belong there.
         p.tokens = encode(text, tokenizer)
-    fitting = [p for p in problems if len(p.tokens) <= max_prompt_tokens]
+    fitting = [p for p in problems if len(p.tokens) <= max_prompt_tokens]  # the others are counted and said
     if not fitting:
         raise ValueError(f"none of {len(problems)} prompts has at most {max_prompt_tokens} tokens: "
                          "raise --max_prompt_tokens")
@@ -211,6 +230,7 @@ def encode_prompts(
 def encode(text, tokenizer):
     """Text -> token ids. ValueError where the tokenizer does not know a character: it would be lost."""
     tokens = tokenizer(text, add_special_tokens=False).input_ids
+    # Byte-level tokenizers (Qwen, LLaDA) know every character; the tiny one knows 18.
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is not None and unknown in tokens:
         raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data for "
@@ -251,10 +271,11 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     Each process judges its share, and all then hold the same rewards: a verdict that a time limit decided, or
     a random reward, must not be another one elsewhere, or the processes would train on different groups.
     """
+    # the fourth, the Rollout, is optional
     num_arguments = len(inspect.signature(reward).parameters)
     # the grader's checks run in two workers; a user's function may not like threads
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
-    own = parallel.share(list(zip(rollouts, problems)))
+    own = parallel.share(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
     with ThreadPoolExecutor(num_threads) as pool:
         judged = list(pool.map(lambda pair: judge(*pair, tokenizer, reward, num_arguments), own))
     for r, (sequence_reward, token_rewards) in zip(rollouts, parallel.gather(judged)):
@@ -263,12 +284,14 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
 
 def judge(r, problem, tokenizer, reward, num_arguments):
     """One response's reward, and process rewards if the function gives those -> (float, list of float)."""
+    # up to and including eos: what stands behind it is filling
     tokens = r.response[:r.num_tokens]
     got = reward(*(problem, response_text(r, tokenizer), tokens, r)[:num_arguments])
     try:  # numbers of any kind: Python's, numpy's, 0-d tensors
+        # One type for all of them; strings, None and lists of lists fail here.
         values = torch.as_tensor(got, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        values = torch.tensor(torch.nan)
+        values = torch.tensor(torch.nan)  # not a number: refused below
     if not values.isfinite().all():  # one NaN would make the whole group's advantages NaN
         raise ValueError(f"the reward function gave {got!r} for {problem.problem!r}: a reward is a finite "
                          "number, or a list with one for each token")
@@ -293,10 +316,12 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, reward=None, **s
 
     settings go to rollout.generate. reward: a function of one's own, whose mean is added as "reward".
     """
+    # samples of one problem side by side, each with a seed of its own
     repeated = [p for p in problems for _ in range(num_samples)]
     seeds = [seed + i for i in range(len(repeated))]
     rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **settings)
-    give_rewards(rollouts, repeated, tokenizer)
+    give_rewards(rollouts, repeated, tokenizer)  # accuracy is always the grader's
+    # Over problems, not over samples.
     found = accuracy(grouped([r.reward for r in rollouts], num_samples)) | describe(rollouts)
     if reward is not None:
         give_rewards(rollouts, repeated, tokenizer, reward)
@@ -315,8 +340,10 @@ def accuracy(rewards):
     The error is over problems: samples of one problem are alike, and count as one observation together. One
     problem alone says nothing about others: its standard error is None.
     """
+    # one number per problem
     means = [fmean(samples) for samples in rewards]
     mean, n = fmean(means), len(means)
+    # n - 1: the mean is estimated, too
     variance = sum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else None
     return dict(accuracy=mean, standard_error=(variance / n) ** 0.5 if n > 1 else None, n=n,
                 pass_at_k=fmean(max(samples) for samples in rewards))
@@ -327,6 +354,7 @@ def describe(rollouts):
     return dict(
         length=fmean(r.num_tokens for r in rollouts),
         truncated=fmean(r.is_truncated for r in rollouts),
+        # How fast it decodes: 1 is as slow as an autoregressive model, K is a block at once.
         tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
 
 
@@ -344,8 +372,9 @@ def diffusion_responses(model, tokenizer, problems, seeds, strategy, args):
 
 def fingerprint(model, problems):
     """Short hashes of weights and data: an evaluation is gone on with only if both are still the same."""
+    # A sum per weight matrix: any training step changes them, and they are quick to make even for billions.
     sums = [float(p.detach().sum(dtype=torch.float64)) for p in model.parameters()]
-    data = [(p.problem, p.answer, p.tokens) for p in problems]
+    data = [(p.problem, p.answer, p.tokens) for p in problems]  # text, answer and prompt style
     return {name: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
             for name, content in (("weights", sums), ("problems", data))}
 
@@ -354,31 +383,44 @@ def evaluate_command(args):
     """Samples, grades, tabulates. Responses are in runs/<name>/responses.jsonl at once: a run can go on."""
     parallel.start_processes()
     if args.ar:
+        # The yardstick goes through the same prompts, the same grader and the same table.
         model, tokenizer = autoregressive.load(args.ar)
     else:
         model, tokenizer = load_model(args.model, args.block_size)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     problems = load_prompts(args.data, tokenizer, args)[:args.limit]
+    # Both take the same arguments, and give the same dicts.
     respond = autoregressive.responses if args.ar else diffusion_responses
     strategies = ["autoregressive"] if args.ar else args.strategy
+    # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
     name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
+    # The settings in args.json hold the fingerprints: other weights under the same path are refused.
     with runs.Run(name, vars(args) | fingerprint(model, problems), resume=True, log="responses.jsonl") as run:
+        # What an earlier, interrupted call has answered is not asked again.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
+        # (strategy, problem, sample)
         work = list(itertools.product(strategies, range(len(problems)), range(args.n)))
-        todo = [key for key in work if key not in done]
+        todo = [key for key in work if key not in done]  # keys of `done`
         parallel.say(f"{len(work) - len(todo)} of {len(work)} responses were there already")
+        # A chunk is what is lost when the command is stopped: two rounds of the slots of all processes.
         chunks, size = [], args.slots * parallel.processes()[1] * 2
         for strategy in strategies:
+            # two rounds of slots, then grade and save
             chunks += grouped([key for key in todo if key[0] == strategy], size)
         for chunk in parallel.progress(chunks, "evaluate"):
             started = time.perf_counter()
-            seeds = [args.seed + i * args.n + k for _, i, k in chunk]
+            seeds = [args.seed + i * args.n + k for _, i, k in chunk]  # the same whatever was there already
+            # A chunk is of one strategy.
             asked, strategy = [problems[i] for _, i, _ in chunk], chunk[0][0]
             responses = respond(model, tokenizer, asked, seeds, strategy, args)
+            # grading is not part of a model's speed
             seconds = (time.perf_counter() - started) / len(chunk)
+            # a truncated response is wrong
             answers = [None if r["truncated"] else extract_answer(r["response"]) for r in responses]
             pairs = [(answer, p.answer) for answer, p in zip(answers, asked)]
+            # All processes hold the same responses; one judges, or a check that ran into its time limit on
+            # one machine alone would make their tables differ.
             verdicts = parallel.from_first(grading.grade(pairs) if parallel.is_first() else None)
             for key, p, r, answer, (is_right, how) in zip(chunk, asked, responses, answers, verdicts):
                 how = "truncated" if r["truncated"] else how
@@ -390,6 +432,7 @@ def evaluate_command(args):
                    for strategy in strategies}
         run.finish(summary)
     parallel.say(f"{args.data}, n = {args.n}: responses and summary are in {run.folder}")
+    # One column per strategy, one line per figure.
     parallel.say(" " * 20 + "".join(f"{strategy:>16s}" for strategy in strategies))
     for name in summary[strategies[0]]:
         numbers = [summary[strategy][name] for strategy in strategies]
@@ -411,6 +454,7 @@ def summarize(lines, n):
 
 def add_prompt_flags(parser):
     """The flags of encode_prompts."""
+    # Shared by all three scripts: a model must be trained and tested on the same kind of prompt.
     flag = parser.add_argument_group("prompts").add_argument
     flag("--max_prompt_tokens", type=runs.positive_int, default=784,
          help="longer prompts are skipped and counted")
@@ -424,6 +468,7 @@ def add_prompt_flags(parser):
 
 def add_decoding_flags(parser):
     """The flags of rollout.generate, but --strategy."""
+    # Shared by tracerl.py and this one.
     flag = parser.add_argument_group("decoding").add_argument
     flag("--max_new_tokens", type=runs.positive_int, default=2000,
          help="longest response; longer ones are truncated, and wrong. Full attention: length of the canvas")
@@ -439,6 +484,7 @@ def add_decoding_flags(parser):
 
 def decoding_settings(args):
     """Those flags, for rollout.generate."""
+    # The flags of add_decoding_flags, and --strategy.
     names = ("max_new_tokens", "strategy", "threshold", "denoising_steps", "temperature", "top_k", "top_p",
              "slots")
     return {name: getattr(args, name) for name in names}

@@ -104,6 +104,7 @@ class Layout(NamedTuple):
     @classmethod
     def clean(cls, position, block_size, is_full, document=None):
         """The layout of plain text without views: ordinary block (or full) attention."""
+        # Plain text is view 0 of one document.
         zero = torch.zeros_like(position)
         # Blocks are cut at ABSOLUTE positions 0, K, 2K, ..., never at the start of the response: with P = 9
         # and K = 4 the block of positions 8..11 holds one prompt token and three response tokens. Code that
@@ -122,6 +123,7 @@ def may_attend(query, key):
     - replay, fine-tuning: many views of many blocks share one clean text, and none sees another;
     - full attention: all is one block, so a view is a whole canvas that sees all of itself, nothing else.
     """
+    # "Clean" is what the cache holds in decoding: tokens of blocks that are finished.
     is_clean_past = (key.view == 0) & (key.block < query.block)
     is_together = (key.view == query.view) & (key.block == query.block)
     return (key.document == query.document) & (is_clean_past | is_together)
@@ -133,6 +135,7 @@ def may_attend(query, key):
 
 def dense_mask(layout):
     """The rule as a boolean mask (B, 1, T, T): queries down, keys across. For short rows."""
+    # Broadcasting compares every token with every token of its row.
     query = Layout(*(t[:, :, None] for t in layout))  # (B, T, 1)
     key = Layout(*(t[:, None, :] for t in layout))  # (B, 1, T)
     return may_attend(query, key)[:, None]
@@ -175,6 +178,7 @@ def block_mask(layout):
         return may_attend(Layout(i, document[row, i], block[row, i], view[row, i]),
                           Layout(j, document[row, j], block[row, j], view[row, j]))
 
+    # On a CPU (tests) the same function runs uncompiled.
     create = compiled(create_block_mask) if layout.block.is_cuda else create_block_mask
     B, T = layout.block.shape
     return create(rule, B, None, T, T, device=layout.block.device)
@@ -225,6 +229,7 @@ class KVCache:
     """
 
     def __init__(self, config, num_slots, length, dtype, device):
+        # Every slot has room for the longest sequence: no paging, no allocation while decoding.
         shape = (config.num_layers, num_slots, length, config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -250,7 +255,8 @@ class KVCache:
         self.values[:, target, :length] = self.values[:, source, :length]
 
     def reading(self, slots, position, num_in_place=0):
-        """An `attend` for decoding: row b is one block, at position[b] (K,), of the sequence in slots[b] (B,).
+        """An `attend` for decoding: row b is one block, at position[b] (K,), of the sequence in slots[b]
+        (B,).
 
         Two rows may be blocks of the same slot: all rows write before any row reads. num_in_place: how many
         of the first rows are the slots 0, 1, 2, ...; their keys are read where they are, others are copied.
@@ -278,7 +284,8 @@ class KVCache:
             keys = self.keys[layer, where, :longest].transpose(1, 2)  # (B, H_kv, longest, D)
             values = self.values[layer, where, :longest].transpose(1, 2)
             if len(keys):
-                out.append(F.scaled_dot_product_attention(folded[rows], keys, values, attn_mask=is_seen[rows]))
+                out.append(F.scaled_dot_product_attention(
+                    folded[rows], keys, values, attn_mask=is_seen[rows]))
         return torch.cat(out).reshape(q.shape)
 
 
@@ -291,12 +298,14 @@ def rotary(position, head_dim, theta):
     exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
     frequency = theta ** -exponent  # (D / 2,)
     angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, D)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Turns x (B, H, T, D) by its position, computed in float32."""
+    # Halves convention (as in the checkpoints): channel i turns with channel i + D / 2, not with its
+    # neighbour.
     left, right = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
@@ -353,7 +362,7 @@ class Layer(nn.Module):
         v = self.v_proj(h).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D)
         out = attend(self.number, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
         x = x + self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
-        h = self.mlp_norm(x)
+        h = self.mlp_norm(x)  # (B, T, C)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
@@ -381,8 +390,9 @@ class BlockDiffusionLM(nn.Module):
         attend: see "How the network attends". The head is not applied: it is by far the widest layer (152k
         outputs for Qwen), and its logits are wanted at few places only.
         """
+        # The same angles for all layers: made once.
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
-        x = self.embed(tokens)
+        x = self.embed(tokens)  # (B, T, C)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
         return self.norm(x)
@@ -411,6 +421,7 @@ def policy_logits(logits, mask_id):
     Left in, it is drawn now and then (about once in 10,000 tokens of a young model), and decoding breaks: a
     revealed mask looks like a token that is still hidden.
     """
+    # A copy: what the head gives is left as it is.
     logits = logits.to(torch.float32, copy=True)
     logits[..., mask_id] = -math.inf
     return logits
@@ -431,6 +442,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, tokens, mask_id, temperature, chunk):
         """h (N, C), weight (V, C), tokens (N,) -> log-probability and entropy, float32 (N,)."""
+        # States, not logits: (N, C) instead of (N, V), for the price of one more product in the backward
+        # pass.
         ctx.save_for_backward(h, weight, tokens)
         ctx.settings = mask_id, temperature, chunk
         logp, entropy = h.new_empty(2, len(h), dtype=torch.float32)
@@ -452,6 +465,7 @@ class TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(h), chunk):
             cut = slice(start, start + chunk)
+            # d loss / d logp of each token, spread over its logits: + at the token, - softmax everywhere.
             share = grad[cut, None] / temperature  # (chunk, 1)
             d = scaled_logits(h[cut], weight, mask_id, temperature).softmax(-1).mul_(-share)
             d = d.scatter_add_(-1, tokens[cut, None], share).to(h.dtype)  # (chunk, V) d loss / d logits

@@ -131,13 +131,15 @@ def filter_probabilities(logp, top_k, top_p):
     Top-k keeps every token as probable as the k-th, top-p the most probable until their sum exceeds top_p.
     """
     if 0 < top_k < logp.shape[-1]:
+        # Ties with the k-th stay in, as in the authors' sampler.
         kth = logp.topk(top_k, dim=-1).values[:, -1:]
         logp = logp.masked_fill(logp < kth, float("-inf"))
     p = logp.softmax(-1)
     if top_p < 1:
+        # (N, V) most probable first; order says which token each is
         sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
         is_out = sorted_p.cumsum(-1) - sorted_p > top_p  # the sum before a token is already over
-        is_out[:, 0] = False
+        is_out[:, 0] = False  # the most probable always stays
         p = p.masked_fill(torch.zeros_like(is_out).scatter(-1, order, is_out), 0)
         p = p / p.sum(-1, keepdim=True)
     return p
@@ -146,10 +148,11 @@ def filter_probabilities(logp, top_k, top_p):
 def inverse_cdf(p, draws, size=256):
     """The smallest v whose cumulative probability exceeds the draw: p (N, V), draws float64 (N,) -> (N,).
 
-    Sums are float64, since 152k rounded terms must not sum to less than a draw close to 1; and they are made in
-    two levels, since a float64 copy of (N, V) would cost more than the softmax: sums of groups of `size`
+    Sums are float64, since 152k rounded terms must not sum to less than a draw close to 1; and they are made
+    in two levels, since a float64 copy of (N, V) would cost more than the softmax: sums of groups of `size`
     tokens first, then the cumulative sum inside the one group in which the draw falls.
     """
+    # V = 152k, size 256: 594 groups. Sum them in float64, find the group, then the token in it.
     groups = F.pad(p, (0, -p.shape[1] % size)).unflatten(1, (-1, size))  # (N, groups, size)
     sums = groups.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, groups)
     threshold = below(draws[:, None] * sums[:, -1:], sums[:, -1:])  # (N, 1)
@@ -161,7 +164,8 @@ def inverse_cdf(p, draws, size=256):
 
 
 def below(x, bound):
-    """x, or the next number below the bound where rounding has reached it: some token must exceed the draw."""
+    """x, or the next number below the bound where rounding has reached it: some token must exceed the
+    draw."""
     return torch.minimum(x, bound.nextafter(torch.zeros_like(bound)))
 
 
@@ -199,6 +203,7 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
         score = -torch.arange(confidence.shape[1], device=confidence.device).expand_as(confidence).float()
     else:
         score = -entropy if strategy == "entropy" else confidence
+    # What is not masked comes last in the order.
     score = score.masked_fill(~is_masked, float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)  # scores .9 .2 .5: order 0 2 1, rank 0 2 1
@@ -225,6 +230,7 @@ class Decoder:
 
     def __init__(self, model, settings, num_slots, longest_prompt):
         self.model, self.config, self.settings, self.device = model, model.config, settings, model.device
+        # the decoding's own: rollouts may have smaller blocks than the model trains in
         K = settings.block_size
         length = longest_prompt + settings.max_new_tokens + K  # the last block may stick out
         table, state = (num_slots, length), dict(dtype=torch.int64, device=self.device)
@@ -252,8 +258,8 @@ class Decoder:
         padded = [prompt + [self.config.mask_id] * (longest - len(prompt)) for prompt in prompts]
         P = torch.tensor([len(prompt) for prompt in prompts], device=self.device)  # (M,)
         end = P + self.settings.max_new_tokens
-        # Block attention: P = 9, K = 4: positions 0..7 are whole blocks and prefilled; decoding starts at 8 with
-        # one prompt token and three masks. Full attention: the grid of blocks starts at the response.
+        # Block attention: P = 9, K = 4: positions 0..7 are whole blocks and prefilled; decoding starts at 8
+        # with one prompt token and three masks. Full attention: the grid of blocks starts at the response.
         self.start[to] = P if is_full else P // K * K
         self.end[to] = end if is_full else (end + K - 1) // K * K  # rounded up to whole blocks
         self.seed[to], self.prompt_length[to] = torch.tensor(seeds, device=self.device), P
@@ -314,6 +320,7 @@ class Decoder:
     def denoise(self, busy, committing):
         """A denoising step of every slot of `slots` -> (has_ended, has_moved), lists of bool: whether its
         sequence is complete, or its block whole and the next one begun."""
+        # Shapes below: B busy slots, K places of the block of each.
         s, slots = self.settings, torch.tensor(busy, device=self.device)
         committing = torch.tensor(committing, dtype=torch.int64, device=self.device)
         num_in_place, rows = len(busy) if busy[-1] == len(busy) - 1 else 0, slots[:, None]
@@ -325,6 +332,7 @@ class Decoder:
         tokens_each, remainder = divmod(s.block_size, s.denoising_steps)  # K = 8 in 3 steps: 3, 3, 2
         quota = tokens_each + (self.step_in_block[slots] < remainder).long()
         is_kept = reveal(confidence, entropy, is_masked, quota, s.strategy, s.threshold)  # (B, K)
+        # torch.where instead of an index list: what is kept is written, all else stays as it is.
         records = ((self.token, token), (self.confidence, confidence), (self.logp, logp),
                    (self.step_map, self.step[rows]), (self.is_masked, False))
         for table, new in records:
@@ -332,6 +340,7 @@ class Decoder:
 
         # An eos ends a sequence only inside the response (a prompt may end with one, and share the block),
         # and only once its block is whole: the tokens after it are context for those before it.
+        # Decided after this step's tokens are in.
         is_whole = ~(is_masked & ~is_kept).any(-1)
         is_response = columns >= self.prompt_length[rows]
         has_eos = (torch.isin(self.token[rows, columns], self.eos_ids) & is_response).any(-1)
@@ -344,6 +353,7 @@ class Decoder:
     def propose(self, h, slots, columns, is_masked):
         """Draws a token for every masked position -> token, confidence, logp, entropy, (B, K), 0
         elsewhere."""
+        # The head and the sampler see masked places only: on average half of them.
         s, where = self.settings, is_masked.nonzero(as_tuple=True)
         position, slot = columns[where], slots[where[0]]  # (N,) the masked positions of all blocks
         draws = uniform(self.seed[slot], self.step[slot], position)
@@ -363,8 +373,9 @@ class Decoder:
         """The record of a complete sequence."""
         s, P = self.settings, int(self.prompt_length[slot])
         stop = min(int(self.start[slot]) + s.block_size, int(self.end[slot]))
+        # Whole blocks: also what stands behind eos, or beyond max_new_tokens, in the last one.
         response = self.token[slot, P:stop].tolist()
-        limit = min(len(response), s.max_new_tokens)
+        limit = min(len(response), s.max_new_tokens)  # tokens that may be trained
         until_eos = next((i + 1 for i, token in enumerate(response[:limit]) if token in s.eos_ids), None)
         return Rollout(
             prompt=self.token[slot, :P].tolist(), response=response, num_tokens=until_eos or limit,
@@ -385,6 +396,7 @@ def generate(
     for an empty prompt, or a setting out of range.
     """
     config, prompts = model.config, [list(prompt) for prompt in prompts]
+    # A seed per response: its draws do not depend on who else is in the batch.
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     seeds = [(s + 2**63) % 2**64 - 2**63 for s in seeds]  # into the range of int64
     settings = DecodingSettings(max_new_tokens, block_size or config.block_size,
@@ -398,9 +410,10 @@ def generate(
             raise ValueError(f"prompt {number} is empty: a response needs at least one token before it")
     if not prompts:
         return []
+    # More prompts than slots: the others wait, and take the slots of those that end.
     num_slots = min(slots or len(prompts), len(prompts))
     decoder = Decoder(model, settings, num_slots, max(map(len, prompts)))
-    waiting, rollouts = deque(range(len(prompts))), [None] * len(prompts)
+    waiting, rollouts = deque(range(len(prompts))), [None] * len(prompts)  # numbers of prompts
     owner, free, committing = {}, list(range(num_slots)), []  # owner: busy slot -> number of its prompt
     while waiting or owner:
         if waiting and free:
@@ -410,6 +423,8 @@ def generate(
             decoder.admit(chosen, [prompts[i] for i in taken], [seeds[i] for i in taken])
         busy = sorted(owner)
         has_ended, has_moved = decoder.denoise(busy, committing)
+        # Their clean tokens ride along with the next forward. A sequence that has ended needs no commit:
+        # nobody will read its cache.
         committing = [slot for slot, moved in zip(busy, has_moved) if moved]
         for slot in [slot for slot, ended in zip(busy, has_ended) if ended]:
             number = owner.pop(slot)
@@ -420,6 +435,7 @@ def generate(
 
 def generate_everywhere(model, prompts, seeds, **settings):
     """`generate` with the prompts dealt out over all processes; every process gets all rollouts, in order."""
+    # Every process decodes its share with whole weights, without waiting for the others.
     with parallel.unsharded(model):
         own = generate(model, parallel.share(prompts), seed=parallel.share(seeds), **settings)
     return parallel.gather(own)
@@ -449,10 +465,11 @@ def trace_views(rollout, block, shrink, rng=None):
         shrink 1   ([0, 1, 2, 3], [0, 2])   ([1, 3], [3])   ([1], [1])
         shrink 2   ([0, 1, 2, 3], [0, 2, 3])   ([1], [1])
     """
+    # Only the order of the steps counts, so that step maps of other code may start anywhere.
     steps = sorted({rollout.step_map[j] for j in block})
     views = []
     for start in range(0, len(steps), shrink):
-        merged = steps[start:start + shrink]
+        merged = steps[start:start + shrink]  # one trace step
         hidden = [j for j in block if rollout.step_map[j] >= merged[0]]  # not revealed before this trace step
         views.append((hidden, [j for j in hidden if rollout.step_map[j] <= merged[-1]]))
     return views
@@ -462,6 +479,7 @@ def random_views(rollout, block, shrink, rng):
     """A baseline of the paper: masks drawn at random in place of the trace. The ratio is U(0.1, 0.9) per
     block (full attention: per response); the masked tokens are the targets."""
     ratio = rng.uniform(0.1, 0.9)
+    # May be empty: a view without targets is left out of the row.
     hidden = [j for j in block if rng.random() < ratio]
     return [(hidden, hidden)]
 
@@ -469,7 +487,7 @@ def random_views(rollout, block, shrink, rng):
 def coupled_views(rollout, block, shrink, rng):
     """Another one: random masks and their complement, so that every token is a target exactly once."""
     (hidden, _), = random_views(rollout, block, shrink, rng)
-    others = [j for j in block if j not in set(hidden)]
+    others = [j for j in block if j not in set(hidden)]  # the complement
     return [(hidden, hidden), (others, others)]
 
 
@@ -481,7 +499,7 @@ def blocks_of(prompt_length, response_length, block_size):
 
     P = 9, R = 7, K = 4: positions 9 10 11 | 12 13 14 15 are the indices [0, 1, 2], [3, 4, 5, 6].
     """
-    blocks, start = [], 0
+    blocks, start = [], 0  # start: response index
     while start < response_length:
         stop = min(start + block_size - (prompt_length + start) % block_size, response_length)
         blocks.append(list(range(start, stop)))
@@ -494,6 +512,7 @@ def views_of(rollout, config, block_size, views=trace_views, shrink=1):
     blocks."""
     P, R = len(rollout.prompt), len(rollout.response)
     blocks = [list(range(R))] if config.is_full else blocks_of(P, R, block_size)
+    # The views of a response are the same on any process, in any micro-batch, after any resume.
     rng, found = random.Random(rollout.seed), []
     for block in blocks:
         number = 0 if config.is_full else (P + block[0]) // block_size
@@ -588,6 +607,7 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
         text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
         K = len(text) if config.is_full else block_size
         text += [config.mask_id] * (-len(text) % K)  # ends inside a block: its rest has not been decoded yet
+        # Targets stop at eos; what stands behind it is still shown, for it was in sight.
         end = min(r.num_tokens + post_num, R) if trained_only else R
         logp_old = []  # comes later, from these very rows
         columns = [column + [0.0] * (R - len(column))
@@ -604,6 +624,7 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
                 rows.append(Row())
                 for clean in range(found[-1][0]):
                     rows[-1].add(text[clean * K:(clean + 1) * K], clean, 0)
+            # column: where this view begins in the row
             shown, column = text[block * K:(block + 1) * K], len(rows[-1].tokens)
             for j in hidden:
                 shown[P + j - block * K] = config.mask_id
@@ -624,6 +645,7 @@ def by_length(sizes, max_tokens, is_packed=False):
     packed, rows are padded to the longest of their group; a group ends early where that would waste a
     thirty-second of it.
     """
+    # num_rows, num_tokens: of the group being filled, without padding
     groups, num_rows, num_tokens = [], 0, 0
     for item in sorted(range(len(sizes)), key=lambda item: sizes[item][0]):
         length, count = sizes[item]
@@ -650,6 +672,7 @@ def collate(rows, pad_id, multiple=None):
     T = -(-sum(lengths) // multiple) * multiple if is_packed else max(lengths)
     B, used = (1 if is_packed else len(rows)), 0
     size = B * T
+    # Start with padding everywhere, then write each row over it.
     fields = dict(tokens=[pad_id] * size, position=[0] * size, document=[-1] * size, block=[0] * size,
                   view=list(range(1, size + 1)))
     targets = []
@@ -660,7 +683,7 @@ def collate(rows, pad_id, multiple=None):
             fields[name][start:stop] = getattr(row, name)
         fields["document"][start:stop] = [number] * lengths[number]
         targets += [(start + logit_index, *rest) for logit_index, *rest in row.targets]
-        used = stop
+        used = stop  # packed: the next row begins here
     tokens, *layout = (torch.tensor(values).view(B, T) for values in fields.values())
     columns = list(zip(*targets)) or [()] * len(TARGET_DTYPES)
     tensors = [torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, TARGET_DTYPES)]
@@ -681,6 +704,7 @@ def micro_batches(texts, max_tokens, pad_id, device):
     """
     is_packed = device.type == "cuda"
     multiple = -(-max_tokens // 512) * 128 if is_packed else None
+    # A full-attention response whose rows do not fit together is cut; all others stay whole.
     pieces = []
     for rows in texts:
         fitting = max(1, max_tokens // len(rows[0].tokens)) if rows else 1
@@ -698,6 +722,7 @@ def with_dummies(parts, pad_id, device):
     stopped early would leave the others waiting for ever. So one with fewer micro-batches runs dummies: one
     padding token, no targets, a loss of 0 and gradients of 0. To be called on every process.
     """
+    # A question to all processes: who has the most?
     most = int(parallel.largest(torch.tensor(len(parts), device=device)))
     dummy = collate([Row(tokens=[pad_id], position=[0], block=[0], view=[1])], pad_id)
     return parts + [to_device(dummy, device) for _ in range(most - len(parts))]
@@ -722,11 +747,12 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
     """
     if not rollouts:
         return []
-    longest = max(len(r.response) for r in rollouts)
+    longest = max(len(r.response) for r in rollouts)  # table of N x longest, flat
     flat = torch.zeros(len(rollouts) * longest, device=model.device)
     texts = build_rows(rollouts, model.config, block_size or model.config.block_size, shrink=shrink)
     for rows in micro_batches(texts, max_tokens, model.config.pad_id, model.device):
         logp, _ = forward_rows(model, rows, temperature)
+        # Targets come sorted by row length; each knows whose token it is, so that it finds its way home.
         place = rows.targets.rollout_index * longest + rows.targets.response_index
         flat = flat.index_put((place,), logp)
     return [part[:len(r.response)] for part, r in zip(flat.view(len(rollouts), longest), rollouts)]

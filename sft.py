@@ -49,21 +49,29 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     """
     if not config.eos_ids:
         raise ValueError("this checkpoint names no eos token: without one a response cannot end")
+    # The first eos id is the one to teach: <|im_end|> where a chat model has it. At decoding any of them ends
+    # a response.
     eos, K, examples = config.eos_ids[0], config.block_size, []
     for p in problems:
+        # An answer alone is no solution: there would be nothing to imitate but the last line.
         if not p.solution:
             raise ValueError(f"no solution to learn from: {str(p.problem)[:80]!r}")
+        # Text is made into tokens once, here; from here on the record is token ids.
         response = eval_math.encode(p.solution, tokenizer) + [eos]
+        # A step map says when each token was revealed, so that --views trace can rebuild the states. Without
+        # one the solution counts as written from left to right, one token a step.
         steps = list(p.step_map or range(1, len(response)))  # without a step map: from left to right
         if len(steps) != len(response) - 1:
             raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: "
                              f"{str(p.problem)[:80]!r}")
-        if len(response) > max_new_tokens:
+        if len(response) > max_new_tokens:  # it could not be decoded in that room either
             continue
         # K = 4, 9 prompt tokens, 6 of response with eos: 15 tokens, so that 1 more fills the block
         filling = max_new_tokens - len(response) if config.is_full else -(len(p.tokens) + len(response)) % K
         response += [eos] * filling
         steps += range(max(steps) + 1, max(steps) + 2 + filling)  # the end comes last
+        # Full attention: every forward of the decoder will see all max_new_tokens places, so the example must
+        # too.
         canvas = len(response) if config.is_full else 0
         examples.append(Rollout(p.tokens, response, len(response), steps, canvas=canvas))
     return examples
@@ -72,6 +80,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
 def noise_views(rollout, block, shrink, rng):
     """One view per block (full attention: of the whole response): k tokens at random, k uniform in 1..c, of
     its c."""
+    # k uniform, not each token by a coin: with a coin of 0.5 a block of 4 would be wholly hidden only once in
+    # 16, and wholly hidden is how every block begins when it is decoded.
     hidden = sorted(rng.sample(block, rng.randint(1, len(block))))
     return [(hidden, hidden)]
 
@@ -92,12 +102,15 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
 def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
     """One update on a batch of examples, the same for any number of processes -> (loss, gradient norm)."""
+    # Every process has the same batch, builds the rows of its share of it, and runs as many micro-batches as
+    # the others.
     config = model.config
     texts = rollout.build_rows(parallel.share(examples), config, config.block_size, views)
     parts = rollout.micro_batches(texts, max_tokens, config.pad_id, model.device)
     parts = rollout.with_dummies(parts, config.pad_id, model.device)
-    hidden = sum(len(part.targets.token) for part in parts)
+    hidden = sum(len(part.targets.token) for part in parts)  # targets of this process
     hidden = int(parallel.add_up(torch.tensor(hidden, device=model.device)))  # of all processes
+    # One number for the whole update, taken before the split: else the gradient would depend on the split.
     normalizer = sum(len(r.response) for r in examples) if is_weighted else hidden
     total = torch.zeros((), device=model.device)
     for part in parts:
@@ -115,6 +128,7 @@ def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
 
 def learning_rate(step, peak, warmup, cooldown, decay_start):
     """Up over `warmup` steps, level, from decay_start (if set) down to a tenth over `cooldown` steps."""
+    # The last, small steps average out the noise of masks and batches.
     down = 1.0 if decay_start is None else 1 - 0.9 * min(1.0, (step - decay_start + 1) / cooldown)
     return peak * min((step + 1) / warmup, down)
 
@@ -127,10 +141,13 @@ def shuffled(number, seed):
 
 def draw_batch(examples, step, args):
     """The examples of an update, every epoch in an order of its own, each with the seed of its masks."""
+    # The last examples of an epoch that do not fill a batch wait for another epoch, with another order.
     epoch, turn = divmod(step, len(examples) // args.batch_size)
     order = shuffled(len(examples), args.seed * 1_000_003 + epoch)
     batch = [examples[i] for i in order[turn * args.batch_size:(turn + 1) * args.batch_size]]
     for i, r in enumerate(batch):
+        # Views draw from random.Random(r.seed): another epoch hides other tokens, a resumed run hides the
+        # same.
         r.seed = (args.seed * 1_000_003 + step) * 1_000_003 + i
     return batch
 
@@ -140,9 +157,13 @@ def train(model, tokenizer, examples, dev_problems, args, run):
     args.stop_accuracy, the learning rate goes down over args.cooldown steps and training ends.
 
     Order, masks and learning rate are functions of the step, so that a run resumes from any checkpoint."""
+    # betas of AdamW: the tiny model was tuned with these; reinforcement learning uses its own.
     optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay)
+    # FORK HERE (what is hidden): --views file.py:function, with the signature of noise_views.
     views = runs.load_function(args.views, VIEWS, "--views")
     trainers, line = [(model, optimizer)], {}
+    # Order, masks and learning rate follow from `step`; weights, moments and `progress` are all there is to
+    # save.
     progress = run.restore(trainers) if args.resume else None
     progress = progress or dict(step=0, decay_start=None)
     bar = parallel.progress(range(progress["step"], args.steps), "sft")
@@ -150,16 +171,23 @@ def train(model, tokenizer, examples, dev_problems, args, run):
         decay_start = progress["decay_start"]
         if decay_start is not None and step >= decay_start + args.cooldown:
             break
+        # depends on the step alone
         lr = learning_rate(step, args.lr, args.warmup, args.cooldown, decay_start)
         parallel.set_learning_rate(optimizer, lr)
+        # One update; every process sees the same batch and takes its share of it.
         loss, norm = train_step(model, optimizer, draw_batch(examples, step, args), views, args.weighted,
                                 args.tokens_per_micro_batch)
-        line = dict(step=step + 1, loss=loss, gradient_norm=norm, lr=lr)
+        line = dict(step=step + 1, loss=loss, gradient_norm=norm, lr=lr)  # one line of metrics.jsonl
         if dev_problems and (step + 1) % args.eval_every == 0:
+            # Accuracy by decoding, not the loss: a loss can still fall when the answers are already right.
             found = eval_math.evaluate(
                 model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens, seed=args.seed)
             line["accuracy"] = found["accuracy"]
+        # The embedded task stops on accuracy, not on a number of updates: the skill comes suddenly, at
+        # another time from each seed, and a warm start that is too good leaves reinforcement learning nothing
+        # to do.
         is_reached = args.stop_accuracy is not None and line.get("accuracy", 0) >= args.stop_accuracy
+        # Either way the learning rate comes down at the end.
         if decay_start is None and (is_reached or step + 1 >= args.steps - args.cooldown):
             progress["decay_start"] = step + 1
             if args.stop_accuracy is not None and not is_reached:
@@ -220,6 +248,7 @@ def parse_args(argv=None):
     flag("--attention", choices=("block", "full"), default="block", help="of the tiny model")
     eval_math.add_prompt_flags(parser)
     runs.add_training_flags(parser, "sft")
+    # Two tables of defaults, and with --resume the settings of the run itself.
     args = runs.parse(parser, argv, TINY, REAL)
     if args.data is None:
         parser.error("--model needs --data")
@@ -241,11 +270,13 @@ def main(argv=None):
         model.to(parallel.default_device())
     else:
         model, tokenizer = checkpoints.load_to_train(args.model, args)
+    # The embedded data are made here, with slips; files and hub ids are read.
     if args.data == "arithmetic":
         problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
         problems, _ = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction)
     else:
         problems = eval_math.load_prompts(args.data, tokenizer, args, needs_answer=False)
+    # the longer ones are left out
     examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
     if len(examples) < args.batch_size:
         raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "
@@ -253,6 +284,7 @@ def main(argv=None):
     dev_problems = eval_math.load_prompts(args.dev_data, tokenizer, args)[:200] if args.dev_data else []
     parallel.say(f"sft: {len(examples)} examples; skipped {len(problems) - len(examples)} long responses")
     with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:
+        # Sharding comes after loading and before the optimizer, whose states are then sharded as well.
         parallel.shard(model, model.layers, getattr(torch, args.dtype))
         train(model, tokenizer, examples, dev_problems, args, run)
         path = run.save_model(model, tokenizer)
@@ -270,9 +302,11 @@ def tiny_tokenizer():
     Its chat template keeps the first line of a message: the instruction that follows the problem in a real
     prompt ("Please reason step by step ...") would be unknown words to a model of 18 tokens.
     """
+    # 18 tokens: 3 special ones, 10 digits, + = ; and what an answer is boxed with.
     words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]
     vocabulary = {word: number for number, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    # \boxed{ is one token, all else one character each.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>",
@@ -283,10 +317,14 @@ def tiny_tokenizer():
 
 def tiny_model(seed=0, block_size=4, attention="block"):
     """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
+    # 2 layers of 64 channels, 4 heads, feed-forward 192.
     num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
+    # The same fields as a published config.json, so that the tiny model goes through the same code as a real
+    # one.
     source = dict(block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
                   rms_norm_eps=1e-6, rope_theta=1e4, hidden_act="silu")
     if attention == "full":
+        # LLaDA has no grouped heads, and the head is not tied to the embedding.
         source.update(model_type="llada", d_model=hidden_size, n_layers=num_layers, n_heads=4, n_kv_heads=4,
                       mlp_hidden_size=3 * hidden_size, embedding_size=vocab_size, weight_tying=False)
     else:
@@ -301,11 +339,12 @@ def tiny_model(seed=0, block_size=4, attention="block"):
 
 def initialize(model, seed):
     """Fills all weights: norms 1, biases 0, matrices N(0, 0.02), residual outputs smaller, as in GPT-2."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # not torch's global one: same seed, same weights
     for name, p in model.named_parameters():
         if p.dim() == 1:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         else:
+            # Outputs into the residual stream start smaller: with L layers 2 L of them add up.
             is_residual = "o_proj" in name or "down_proj" in name
             std = 0.02 / (2 * model.config.num_layers) ** 0.5 if is_residual else 0.02
             nn.init.normal_(p, std=std, generator=generator)
@@ -314,12 +353,16 @@ def initialize(model, seed):
 def warm_start(seed, block_size=4, attention="block"):
     """The embedded default's starting model -> checkpoint folder; made once for each seed and setting."""
     # full attention learns this more slowly, and at 6e-3 not from every seed
+    # Found by trying: high enough that most groups hold right and wrong responses, low enough to leave room.
     stop_accuracy, lr = (0.4, 6e-3) if attention == "block" else (0.2, 2e-3)
+    # flags of this script
     settings = dict(seed=seed, block_size=block_size, attention=attention, stop_accuracy=stop_accuracy, lr=lr)
     flags = [f"--{name}={value}" for name, value in settings.items()]
+    # The name holds a hash of all settings: other settings or defaults make another warm start.
     everything = json.dumps(vars(parse_args(flags)), sort_keys=True)
     name = f"warm-start-{hashlib.sha256(everything.encode()).hexdigest()[:8]}"
     checkpoint = os.path.join("runs", name, "checkpoint")
+    # All processes look for the checkpoint at the same moment, before anyone makes it.
     parallel.barrier()
     if os.path.isdir(checkpoint):
         parallel.say(f"warm start: reusing {checkpoint}")

@@ -56,6 +56,8 @@ def group_advantages(rewards):
 
     Rewards 1 0 0 0: mean .25, std .433, A = 1.73 -.58 -.58 -.58. Every token of a response has the same A.
     """
+    # Population std (divide by G, not G - 1), as the authors do. Where all are equal it is 0, and 0 / inf =
+    # 0.
     std = rewards.std(-1, unbiased=False, keepdim=True)
     return (rewards - rewards.mean(-1, keepdim=True)) / std.masked_fill(std < 1e-6, torch.inf)
 
@@ -96,9 +98,12 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
     # A ratio of e^10 is a collapse; it must not become inf before it is seen.
     log_ratio = (logp - targets.logp_old).clamp(-10, 10)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (n,)
+    # The smaller of the two: once a ratio has left the clip range in the direction its advantage asks for,
+    # the gain is constant and its gradient 0. In the other direction it is not clipped: a mistake may be
+    # undone.
     gain = torch.minimum(ratio * targets.advantage, clipped * targets.advantage)
-    k3 = ratio - 1 - log_ratio
+    k3 = ratio - 1 - log_ratio  # (n,)
     return (kl_coef * k3 - gain).sum() / num_tokens
 
 
@@ -112,6 +117,7 @@ def diagnose(logp, entropy, targets, clip_eps):
     Sums: k3, ratios outside the clip range, entropy, gap. Maxima: ratio, gap. The gap is |logp_old - recorded
     logp|: 0 up to rounding on the trace's own states (the replay law).
     """
+    # float64: sums over a whole update, and a gap of 1e-6 that should not drown in rounding.
     log_ratio = (logp - targets.logp_old).clamp(-10, 10).double()
     ratio, gap = log_ratio.exp(), (targets.logp_old - targets.logp).abs().double()
     is_clipped = ((ratio - 1).abs() > clip_eps).double()
@@ -137,16 +143,7 @@ class Trainers(NamedTuple):
         return [pair for pair in (self[:2], self[2:]) if pair[0] is not None]
 
 
-class Plugins(NamedTuple):
-    """What --reward, --advantage, --loss and --views name."""
-
-    reward: object
-    advantage: object
-    loss: object
-    views: object
-
-
-def train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progress):
+def train(trainers, reward, usual, tokenizer, problems, dev_problems, args, run, progress):
     """The RL steps, from progress["step"] + 1 on -> the progress at the end.
 
     All randomness is a function of (seed, step), so that weights, optimizer states and progress are the whole
@@ -155,11 +152,15 @@ def train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progr
     """
     model = trainers.model
     for step in parallel.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
-        plan, started = plan_step(step, trainers, plugins, args), time.perf_counter()
+        # What is particular about this step; in most there is nothing.
+        plan, started = plan_step(step, trainers, usual, args), time.perf_counter()
+        # Rollouts: one record per response, in groups of G to a prompt, the same on every process.
         rollouts, asked = roll_out(model, problems, plan.rollout_block_size, args, step)  # 1
-        give_rewards(rollouts, asked, tokenizer, plugins.reward)  # 2
-        rolled_out = time.perf_counter()
+        give_rewards(rollouts, asked, tokenizer, reward)  # 2
+        rolled_out = time.perf_counter()  # steps 1 and 2
+        # From here on only `kept`: groups that can teach something. Each record carries its advantage.
         kept, line = give_advantages(rollouts, trainers.critic, plan, args)  # 3
+        # Rows of views: this process's part of every update, with the values of the records copied in.
         batches = make_batches(kept, trainers, plan, args, step)
         gap = old_logprobs(model, batches, rollouts, plan, args)  # 4
         line |= learn(trainers, batches, plan, args) | gap  # 5
@@ -171,20 +172,20 @@ def train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progr
 
 
 class Plan(NamedTuple):
-    """What is particular about a step. In most there is nothing: the flags, and one block size."""
+    """How a step is done. Most are done alike: by the functions that the flags name, in one block size."""
 
     advantage: object  # functions: --advantage, --loss, --views
     loss: object
     views: object
-    block_sizes: tuple  # K of the training rows
-    rollout_block_size: int  # K of the rollouts
-    lr: float  # of the policy
-    updates_policy: bool  # False while the value model has its head start
-    is_replayed: bool  # whether the rows of the update are the trace itself, states as they were sampled
+    block_sizes: tuple = ()  # K of the training rows
+    rollout_block_size: int = 0  # K of the rollouts
+    lr: float = 0.0  # of the policy
+    updates_policy: bool = True  # False while the value model has its head start
+    is_replayed: bool = False  # whether the rows of the update are the trace itself, states as sampled
 
 
-def plan_step(step, trainers, plugins, args):
-    """The Plan of a step.
+def plan_step(step, trainers, usual, args):
+    """The Plan of a step; usual: one with the functions that the flags name.
 
     Value model: for --value_warmup steps it learns alone, since the advantages of a new one are noise.
 
@@ -196,20 +197,20 @@ def plan_step(step, trainers, plugins, args):
     fill each block of 8 from its left half, and decoding may start anywhere in it.
     """
     K, is_full = trainers.model.config.block_size, trainers.model.config.is_full
+    # Towards larger blocks.
     is_adapting = args.rollout_block_size is not None and step <= args.adapt_steps
     rollout_K = args.rollout_block_size if is_adapting else K
     if is_adapting and not is_full:  # (full attention: the same canvas whatever the blocks of its decoding)
-        return Plan(raw_advantages, policy_loss, sft.noise_views, (K, rollout_K), rollout_K,
-                    args.adapt_lr, updates_policy=True, is_replayed=False)
+        return Plan(raw_advantages, policy_loss, sft.noise_views, (K, rollout_K), rollout_K, args.adapt_lr)
     head_start = 0  # steps before the policy's first
     if trainers.critic is not None:
         head_start = args.value_warmup
     elif args.rollout_block_size is not None and not is_full:
         head_start = args.adapt_steps
     ramp = min(1.0, max(step - head_start, 0) / max(args.warmup, 1))
-    is_replayed = plugins.views is rollout.trace_views and args.shrink == 1
-    return Plan(plugins.advantage, plugins.loss, plugins.views, (K,), rollout_K,
-                args.lr * ramp, updates_policy=step > head_start, is_replayed=is_replayed)
+    return usual._replace(block_sizes=(K,), rollout_block_size=rollout_K, lr=args.lr * ramp,
+                          updates_policy=step > head_start,
+                          is_replayed=usual.views is rollout.trace_views and args.shrink == 1)
 
 
 # ------------------------------------------------------------------------------------------------ 1 roll out
@@ -218,11 +219,15 @@ def plan_step(step, trainers, plugins, args):
 def roll_out(model, problems, block_size, args, step):
     """G responses to each of this step's prompts -> rollouts, group by group, and their problems."""
     chosen = []
+    # Prompts follow from (seed, step): a resumed run asks what the uninterrupted one would have asked.
     for i in range((step - 1) * args.prompts, step * args.prompts):  # every epoch in an order of its own
-        epoch, place = divmod(i, len(problems))
+        epoch, place = divmod(i, len(problems))  # which pass over the data, which place in it
         chosen.append(problems[sft.shuffled(len(problems), args.seed * 1_000_003 + epoch)[place]])
+    # G times each prompt, side by side: [p0 p0 p0 p0 p1 p1 p1 p1 ...]
     repeated = [p for p in chosen for _ in range(args.group_size)]
+    # Large odd factors keep (seed, step, i) apart, so that no two responses of a run share their draws.
     seeds = [(args.seed * 1_000_003 + step) * 1_000_003 + i for i in range(len(repeated))]
+    # Decoded with the training weights themselves: there is no second engine that could lag behind.
     rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, block_size=block_size,
                                            **eval_math.decoding_settings(args))
     return rollouts, repeated
@@ -240,22 +245,27 @@ def give_advantages(rollouts, critic, plan, args):
     prompts, rewards and step maps that are cut apart from each other are how a response gets its neighbour's
     reward. With values every group is kept, and raw rewards are used.
     """
+    # Reading the flat list as a table gives the groups back: row = prompt, column = response.
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, args.group_size)
     line = dict(reward=rewards.mean().item()) | eval_math.describe(rollouts)
     if critic is not None:
+        # With values every group can teach: an equal reward may still be more or less than was expected.
         figures = value_advantages(critic, rollouts, plan.block_sizes[0], args)
         return rollouts, line | figures | dict(kept_groups=len(rewards))
     if any(r.token_rewards for r in rollouts):
         raise ValueError(f"the reward function gives a reward per token, and --advantage {args.advantage} "
                          "takes one per response: use --advantage value, or give their sum")
     advantages = plan.advantage(rewards)  # (groups, G)
+    # A group of equal rewards has no advantage to learn from: its gradient would be that of the KL alone.
     is_kept = (advantages != 0).any(-1)
     if plan.advantage in (batch_advantages, raw_advantages):  # these compare over the whole step
-        is_kept[:] = advantages.any()
+        is_kept[:] = advantages.any()  # all, or none if nothing differs
     elif args.keep_range is not None:
-        low, high = args.keep_range
+        low, high = args.keep_range  # too easy or too hard teaches little
         is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
     for r, A in zip(rollouts, advantages.flatten().tolist()):
+        # The same number for every token: with a single reward at the end, group scores cannot tell tokens
+        # apart.
         r.advantage = [A] * len(r.response)
     kept = [r for r, keep in zip(rollouts, is_kept.repeat_interleave(args.group_size).tolist()) if keep]
     return kept, line | dict(kept_groups=int(is_kept.sum()))
@@ -264,12 +274,14 @@ def give_advantages(rollouts, critic, plan, args):
 def value_advantages(critic, rollouts, block_size, args):
     """The same with values: sets value_old, returns and advantage by GAE over trace steps -> figures for the
     log."""
+    # Dealt out longest first, so that processes have about the same number of tokens.
     ordered, sums = longest_first(rollouts), torch.zeros(6, dtype=torch.float64)
-    own = parallel.share(ordered)
+    own = parallel.share(ordered)  # this process's part
     parts = own_rows(critic, own, rollout.trace_views, block_size, args)
     with torch.no_grad():
         write_back(own, "value_old", parts, [critic(rows) for rows in parts])
     for r in own:
+        # time of each token: its trace step
         steps = value.trace_steps(r, critic.config, block_size, args.shrink, args.post_num)
         sums += value.estimate(r, steps, args.gamma, args.gae_lambda)
     # Every process then holds the same records.
@@ -298,6 +310,7 @@ def longest_first(rollouts):
 
 def own_rows(model, own, views, block_size, args):
     """The micro-batches of this process's rollouts, as many on every process."""
+    # trained_only: targets up to eos
     texts = rollout.build_rows(own, model.config, block_size, views, args.shrink, True, args.post_num)
     parts = rollout.micro_batches(texts, args.tokens_per_micro_batch, model.config.pad_id, model.device)
     return rollout.with_dummies(parts, model.config.pad_id, model.device)
@@ -311,13 +324,15 @@ def count_tokens(parts):
 def make_batches(kept, trainers, plan, args, step):
     """Deals whole groups, in a seeded order, into at most args.minibatches updates -> this process's part of
     each."""
-    groups = [kept[i:i + args.group_size] for i in range(0, len(kept), args.group_size)]
+    groups = [kept[i:i + args.group_size] for i in range(0, len(kept), args.group_size)]  # back to groups
+    # Groups stay whole, so that every mini-batch has positive and negative advantages.
     groups = [groups[i] for i in sft.shuffled(len(groups), args.seed * 1_000_003 + step)]
     batches = []
     for start in range(min(args.minibatches, len(groups))):
-        chosen = [r for group in groups[start::args.minibatches] for r in group]
+        chosen = [r for group in groups[start::args.minibatches] for r in group]  # rollouts of this update
+        # The same rule deals out every kind of work: item i goes to process i modulo their number.
         own = parallel.share(longest_first(chosen))
-        rows, value_rows = [], []
+        rows, value_rows = [], []  # micro-batches
         for K in plan.block_sizes:
             rows += own_rows(trainers.model, own, plan.views, K, args)
         if trainers.critic is not None and plan.views is rollout.trace_views:
@@ -343,13 +358,16 @@ def write_back(rollouts, name, parts, numbers):
 
 @torch.no_grad()
 def old_logprobs(model, batches, rollouts, plan, args):
-    """Sets Targets.logp_old: the start-of-step policy on the very rows that will be trained -> the replay gap.
+    """Sets Targets.logp_old: the start-of-step policy on the very rows that will be trained -> the replay
+    gap.
 
     The recorded log-probabilities would do for the trace itself; but other views are other states, and on a
-    GPU decoding and training use different kernels. The first update of a step needs no pass of its own, since
-    its policy is still the old one (see `update`); and where the rows are the trace itself, the updates
-    measure the gap on all of them, so that {} is given here. Else a sample of the rollouts is replayed for it.
+    GPU decoding and training use different kernels. The first update of a step needs no pass of its own,
+    since its policy is still the old one (see `update`); and where the rows are the trace itself, the updates
+    measure the gap on all of them, so that {} is given here. Else a sample of the rollouts is replayed for
+    it.
     """
+    # Then `update` sees all trained tokens in the very states of the trace, and its figure is the law's.
     is_measured = bool(batches) and plan.updates_policy and plan.is_replayed
     gap = {} if is_measured else replay_gap(model, rollouts[::16], plan.rollout_block_size, args.temperature)
     if plan.updates_policy:
@@ -371,18 +389,21 @@ def beside_record(model, rollouts, block_size, temperature):
 
 def replay_gap(model, rollouts, block_size, temperature):
     """The replay law on a few rollouts: |replayed - recorded logp|, its mean and maximum."""
+    # One process may have none of the few rollouts: sums and maxima over all.
     gap = beside_record(model, rollouts, block_size, temperature).abs()
     return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
 
 
 def drift(model, rollouts, plan, args):
-    """How far the step's updates have moved the policy: KL(old || new) and the largest ratio on a few rollouts.
+    """How far the step's updates have moved the policy: KL(old || new) and the largest ratio on a few
+    rollouts.
 
     With one update per step nothing else shows a collapse: the update's own ratios are measured BEFORE it
     moves the weights, so that they are 1 whatever comes of it.
     """
+    # after the updates
     log_ratio = beside_record(model, rollouts, plan.rollout_block_size, args.temperature).clamp(-10, 10)
-    k3 = log_ratio.exp() - 1 - log_ratio
+    k3 = log_ratio.exp() - 1 - log_ratio  # as in policy_loss
     return dict(drift_kl=parallel.mean_of(k3), drift_ratio_max=parallel.largest_of(log_ratio.exp()))
 
 
@@ -390,13 +411,15 @@ def drift(model, rollouts, plan, args):
 
 
 def learn(trainers, batches, plan, args):
-    """The value model's updates, then the policy's: every mini-batch once per epoch -> figures for the log."""
+    """The value model's updates, then the policy's: every mini-batch once per epoch -> figures for the
+    log."""
     model, optimizer, critic, critic_optimizer = trainers
     value_updates, updates = [], []
     if critic is not None:
         for batch in batches * args.value_epochs:
             value_updates.append(update_value(critic, critic_optimizer, batch, args))
     if plan.updates_policy:
+        # Learning rate: a ramp at the start, then constant, as in the paper.
         parallel.set_learning_rate(optimizer, plan.lr)
         for number, batch in enumerate(batches * args.epochs):
             updates.append(update(model, optimizer, batch, plan.loss, number == 0, args))
@@ -409,24 +432,29 @@ def update(model, optimizer, batch, loss, is_first, args):
     is_first: no update has come before in this RL step, so that the old policy is the present one, and its
     log-probabilities are those of this very forward.
     """
-    own_size = [count_tokens(batch.rows), len(batch.rollouts)]
-    size = parallel.add_up(torch.tensor(own_size, device=model.device))
+    own_size = [count_tokens(batch.rows), len(batch.rollouts)]  # of this process
+    size = parallel.add_up(torch.tensor(own_size, device=model.device))  # of all processes
     num_tokens, num_responses = size.tolist()  # of the whole update, before it is split
     total, sums, maxima = (torch.zeros(n, dtype=torch.float64, device=model.device) for n in (1, 4, 2))
     ratios = []
     for rows in batch.rows:
+        # One forward of [clean text | view | view | ...] rows: log-probabilities (n,) of their targets only.
         logp, entropy = rollout.forward_rows(model, rows, args.temperature)
         if is_first:
             rows.targets.logp_old.copy_(logp.detach())
         part = logp.sum()  # a dummy: nothing to learn, but a backward like everybody's
         if len(logp):
             part = loss(logp, rows.targets, num_tokens, num_responses, args.clip_eps, args.kl_coef)
+        # Gradients add up over micro-batches; nothing is averaged.
         part.backward()
         part_sums, part_maxima = diagnose(logp, entropy, rows.targets, args.clip_eps)
         total, sums, maxima = total + part.detach(), sums + part_sums, torch.maximum(maxima, part_maxima)
-        ratios.append((logp.detach() - rows.targets.logp_old).exp())
+        ratios.append((logp.detach() - rows.targets.logp_old).exp())  # pi_new / pi_old
+    # For trace.html.
     write_back(batch.rollouts, "ratio", batch.rows, ratios)
+    # NaN or inf: skipped, counted, said
     norm, is_finite = parallel.optimizer_step(model, optimizer, args.max_grad_norm)
+    # The only time in an update that the host waits for the device.
     loss_value, *sums = parallel.add_up(torch.cat([total, sums])).tolist()  # read once per update
     figures = dict(loss=loss_value, trained_tokens=num_tokens, gradient_norm=norm,
                    skipped_updates=int(not is_finite))
@@ -454,6 +482,7 @@ def summarize(updates, value_updates):
     """The figures of one RL step: means over the trained tokens of its updates, maxima, and counts."""
     line = {}
     if updates:
+        # updates with more tokens count for more
         tokens = max(1, sum(u["trained_tokens"] for u in updates))
         for name in ("loss", "kl", "clip_fraction", "entropy", "gap"):
             line[name] = sum(u[name] * u["trained_tokens"] for u in updates) / tokens
@@ -484,6 +513,7 @@ def finish_step(line, rollouts, kept, trainers, tokenizer, dev_problems, args, r
     progress.update(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
     if step == args.steps or (args.save_every and step % args.save_every == 0):
         has_value = trainers.critic is not None
+        # A value model is saved beside the policy, in value/.
         save_more = functools.partial(checkpoints.save_value_model, trainers.critic) if has_value else None
         run.save(tokenizer, trainers.pairs(), progress, args.keep_checkpoints, save_more)
         if run.is_writer:  # those that this process trained on have all their numbers
@@ -497,6 +527,7 @@ def check_gap(line, args):
     A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding
     stays below 1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop.
     """
+    # At T < 1 logits are divided by T, and their rounding grows with them.
     bound = 1e-4 / min(args.temperature, 1.0)
     is_law = line["gap"] <= bound and line["gap_max"] <= 10 * bound
     if args.dtype == "float32" and not is_law:
@@ -512,11 +543,13 @@ def check_gap(line, args):
 
 TINY = dict(  # defaults of the tiny model
     train_data="arithmetic", dev_data="arithmetic-dev", eval_data="arithmetic-test", steps=45, prompts=32,
-    minibatches=2, lr=1e-4, adapt_lr=1e-3, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4, value_clip=None,
-    max_new_tokens=20, slots=512, eval_every=20, save_every=20, tokens_per_micro_batch=4096, dtype="float32")
+    minibatches=2, lr=1e-4, adapt_lr=1e-3, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4,
+    value_clip=None, max_new_tokens=20, slots=512, eval_every=20, save_every=20,
+    tokens_per_micro_batch=4096, dtype="float32")
 REAL = dict(  # defaults with --model: the paper's for SDAR, for billions of parameters
-    steps=80, prompts=64, minibatches=1, lr=1e-6, adapt_lr=1e-5, warmup=0, value_lr=5e-6, value_warmup=5, value_epochs=1,
-    value_clip=0.2, max_new_tokens=2000, slots=64, eval_every=10, save_every=20, tokens_per_micro_batch=16384,
+    steps=80, prompts=64, minibatches=1, lr=1e-6, adapt_lr=1e-5, warmup=0, value_lr=5e-6, value_warmup=5,
+    value_epochs=1, value_clip=0.2, max_new_tokens=2000, slots=64, eval_every=10, save_every=20,
+    tokens_per_micro_batch=16384,
     dtype="bfloat16" if torch.cuda.is_available() else "float32")
 
 
@@ -525,8 +558,8 @@ def parse_args(argv=None):
     parser = runs.make_parser(
         "TraceRL: reinforcement learning of a diffusion language model on its traces.",
         "The defaults with --model suit billions of parameters. For a model as small as the embedded one: "
-        + " ".join(f"--{name} {TINY[name]}" for name in ("lr", "warmup", "minibatches", "value_lr", "value_epochs",
-                                                         "max_new_tokens")))
+        + " ".join(f"--{name} {TINY[name]}" for name in (
+            "lr", "warmup", "minibatches", "value_lr", "value_epochs", "max_new_tokens")))
     flag = parser.add_argument_group("most used").add_argument
     flag("--model", help="checkpoint folder or hub id; without it, a tiny model is made and warm-started")
     flag("--train_data", help="problems to train on: embedded arithmetic, a file, or a hub id")
@@ -591,13 +624,14 @@ def check_args(args, parser):
     """What no flag's type can see."""
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
+    # Evaluation may be greedy; training may not.
     if args.temperature == 0:
         parser.error("--temperature must be above 0: the same response G times teaches nothing")
     if args.top_p == 0:
         parser.error("--top_p must be above 0")
     if args.advantage == "value" and args.rollout_block_size is not None:
-        parser.error("--rollout_block_size needs --advantage group: adapt first, then go on from the checkpoint "
-                     "with --model and --advantage value")
+        parser.error("--rollout_block_size needs --advantage group: adapt first, then go on from the "
+                     "checkpoint with --model and --advantage value")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     if args.keep_range is not None and args.keep_range[0] > args.keep_range[1]:
@@ -614,6 +648,7 @@ def load_start(args):
         path = args.model or sft.warm_start(args.seed, smallest, args.attention)
     model, tokenizer = checkpoints.load_to_train(path, args)
     if args.shrink is None:
+        # as in the paper for Dream and LLaDA
         args.shrink = 8 if model.config.is_full and args.model is not None else 1
     smallest = args.rollout_block_size or model.config.block_size
     if model.config.block_size % smallest:
@@ -629,11 +664,13 @@ def make_trainers(model, path, args):
     """The value model, if there is one; sharding; optimizers."""
     critic = critic_optimizer = None
     if args.advantage == "value":
+        # A run that starts from a checkpoint with a value model goes on with that.
         critic, saved = value.ValueModel(model), os.path.join(path, "value", "model.safetensors")
         if not args.lora_rank and os.path.isfile(saved):
             parallel.say(f"value model: going on from {saved}")
             checkpoints.load_value_model(critic, saved)
     parallel.shard(model, model.layers, getattr(torch, args.dtype))
+    # Optimizer states live as long as the run: moments thrown away every step would make AdamW a sign update.
     optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.95))
     if critic is not None:
         parallel.shard(critic, critic.backbone.layers, getattr(torch, args.dtype))
@@ -644,9 +681,11 @@ def make_trainers(model, path, args):
 
 def evaluate_all(model, tokenizer, problems, reward, args):
     """Accuracy on the test problems: as trained, dynamic, static with one token per step, and greedy."""
+    # Test problems are scored twice, before and after: no checkpoint is chosen by them.
     modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
                  greedy=dict(temperature=0.0))
     modes |= {} if args.strategy in modes else {args.strategy: {}}
+    # accuracy is measured anyway
     own_reward = None if reward is math_reward else reward
     return {name: eval_math.evaluate(model, tokenizer, problems, reward=own_reward,
                                      **eval_math.decoding_settings(args) | changes)
@@ -656,24 +695,26 @@ def evaluate_all(model, tokenizer, problems, reward, args):
 def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args, started = parse_args(argv), time.perf_counter()
-    plugins = Plugins(runs.load_function(args.reward, dict(math=math_reward), "--reward"),
-                      runs.load_function(args.advantage, ADVANTAGES, "--advantage"),
-                      runs.load_function(args.loss, LOSSES, "--loss"),
-                      runs.load_function(args.views, rollout.VIEWS, "--views"))
+    reward = runs.load_function(args.reward, dict(math=math_reward), "--reward")
+    usual = Plan(runs.load_function(args.advantage, ADVANTAGES, "--advantage"),
+                 runs.load_function(args.loss, LOSSES, "--loss"),
+                 runs.load_function(args.views, rollout.VIEWS, "--views"))
     parallel.start_processes(args.model is None, args.dtype == "bfloat16")
     model, tokenizer, path = load_start(args)
     load = functools.partial(
         eval_math.load_prompts, tokenizer=tokenizer, args=args, needs_answer=args.reward == "math")
     problems, test_problems = load(args.train_data), load(args.eval_data)
     dev_problems = load(args.dev_data) if args.dev_data and args.eval_every else []
-    evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, plugins.reward, args)
+    # Before and after: the same problems, the same draws.
+    evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, reward, args)
     with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:
         trainers = make_trainers(model, path, args)
+        # A resumed run has its "before" from the first time.
         progress = run.restore(trainers.pairs()) if args.resume else None
         if progress is not None:
             parallel.say(f"resuming {run.folder} after step {progress['step']}")
         progress = progress or dict(step=0, gap_max=0.0, before=evaluate())
-        progress = train(trainers, plugins, tokenizer, problems, dev_problems, args, run, progress)
+        progress = train(trainers, reward, usual, tokenizer, problems, dev_problems, args, run, progress)
         before, after = progress["before"], evaluate()
         summary = dict(before=before, after=after, seconds=time.perf_counter() - started,
                        replay_gap_max=progress["gap_max"], seed=args.seed)

@@ -41,6 +41,7 @@ class ValueModel(nn.Module):
         self.backbone = copy.deepcopy(policy, shared)
         self.backbone.head = None  # a value model predicts no tokens
         self.value_head = nn.Linear(policy.config.hidden_size, 1, bias=False, device=policy.device)
+        # Zero, so that the first advantages are plain rewards and not the noise of a random head.
         nn.init.zeros_(self.value_head.weight)
 
     @property
@@ -50,6 +51,8 @@ class ValueModel(nn.Module):
 
     def forward(self, rows):
         """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in their order."""
+        # The same rows, the same places as the policy's logits: the state before the token is revealed.
+        # Dream's shift by one is in the rows' logit_index, and holds here as well.
         h = rows.states(self.backbone)  # (N, C)
         return h.float() @ self.value_head.weight[0].float()
 
@@ -61,8 +64,9 @@ def trace_steps(r, config, block_size, shrink=1, post_num=0):
     1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. A step
     that revealed no trained token (only the filling after eos) is not counted: nothing waits for it.
     """
+    # Tokens after eos were context and are in the views, but nothing is earned or learnt there.
     end = min(r.num_tokens + post_num, len(r.response))
-    steps, count = [0] * len(r.response), 0
+    steps, count = [0] * len(r.response), 0  # count: trace steps so far
     for _, _, targets, _ in rollout.views_of(r, config, block_size, shrink=shrink):
         trained = [j for j in targets if j < end]
         count += bool(trained)
@@ -73,6 +77,8 @@ def trace_steps(r, config, block_size, shrink=1, post_num=0):
 
 def place_rewards(rewards, steps):
     """Sequence rewards, float (N,), as token rewards on the trained tokens of the last step; steps (N, R)."""
+    # Each trained token of that step gets the whole reward; the step's mean r* is then the reward once, not a
+    # multiple of it.
     is_last = (steps == steps.amax(-1, keepdim=True)) & (steps > 0)
     return torch.where(is_last, rewards[:, None], 0.0)
 
@@ -92,26 +98,31 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     N, S = len(steps), int(steps.max())
     # Column t is step t. Column 0 collects untrained tokens, and column S + 1, after the last step, stays 0.
     zeros = rewards.new_zeros(N, S + 2)
+    # (N, S + 2) tokens of each step; 1 where none, to divide by
     count = zeros.scatter_add(1, steps, torch.ones_like(rewards)).clamp(min=1)
     r = zeros.scatter_add(1, steps, rewards) / count  # (N, S + 2) r*
     v = zeros.scatter_add(1, steps, values) / count  # V*
     returns, advantages = zeros.clone(), zeros.clone()
+    # From the last step to the first: each needs what comes after it.
     for t in range(S, 0, -1):
         returns[:, t] = r[:, t] + gamma * returns[:, t + 1]
-        delta = r[:, t] - v[:, t] + gamma * v[:, t + 1]
+        delta = r[:, t] - v[:, t] + gamma * v[:, t + 1]  # what this step alone brought beyond the expected
         advantages[:, t] = delta + gamma * lam * advantages[:, t + 1]
+    # Back from steps to tokens: what follows step t is the same for all tokens of it, only r_j and V_j are a
+    # token's own.
     following = steps + 1
     token_returns = rewards + gamma * returns.gather(1, following)
     token_advantages = (rewards - values + gamma * v.gather(1, following)
                         + gamma * lam * advantages.gather(1, following))
-    is_trained = steps > 0
+    is_trained = steps > 0  # 0 at the prompt's filling and after eos
     return token_returns * is_trained, token_advantages * is_trained
 
 
 def estimate(r, steps, gamma, lam):
     """Sets a Rollout's returns and advantage, from its value_old and its rewards -> sums for the log.
 
-    steps: `trace_steps` of it. Sums, float64 (6,): the five of `variance_sums`, and the squares of the advantages.
+    steps: `trace_steps` of it. Sums, float64 (6,): the five of `variance_sums`, and the squares of the
+    advantages.
     """
     steps, values = torch.tensor([steps]), torch.tensor([r.value_old])  # (1, R): a batch of one
     rewards = place_rewards(torch.tensor([r.reward]), steps)
@@ -129,6 +140,8 @@ def value_loss(values, values_old, returns, num_tokens, clip=None):
     All float32 (N,). num_tokens: trained tokens of the WHOLE update, over all micro-batches and processes, so
     that their losses and gradients simply add. clip None: plain 0.5 (V - R)^2.
     """
+    # The clip works like PPO's for the policy: a value that has already moved by more than `clip` in this
+    # step gets no credit for moving on.
     error = (values - returns) ** 2
     if clip is not None:
         clipped = values_old + (values - values_old).clamp(-clip, clip)
@@ -147,6 +160,7 @@ def variance_sums(values, returns):
 def explained_variance(sums):
     """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant; 0 where all returns are equal."""
     count, total, squares, error, error_squares = sums.tolist()
+    # Var = E x^2 - (E x)^2, of sums that were added up over processes.
     variance = squares / count - (total / count) ** 2
     if variance < 1e-9:
         return 0.0

@@ -1,4 +1,4 @@
-"""plumbing/autoregressive.py - a yardstick: models that write from left to right, by transformers' own generate."""
+"""plumbing/autoregressive.py - a yardstick: left-to-right models, by transformers' own generate."""
 
 import torch
 import transformers

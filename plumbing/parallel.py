@@ -120,7 +120,8 @@ def largest(tensor):
 
 def mean_of(numbers):
     """Mean over all processes' numbers, float64 (n,) each."""
-    total, count = add_up(torch.stack([numbers.sum(), torch.tensor(float(len(numbers))).to(numbers)])).tolist()
+    own = torch.stack([numbers.sum(), torch.tensor(float(len(numbers))).to(numbers)])
+    total, count = add_up(own).tolist()
     return total / count
 
 

@@ -163,8 +163,8 @@ def run_command(main):
     finally:
         parallel.end_processes()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # All is done and saved. Torch's own threads abort the interpreter's long goodbye now and then (gloo, 4
-        # processes: "terminate called without an active exception" in one run of four), and torchrun would
+        # All is done and saved. Torch's own threads abort the interpreter's long goodbye now and then (gloo,
+        # 4 processes: "terminate called without an active exception" in one run of four), and torchrun would
         # report a failure: so leave without it.
         sys.stdout.flush()
         os._exit(0)
@@ -206,8 +206,8 @@ def writing(path, partial=None):
             if os.path.isfile(partial):
                 os.remove(partial)
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise RuntimeError(f"{path} could not be written ({reason}): free some space and go on with --resume; "
-                           "what was saved before is whole") from error
+        raise RuntimeError(f"{path} could not be written ({reason}): free some space and go on with "
+                           "--resume; what was saved before is whole") from error
 
 
 def train_state(trainers):

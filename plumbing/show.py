@@ -33,13 +33,14 @@ MAX_IDLE = 5  # steps in a row without an update
 def warn(line, progress):
     """Says what a table of numbers hides: a policy that moves too far, or not at all."""
     if line.get("drift_kl", 0.0) > MAX_DRIFT:
-        parallel.say(f"WARNING: step {line['step']} moved the policy by {line['drift_kl']:.2f} nats per token "
-                     f"(largest ratio {line['drift_ratio_max']:.1f}): a collapse may follow. Lower --lr")
+        parallel.say(f"WARNING: step {line['step']} moved the policy by {line['drift_kl']:.2f} nats per "
+                     f"token (largest ratio {line['drift_ratio_max']:.1f}): a collapse may follow. "
+                     "Lower --lr")
     is_idle = "kl" not in line and "value_loss" not in line
     progress["idle_steps"] = progress.get("idle_steps", 0) + 1 if is_idle else 0
     if progress["idle_steps"] and progress["idle_steps"] % MAX_IDLE == 0:
-        parallel.say(f"WARNING: no update in {progress['idle_steps']} steps: all responses to a prompt earn the "
-                     f"same (mean reward {line['reward']:.2f}). Problems of another difficulty, a wider "
+        parallel.say(f"WARNING: no update in {progress['idle_steps']} steps: all responses to a prompt earn "
+                     f"the same (mean reward {line['reward']:.2f}). Problems of another difficulty, a wider "
                      "--keep_range or a larger --group_size would help, if there is still something to learn")
 
 

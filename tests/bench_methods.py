@@ -240,7 +240,7 @@ def variance(setting, args):
     critic = value.ValueModel(model)
     optimizer = parallel.make_optimizer(critic, settings.value_lr, (0.9, 0.999))
     trainers = tracerl.Trainers(model, None, critic, optimizer)
-    plan = tracerl.Plan(None, None, rollout.trace_views, (K,), K, 0.0, updates_policy=False, is_replayed=True)
+    plan = tracerl.Plan(None, None, rollout.trace_views, (K,), K, updates_policy=False)
     prompts, group_size = settings.prompts, settings.group_size
     settings.prompts, settings.group_size = prompts * group_size, 1  # it learns from other prompts
     for step in range(1000, 1000 + args.value_steps):

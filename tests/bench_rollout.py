@@ -4,19 +4,22 @@
     python tests/bench_rollout.py --preset 4B            # for a GPU
     python tests/bench_rollout.py --preset tiny --batches 1 64 --max_new_tokens 20
 
-Per batch size and strategy: tokens per second, forwards (denoising steps of the longest sequence, and the prefill),
-tokens per forward and row, times the plain loop's rate at batch 1, and percent of the limit. Ours and the plain loop
-take turns; medians.
+Per batch size and strategy: tokens per second, forwards (denoising steps of the longest sequence, and the
+prefill), tokens per forward and row, times the plain loop's rate at batch 1, and percent of the limit. Ours
+and the plain loop take turns; medians.
 
-The plain loop is what one writes in an afternoon: transformers' Qwen3 with the same weights and its DynamicCache, one
-sequence, one forward per denoising step and one to commit each whole block, logits at all K places.
+The plain loop is what one writes in an afternoon: transformers' Qwen3 with the same weights and its
+DynamicCache, one sequence, one forward per denoising step and one to commit each whole block, logits at all K
+places.
 
-The limit: a forward cannot take less time than its matrix products, rows x parameters x 2 operations at the rate that
-this machine reaches on such products (measured at these widths and this number of rows), nor less than reading the
-weights once (measured as a copy). The rows counted are those that the method needs: K per denoising step and K per
-committed block, the head at masked places only. Attention, sampling and bookkeeping are not in the limit.
+The limit: a forward cannot take less time than its matrix products, rows x parameters x 2 operations at the
+rate that this machine reaches on such products (measured at these widths and this number of rows), nor less
+than reading the weights once (measured as a copy). The rows counted are those that the method needs: K per
+denoising step and K per committed block, the head at masked places only. Attention, sampling and bookkeeping
+are not in the limit.
 
-Weights are random but for one token's, see make_model: a dynamic step (threshold 0.5) reveals about 1.9 tokens.
+Weights are random but for one token's, see make_model: a dynamic step (threshold 0.5) reveals about 1.9
+tokens.
 """
 
 import argparse
@@ -37,8 +40,9 @@ from plumbing import checkpoints, parallel
 
 
 def make_model(preset, device):
-    """A random model that draws one token with probability 0.55 everywhere, and all others alike: its confidences do not
-    depend on the text, so that every sequence decodes equally fast, as a trained model's do on the whole."""
+    """A random model that draws one token with probability 0.55 everywhere, and all others alike: its
+    confidences do not depend on the text, so that every sequence decodes equally fast, as a trained model's
+    do on the whole."""
     torch.manual_seed(0)
     with torch.device(device):
         model = lm.BlockDiffusionLM(preset_config(preset))
@@ -92,8 +96,9 @@ class PlainLoop:
                 p = logits.softmax(-1)
                 token = torch.multinomial(p, 1)
                 confidence = p.gather(-1, token)[:, 0].masked_fill(~is_masked[0], -1)
-                keep = (confidence > threshold) & is_masked[0] if strategy == "dynamic" else is_masked[0] & False
-                if not keep.any():
+                keep = (confidence > threshold) & is_masked[0]
+                if strategy == "static" or not keep.any():
+                    keep[:] = False
                     keep[confidence.argmax()] = True
                 window[0, keep] = token[keep, 0]
                 is_masked[0, keep] = False
@@ -106,7 +111,8 @@ class PlainLoop:
         """Logits (1, T, V); keys and values go to the cache. mask None: everything is seen."""
         position = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         if mask is None:
-            mask = torch.ones(1, 1, tokens.shape[1], start + tokens.shape[1], dtype=torch.bool, device=tokens.device)
+            shape = (1, 1, tokens.shape[1], start + tokens.shape[1])
+            mask = torch.ones(shape, dtype=torch.bool, device=tokens.device)
         return self.model(input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True,
                           attention_mask=mask).logits
 
@@ -121,7 +127,8 @@ def timed(function, device):
 
 
 def matmul_rate(config, rows, dtype, device):
-    """Operations per second of this machine on products (rows, C) x (C, feed-forward), weights from memory."""
+    """Operations per second of this machine on products (rows, C) x (C, feed-forward), weights from
+    memory."""
     C, ff = config.hidden_size, config.intermediate_size
     weights = [torch.randn(ff, C, dtype=dtype, device=device) for _ in range(max(2, 2**25 // (ff * C)))]
     x, best = torch.randn(rows, C, dtype=dtype, device=device), float("inf")
@@ -180,11 +187,12 @@ def main(argv=None):
     prompts = [torch.randint(3, model.config.vocab_size, (args.prompt_tokens,), generator=rng).tolist()
                for _ in range(max(args.batches))]
     bandwidth = copy_rate(device)
-    print(f"{args.preset}, {device}, {model.embed.weight.dtype}: prompts of {args.prompt_tokens}, responses of "
-          f"{args.max_new_tokens} tokens; copy {bandwidth / 1e9:.1f} GB/s")
+    print(f"{args.preset}, {device}, {model.embed.weight.dtype}: prompts of {args.prompt_tokens}, responses "
+          f"of {args.max_new_tokens} tokens; copy {bandwidth / 1e9:.1f} GB/s")
     for strategy in ("static", "dynamic"):
         settings = dict(max_new_tokens=args.max_new_tokens, strategy=strategy, threshold=0.5)
-        decode = lambda batch, seed: rollout.generate(model, prompts[:batch], eos_ids=(), seed=seed, **settings)
+        decode = lambda batch, seed: rollout.generate(
+            model, prompts[:batch], eos_ids=(), seed=seed, **settings)
         plain_seconds, seconds, results = [], {batch: [] for batch in args.batches}, {}
         plain.generate(prompts[0], 8, strategy, 0.5)
         decode(1, 0)
@@ -195,7 +203,8 @@ def main(argv=None):
                 spent, results[batch] = timed(lambda: decode(batch, repeat), device)
                 seconds[batch].append(spent)
         rate = args.max_new_tokens / statistics.median(plain_seconds)
-        print(f"  {strategy:8s} plain loop      {rate:8.1f} tokens/s, {args.max_new_tokens / steps:.2f} tokens/step")
+        print(f"  {strategy:8s} plain loop      {rate:8.1f} tokens/s, "
+              f"{args.max_new_tokens / steps:.2f} tokens/step")
         for batch in args.batches:
             own, rollouts = statistics.median(seconds[batch]), results[batch]
             tokens = sum(len(r.response) for r in rollouts)

@@ -15,7 +15,7 @@ import tracerl
 import value
 from plumbing import checkpoints, runs
 from rollout import Rollout, Targets
-from tracerl import ADVANTAGES, Plugins, Trainers, give_advantages, group_advantages, policy_loss
+from tracerl import ADVANTAGES, Trainers, give_advantages, group_advantages, policy_loss
 
 
 def settings(**changes):
@@ -31,8 +31,8 @@ def settings(**changes):
 
 def plan_of(args, trainers=None, loss=policy_loss, step=1000):
     """The plan of a late step."""
-    plugins = Plugins(None, ADVANTAGES[args.advantage], loss, rollout.VIEWS[args.views])
-    return tracerl.plan_step(step, trainers or Trainers(random_model(), None, None, None), plugins, args)
+    usual = tracerl.Plan(ADVANTAGES[args.advantage], loss, rollout.VIEWS[args.views])
+    return tracerl.plan_step(step, trainers or Trainers(random_model(), None, None, None), usual, args)
 
 
 def keep(rollouts, advantage="group", group_size=4, keep_range=None, **changes):
@@ -244,7 +244,8 @@ def test_larger_blocks_are_learnt_by_imitation_in_both_sizes_then_by_tracerl():
     assert len(batch.rows) == 2 and (views[position > 0] > 0).any()
     full = Trainers(random_model("llada", block_size=8), None, None, None)
     assert plan_of(args, full, step=10).rollout_block_size == 4
-    assert plan_of(args, full, step=10)._replace(rollout_block_size=8, lr=0) == plan_of(args, full)._replace(lr=0)
+    early, late = plan_of(args, full, step=10), plan_of(args, full)
+    assert early._replace(rollout_block_size=8) == late
 
 
 def test_a_broken_replay_law_stops_a_float32_run():
@@ -353,8 +354,8 @@ def test_a_reward_function_gives_one_number_or_one_per_token(tmp_path):
     assert rewarded("short") == (-3, []) and rewarded("each") == (1.5, [0.5] * 3)
     assert rewarded("record") == (4.0, []) and rewarded("numpys") == (0.25, [])
     for name, message in (("few", "1 numbers for 3 tokens"),
-                          ("nan", "gave nan for '1.1=': a reward is a finite number"), ("word", "gave 'good'"),
-                          ("none", "gave None")):
+                          ("nan", "gave nan for '1.1=': a reward is a finite number"), 
+                          ("word", "gave 'good'"), ("none", "gave None")):
         with pytest.raises(ValueError, match=message):
             rewarded(name)
     for spec, message in (("nowhere.py:f", "no file 'nowhere.py'"),
