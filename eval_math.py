@@ -3,11 +3,10 @@
 Problems (an embedded task, local files, the hub), the prompt around them, the reward of a response, and
 accuracy with its standard error.
 
-    Problem("237+682=", "919") -> prompt tokens -> Rollout -> text "090;111;090;\\boxed{919}" -> "919" ->
-    reward 1
+    Problem("237+682=", "919") -> prompt tokens -> Rollout -> "090;111;090;\\boxed{919}" -> "919" -> reward 1
 
-    python eval_math.py --model runs/tracerl/checkpoints/step-45 --data arithmetic-test --max_new_tokens 20
-    --n 3 python eval_math.py --grade answers.jsonl --out verdicts.jsonl
+    python eval_math.py --model runs/tracerl/checkpoints/step-45 --max_new_tokens 20 --n 3
+    python eval_math.py --grade answers.jsonl --out verdicts.jsonl
 
 Read in this order: Problem, arithmetic, load_problems, encode_prompts, math_reward, give_rewards, evaluate.
 The last part, from "The evaluation command" on, is a program around `evaluate`: skip it.
@@ -159,7 +158,8 @@ def to_problem(row, where, given, needs_answer):
         found[field_name] = row[name] if name is not None else None
     problem, answer, solution = found["problem"], found["answer"], found["solution"]
     # {"messages": [...]}: the data of chat models.
-    if isinstance(problem, list):  # a conversation: the last message is the response
+    # a conversation that ends with the response; one that ends with a question is a prompt
+    if isinstance(problem, list) and problem and problem[-1].get("role") == "assistant":
         # Earlier turns stay in the prompt.
         problem, solution = problem[:-1], problem[-1]["content"]
     answer = "" if answer is None else str(answer)
@@ -199,7 +199,7 @@ def encode_prompts(
         raise ValueError(f"unknown prompt style {style!r}: choose one of {', '.join(PROMPT_STYLES)}")
     if style != "plain" and not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
-    # The template decides what to do with it; templates without such a switch ignore it.
+    # Templates without such a switch ignore it.
     switch = dict(enable_thinking=False) if style == "no_think" else {}
     for p in problems:
         chat = p.problem
@@ -207,7 +207,7 @@ def encode_prompts(
             # a plain problem becomes a chat of one message
             chat = [{"role": "user", "content": p.problem + instruction}]
         if system is not None and chat[0]["role"] != "system":
-            # A system message of the data's own goes before ours.
+            # A system message of the data's own replaces ours.
             chat = [{"role": "system", "content": system}, *chat]
         if style == "plain":
             # A base model has seen no chat markup: it would only be noise to it.
@@ -272,7 +272,9 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     a random reward, must not be another one elsewhere, or the processes would train on different groups.
     """
     # the fourth, the Rollout, is optional
-    num_arguments = len(inspect.signature(reward).parameters)
+    wanted = inspect.signature(reward).parameters.values()
+    num_arguments = 4 if any(p.kind is p.VAR_POSITIONAL for p in wanted) else sum(
+        p.default is p.empty for p in wanted)
     # the grader's checks run in two workers; a user's function may not like threads
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
     own = parallel.share(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
@@ -371,9 +373,9 @@ def diffusion_responses(model, tokenizer, problems, seeds, strategy, args):
 
 
 def fingerprint(model, problems):
-    """Short hashes of weights and data: an evaluation is gone on with only if both are still the same."""
+    """Short hashes of weights and data: an evaluation is continued only if both are still the same."""
     # A sum per weight matrix: any training step changes them, and they are quick to make even for billions.
-    sums = [float(p.detach().sum(dtype=torch.float64)) for p in model.parameters()]
+    sums = [f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in model.parameters()]
     data = [(p.problem, p.answer, p.tokens) for p in problems]  # text, answer and prompt style
     return {name: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
             for name, content in (("weights", sums), ("problems", data))}

@@ -6,17 +6,19 @@ A block diffusion language model is an ordinary decoder-only transformer with th
   2. attention looks back by whole blocks of K tokens, not by single tokens (Dream and LLaDA: everywhere);
   3. beside the clean text, a training row holds *views*: copies of a block as it was while it was decoded.
 
-Changes 2 and 3 are one rule over four small integers per token. The same rule is prefill, decoding, replay
+Changes 2 and 3 are one rule over three small integers per token. The same rule is prefill, decoding, replay
 and fine-tuning, for both kinds of attention. With K = 4, "x" where the token on the left sees the token on
 top:
 
                      clean text          views of the last block
-                     894+ 396= 040;      ????  0?0?
+                     894+ 396= 101;      ????  1?1?
       894+  block 0  xxxx                             view 0    a clean token sees the clean blocks before it,
       396=  block 1  xxxx xxxx                        view 0    and its own block in both directions
-      040;  block 2  xxxx xxxx xxxx                   view 0
+      101;  block 2  xxxx xxxx xxxx                   view 0
       ????  block 2  xxxx xxxx           xxxx         view 1    a view sees the clean blocks before it, and
-      0?0?  block 2  xxxx xxxx                 xxxx   view 2    itself: neither other views nor the clean 040;
+      1?1?  block 2  xxxx xxxx                 xxxx   view 2    itself: neither other views nor the clean 101;
+
+(A training row leaves the clean 101; out: no later view looks back at it.)
 
 Read in this order: ModelConfig, Layout and may_attend, the masks, KVCache, Layer, BlockDiffusionLM,
 token_logprobs.
@@ -93,7 +95,7 @@ class Layout(NamedTuple):
     position  absolute position in prompt + response, for the rotary embedding
     document  which text the token belongs to, if a row holds several; -1 is padding
     block     position // K; 0 everywhere for full attention
-    view      0 for clean text; v > 0 for the v-th view of that block (full attention: of the whole canvas)
+    view      0 for clean text; v > 0 for the v-th view of its text
     """
 
     position: torch.Tensor
@@ -194,8 +196,8 @@ def block_mask(layout):
 
 def attend_within(layout):
     """An `attend` in which the tokens of each row see one another by the rule."""
-    T = layout.block.shape[1]
-    if layout.block.is_cuda and T % 128 == 0:  # packed rows are padded to such lengths
+    B, T = layout.block.shape
+    if layout.block.is_cuda and B == 1 and T % 128 == 0:  # packed rows: few lengths, see rollout.collate
         mask = block_mask(layout)
     elif T > 512 and not layout.block.is_cuda:
         mask = tile_mask(layout)
@@ -223,8 +225,8 @@ class KVCache:
     """Keys and values of the sequences being decoded, (slots, length, H_kv, D) per layer.
 
     A forward first writes the keys and values of its tokens at their positions, then reads everything up to
-    its block's own end. So a block lies in the cache while it is still noisy; that is harmless, since only
-    its own next forward reads it, and writes it anew before. What must hold: once a block is whole, its CLEAN
+    its block's own end. So a block lies in the cache while it is still noisy; that is harmless, since
+    every forward overwrites its block before it reads. What must hold: once a block is whole, its CLEAN
     keys and values are written before a later block reads them (rollout.Decoder: the commit).
     """
 
@@ -427,9 +429,26 @@ def policy_logits(logits, mask_id):
     return logits
 
 
+def float32_product(a, b):
+    """a (N, M) @ b (M, O) with a float32 result, also of bfloat16 factors.
+
+    A bfloat16 logit between 16 and 32 is a multiple of 0.125: a ratio exp(logp - logp_old) would move in
+    steps of about 12 percent, wider than the clip of the loss. Sums inside the product are float32 anyway;
+    what matters is not to round them at the end.
+    """
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def head_logits(model, h):
+    """Logits, float32 (N, V), of final states h (N, C): the same function in decoding and in replay."""
+    return model.head(h) if h.dtype == torch.float32 else float32_product(h, model.head.weight.T)
+
+
 def scaled_logits(h, weight, mask_id, temperature):
     """policy_logits / T of final states h (N, C): float32 (N, V), in memory of their own."""
-    return policy_logits(F.linear(h, weight), mask_id).div_(temperature)
+    return policy_logits(float32_product(h, weight.T), mask_id).div_(temperature)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -462,7 +481,8 @@ class TokenLogprobs(torch.autograd.Function):
         h, weight, tokens = ctx.saved_tensors
         mask_id, temperature, chunk = ctx.settings
         grad_h = torch.zeros_like(h)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        needs_weight = ctx.needs_input_grad[1]  # not of a frozen head (LoRA)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(h), chunk):
             cut = slice(start, start + chunk)
             # d loss / d logp of each token, spread over its logits: + at the token, - softmax everywhere.
@@ -470,16 +490,15 @@ class TokenLogprobs(torch.autograd.Function):
             d = scaled_logits(h[cut], weight, mask_id, temperature).softmax(-1).mul_(-share)
             d = d.scatter_add_(-1, tokens[cut, None], share).to(h.dtype)  # (chunk, V) d loss / d logits
             grad_h[cut] = d @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(d.T, h[cut])
-        return grad_h, grad_weight, None, None, None, None
+            if needs_weight:  # added up in float32: in bfloat16 late chunks would be lost in the sum
+                grad_weight += float32_product(d.T, h[cut])
+        return grad_h, grad_weight.to(weight.dtype) if needs_weight else None, None, None, None, None
 
 
 def token_logprobs(model, h, tokens, temperature=1.0, max_logits=None):
     """Log-probabilities of `tokens` (N,) and entropies of their distributions, at final states h (N, C).
 
-    Float32 (N,) both, whatever the weights are: in bfloat16 a ratio exp(logp - logp_old) would move in steps
-    of about 12 percent, wider than the clip of the loss. At most max_logits logits live at a time (default 32
+    Float32 (N,) both, whatever the weights are. At most max_logits logits live at a time (default 32
     MiB, on a GPU 128): with V = 152k, those of 4,000 positions with their gradient would take 9 GB.
     Temperature 0 stands for 1, as in decoding.
     """

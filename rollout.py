@@ -9,12 +9,12 @@ are both halves of that:
 
 One block of K = 4 tokens while it is decoded (? is the mask token), and what the record keeps of it:
 
-    before step 1    ? ? ? ?     step 1 reveals 0 and 0        token             0    4    0    ;
-    before step 2    0 ? 0 ?     step 2 reveals ;              step_map          1    3    1    2
-    before step 3    0 ? 0 ;     step 3 reveals 4              logp at its step  -.02 -.31 -.01 -.05
-    whole            0 4 0 ;
+    before step 1    ? ? ? ?     step 1 reveals 1 and 1        token             1    0    1    ;
+    before step 2    1 ? 1 ?     step 2 reveals ;              step_map          1    3    1    2
+    before step 3    1 ? 1 ;     step 3 reveals 0              logp at its step  -.02 -.31 -.01 -.05
+    whole            1 0 1 ;
 
-The trace of this block is the three states on the left. The token 4 was drawn with 0, 0 and ; in sight: its
+The trace of this block is the three states on the left. The token 0 was drawn with 1, 1 and ; in sight: its
 probability "in general", or under random masks, is another number, and a policy gradient with that number is
 the gradient of some other policy. (One forward per state would be slow; `build_rows` does all states in one.)
 
@@ -29,10 +29,13 @@ Read in this order: Rollout; sample, reveal, Decoder, generate; then the views, 
 
 Left out:
   1. approximate prefix and dual caches for full attention: every forward sees the whole canvas, which is
-  exact, slower; 2. speculative decoding, classifier-free guidance; 3. tokens re-encoded from text: token ids
-  travel from rollout to update, and text is only for the answer checker.
+     exact, and slower;
+  2. speculative decoding, classifier-free guidance;
+  3. tokens re-encoded from text: token ids travel from rollout to update, and text is only for the answer
+     checker.
 """
 
+import math
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -41,7 +44,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, Layout, attend_within, policy_logits, token_logprobs
+from model import KVCache, Layout, attend_within, head_logits, policy_logits, token_logprobs
 from plumbing import parallel
 
 STRATEGIES = ("static", "dynamic", "sequential", "entropy")  # see `reveal`
@@ -52,9 +55,9 @@ ENTROPY_BOUND = 0.35  # of the "entropy" strategy, in nats
 class Rollout:
     """One response and the trace by which it was decoded: the one record from decoding to update.
 
-    Lists are as long as `response`, one entry per token. The response holds whole blocks: tokens after the
-    end of the answer are kept, because the tokens before them in the same block were drawn with them in
-    sight.
+    Its lists have one entry per response token (`prompt` and `token_rewards` have their own lengths). The
+    response holds whole blocks: tokens after the end of the answer are kept, because the tokens before them
+    in the same block were drawn with them in sight.
     """
 
     prompt: list  # token ids
@@ -72,7 +75,12 @@ class Rollout:
     advantage: list = field(default_factory=list)
     value_old: list = field(default_factory=list)  # of the value model before this RL step
     returns: list = field(default_factory=list)
-    ratio: list = field(default_factory=list)  # pi_new / pi_old as its update found it
+    ratio: list = field(default_factory=list)  # pi_new / pi_old, before the step of its last update
+
+    def trained_end(self, post_num):
+        """Where the trained tokens end: after eos and post_num tokens behind it in its block, if there is an
+        eos."""
+        return self.num_tokens if self.is_truncated else min(self.num_tokens + post_num, len(self.response))
 
 
 @dataclass
@@ -156,16 +164,17 @@ def inverse_cdf(p, draws, size=256):
     groups = F.pad(p, (0, -p.shape[1] % size)).unflatten(1, (-1, size))  # (N, groups, size)
     sums = groups.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, groups)
     threshold = below(draws[:, None] * sums[:, -1:], sums[:, -1:])  # (N, 1)
-    group = torch.searchsorted(sums, threshold, right=True)  # (N, 1)
+    # clamp: only NaN finds no group; Decoder.release reports it, and must be reached
+    group = torch.searchsorted(sums, threshold, right=True).clamp(max=groups.shape[1] - 1)  # (N, 1)
     before = F.pad(sums, (1, 0)).gather(1, group)  # the sum of all groups before
     inside = groups[torch.arange(len(p), device=p.device), group[:, 0]].double().cumsum(-1)  # (N, size)
     place = torch.searchsorted(inside, below(threshold - before, inside[:, -1:]), right=True)
-    return (group * size + place)[:, 0]
+    return (group * size + place)[:, 0].clamp(max=p.shape[1] - 1)
 
 
 def below(x, bound):
-    """x, or the next number below the bound where rounding has reached it: some token must exceed the
-    draw."""
+    """x, or the next number below the bound where rounding has reached it: some cumulative sum must exceed
+    x."""
     return torch.minimum(x, bound.nextafter(torch.zeros_like(bound)))
 
 
@@ -206,7 +215,7 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
     # What is not masked comes last in the order.
     score = score.masked_fill(~is_masked, float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(dim=-1)  # scores .9 .2 .5: order 0 2 1, rank 0 2 1
+    rank = order.argsort(dim=-1)  # scores .2 .9 .5: order 1 2 0, rank 2 0 1
     if strategy == "entropy":
         total = entropy.masked_fill(~is_masked, float("inf")).gather(-1, order).cumsum(-1)
         quota = (total < entropy_bound).sum(-1).clamp(min=1)
@@ -225,8 +234,7 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
 
 
 class Decoder:
-    """The sequences being decoded. Tables are (slots, length) by absolute position, other tensors
-    (slots,)."""
+    """The sequences being decoded. Tables are (slots, length) by absolute position, the rest is (slots,)."""
 
     def __init__(self, model, settings, num_slots, longest_prompt):
         self.model, self.config, self.settings, self.device = model, model.config, settings, model.device
@@ -274,8 +282,11 @@ class Decoder:
             for slot, prompt in zip(slots, prompts):
                 first.setdefault(tuple(prompt), slot)
             self.prefill(list(first.values()), [len(prompt) // K * K for prompt in first])
-            source = torch.tensor([first[tuple(prompt)] for prompt in prompts], device=self.device)
-            self.cache.copy(source, to, longest // K * K)
+            others = [(first[tuple(prompt)], slot) for slot, prompt in zip(slots, prompts)
+                      if first[tuple(prompt)] != slot]
+            if others:
+                source, target = torch.tensor(others, device=self.device).T
+                self.cache.copy(source, target, longest // K * K)
 
     def prefill(self, slots, lengths, max_tokens=16384):
         """Writes the keys and values of the first `lengths` tokens of slots: like lengths in one forward,
@@ -318,8 +329,8 @@ class Decoder:
         return h.gather(1, source.clamp(0, longest - 1)[..., None].expand(-1, -1, h.shape[-1]))
 
     def denoise(self, busy, committing):
-        """A denoising step of every slot of `slots` -> (has_ended, has_moved), lists of bool: whether its
-        sequence is complete, or its block whole and the next one begun."""
+        """A denoising step of every slot in the list `busy` -> (has_ended, has_moved), lists of bool: whether
+        its sequence is complete, or its block whole and the next one begun."""
         # Shapes below: B busy slots, K places of the block of each.
         s, slots = self.settings, torch.tensor(busy, device=self.device)
         committing = torch.tensor(committing, dtype=torch.int64, device=self.device)
@@ -359,7 +370,7 @@ class Decoder:
         draws = uniform(self.seed[slot], self.step[slot], position)
         drawn = []
         for states, u in zip(h[where].split(256), draws.split(256)):  # logits (256, V) at a time
-            logits = self.model.head(states)
+            logits = head_logits(self.model, states)
             drawn.append(sample(logits, u, self.config.mask_id, s.temperature, s.top_k, s.top_p,
                                 s.strategy == "entropy"))
         tables = []
@@ -375,12 +386,15 @@ class Decoder:
         stop = min(int(self.start[slot]) + s.block_size, int(self.end[slot]))
         # Whole blocks: also what stands behind eos, or beyond max_new_tokens, in the last one.
         response = self.token[slot, P:stop].tolist()
+        logp = self.logp[slot, P:stop].tolist()
+        if not all(map(math.isfinite, logp)):
+            raise ValueError("the model's logits are not finite: its weights hold NaN or inf, or overflow")
         limit = min(len(response), s.max_new_tokens)  # tokens that may be trained
         until_eos = next((i + 1 for i, token in enumerate(response[:limit]) if token in s.eos_ids), None)
         return Rollout(
             prompt=self.token[slot, :P].tolist(), response=response, num_tokens=until_eos or limit,
             step_map=self.step_map[slot, P:stop].tolist(), confidence=self.confidence[slot, P:stop].tolist(),
-            logp=self.logp[slot, P:stop].tolist(), canvas=s.max_new_tokens if self.config.is_full else 0,
+            logp=logp, canvas=s.max_new_tokens if self.config.is_full else 0,
             is_truncated=until_eos is None, seed=seed)
 
 
@@ -392,8 +406,8 @@ def generate(
     prompts: lists of token ids, none empty. max_new_tokens: room for the response. seed: one int per prompt,
     or an int s for s, s + 1, ... slots: sequences decoded together (default all); memory grows with it,
     results do not depend on it. block_size: K (default the model's). eos_ids: tokens that end a response
-    (default the model's; none of them in a prompt does). settings: see DecodingSettings. Raises ValueError
-    for an empty prompt, or a setting out of range.
+    (default the model's); an eos inside the prompt ends nothing. settings: see DecodingSettings. Raises
+    ValueError for an empty prompt, or a setting out of range.
     """
     config, prompts = model.config, [list(prompt) for prompt in prompts]
     # A seed per response: its draws do not depend on who else is in the batch.
@@ -423,8 +437,8 @@ def generate(
             decoder.admit(chosen, [prompts[i] for i in taken], [seeds[i] for i in taken])
         busy = sorted(owner)
         has_ended, has_moved = decoder.denoise(busy, committing)
-        # Their clean tokens ride along with the next forward. A sequence that has ended needs no commit:
-        # nobody will read its cache.
+        # The blocks that have just become whole: their clean tokens ride along with the next forward. A
+        # sequence that has ended needs no commit, since nobody will read its cache.
         committing = [slot for slot, moved in zip(busy, has_moved) if moved]
         for slot in [slot for slot, ended in zip(busy, has_ended) if ended]:
             number = owner.pop(slot)
@@ -461,7 +475,7 @@ def trace_views(rollout, block, shrink, rng=None):
     but the tokens of the later steps are then predicted without those of the earlier ones in sight (which
     moves their log-probabilities by 0.2 to 0.3 nats on the authors' tiny models).
 
-    step_map 1 3 1 2 of the block 0 4 0 ; with indices 0 to 3:
+    step_map 1 3 1 2 of the block 1 0 1 ; with indices 0 to 3:
         shrink 1   ([0, 1, 2, 3], [0, 2])   ([1, 3], [3])   ([1], [1])
         shrink 2   ([0, 1, 2, 3], [0, 2, 3])   ([1], [1])
     """
@@ -517,6 +531,9 @@ def views_of(rollout, config, block_size, views=trace_views, shrink=1):
     for block in blocks:
         number = 0 if config.is_full else (P + block[0]) // block_size
         for hidden, targets in views(rollout, block, shrink, rng):
+            if not set(targets) <= set(hidden) <= set(block):
+                raise ValueError(f"a view hides {hidden} and has the targets {targets}: hidden ones must be of "
+                                 f"its block {block}, and targets hidden, or the model would see what it predicts")
             found.append((number, hidden, targets, len(hidden) / len(block)))
     return found
 
@@ -581,34 +598,36 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
     """The training rows of rollouts -> a list for each: one row, or with full attention one row per view.
 
     trained_only: only the first num_tokens (+ post_num) tokens of a response are targets; the others are
-    still seen. A view without targets is left out, and so is clean text after the last block that anyone
-    looks back from.
+    still seen. A view without targets is left out; of the clean text, only the blocks before the last view's
+    block are laid out.
 
-    A row is [clean text | view | view | ...]: one forward for all states. Prompt 894+396=, response 0;10, of
-    which step 1 revealed 0 and 1, and step 2 the rest; K = 4, "?" is the mask token:
+    A row is [clean text | view | view | ...]: one forward for all states. Prompt 894+396=, response 101; of
+    which step 1 revealed 1 and 1, and step 2 the rest; K = 4, "?" is the mask token:
 
-        tokens     8  9  4  +    3  9  6  =    ?  ?  ?  ?    0  ?  1  ?
+        tokens     8  9  4  +    3  9  6  =    ?  ?  ?  ?    1  ?  1  ?
         position   0  1  2  3    4  5  6  7    8  9 10 11    8  9 10 11
         block      0  0  0  0    1  1  1  1    2  2  2  2    2  2  2  2
         view       0  0  0  0    0  0  0  0    1  1  1  1    2  2  2  2
-        target                                 0     1          ;     0
+        target                                 1     1          0     ;
 
-    The row has P + R + K * (number of views) tokens, less the last clean block. A row per trace step, padded
-    to the longest prompt and response allowed (the authors' layout), has 6.6 times as many at P = 100, R =
-    500, padded to 300 + 2000. One clean text serves all views, because no clean token and no other view sees
-    the masks of a view.
+    The row has P + R + K * (number of views) tokens, less the last clean block. The authors' layout has one
+    row [prompt | response | response as it was] per step number inside a block, padded to the longest prompt
+    and response allowed: at P = 100, R = 500, K = 4, one token a step, padded to 300 and 2000, that is 6.6
+    times as many tokens. One clean text serves all views, because no clean token and no other view sees the
+    masks of a view.
 
-    Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens at
-    once.
+    Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens.
     """
     texts = []
     for number, r in enumerate(rollouts):
         P, R = len(r.prompt), len(r.response)
         text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
         K = len(text) if config.is_full else block_size
-        text += [config.mask_id] * (-len(text) % K)  # ends inside a block: its rest has not been decoded yet
+        # Only where training blocks are larger than those of the decoding: the rest of the last one was not
+        # decoded, and looked like that.
+        text += [config.mask_id] * (-len(text) % K)
         # Targets stop at eos; what stands behind it is still shown, for it was in sight.
-        end = min(r.num_tokens + post_num, R) if trained_only else R
+        end = r.trained_end(post_num) if trained_only else R
         logp_old = []  # comes later, from these very rows
         columns = [column + [0.0] * (R - len(column))
                    for column in (r.logp, logp_old, r.advantage, r.value_old, r.returns)]
@@ -664,8 +683,8 @@ def collate(rows, pad_id, multiple=None):
     one row.
 
     multiple: the one row is padded to a multiple of so many tokens, so that kernels are compiled for few
-    lengths; the texts in it are kept apart by their document numbers. Padding is of document -1 and, being
-    each in a view of its own, sees itself only: a token that sees nothing would be NaN.
+    lengths; the texts in it are kept apart by their document numbers. Padding is of document -1, and each
+    padding token has a view of its own and sees only itself: a token that sees nothing would be NaN.
     """
     lengths = [len(row.tokens) for row in rows]
     is_packed = multiple is not None
@@ -741,14 +760,14 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
     """Log-probabilities of every response token, given the states in which the trace revealed them.
 
     -> list of float32 tensors, one per rollout, as long as its response; with gradient, unless called under
-    no_grad. A sharded model must be `unsharded` meanwhile: processes may have other numbers of rollouts, or
-    none. shrink 1, the sampling temperature and the block size of the decoding give Rollout.logp back (the
+    no_grad. A sharded model must be `unsharded` meanwhile: processes may have different numbers of rollouts,
+    or none. shrink 1, the sampling temperature and the block size of the decoding give Rollout.logp back (the
     replay law).
     """
     if not rollouts:
         return []
-    longest = max(len(r.response) for r in rollouts)  # table of N x longest, flat
-    flat = torch.zeros(len(rollouts) * longest, device=model.device)
+    longest = max(len(r.response) for r in rollouts)
+    flat = torch.zeros(len(rollouts) * longest, device=model.device)  # a table (N, longest), flat
     texts = build_rows(rollouts, model.config, block_size or model.config.block_size, shrink=shrink)
     for rows in micro_batches(texts, max_tokens, model.config.pad_id, model.device):
         logp, _ = forward_rows(model, rows, temperature)

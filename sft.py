@@ -4,8 +4,10 @@ Supervised fine-tuning of a block diffusion model: hide some tokens of every blo
 rest of the block and the clean blocks before it. The rows are those of TraceRL itself (rollout.build_rows):
 only the views differ.
 
-    response, K = 4    0 4 0 ;   0 8 0 ;   ...    one view per block; k of its 4 tokens hidden, k uniform
-    views              0 ? ? ;   ? ? ? ?   ...    in 1..4; loss: minus log-probability of the hidden ones
+    response, K = 4    1 0 1 ;   1 9 1 ;   ...
+    views              1 ? ? ;   ? ? ? ?   ...
+
+One view per block: k of its 4 tokens hidden, k uniform in 1..4. Loss: minus the log-probability of these.
 
 From an autoregressive Qwen3 checkpoint this makes a block diffusion model (the recipe of SDAR, arXiv
 2510.06303); a trained model learns long chains of thought in the same way, from long examples.
@@ -44,8 +46,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     out.
 
     The response is filled up with eos: to its block's end, or (full attention) to the end of the canvas. The
-    filling is trained as well: in decoding it is context for the tokens before it, and has to be predicted
-    before they are.
+    filling is trained as well: in decoding it is context for the tokens before it, and may be revealed
+    before them (with --views trace it comes last).
     """
     if not config.eos_ids:
         raise ValueError("this checkpoint names no eos token: without one a response cannot end")
@@ -78,8 +80,7 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
 
 
 def noise_views(rollout, block, shrink, rng):
-    """One view per block (full attention: of the whole response): k tokens at random, k uniform in 1..c, of
-    its c."""
+    """One view per block (full attention: of the response): k of its c tokens hidden, k uniform in 1..c."""
     # k uniform, not each token by a coin: with a coin of 0.5 a block of 4 would be wholly hidden only once in
     # 16, and wholly hidden is how every block begins when it is decoded.
     hidden = sorted(rng.sample(block, rng.randint(1, len(block))))
@@ -166,9 +167,12 @@ def train(model, tokenizer, examples, dev_problems, args, run):
     # save.
     progress = run.restore(trainers) if args.resume else None
     progress = progress or dict(step=0, decay_start=None)
+    end = max(1, args.steps - args.cooldown)  # where the learning rate goes down at the latest
     bar = parallel.progress(range(progress["step"], args.steps), "sft")
     for step in bar:
-        decay_start = progress["decay_start"]
+        decay_start = progress["decay_start"]  # by accuracy; else by the number of steps
+        if decay_start is None and step >= end:
+            decay_start = end
         if decay_start is not None and step >= decay_start + args.cooldown:
             break
         # depends on the step alone
@@ -188,17 +192,19 @@ def train(model, tokenizer, examples, dev_problems, args, run):
         # to do.
         is_reached = args.stop_accuracy is not None and line.get("accuracy", 0) >= args.stop_accuracy
         # Either way the learning rate comes down at the end.
-        if decay_start is None and (is_reached or step + 1 >= args.steps - args.cooldown):
+        if decay_start is None and is_reached:
             progress["decay_start"] = step + 1
-            if args.stop_accuracy is not None and not is_reached:
-                parallel.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; "
-                             "going on from here")
+        if args.stop_accuracy is not None and progress["decay_start"] is None and step + 1 == end:
+            parallel.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; "
+                         "going on from here")
         run.write(line)
         if (step + 1) % args.eval_every == 0:
             parallel.say(describe_line(line))
         progress["step"] = step + 1
         if args.save_every and (step + 1) % args.save_every == 0:
             run.save(tokenizer, trainers, progress, args.keep_checkpoints)
+    if line and not (args.save_every and progress["step"] % args.save_every == 0):  # the end is always saved
+        run.save(tokenizer, trainers, progress, args.keep_checkpoints)
     bar.close()
     parallel.say(describe_line(line) if line else f"sft: all of {progress['step']} updates were made before")
 
@@ -352,8 +358,8 @@ def initialize(model, seed):
 
 def warm_start(seed, block_size=4, attention="block"):
     """The embedded default's starting model -> checkpoint folder; made once for each seed and setting."""
-    # full attention learns this more slowly, and at 6e-3 not from every seed
-    # Found by trying: high enough that most groups hold right and wrong responses, low enough to leave room.
+    # stop_accuracy, by trying: high enough that most groups hold right and wrong responses, low enough to
+    # leave room. lr: full attention learns this more slowly, and at 6e-3 not from every seed.
     stop_accuracy, lr = (0.4, 6e-3) if attention == "block" else (0.2, 2e-3)
     # flags of this script
     settings = dict(seed=seed, block_size=block_size, attention=attention, stop_accuracy=stop_accuracy, lr=lr)

@@ -22,9 +22,9 @@ for a paper, look for FORK HERE: advantage and loss here, views in rollout.py, r
 can be replaced by a function in a file of your own, without editing.
 
 Left out:
-  1. a frozen reference model: the KL is to the policy that made the rollout (a KL to a frozen one would be
-  one more term
-     in policy_loss, of log-probabilities replayed on the same rows with a second model in old_logprobs);
+  1. a frozen reference model: the KL is to the policy that made the rollout. A KL to a frozen one would be a
+     field more in rollout.Targets, filled by a second model in a pass like old_logprobs, over all batches,
+     and one more term in policy_loss;
   2. rollouts older than the policy, a second inference engine: the weights that train are those that decode;
   3. reward models.
 """
@@ -152,7 +152,7 @@ def train(trainers, reward, usual, tokenizer, problems, dev_problems, args, run,
     """
     model = trainers.model
     for step in parallel.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
-        # What is particular about this step; in most there is nothing.
+        # Functions, block sizes and learning rate of this step.
         plan, started = plan_step(step, trainers, usual, args), time.perf_counter()
         # Rollouts: one record per response, in groups of G to a prompt, the same on every process.
         rollouts, asked = roll_out(model, problems, plan.rollout_block_size, args, step)  # 1
@@ -202,7 +202,7 @@ def plan_step(step, trainers, usual, args):
     rollout_K = args.rollout_block_size if is_adapting else K
     if is_adapting and not is_full:  # (full attention: the same canvas whatever the blocks of its decoding)
         return Plan(raw_advantages, policy_loss, sft.noise_views, (K, rollout_K), rollout_K, args.adapt_lr)
-    head_start = 0  # steps before the policy's first
+    head_start = 0  # RL steps before the ramp of the learning rate
     if trainers.critic is not None:
         head_start = args.value_warmup
     elif args.rollout_block_size is not None and not is_full:
@@ -258,8 +258,8 @@ def give_advantages(rollouts, critic, plan, args):
     advantages = plan.advantage(rewards)  # (groups, G)
     # A group of equal rewards has no advantage to learn from: its gradient would be that of the KL alone.
     is_kept = (advantages != 0).any(-1)
-    if plan.advantage in (batch_advantages, raw_advantages):  # these compare over the whole step
-        is_kept[:] = advantages.any()  # all, or none if nothing differs
+    if plan.advantage in (batch_advantages, raw_advantages):  # not relative to a group: all groups are kept
+        is_kept[:] = advantages.any()
     elif args.keep_range is not None:
         low, high = args.keep_range  # too easy or too hard teaches little
         is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
@@ -442,9 +442,10 @@ def update(model, optimizer, batch, loss, is_first, args):
         logp, entropy = rollout.forward_rows(model, rows, args.temperature)
         if is_first:
             rows.targets.logp_old.copy_(logp.detach())
-        part = logp.sum()  # a dummy: nothing to learn, but a backward like everybody's
         if len(logp):
             part = loss(logp, rows.targets, num_tokens, num_responses, args.clip_eps, args.kl_coef)
+        else:
+            part = logp.sum()  # a dummy: 0, but with a backward like everybody's
         # Gradients add up over micro-batches; nothing is averaged.
         part.backward()
         part_sums, part_maxima = diagnose(logp, entropy, rows.targets, args.clip_eps)
@@ -454,8 +455,7 @@ def update(model, optimizer, batch, loss, is_first, args):
     write_back(batch.rollouts, "ratio", batch.rows, ratios)
     # NaN or inf: skipped, counted, said
     norm, is_finite = parallel.optimizer_step(model, optimizer, args.max_grad_norm)
-    # The only time in an update that the host waits for the device.
-    loss_value, *sums = parallel.add_up(torch.cat([total, sums])).tolist()  # read once per update
+    loss_value, *sums = parallel.add_up(torch.cat([total, sums])).tolist()
     figures = dict(loss=loss_value, trained_tokens=num_tokens, gradient_norm=norm,
                    skipped_updates=int(not is_finite))
     for name, number in zip(("kl", "clip_fraction", "entropy", "gap"), sums):
@@ -516,16 +516,19 @@ def finish_step(line, rollouts, kept, trainers, tokenizer, dev_problems, args, r
         # A value model is saved beside the policy, in value/.
         save_more = functools.partial(checkpoints.save_value_model, trainers.critic) if has_value else None
         run.save(tokenizer, trainers.pairs(), progress, args.keep_checkpoints, save_more)
-        if run.is_writer:  # those that this process trained on have all their numbers
+        if run.is_writer:  # ratio and value_old are there for its own share only
             shown = [r for r in kept if r.ratio or r.value_old] or rollouts
-            show.write_page(shown[:8], tokenizer, os.path.join(run.folder, "trace.html"))
+            path = os.path.join(run.folder, "trace.html")
+            with runs.writing(path):
+                show.write_page(shown[:8], tokenizer, path)
 
 
 def check_gap(line, args):
     """Stops a float32 run that breaks the replay law: it would train on states the policy never was in.
 
     A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding
-    stays below 1e-4 / min(T, 1) for all but one token in a million, which is no reason to stop.
+    stays below 1e-4 / min(T, 1) but for one token in a million. So the run stops if the mean exceeds that
+    bound, or the maximum ten times the bound.
     """
     # At T < 1 logits are divided by T, and their rounding grows with them.
     bound = 1e-4 / min(args.temperature, 1.0)
@@ -625,8 +628,8 @@ def check_args(args, parser):
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
     # Evaluation may be greedy; training may not.
-    if args.temperature == 0:
-        parser.error("--temperature must be above 0: the same response G times teaches nothing")
+    if args.temperature == 0 or args.top_k == 1:
+        parser.error("--temperature 0 and --top_k 1 are greedy: the same response G times teaches nothing")
     if args.top_p == 0:
         parser.error("--top_p must be above 0")
     if args.advantage == "value" and args.rollout_block_size is not None:
@@ -640,8 +643,8 @@ def check_args(args, parser):
 
 def load_start(args):
     """The policy to start from, by the flags -> model, tokenizer, its path."""
-    saved = runs.checkpoints_of(os.path.join("runs", args.name)) if args.resume and not args.lora_rank else []
-    if saved and args.model is None:
+    saved = parallel.from_first(runs.checkpoints_of(os.path.join("runs", args.name)))
+    if args.resume and saved and args.model is None:
         path = saved[-1]  # its weights are about to be restored anyway
     else:
         smallest = args.rollout_block_size or args.block_size or 4
@@ -650,10 +653,15 @@ def load_start(args):
     if args.shrink is None:
         # as in the paper for Dream and LLaDA
         args.shrink = 8 if model.config.is_full and args.model is not None else 1
-    smallest = args.rollout_block_size or model.config.block_size
-    if model.config.block_size % smallest:
-        raise ValueError(f"--rollout_block_size {smallest} must divide the block size, "
-                         f"{model.config.block_size}: set --block_size")
+    K, smallest = model.config.block_size, args.rollout_block_size or model.config.block_size
+    if K % smallest or smallest == args.block_size:
+        raise ValueError(f"--rollout_block_size {smallest} must divide the block size, {K}, and be smaller: "
+                         "set --block_size")
+    if args.rollout_block_size and not model.config.is_full:
+        parallel.say(f"steps 1 to {args.adapt_steps} imitate right responses in blocks of {smallest} and {K}; "
+                     "TraceRL and its flags come after them")
+        if args.adapt_steps >= args.steps:
+            raise ValueError(f"--adapt_steps {args.adapt_steps} leaves nothing of --steps {args.steps}: raise it")
     if (args.denoising_steps or 1) > smallest:
         raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 "
                          f"and the block size, {smallest}")
@@ -700,14 +708,14 @@ def main(argv=None):
                  runs.load_function(args.loss, LOSSES, "--loss"),
                  runs.load_function(args.views, rollout.VIEWS, "--views"))
     parallel.start_processes(args.model is None, args.dtype == "bfloat16")
-    model, tokenizer, path = load_start(args)
-    load = functools.partial(
-        eval_math.load_prompts, tokenizer=tokenizer, args=args, needs_answer=args.reward == "math")
-    problems, test_problems = load(args.train_data), load(args.eval_data)
-    dev_problems = load(args.dev_data) if args.dev_data and args.eval_every else []
-    # Before and after: the same problems, the same draws.
-    evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, reward, args)
-    with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:
+    with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:  # a taken name is said at once
+        model, tokenizer, path = load_start(args)
+        load = functools.partial(
+            eval_math.load_prompts, tokenizer=tokenizer, args=args, needs_answer=args.reward == "math")
+        problems, test_problems = load(args.train_data), load(args.eval_data)
+        dev_problems = load(args.dev_data) if args.dev_data and args.eval_every else []
+        # Before and after: the same problems, the same draws.
+        evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, reward, args)
         trainers = make_trainers(model, path, args)
         # A resumed run has its "before" from the first time.
         progress = run.restore(trainers.pairs()) if args.resume else None

@@ -65,7 +65,7 @@ def trace_steps(r, config, block_size, shrink=1, post_num=0):
     that revealed no trained token (only the filling after eos) is not counted: nothing waits for it.
     """
     # Tokens after eos were context and are in the views, but nothing is earned or learnt there.
-    end = min(r.num_tokens + post_num, len(r.response))
+    end = r.trained_end(post_num)
     steps, count = [0] * len(r.response), 0  # count: trace steps so far
     for _, _, targets, _ in rollout.views_of(r, config, block_size, shrink=shrink):
         trained = [j for j in targets if j < end]
@@ -114,7 +114,7 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     token_returns = rewards + gamma * returns.gather(1, following)
     token_advantages = (rewards - values + gamma * v.gather(1, following)
                         + gamma * lam * advantages.gather(1, following))
-    is_trained = steps > 0  # 0 at the prompt's filling and after eos
+    is_trained = steps > 0  # 0 after eos, and where rows are padded
     return token_returns * is_trained, token_advantages * is_trained
 
 

@@ -12,6 +12,7 @@ def responses(model, tokenizer, problems, seeds, strategy, args):
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     settings = dict(do_sample=False) if args.temperature == 0 else dict(
         do_sample=True, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    settings["repetition_penalty"] = 1.0  # a checkpoint's generation_config may hold another
     own, own_seeds, out = parallel.share(problems), parallel.share(seeds), []
     for start in range(0, len(own), args.slots):
         batch = [{"input_ids": p.tokens} for p in own[start:start + args.slots]]

@@ -1,6 +1,6 @@
 """plumbing/checkpoints.py - Hugging Face folders in and out.
 
-One network serves four families. A family is a row of switches for model.ModelConfig and a table of weight
+One network serves all families. A family is a row of switches for model.ModelConfig and a table of weight
 names; a new one that fits the network is a new row of FAMILIES.
 
 Weights are read from safetensors only: never pickled files, never code from a checkpoint.

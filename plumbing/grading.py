@@ -446,7 +446,8 @@ class Workers:
         process = subprocess.Popen(
             [sys.executable, "-m", "plumbing.grading"], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        process.stdout.readline()
+        if process.stdout.readline() != "ready\n":  # else every answer it should check would count as wrong
+            raise RuntimeError("the grading worker does not start: `python -m plumbing.grading` shows why")
         atexit.register(process.kill)
         return process
 
@@ -576,9 +577,10 @@ def grade_file(path, out):
     answers = [extract_answer(row["response"]) for row in rows]
     verdicts = grade(list(zip(answers, (row["gold"] for row in rows))))
     seconds = time.perf_counter() - started
-    with open(out, "w", encoding="utf-8") as file:
+    with open(f"{out}.partial", "w", encoding="utf-8") as file:
         for answer, (is_right, how) in zip(answers, verdicts):
             file.write(json.dumps(dict(correct=is_right, answer=answer, how=how)) + "\n")
+    os.replace(f"{out}.partial", out)
     hows = Counter(how for _, how in verdicts)
     right = sum(is_right for is_right, _ in verdicts)
     print(f"{right} of {len(rows)} right ({right / max(len(rows), 1):.1%}); decided by " +
@@ -596,7 +598,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.file and not args.out:
         parser.error(f"where should the verdicts of {args.file} go? Give a second file")
-    return grade_file(args.file, args.out) if args.file else work()
+    try:
+        return grade_file(args.file, args.out) if args.file else work()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

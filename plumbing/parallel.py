@@ -155,7 +155,7 @@ def shard(model, layers, dtype=torch.float32):
     """Shards parameters, gradients and optimizer states over all processes (FSDP2), layer by layer, in place.
 
     dtype: what layers compute in. The sharded weights are float32 whatever it is, and gradients are added up
-    in float32: they are sums over tokens (see `optimizer_step`), so no process average is taken. Frozen
+    in float32: they are sums over tokens (see tracerl.policy_loss), so no process average is taken. Frozen
     weights (LoRA) stay whole on every process. Without a process group this does nothing.
     """
     if not dist.is_initialized():
@@ -198,7 +198,9 @@ def whole_state(model):
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     # Gathered tensors are views of padded storage when a dimension does not divide by the number of
     # processes (18 tokens on 4), and safetensors then cannot tell whole tensors from parts: make copies.
-    return {name: p.clone(memory_format=torch.contiguous_format) for name, p in state.items()}
+    for name in list(state):  # one at a time: there is never a second whole model in memory
+        state[name] = state[name].clone(memory_format=torch.contiguous_format)
+    return state
 
 
 # ------------------------------------------------------------------------------------------------------------

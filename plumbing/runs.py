@@ -139,35 +139,38 @@ def check_same(saved, settings, path):
                for name in sorted({*saved, *settings} - MAY_CHANGE) if saved.get(name) != settings.get(name)]
     if changed:
         raise ValueError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
-                         "Leave the flag out, or choose another --name")
+                         "Say what the run says, or choose another --name")
 
 
 def run_command(main):
     """main() of a script, for people: an error of the user's is one line, with exit status 2."""
-    program = os.path.basename(sys.argv[0])
+    program, status = os.path.basename(sys.argv[0]), 0
     try:
         main()
+        parallel.end_processes()
     except KeyboardInterrupt:
+        status = 130
         if parallel.is_first():
-            print(f"{program}: stopped. To go on: the same command with --resume", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
-        if "--debug" in sys.argv:
+            print(f"{program}: stopped. To go on: the same command with --resume (eval_math.py: without)",
+                  file=sys.stderr)
+    except Exception as error:  # any: whoever fails must say so and leave, or the others wait for ever
+        is_users = isinstance(error, (ValueError, OSError, RuntimeError))
+        status = 2 if is_users else 1
+        if not is_users or "--debug" in sys.argv:
             traceback.print_exc()
         text = f"{program}: error: {error} (--debug shows where)"
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's last words are what it finds there
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(dict(message=text, timestamp=int(time.time())), file)
-        print(text, file=sys.stderr, flush=True)
-        sys.exit(2)
-    finally:
-        parallel.end_processes()
+        print(text, file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # All is done and saved. Torch's own threads abort the interpreter's long goodbye now and then (gloo,
-        # 4 processes: "terminate called without an active exception" in one run of four), and torchrun would
-        # report a failure: so leave without it.
+        # Leave without the interpreter's long goodbye. After a failure it would wait for the others, who wait
+        # for this process. After success torch's own threads abort it now and then (gloo, 4 processes:
+        # "terminate called without an active exception" in one run of four), and torchrun would report that.
         sys.stdout.flush()
-        os._exit(0)
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def load_function(spec, built_in, flag):
@@ -179,9 +182,12 @@ def load_function(spec, built_in, flag):
     if not os.path.isfile(path):
         raise ValueError(f"{flag} {spec}: no file {path or spec!r}; give file.py:function, or one of "
                          + ", ".join(built_in))
-    module_spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    key = f"plugin {os.path.realpath(path)}"  # a file is executed once, however many flags name it
+    if key not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location(key, path)
+        sys.modules[key] = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(sys.modules[key])
+    module = sys.modules[key]
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{flag} {spec}: {path} has no function {name!r}")
     return getattr(module, name)
@@ -206,8 +212,8 @@ def writing(path, partial=None):
             if os.path.isfile(partial):
                 os.remove(partial)
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise RuntimeError(f"{path} could not be written ({reason}): free some space and go on with "
-                           "--resume; what was saved before is whole") from error
+        raise RuntimeError(f"{path} could not be written ({reason}): free some space and go on "
+                           "(--resume); what was saved before is whole") from error
 
 
 def train_state(trainers):
@@ -224,7 +230,8 @@ def train_state(trainers):
 
 def checksums(folder):
     """{file name: [size, sha256]} of the tensor files of a folder, each process reading its share."""
-    names = parallel.share(sorted(name for name in os.listdir(folder) if name != "progress.json"))
+    names = parallel.from_first(sorted(name for name in os.listdir(folder) if name != "progress.json"))
+    names = parallel.share(names)
     own = []
     for name in names:
         path = os.path.join(folder, name)
@@ -247,9 +254,11 @@ class Run:
             return
         self.take()
         try:
-            if os.path.isfile(settings_path) and resume:
+            is_used = checkpoints_of(self.folder) or (
+                os.path.isfile(self.path) and os.path.getsize(self.path) > 0)
+            if resume and os.path.isfile(settings_path):
                 check_same(read_json(settings_path), settings, settings_path)
-            elif os.path.isfile(settings_path):
+            elif is_used:
                 if not overwrite:
                     raise ValueError(f"{self.folder} holds a run: go on with it (--resume), replace it "
                                      "(--overwrite), or choose another --name")
@@ -272,12 +281,15 @@ class Run:
                              "of your own, or free the name") from error
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.lock.seek(0)
             holder = self.lock.read().strip()
             self.lock.close()
             raise ValueError(f"{self.folder} is in use by {holder}: wait for it, "
                              "or choose another --name") from None
+        except OSError as error:  # some network disks
+            parallel.say(f"WARNING: this disk has no locks ({error.strerror}): nothing keeps a second command "
+                         f"out of {self.folder}")
         with writing(self.lock.name):
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -288,7 +300,8 @@ class Run:
         if model is not None and os.path.realpath(model).startswith(os.path.realpath(self.folder) + os.sep):
             raise ValueError(f"--model {model} lies inside {self.folder}, which --overwrite would delete: "
                              "choose another --name")
-        for name in set(os.listdir(self.folder)) - {"lock"}:
+        names = set(os.listdir(self.folder)) - {"lock"}
+        for name in sorted(names, key=lambda name: name != "checkpoints"):  # checkpoints first: cut short, none is left
             path = os.path.join(self.folder, name)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
@@ -377,7 +390,9 @@ class Run:
         its progress, or None where there is no checkpoint yet. ValueError for a damaged or foreign
         checkpoint."""
         parallel.barrier()
-        if not (paths := self.checkpoints()):
+        paths = parallel.from_first(self.checkpoints())
+        if not paths:
+            parallel.say(f"{self.folder} has no checkpoint to go on from: this starts at the beginning")
             self.keep_lines([])
             return None
         folder = os.path.join(paths[-1], "train_state")

@@ -172,7 +172,7 @@ def test_a_killed_run_resumes_to_the_same_bits(more, tmp_path, monkeypatch):
     assert ([quiet(line) for line in lines(tmp_path / "runs/whole")]
             == [quiet(line) for line in lines(tmp_path / "runs/killed")])
     assert {p.name for p in (tmp_path / "runs/killed/checkpoints").iterdir()} >= {"step-4", "step-5"}
-    with pytest.raises(ValueError, match="other settings: lr was 0.001, is 1.0\\. Leave"):
+    with pytest.raises(ValueError, match="other settings: lr was 0.001, is 1.0\\. Say"):
         tracerl.main([*flags, "--name=killed", "--resume", "--lr=1"])
 
 

@@ -140,6 +140,10 @@ def test_other_shapes_of_data_load_as_well(tmp_path):
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, talk)))
     chat, plain = load_problems(str(tmp_path / "talk.jsonl"), needs_answer=False)
     assert [m["role"] for m in chat.problem] == ["system", "user"] and chat.solution == "a"
+    question = {"prompt": talk[0]["messages"][:2], "answer": "4"}  # a prompt as a chat, no response behind it
+    (tmp_path / "asked.jsonl").write_text(json.dumps(question))
+    asked, = load_problems(str(tmp_path / "asked.jsonl"))
+    assert asked.problem == question["prompt"] and asked.answer == "4" and asked.solution == ""
     assert (plain.problem, plain.solution, plain.answer) == ("u", "so \\boxed{7}", "7")
 
 
@@ -337,7 +341,7 @@ def test_the_grader_is_a_command(tmp_path):
     assert len(out) == 40 and all(set(line) == {"correct", "answer", "how"} for line in out)
     (tmp_path / "in.jsonl").write_text('{"gold": "1"}\n')
     with pytest.raises(ValueError, match="row 1: needs the texts gold and response"):
-        grading.main([str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])
+        grading.grade_file(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
 
 
 def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, monkeypatch, capsys):

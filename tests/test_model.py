@@ -137,9 +137,19 @@ def test_token_logprobs_are_log_softmax_without_the_mask_token():
 
 
 def test_log_probabilities_are_float32_whatever_the_weights_are():
+    """Not only in type: bfloat16 logits of this size would be rounded to multiples of 0.125."""
     model = random_model().bfloat16()
-    logp, entropy = lm.token_logprobs(model, torch.randn(3, 32).bfloat16(), torch.tensor([3, 4, 5]))
-    assert logp.dtype == entropy.dtype == torch.float32
+    model.head.weight.data *= 20
+    h, tokens = torch.randn(300, 32).bfloat16(), torch.randint(3, 18, (300,))
+    logp, entropy = lm.token_logprobs(model, h.requires_grad_(), tokens, max_logits=7 * 18)
+    assert logp.dtype == entropy.dtype == lm.head_logits(model, h).dtype == torch.float32
+    exact = (h.double() @ model.head.weight.double().T).index_fill(1, torch.tensor([2]), -torch.inf)
+    exact = exact.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert (logp - exact).abs().max() < 1e-4 * exact.abs().max()
+    logp.sum().backward()
+    p = (h.double() @ model.head.weight.double().T).index_fill(1, torch.tensor([2]), -torch.inf).softmax(-1)
+    gradient = (torch.nn.functional.one_hot(tokens, 18) - p).T @ h.double()
+    assert (model.head.weight.grad - gradient).norm() < 0.01 * gradient.norm()
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -135,7 +135,9 @@ def test_every_response_token_is_a_target_exactly_once(kind):
     trained = all_rows(rollouts, model.config, trained_only=True)
     assert len(trained.targets.token) == sum(r.num_tokens for r in rollouts)
     one_more = all_rows(rollouts, model.config, trained_only=True, post_num=1)
-    assert len(one_more.targets.token) == sum(min(r.num_tokens + 1, len(r.response)) for r in rollouts)
+    assert len(one_more.targets.token) == sum(  # after eos, and only where there is one
+        min(r.num_tokens + (not r.is_truncated), len(r.response)) for r in rollouts)
+    assert {r.is_truncated for r in rollouts} == {True, False}
 
 
 def test_a_target_carries_what_the_record_says():

@@ -82,7 +82,7 @@ def test_three_and_four_processes_save_and_resume(folder):
         "--batch_size=24")
     start = ["runs/sft/checkpoint" if flag == TINY else flag for flag in SMALL]
     run(4, "tracerl.py", *start)
-    run(3, "tracerl.py", "--resume", "--steps=2")
+    tracerl.main(["--resume", "--steps=2"])
     model, _ = checkpoints.load_model("runs/tracerl/checkpoints/step-2")
     assert all(p.isfinite().all() for p in model.parameters())
     assert len(Path("runs/tracerl/metrics.jsonl").read_text().splitlines()) == 2
@@ -256,7 +256,7 @@ def test_resume_takes_its_settings_from_the_run(folder, monkeypatch):
     args = json.loads(Path("runs/tracerl/args.json").read_text())
     assert args["prompts"] == 4 and args["steps"] == 2 and args["keep_range"] == [0, 1]
     assert len(Path("runs/tracerl/metrics.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(ValueError, match="other settings: lr was 0.0001, is 0.5. Leave the flag out"):
+    with pytest.raises(ValueError, match="other settings: lr was 0.0001, is 0.5. Say what the run says"):
         tracerl.main(["--resume", "--steps=2", "--lr=0.5"])
 
 
@@ -307,16 +307,41 @@ def test_ctrl_c_is_one_line_and_warnings_of_libraries_are_none(folder):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors.strip().splitlines()[-1].endswith("stopped. To go on: the same command with --resume")
+    assert errors.strip().splitlines()[-1].endswith(
+        "stopped. To go on: the same command with --resume (eval_math.py: without)")
     assert "Traceback" not in errors and os.path.isfile("runs/tracerl/curves.png")
 
 
-def test_a_mistake_is_one_line_with_status_2(folder):
-    done = subprocess.run([sys.executable, str(ROOT / "tracerl.py"), "--model", "nowhere", *SMALL[2:]],
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == (
+def test_a_mistake_is_one_line_with_status_2(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/tracerl.py", "--model", "nowhere", *SMALL[2:]])
+    with pytest.raises(SystemExit, match="2"):
+        runs.run_command(tracerl.main)
+    assert capsys.readouterr().err == (
         "tracerl.py: error: no checkpoint folder 'nowhere' (a hub id looks like JetLM/SDAR-4B-Chat) "
         "(--debug shows where)\n")
+    monkeypatch.setattr(tracerl, "load_start", lambda args: 1 / 0)  # a mistake of ours shows where
+    with pytest.raises(SystemExit, match="1"):
+        runs.run_command(tracerl.main)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_mistake_before_the_first_line_leaves_the_name_free(folder):
+    with pytest.raises(FileNotFoundError):
+        tracerl.main([*SMALL, "--eval_data=missing.jsonl"])
+    tracerl.main(SMALL)
+
+
+def test_fine_tuning_goes_on_to_more_steps(folder, monkeypatch):
+    rows = [json.dumps({"prompt": p.problem, "response": p.solution})
+            for p in eval_math.arithmetic("train", 30)]
+    Path("worked.jsonl").write_text("\n".join(rows))
+    flags = ["--model", TINY, "--data=worked.jsonl", "--steps=4", "--cooldown=2", "--lr=1e-3", "--warmup=1",
+             "--batch_size=10", "--max_new_tokens=20", "--save_every=0"]
+    sft.main(flags)
+    sft.main(["--resume", "--steps=6"])
+    lines = [json.loads(line) for line in open("runs/sft/metrics.jsonl")]
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert lines[3]["lr"] < lines[4]["lr"] or lines[4]["lr"] > lines[5]["lr"]
 
 
 def test_processes_end_when_torchrun_dies(folder):
