@@ -426,7 +426,6 @@ class Run:
             path = os.path.join(self.folder, "summary.json")
             with writing(path, f"{path}.partial"):
                 write_json(path, summary)
-                self.plot()
 
     def plot(self):
         """Draws every number of the log against the step in curves.png, reward and accuracy first. On the

@@ -347,16 +347,19 @@ def test_fine_tuning_goes_on_to_more_steps(folder, monkeypatch):
 def test_processes_end_when_torchrun_dies(folder):
     """Killed without a chance to say goodbye; its processes must not go on alone."""
     script = "import os, sys, time; sys.path.insert(0, sys.argv[1]); from plumbing import parallel\n" \
-             "parallel.start_processes(); print(os.getpid(), flush=True); time.sleep(60)\n"
+             "parallel.start_processes(); open(f'pid{os.getpid()}', 'w').close(); time.sleep(60)\n"
     Path("wait.py").write_text(script)
     launcher = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "wait.py",
          str(ROOT)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    pids = [int(launcher.stdout.readline()) for _ in range(2)]
+        stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while len(list(Path(".").glob("pid*"))) < 2 and time.time() < deadline:
+        time.sleep(0.1)
     launcher.kill()
     launcher.wait()
-    deadline = time.time() + 20
+    pids = [path.name.removeprefix("pid") for path in Path(".").glob("pid*")]
+    assert len(pids) == 2
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.time() < deadline:
         time.sleep(0.1)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
