@@ -83,8 +83,8 @@ def work_out(a, b, slip, rng):
     for power in (1, 10, 100):
         # the digits of this column, and what was handed on to it
         column = a // power % 10 + b // power % 10 + carry
-        # The slip: no carry where one is due. In the last column there is nothing to hand on to, so that its
-        # sum is written in full.
+        # The slip: no carry where one is due. In the last column there is nothing to hand on to, so
+        # that its sum is written in full.
         carry = column // 10 if power == 100 or rng.random() >= slip else 0
         page += f"{column:02d}{carry};"  # 11 and 1 handed on: "111;"
         digits = f"{column % 10 if power < 100 else column}{digits}"
@@ -252,10 +252,10 @@ def load_prompts(source, tokenizer, args, needs_answer=True):
 # The reward.
 
 
-# FORK HERE (reward): what a response earns. Without editing: --reward file.py:function. The function gets the
-# Problem, the response as text and as token ids (both up to eos), and, if it takes a fourth argument, the
-# Rollout (step map, truncation). It gives a number, or a number per token: process rewards, for --advantage
-# value.
+# FORK HERE (reward): what a response earns. Without editing: --reward file.py:function. The
+# function gets the Problem, the response as text and as token ids (both up to eos), and, if it
+# takes a fourth argument, the Rollout (step map, truncation). It gives a number, or a number per
+# token: process rewards, for --advantage value.
 def math_reward(problem, text, tokens, rollout):
     """1 if the last \\boxed{} is right and the response has ended, else 0.
 

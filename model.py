@@ -6,9 +6,9 @@ A block diffusion language model is an ordinary decoder-only transformer with th
   2. attention looks back by whole blocks of K tokens, not by single tokens (Dream and LLaDA: everywhere);
   3. beside the clean text, a training row holds *views*: copies of a block as it was while it was decoded.
 
-Changes 2 and 3 are one rule over three small integers per token. The same rule is prefill, decoding, replay
-and fine-tuning, for both kinds of attention. With K = 4, "x" where the token on the left sees the token on
-top:
+Changes 2 and 3 are one rule over three small integers per token. The same rule is prefill,
+decoding, replay and fine-tuning, for both kinds of attention. With K = 4, "x" where the token
+on the left sees the token on top:
 
                      clean text          views of the last block
                      894+ 396= 101;      ????  1?1?
@@ -20,8 +20,8 @@ top:
 
 (A training row leaves the clean 101; out: no later view looks back at it.)
 
-Read in this order: ModelConfig, Layout and may_attend, the masks, KVCache, Layer, BlockDiffusionLM,
-token_logprobs.
+Read in this order: ModelConfig, Layout and may_attend, the masks, KVCache, Layer,
+BlockDiffusionLM, token_logprobs.
 
 Left out on purpose:
   1. dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism;
@@ -257,8 +257,8 @@ class KVCache:
         self.values[:, target, :length] = self.values[:, source, :length]
 
     def reading(self, slots, position, num_in_place=0):
-        """An `attend` for decoding: row b is one block, at position[b] (K,), of the sequence in slots[b]
-        (B,).
+        """An `attend` for decoding: row b is one block, at position[b] (K,), of
+        the sequence in slots[b] (B,).
 
         Two rows may be blocks of the same slot: all rows write before any row reads. num_in_place: how many
         of the first rows are the slots 0, 1, 2, ...; their keys are read where they are, others are copied.
@@ -306,8 +306,8 @@ def rotary(position, head_dim, theta):
 
 def rotate(x, cos, sin):
     """Turns x (B, H, T, D) by its position, computed in float32."""
-    # Halves convention (as in the checkpoints): channel i turns with channel i + D / 2, not with its
-    # neighbour.
+    # Halves convention (as in the checkpoints): channel i turns with channel i + D
+    # / 2, not with its neighbour.
     left, right = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
@@ -461,8 +461,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, tokens, mask_id, temperature, chunk):
         """h (N, C), weight (V, C), tokens (N,) -> log-probability and entropy, float32 (N,)."""
-        # States, not logits: (N, C) instead of (N, V), for the price of one more product in the backward
-        # pass.
+        # States, not logits: (N, C) instead of (N, V), for the price of one more
+        # product in the backward pass.
         ctx.save_for_backward(h, weight, tokens)
         ctx.settings = mask_id, temperature, chunk
         logp, entropy = h.new_empty(2, len(h), dtype=torch.float32)

@@ -1,7 +1,7 @@
 """rollout.py - a trace: recorded, then replayed.
 
-TraceRL (arXiv 2509.06949) trains a diffusion language model on the very states it was in while decoding. Here
-are both halves of that:
+TraceRL (arXiv 2509.06949) trains a diffusion language model on the very states it was in while
+decoding. Here are both halves of that:
 
   generate   decodes block by block, and records for every token the denoising step that revealed it, with
              which confidence and which log-probability;
@@ -78,8 +78,8 @@ class Rollout:
     ratio: list = field(default_factory=list)  # pi_new / pi_old, before the step of its last update
 
     def trained_end(self, post_num):
-        """Where the trained tokens end: after eos and post_num tokens behind it in its block, if there is an
-        eos."""
+        """Where the trained tokens end: after eos and post_num tokens behind it in
+        its block, if there is an eos."""
         return self.num_tokens if self.is_truncated else min(self.num_tokens + post_num, len(self.response))
 
 
@@ -173,8 +173,8 @@ def inverse_cdf(p, draws, size=256):
 
 
 def below(x, bound):
-    """x, or the next number below the bound where rounding has reached it: some cumulative sum must exceed
-    x."""
+    """x, or the next number below the bound where rounding has reached it: some
+    cumulative sum must exceed x."""
     return torch.minimum(x, bound.nextafter(torch.zeros_like(bound)))
 
 
@@ -318,8 +318,8 @@ class Decoder:
         return self.model.hidden(self.token[rows[:, None], position], position, attend)[:len(slots)]
 
     def full_states(self, slots, columns):
-        """The same with full attention: every forward sees the whole canvas, the masks on the right
-        included."""
+        """The same with full attention: every forward sees the whole canvas, the
+        masks on the right included."""
         longest = int(self.end[slots].max())
         position = torch.arange(longest, device=self.device).expand(len(slots), -1)
         document = torch.where(position < self.end[slots, None], 0, -1)  # a shorter canvas is padded
@@ -362,8 +362,8 @@ class Decoder:
         return torch.stack([has_ended, has_moved]).tolist()
 
     def propose(self, h, slots, columns, is_masked):
-        """Draws a token for every masked position -> token, confidence, logp, entropy, (B, K), 0
-        elsewhere."""
+        """Draws a token for every masked position -> token, confidence, logp,
+        entropy, (B, K), 0 elsewhere."""
         # The head and the sampler see masked places only: on average half of them.
         s, where = self.settings, is_masked.nonzero(as_tuple=True)
         position, slot = columns[where], slots[where[0]]  # (N,) the masked positions of all blocks
@@ -465,11 +465,11 @@ def generate_everywhere(model, prompts, seeds, **settings):
 #     block     response indices of one block, e.g. [3, 4, 5, 6]
 #     shrink    the flag of that name
 #     rng       random.Random seeded by the rollout: the same views on any process
-# and gives a list of views (hidden, targets): which of these indices are masks in the view, and which are
-# predicted.
+# and gives a list of views (hidden, targets): which of these indices are masks in the
+# view, and which are predicted.
 def trace_views(rollout, block, shrink, rng=None):
-    """The views of TraceRL: one per trace step, its targets the tokens that this step revealed (paper,
-    section 4).
+    """The views of TraceRL: one per trace step, its targets the tokens that this
+    step revealed (paper, section 4).
 
     A trace step is `shrink` neighbouring denoising steps merged into one: fewer views, so less to compute,
     but the tokens of the later steps are then predicted without those of the earlier ones in sight (which
@@ -522,8 +522,8 @@ def blocks_of(prompt_length, response_length, block_size):
 
 
 def views_of(rollout, config, block_size, views=trace_views, shrink=1):
-    """(block number, hidden, targets, masked share) of every view of a response, in the order of the
-    blocks."""
+    """(block number, hidden, targets, masked share) of every view of a response,
+    in the order of the blocks."""
     P, R = len(rollout.prompt), len(rollout.response)
     blocks = [list(range(R))] if config.is_full else blocks_of(P, R, block_size)
     # The views of a response are the same on any process, in any micro-batch, after any resume.
@@ -543,8 +543,8 @@ def views_of(rollout, config, block_size, views=trace_views, shrink=1):
 
 
 class Targets(NamedTuple):
-    """What a loss needs to know of every predicted token, copied from the records when rows are built. All
-    (N,)."""
+    """What a loss needs to know of every predicted token, copied from the records
+    when rows are built. All (N,)."""
 
     logit_index: torch.Tensor  # int64: which of the rows' flattened (B * T) outputs predicts it
     token: torch.Tensor  # int64: the token to predict
@@ -597,9 +597,9 @@ class Rows:
 def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, trained_only=False, post_num=0):
     """The training rows of rollouts -> a list for each: one row, or with full attention one row per view.
 
-    trained_only: only the first num_tokens (+ post_num) tokens of a response are targets; the others are
-    still seen. A view without targets is left out; of the clean text, only the blocks before the last view's
-    block are laid out.
+    trained_only: only the first num_tokens (+ post_num) tokens of a response are targets; the
+    others are still seen. A view without targets is left out; of the clean text, only the blocks
+    before the last view's block are laid out.
 
     A row is [clean text | view | view | ...]: one forward for all states. Prompt 894+396=, response 101; of
     which step 1 revealed 1 and 1, and step 2 the rest; K = 4, "?" is the mask token:
@@ -610,11 +610,11 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
         view       0  0  0  0    0  0  0  0    1  1  1  1    2  2  2  2
         target                                 1     1          0     ;
 
-    The row has P + R + K * (number of views) tokens, less the last clean block. The authors' layout has one
-    row [prompt | response | response as it was] per step number inside a block, padded to the longest prompt
-    and response allowed: at P = 100, R = 500, K = 4, one token a step, padded to 300 and 2000, that is 6.6
-    times as many tokens. One clean text serves all views, because no clean token and no other view sees the
-    masks of a view.
+    The row has P + R + K * (number of views) tokens, less the last clean block. The authors' layout has
+    one row [prompt | response | response as it was] per step number inside a block, padded to the
+    longest prompt and response allowed: at P = 100, R = 500, K = 4, one token a step, padded to 300 and
+    2000, that is 6.6 times as many tokens. One clean text serves all views, because no clean token and
+    no other view sees the masks of a view.
 
     Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens.
     """
@@ -679,8 +679,8 @@ def by_length(sizes, max_tokens, is_packed=False):
 
 
 def collate(rows, pad_id, multiple=None):
-    """Rows as lists -> tensors (Rows): each row padded to the longest; or, with `multiple`, all end to end in
-    one row.
+    """Rows as lists -> tensors (Rows): each row padded to the longest; or, with
+    `multiple`, all end to end in one row.
 
     multiple: the one row is padded to a multiple of so many tokens, so that kernels are compiled for few
     lengths; the texts in it are kept apart by their document numbers. Padding is of document -1, and each

@@ -1,8 +1,8 @@
 """sft.py - how the starting model is made.
 
-Supervised fine-tuning of a block diffusion model: hide some tokens of every block, and predict them from the
-rest of the block and the clean blocks before it. The rows are those of TraceRL itself (rollout.build_rows):
-only the views differ.
+Supervised fine-tuning of a block diffusion model: hide some tokens of every block, and predict them from
+the rest of the block and the clean blocks before it. The rows are those of TraceRL itself
+(rollout.build_rows): only the views differ.
 
     response, K = 4    1 0 1 ;   1 9 1 ;   ...
     views              1 ? ? ;   ? ? ? ?   ...
@@ -42,8 +42,8 @@ from rollout import Rollout
 
 
 def to_examples(problems, tokenizer, config, max_new_tokens):
-    """Worked problems -> list[Rollout], the record that training rows are made from. Longer ones are left
-    out.
+    """Worked problems -> list[Rollout], the record that training rows are made
+    from. Longer ones are left out.
 
     The response is filled up with eos: to its block's end, or (full attention) to the end of the canvas. The
     filling is trained as well: in decoding it is context for the tokens before it, and may be revealed
@@ -51,8 +51,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     """
     if not config.eos_ids:
         raise ValueError("this checkpoint names no eos token: without one a response cannot end")
-    # The first eos id is the one to teach: <|im_end|> where a chat model has it. At decoding any of them ends
-    # a response.
+    # The first eos id is the one to teach: <|im_end|> where a chat model has it. At
+    # decoding any of them ends a response.
     eos, K, examples = config.eos_ids[0], config.block_size, []
     for p in problems:
         # An answer alone is no solution: there would be nothing to imitate but the last line.
@@ -72,8 +72,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
         filling = max_new_tokens - len(response) if config.is_full else -(len(p.tokens) + len(response)) % K
         response += [eos] * filling
         steps += range(max(steps) + 1, max(steps) + 2 + filling)  # the end comes last
-        # Full attention: every forward of the decoder will see all max_new_tokens places, so the example must
-        # too.
+        # Full attention: every forward of the decoder will see all max_new_tokens
+        # places, so the example must too.
         canvas = len(response) if config.is_full else 0
         examples.append(Rollout(p.tokens, response, len(response), steps, canvas=canvas))
     return examples
@@ -91,8 +91,8 @@ VIEWS = dict(random=noise_views, trace=rollout.trace_views)  # --views; trace: t
 
 
 def sft_loss(logp, masked_share, normalizer, is_weighted):
-    """Minus the log-likelihood of the hidden tokens over the whole update's normaliser; logp, masked_share
-    (N,).
+    """Minus the log-likelihood of the hidden tokens over the whole update's
+    normaliser; logp, masked_share (N,).
 
     is_weighted: each token by 1 / t, t the hidden share of its block. A token is hidden with probability t,
     so that the sum is then an unbiased estimate over ALL response tokens: the diffusion bound, normalised by
@@ -103,8 +103,8 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
 def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
     """One update on a batch of examples, the same for any number of processes -> (loss, gradient norm)."""
-    # Every process has the same batch, builds the rows of its share of it, and runs as many micro-batches as
-    # the others.
+    # Every process has the same batch, builds the rows of its share of it, and runs as
+    # many micro-batches as the others.
     config = model.config
     texts = rollout.build_rows(parallel.share(examples), config, config.block_size, views)
     parts = rollout.micro_batches(texts, max_tokens, config.pad_id, model.device)
@@ -147,8 +147,8 @@ def draw_batch(examples, step, args):
     order = shuffled(len(examples), args.seed * 1_000_003 + epoch)
     batch = [examples[i] for i in order[turn * args.batch_size:(turn + 1) * args.batch_size]]
     for i, r in enumerate(batch):
-        # Views draw from random.Random(r.seed): another epoch hides other tokens, a resumed run hides the
-        # same.
+        # Views draw from random.Random(r.seed): another epoch hides other tokens, a
+        # resumed run hides the same.
         r.seed = (args.seed * 1_000_003 + step) * 1_000_003 + i
     return batch
 
@@ -163,8 +163,8 @@ def train(model, tokenizer, examples, dev_problems, args, run):
     # FORK HERE (what is hidden): --views file.py:function, with the signature of noise_views.
     views = runs.load_function(args.views, VIEWS, "--views")
     trainers, line = [(model, optimizer)], {}
-    # Order, masks and learning rate follow from `step`; weights, moments and `progress` are all there is to
-    # save.
+    # Order, masks and learning rate follow from `step`; weights, moments and
+    # `progress` are all there is to save.
     progress = run.restore(trainers) if args.resume else None
     progress = progress or dict(step=0, decay_start=None)
     end = max(1, args.steps - args.cooldown)  # where the learning rate goes down at the latest
@@ -187,9 +187,9 @@ def train(model, tokenizer, examples, dev_problems, args, run):
             found = eval_math.evaluate(
                 model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens, seed=args.seed)
             line["accuracy"] = found["accuracy"]
-        # The embedded task stops on accuracy, not on a number of updates: the skill comes suddenly, at
-        # another time from each seed, and a warm start that is too good leaves reinforcement learning nothing
-        # to do.
+        # The embedded task stops on accuracy, not on a number of updates: the skill comes
+        # suddenly, at another time from each seed, and a warm start that is too good leaves
+        # reinforcement learning nothing to do.
         is_reached = args.stop_accuracy is not None and line.get("accuracy", 0) >= args.stop_accuracy
         # Either way the learning rate comes down at the end.
         if decay_start is None and is_reached:
@@ -325,8 +325,8 @@ def tiny_model(seed=0, block_size=4, attention="block"):
     """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
     # 2 layers of 64 channels, 4 heads, feed-forward 192.
     num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
-    # The same fields as a published config.json, so that the tiny model goes through the same code as a real
-    # one.
+    # The same fields as a published config.json, so that the tiny model goes through
+    # the same code as a real one.
     source = dict(block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
                   rms_norm_eps=1e-6, rope_theta=1e4, hidden_act="silu")
     if attention == "full":

@@ -1,8 +1,8 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
-TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered: what is the log-probability of a
-response that was not written from left to right? Its answer: that of its trace, each token in the state in
-which it was revealed.
+TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered: what is the log-probability
+of a response that was not written from left to right? Its answer: that of its trace, each token in
+the state in which it was revealed.
 
 One RL step, numbered as in the README and in `train`:
 
@@ -48,16 +48,16 @@ from plumbing import checkpoints, parallel, runs, show
 # The maths: pure functions of tensors.
 
 
-# FORK HERE (advantage): from rewards to the A of the loss. Without editing: --advantage file.py:function, a
-# function of rewards, float (groups, G), that gives advantages of the same shape. A group of zeros is left
-# out of the update.
+# FORK HERE (advantage): from rewards to the A of the loss. Without editing: --advantage
+# file.py:function, a function of rewards, float (groups, G), that gives advantages of the same shape. A
+# group of zeros is left out of the update.
 def group_advantages(rewards):
     """Standard scores in the group: A = (r - mean) / population std, 0 where all rewards are equal.
 
     Rewards 1 0 0 0: mean .25, std .433, A = 1.73 -.58 -.58 -.58. Every token of a response has the same A.
     """
-    # Population std (divide by G, not G - 1), as the authors do. Where all are equal it is 0, and 0 / inf =
-    # 0.
+    # Population std (divide by G, not G - 1), as the authors do. Where all are
+    # equal it is 0, and 0 / inf = 0.
     std = rewards.std(-1, unbiased=False, keepdim=True)
     return (rewards - rewards.mean(-1, keepdim=True)) / std.masked_fill(std < 1e-6, torch.inf)
 
@@ -76,20 +76,20 @@ ADVANTAGES = dict(  # --advantage; value: by GAE, see value_advantages
     group=group_advantages, batch=batch_advantages, raw=raw_advantages, value=None)
 
 
-# FORK HERE (loss): from log-probabilities and advantages to what is minimised. Without editing: --loss
-# file.py:function, called with the same arguments for each micro-batch. A micro-batch holds whole responses
-# where they fit (--tokens_per_micro_batch), told apart by targets.rollout_index: enough for a ratio of
-# sequences.
+# FORK HERE (loss): from log-probabilities and advantages to what is minimised. Without editing:
+# --loss file.py:function, called with the same arguments for each micro-batch. A micro-batch
+# holds whole responses where they fit (--tokens_per_micro_batch), told apart by
+# targets.rollout_index: enough for a ratio of sequences.
 def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=0.01):
     """The clipped policy gradient with a KL penalty (paper, the TraceRL objective; clipping as in PPO):
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 
-    logp: float32 (n,), the micro-batch's targets under the policy that is trained. targets: rollout.Targets,
-    of which logp_old and advantage are used. num_tokens (N), num_responses: how many the WHOLE update has,
-    over all micro-batches and processes. Divide by these, never by what is at hand: then losses and gradients
-    simply add, and do not depend on how the update was split. (A mean per micro-batch gives tokens of short
-    responses more weight.)
+    logp: float32 (n,), the micro-batch's targets under the policy that is trained. targets:
+    rollout.Targets, of which logp_old and advantage are used. num_tokens (N), num_responses: how many the
+    WHOLE update has, over all micro-batches and processes. Divide by these, never by what is at hand: then
+    losses and gradients simply add, and do not depend on how the update was split. (A mean per micro-batch
+    gives tokens of short responses more weight.)
 
     k3 = (ratio - 1) - log ratio, never negative, estimates KL(old || new): the samples are the OLD policy's,
     so that the mean of -log ratio is that KL, and ratio - 1, of mean 0, only takes variance away. (The other
@@ -99,9 +99,9 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
     log_ratio = (logp - targets.logp_old).clamp(-10, 10)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (n,)
-    # The smaller of the two: once a ratio has left the clip range in the direction its advantage asks for,
-    # the gain is constant and its gradient 0. In the other direction it is not clipped: a mistake may be
-    # undone.
+    # The smaller of the two: once a ratio has left the clip range in the direction its advantage
+    # asks for, the gain is constant and its gradient 0. In the other direction it is not
+    # clipped: a mistake may be undone.
     gain = torch.minimum(ratio * targets.advantage, clipped * targets.advantage)
     k3 = ratio - 1 - log_ratio  # (n,)
     return (kl_coef * k3 - gain).sum() / num_tokens
@@ -237,8 +237,8 @@ def roll_out(model, problems, block_size, args, step):
 
 
 def give_advantages(rollouts, critic, plan, args):
-    """Sets the advantages of all rollouts -> those to train on, group by group (maybe none), and figures for
-    the log.
+    """Sets the advantages of all rollouts -> those to train on, group by group (maybe
+    none), and figures for the log.
 
     Without values, groups that teach nothing are left out: rewards all equal, or, with --keep_range, a mean
     outside it (the paper: 0.2 to 0.8). That is a normal event. Whole records are kept or dropped: lists of
@@ -264,16 +264,16 @@ def give_advantages(rollouts, critic, plan, args):
         low, high = args.keep_range  # too easy or too hard teaches little
         is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
     for r, A in zip(rollouts, advantages.flatten().tolist()):
-        # The same number for every token: with a single reward at the end, group scores cannot tell tokens
-        # apart.
+        # The same number for every token: with a single reward at the end, group
+        # scores cannot tell tokens apart.
         r.advantage = [A] * len(r.response)
     kept = [r for r, keep in zip(rollouts, is_kept.repeat_interleave(args.group_size).tolist()) if keep]
     return kept, line | dict(kept_groups=int(is_kept.sum()))
 
 
 def value_advantages(critic, rollouts, block_size, args):
-    """The same with values: sets value_old, returns and advantage by GAE over trace steps -> figures for the
-    log."""
+    """The same with values: sets value_old, returns and advantage by GAE over trace
+    steps -> figures for the log."""
     # Dealt out longest first, so that processes have about the same number of tokens.
     ordered, sums = longest_first(rollouts), torch.zeros(6, dtype=torch.float64)
     own = parallel.share(ordered)  # this process's part
@@ -322,8 +322,8 @@ def count_tokens(parts):
 
 
 def make_batches(kept, trainers, plan, args, step):
-    """Deals whole groups, in a seeded order, into at most args.minibatches updates -> this process's part of
-    each."""
+    """Deals whole groups, in a seeded order, into at most args.minibatches updates
+    -> this process's part of each."""
     groups = [kept[i:i + args.group_size] for i in range(0, len(kept), args.group_size)]  # back to groups
     # Groups stay whole, so that every mini-batch has positive and negative advantages.
     groups = [groups[i] for i in sft.shuffled(len(groups), args.seed * 1_000_003 + step)]
@@ -358,8 +358,8 @@ def write_back(rollouts, name, parts, numbers):
 
 @torch.no_grad()
 def old_logprobs(model, batches, rollouts, plan, args):
-    """Sets Targets.logp_old: the start-of-step policy on the very rows that will be trained -> the replay
-    gap.
+    """Sets Targets.logp_old: the start-of-step policy on the very rows that will
+    be trained -> the replay gap.
 
     The recorded log-probabilities would do for the trace itself; but other views are other states, and on a
     GPU decoding and training use different kernels. The first update of a step needs no pass of its own,
@@ -395,8 +395,8 @@ def replay_gap(model, rollouts, block_size, temperature):
 
 
 def drift(model, rollouts, plan, args):
-    """How far the step's updates have moved the policy: KL(old || new) and the largest ratio on a few
-    rollouts.
+    """How far the step's updates have moved the policy: KL(old || new) and the
+    largest ratio on a few rollouts.
 
     With one update per step nothing else shows a collapse: the update's own ratios are measured BEFORE it
     moves the weights, so that they are 1 whatever comes of it.
@@ -411,8 +411,8 @@ def drift(model, rollouts, plan, args):
 
 
 def learn(trainers, batches, plan, args):
-    """The value model's updates, then the policy's: every mini-batch once per epoch -> figures for the
-    log."""
+    """The value model's updates, then the policy's: every mini-batch once per
+    epoch -> figures for the log."""
     model, optimizer, critic, critic_optimizer = trainers
     value_updates, updates = [], []
     if critic is not None:

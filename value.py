@@ -58,8 +58,8 @@ class ValueModel(nn.Module):
 
 
 def trace_steps(r, config, block_size, shrink=1, post_num=0):
-    """The trace step of every trained token of a rollout, over the whole response -> list of int, 0 if
-    untrained.
+    """The trace step of every trained token of a rollout, over the whole response
+    -> list of int, 0 if untrained.
 
     1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. A step
     that revealed no trained token (only the filling after eos) is not counted: nothing waits for it.
@@ -77,8 +77,8 @@ def trace_steps(r, config, block_size, shrink=1, post_num=0):
 
 def place_rewards(rewards, steps):
     """Sequence rewards, float (N,), as token rewards on the trained tokens of the last step; steps (N, R)."""
-    # Each trained token of that step gets the whole reward; the step's mean r* is then the reward once, not a
-    # multiple of it.
+    # Each trained token of that step gets the whole reward; the step's mean r* is then the
+    # reward once, not a multiple of it.
     is_last = (steps == steps.amax(-1, keepdim=True)) & (steps > 0)
     return torch.where(is_last, rewards[:, None], 0.0)
 
@@ -86,9 +86,9 @@ def place_rewards(rewards, steps):
 def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     """Returns and GAE advantages over trace steps -> two float (N, R), 0 where nothing is trained.
 
-    rewards, values: per token, float (N, R). steps: int64 (N, R), 0 = not trained. For token j of step t,
-    with means over the trained tokens of a step marked *, and everything after the last step 0 (paper, value
-    model):
+    rewards, values: per token, float (N, R). steps: int64 (N, R), 0 = not trained. For token j
+    of step t, with means over the trained tokens of a step marked *, and everything after the
+    last step 0 (paper, value model):
 
         R*_t = r*_t + gamma R*_{t+1}
         A*_t = delta_t + gamma lam A*_{t+1}     with delta_t = r*_t - V*_t + gamma V*_{t+1}
@@ -108,8 +108,8 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
         returns[:, t] = r[:, t] + gamma * returns[:, t + 1]
         delta = r[:, t] - v[:, t] + gamma * v[:, t + 1]  # what this step alone brought beyond the expected
         advantages[:, t] = delta + gamma * lam * advantages[:, t + 1]
-    # Back from steps to tokens: what follows step t is the same for all tokens of it, only r_j and V_j are a
-    # token's own.
+    # Back from steps to tokens: what follows step t is the same for all tokens of it, only
+    # r_j and V_j are a token's own.
     following = steps + 1
     token_returns = rewards + gamma * returns.gather(1, following)
     token_advantages = (rewards - values + gamma * v.gather(1, following)
@@ -150,8 +150,8 @@ def value_loss(values, values_old, returns, num_tokens, clip=None):
 
 
 def variance_sums(values, returns):
-    """What explained_variance needs, of two float (N,): five sums, float64 (5,), that add up over
-    processes."""
+    """What explained_variance needs, of two float (N,): five sums, float64 (5,),
+    that add up over processes."""
     returns, error = returns.double(), (returns - values).double()
     count = torch.tensor(len(returns), dtype=torch.float64)
     return torch.stack([count, returns.sum(), (returns**2).sum(), error.sum(), (error**2).sum()])

@@ -452,8 +452,8 @@ class Workers:
         return process
 
     def bury(self, process):
-        """Counts a worker that died, and closes what it held: 500 deaths must not use up a run's open
-        files."""
+        """Counts a worker that died, and closes what it held: 500 deaths must not
+        use up a run's open files."""
         process.wait()
         atexit.unregister(process.kill)
         process.stdout.close()
@@ -539,8 +539,8 @@ def grade(pairs):
 
 
 def read_json_rows(path):
-    """The rows of a .json array or of JSON lines. ValueError that names the file, and the line of what is
-    broken."""
+    """The rows of a .json array or of JSON lines. ValueError that names the file,
+    and the line of what is broken."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # -sig: with or without a byte order mark
             text = file.read()
@@ -562,8 +562,8 @@ def read_json_rows(path):
 
 
 def grade_file(path, out):
-    """Rows of gold and response -> rows of correct, answer and how in the file `out`, and a summary with
-    speed."""
+    """Rows of gold and response -> rows of correct, answer and how in the file
+    `out`, and a summary with speed."""
     if os.path.exists(out) and os.path.samefile(path, out):
         raise ValueError(f"{out} is the file to be graded, and would be overwritten: give another name")
     rows = read_json_rows(path)

@@ -107,8 +107,8 @@ def add_training_flags(parser, name):
          help="train adapters of this rank beside a frozen trunk; 0 trains everything")
 
 
-# Settings that a resumed run may change: they do not touch results (beyond rounding), or only say how far to
-# go.
+# Settings that a resumed run may change: they do not touch results (beyond
+# rounding), or only say how far to go.
 MAY_CHANGE = {"name", "resume", "overwrite", "debug", "steps", "eval_every", "save_every", "keep_checkpoints",
               "slots", "tokens_per_micro_batch", "gradient_checkpointing"}
 
@@ -386,9 +386,9 @@ class Run:
         return path
 
     def restore(self, trainers):
-        """Loads the newest checkpoint into the models and optimizers, and cuts the log back to its step ->
-        its progress, or None where there is no checkpoint yet. ValueError for a damaged or foreign
-        checkpoint."""
+        """Loads the newest checkpoint into the models and optimizers, and cuts the log back
+        to its step -> its progress, or None where there is no checkpoint yet. ValueError for
+        a damaged or foreign checkpoint."""
         parallel.barrier()
         paths = parallel.from_first(self.checkpoints())
         if not paths:
@@ -428,8 +428,8 @@ class Run:
                 write_json(path, summary)
 
     def plot(self):
-        """Draws every number of the log against the step in curves.png, reward and accuracy first. On the
-        first process only."""
+        """Draws every number of the log against the step in curves.png, reward and accuracy
+        first. On the first process only."""
         lines = self.own_lines()
         names = {name for line in lines for name in line if isinstance(line[name], (int, float))} - {"step"}
         first = [name for name in ("reward", "dev_accuracy", "accuracy", "loss") if name in names]
