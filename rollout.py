@@ -35,9 +35,7 @@ Left out:
      checker.
 """
 
-import math
 import random
-from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -99,18 +97,17 @@ class DecodingSettings:
 
     def __post_init__(self):
         self.denoising_steps = self.denoising_steps or self.block_size
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"unknown strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 1 <= self.denoising_steps <= self.block_size:
-            raise ValueError(f"denoising_steps {self.denoising_steps} must be between 1 and the block size, "
-                             f"{self.block_size}")
-        for name, is_good in (("threshold", 0 <= self.threshold <= 1), ("temperature", self.temperature >= 0),
-                              ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1)):
+        for name, is_good, wanted in (
+                ("strategy", self.strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
+                ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+                ("denoising_steps", 1 <= self.denoising_steps <= self.block_size,
+                 f"from 1 to the block size, {self.block_size}"),
+                ("threshold", 0 <= self.threshold <= 1, "from 0 to 1"),
+                ("temperature", self.temperature >= 0, "0 or above"),
+                ("top_k", self.top_k >= 0, "0 or above (0 keeps all)"),
+                ("top_p", 0 < self.top_p <= 1, "above 0, up to 1")):
             if not is_good:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range: threshold 0..1, "
-                                 "temperature >= 0, top_k >= 0 (0 keeps all), 0 < top_p <= 1")
+                raise ValueError(f"{name} {getattr(self, name)!r} is not possible: it must be {wanted}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -140,8 +137,7 @@ def filter_probabilities(logp, top_k, top_p):
     """
     if 0 < top_k < logp.shape[-1]:
         # Ties with the k-th stay in, as in the authors' sampler.
-        kth = logp.topk(top_k, dim=-1).values[:, -1:]
-        logp = logp.masked_fill(logp < kth, float("-inf"))
+        logp = logp.masked_fill(logp < logp.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
     p = logp.softmax(-1)
     if top_p < 1:
         # (N, V) most probable first; order says which token each is
@@ -280,10 +276,11 @@ class Decoder:
         if not is_full:  # a group's prompt is prefilled once, for the first of its slots
             first = {}
             for slot, prompt in zip(slots, prompts):
-                first.setdefault(tuple(prompt), slot)
+                if len(prompt) >= K:  # a shorter one has no whole block
+                    first.setdefault(tuple(prompt), slot)
             self.prefill(list(first.values()), [len(prompt) // K * K for prompt in first])
             others = [(first[tuple(prompt)], slot) for slot, prompt in zip(slots, prompts)
-                      if first[tuple(prompt)] != slot]
+                      if first.get(tuple(prompt), slot) != slot]
             if others:
                 source, target = torch.tensor(others, device=self.device).T
                 self.cache.copy(source, target, longest // K * K)
@@ -294,10 +291,10 @@ class Decoder:
         for group in by_length([(length, 1) for length in lengths], max_tokens):
             chosen = torch.tensor([slots[i] for i in group], device=self.device)
             longest = max(lengths[i] for i in group)
-            if longest > 0:  # shorter ones write some of their masks, too: decoding writes there again
-                position = torch.arange(longest, device=self.device).expand(len(group), -1)
-                layout = Layout.clean(position, self.settings.block_size, False)
-                self.model.hidden(self.token[chosen, :longest], position, self.cache.filling(chosen, layout))
+            # Shorter ones write some of their masks, too: decoding writes there again.
+            position = torch.arange(longest, device=self.device).expand(len(group), -1)
+            layout = Layout.clean(position, self.settings.block_size, False)
+            self.model.hidden(self.token[chosen, :longest], position, self.cache.filling(chosen, layout))
 
     def states(self, slots, columns, committing, num_in_place):
         """One forward -> final states (B, K, C) that predict the tokens at `columns` (B, K) of slots (B,).
@@ -353,8 +350,8 @@ class Decoder:
         # and only once its block is whole: the tokens after it are context for those before it.
         # Decided after this step's tokens are in.
         is_whole = ~(is_masked & ~is_kept).any(-1)
-        is_response = columns >= self.prompt_length[rows]
-        has_eos = (torch.isin(self.token[rows, columns], self.eos_ids) & is_response).any(-1)
+        is_eos = torch.isin(self.token[rows, columns], self.eos_ids) & (columns >= self.prompt_length[rows])
+        has_eos = is_eos.any(-1)
         has_ended = is_whole & (has_eos | (self.start[slots] + s.block_size >= self.end[slots]))
         has_moved = is_whole & ~has_ended
         self.start[slots] += s.block_size * has_moved
@@ -373,12 +370,8 @@ class Decoder:
             logits = head_logits(self.model, states)
             drawn.append(sample(logits, u, self.config.mask_id, s.temperature, s.top_k, s.top_p,
                                 s.strategy == "entropy"))
-        tables = []
-        for parts in zip(*drawn):  # token, confidence, logp, entropy, each (N,)
-            values = torch.cat(parts)
-            table = values.new_zeros(is_masked.shape)
-            tables.append(table.index_put(where, values))
-        return tables
+        in_place = lambda values: values.new_zeros(is_masked.shape).index_put(where, values)
+        return [in_place(torch.cat(parts)) for parts in zip(*drawn)]  # token, confidence, logp, entropy
 
     def release(self, slot, seed):
         """The record of a complete sequence."""
@@ -387,7 +380,7 @@ class Decoder:
         # Whole blocks: also what stands behind eos, or beyond max_new_tokens, in the last one.
         response = self.token[slot, P:stop].tolist()
         logp = self.logp[slot, P:stop].tolist()
-        if not all(map(math.isfinite, logp)):
+        if not torch.tensor(logp).isfinite().all():
             raise ValueError("the model's logits are not finite: its weights hold NaN or inf, or overflow")
         limit = min(len(response), s.max_new_tokens)  # tokens that may be trained
         until_eos = next((i + 1 for i, token in enumerate(response[:limit]) if token in s.eos_ids), None)
@@ -399,14 +392,13 @@ class Decoder:
 
 
 @torch.no_grad()
-def generate(
-        model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=None, eos_ids=None, **settings):
+def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=None, eos_ids=None, **more):
     """Decodes a response to every prompt and records its trace -> list[Rollout], in the prompts' order.
 
     prompts: lists of token ids, none empty. max_new_tokens: room for the response. seed: one int per prompt,
     or an int s for s, s + 1, ... slots: sequences decoded together (default all); memory grows with it,
     results do not depend on it. block_size: K (default the model's). eos_ids: tokens that end a response
-    (default the model's); an eos inside the prompt ends nothing. settings: see DecodingSettings. Raises
+    (default the model's); an eos inside the prompt ends nothing. more: see DecodingSettings. Raises
     ValueError for an empty prompt, or a setting out of range.
     """
     config, prompts = model.config, [list(prompt) for prompt in prompts]
@@ -414,7 +406,7 @@ def generate(
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     seeds = [(s + 2**63) % 2**64 - 2**63 for s in seeds]  # into the range of int64
     settings = DecodingSettings(max_new_tokens, block_size or config.block_size,
-                                tuple(config.eos_ids if eos_ids is None else eos_ids), **settings)
+                                tuple(config.eos_ids if eos_ids is None else eos_ids), **more)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each, or a single int")
     if slots is not None and slots < 1:
@@ -427,12 +419,12 @@ def generate(
     # More prompts than slots: the others wait, and take the slots of those that end.
     num_slots = min(slots or len(prompts), len(prompts))
     decoder = Decoder(model, settings, num_slots, max(map(len, prompts)))
-    waiting, rollouts = deque(range(len(prompts))), [None] * len(prompts)  # numbers of prompts
+    waiting, rollouts = list(range(len(prompts))), [None] * len(prompts)  # numbers of prompts
     owner, free, committing = {}, list(range(num_slots)), []  # owner: busy slot -> number of its prompt
     while waiting or owner:
         if waiting and free:
             chosen = [free.pop(0) for _ in range(min(len(free), len(waiting)))]
-            taken = [waiting.popleft() for _ in chosen]
+            taken = [waiting.pop(0) for _ in chosen]
             owner.update(zip(chosen, taken))
             decoder.admit(chosen, [prompts[i] for i in taken], [seeds[i] for i in taken])
         busy = sorted(owner)
@@ -529,11 +521,11 @@ def views_of(rollout, config, block_size, views=trace_views, shrink=1):
     # The views of a response are the same on any process, in any micro-batch, after any resume.
     rng, found = random.Random(rollout.seed), []
     for block in blocks:
-        number = 0 if config.is_full else (P + block[0]) // block_size
         for hidden, targets in views(rollout, block, shrink, rng):
             if not set(targets) <= set(hidden) <= set(block):
-                raise ValueError(f"a view hides {hidden} and has the targets {targets}: hidden ones must be of "
-                                 f"its block {block}, and targets hidden, or the model would see what it predicts")
+                raise ValueError(f"--views: of the block {block}, {hidden} are hidden and {targets} "
+                                 "predicted; what is predicted must be hidden, and of the block")
+            number = 0 if config.is_full else (P + block[0]) // block_size
             found.append((number, hidden, targets, len(hidden) / len(block)))
     return found
 
@@ -728,8 +720,7 @@ def micro_batches(texts, max_tokens, pad_id, device):
     for rows in texts:
         fitting = max(1, max_tokens // len(rows[0].tokens)) if rows else 1
         pieces += [rows[start:start + fitting] for start in range(0, len(rows), fitting)]
-    sizes = [(len(rows[0].tokens), len(rows)) for rows in pieces]
-    groups = by_length(sizes, max_tokens, is_packed)
+    groups = by_length([(len(rows[0].tokens), len(rows)) for rows in pieces], max_tokens, is_packed)
     parts = [collate([row for item in group for row in pieces[item]], pad_id, multiple) for group in groups]
     return [to_device(part, device) for part in parts]
 

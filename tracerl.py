@@ -32,7 +32,6 @@ Left out:
 import functools
 import os
 import time
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -153,20 +152,19 @@ def train(trainers, reward, usual, tokenizer, problems, dev_problems, args, run,
     model = trainers.model
     for step in parallel.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
         # Functions, block sizes and learning rate of this step.
-        plan, started = plan_step(step, trainers, usual, args), time.perf_counter()
+        plan, times = plan_step(step, trainers, usual, args), [time.perf_counter()]
         # Rollouts: one record per response, in groups of G to a prompt, the same on every process.
         rollouts, asked = roll_out(model, problems, plan.rollout_block_size, args, step)  # 1
         give_rewards(rollouts, asked, tokenizer, reward)  # 2
-        rolled_out = time.perf_counter()  # steps 1 and 2
+        times.append(time.perf_counter())
         # From here on only `kept`: groups that can teach something. Each record carries its advantage.
         kept, line = give_advantages(rollouts, trainers.critic, plan, args)  # 3
         # Rows of views: this process's part of every update, with the values of the records copied in.
         batches = make_batches(kept, trainers, plan, args, step)
         gap = old_logprobs(model, batches, rollouts, plan, args)  # 4
-        line |= learn(trainers, batches, plan, args) | gap  # 5
-        line |= drift(model, rollouts[::16], plan, args) if "kl" in line else {}
-        line |= dict(rollout_seconds=rolled_out - started, update_seconds=time.perf_counter() - rolled_out)
-        finish_step(dict(step=step) | line, rollouts, kept, trainers, tokenizer, dev_problems, args, run,
+        line = dict(step=step) | line | learn(trainers, batches, plan, args) | gap  # 5
+        times.append(time.perf_counter())
+        finish_step(line, times, rollouts, kept, trainers, plan, tokenizer, dev_problems, args, run,
                     progress)  # 6
     return progress
 
@@ -423,7 +421,7 @@ def learn(trainers, batches, plan, args):
         parallel.set_learning_rate(optimizer, plan.lr)
         for number, batch in enumerate(batches * args.epochs):
             updates.append(update(model, optimizer, batch, plan.loss, number == 0, args))
-    return summarize(updates, value_updates)
+    return show.summarize(updates, value_updates)
 
 
 def update(model, optimizer, batch, loss, is_first, args):
@@ -478,30 +476,20 @@ def update_value(critic, optimizer, batch, args):
     return dict(value_loss=float(parallel.add_up(total)), skipped_updates=int(not is_finite))
 
 
-def summarize(updates, value_updates):
-    """The figures of one RL step: means over the trained tokens of its updates, maxima, and counts."""
-    line = {}
-    if updates:
-        # updates with more tokens count for more
-        tokens = max(1, sum(u["trained_tokens"] for u in updates))
-        for name in ("loss", "kl", "clip_fraction", "entropy", "gap"):
-            line[name] = sum(u[name] * u["trained_tokens"] for u in updates) / tokens
-        for name in ("ratio_max", "gap_max", "gradient_norm"):
-            line[name] = max(u[name] for u in updates)
-        line["trained_tokens"] = tokens
-    if value_updates:
-        line["value_loss"] = fmean(u["value_loss"] for u in value_updates)
-    if updates or value_updates:
-        line["skipped_updates"] = sum(u["skipped_updates"] for u in updates + value_updates)
-    return line
-
-
 # ----------------------------------------------------------------------------------------------------- 6 log
 
 
-def finish_step(line, rollouts, kept, trainers, tokenizer, dev_problems, args, run, progress):
-    """Development accuracy, metrics, the check of the replay law, checkpoint."""
+def finish_step(
+        line, times, rollouts, kept, trainers, plan, tokenizer, dev_problems, args, run, progress):
+    """Drift, development accuracy, metrics, the check of the replay law, checkpoint.
+
+    times: when the step began, when its rollouts had their rewards, when its updates were done.
+    """
     step, model = line["step"], trainers.model
+    line |= dict(rollout_seconds=times[1] - times[0], update_seconds=times[2] - times[1])
+    # On one sixteenth of the rollouts, if the policy has moved at all.
+    if "kl" in line:
+        line |= drift(model, rollouts[::16], plan, args)
     if dev_problems and args.eval_every and step % args.eval_every == 0:
         found = eval_math.evaluate(
             model, tokenizer, dev_problems, seed=args.seed, **eval_math.decoding_settings(args))
@@ -658,10 +646,11 @@ def load_start(args):
         raise ValueError(f"--rollout_block_size {smallest} must divide the block size, {K}, and be smaller: "
                          "set --block_size")
     if args.rollout_block_size and not model.config.is_full:
-        parallel.say(f"steps 1 to {args.adapt_steps} imitate right responses in blocks of {smallest} and {K}; "
-                     "TraceRL and its flags come after them")
+        parallel.say(f"steps 1 to {args.adapt_steps} imitate right responses in blocks of {smallest} and "
+                     f"{K}; TraceRL and its flags come after them")
         if args.adapt_steps >= args.steps:
-            raise ValueError(f"--adapt_steps {args.adapt_steps} leaves nothing of --steps {args.steps}: raise it")
+            raise ValueError(f"--adapt_steps {args.adapt_steps} leaves nothing of --steps {args.steps}: "
+                             "raise --steps")
     if (args.denoising_steps or 1) > smallest:
         raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 "
                          f"and the block size, {smallest}")

@@ -288,8 +288,8 @@ class Run:
             raise ValueError(f"{self.folder} is in use by {holder}: wait for it, "
                              "or choose another --name") from None
         except OSError as error:  # some network disks
-            parallel.say(f"WARNING: this disk has no locks ({error.strerror}): nothing keeps a second command "
-                         f"out of {self.folder}")
+            parallel.say(f"WARNING: this disk has no locks ({error.strerror}): nothing keeps a second "
+                         f"command out of {self.folder}")
         with writing(self.lock.name):
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -301,7 +301,7 @@ class Run:
             raise ValueError(f"--model {model} lies inside {self.folder}, which --overwrite would delete: "
                              "choose another --name")
         names = set(os.listdir(self.folder)) - {"lock"}
-        for name in sorted(names, key=lambda name: name != "checkpoints"):  # checkpoints first: cut short, none is left
+        for name in sorted(names, key=lambda name: name != "checkpoints"):  # these first
             path = os.path.join(self.folder, name)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 

@@ -1,8 +1,27 @@
 """plumbing/show.py - what a person sees: the line of a step, its warnings, a page of traces."""
 
 import json
+from statistics import fmean
 
 from plumbing import parallel
+
+
+def summarize(updates, value_updates):
+    """The figures of one RL step: means over the trained tokens of its updates, maxima, and counts."""
+    line = {}
+    if updates:
+        # updates with more tokens count for more
+        tokens = max(1, sum(u["trained_tokens"] for u in updates))
+        for name in ("loss", "kl", "clip_fraction", "entropy", "gap"):
+            line[name] = sum(u[name] * u["trained_tokens"] for u in updates) / tokens
+        for name in ("ratio_max", "gap_max", "gradient_norm"):
+            line[name] = max(u[name] for u in updates)
+        line["trained_tokens"] = tokens
+    if value_updates:
+        line["value_loss"] = fmean(u["value_loss"] for u in value_updates)
+    if updates or value_updates:
+        line["skipped_updates"] = sum(u["skipped_updates"] for u in updates + value_updates)
+    return line
 
 
 def describe_line(line):

@@ -325,6 +325,26 @@ def test_a_mistake_is_one_line_with_status_2(folder, monkeypatch, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_the_last_words_under_torchrun_are_the_cause(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "tracerl.py"), "--model", "nowhere", *SMALL[2:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    *_, last, line = done.stderr.strip().splitlines()
+    assert done.returncode != 0 and set(line) == {"="}
+    assert "tracerl.py: error: no checkpoint folder 'nowhere' (a hub id" in last
+
+
+def test_help_has_groups_and_the_most_used_flags_come_first(capsys):
+    with pytest.raises(SystemExit):
+        tracerl.main(["--help"])
+    said = capsys.readouterr().out
+    groups = [said.index(title) for title in ("most used:", "method:", "policy:", "decoding:", "machine:")]
+    assert groups == sorted(groups) and "suit billions of parameters" in said and "default: 45" in said
+    with pytest.raises(SystemExit):
+        tracerl.main(["--model=x", "--help"])
+    assert "default: 1e-06" in capsys.readouterr().out  # the defaults of the case at hand
+
+
 def test_a_mistake_before_the_first_line_leaves_the_name_free(folder):
     with pytest.raises(FileNotFoundError):
         tracerl.main([*SMALL, "--eval_data=missing.jsonl"])

@@ -98,11 +98,17 @@ def test_the_update_does_not_depend_on_micro_batches():
         torch.testing.assert_close(weights, results[0][2], atol=1e-6, rtol=1e-5)
 
 
-def test_a_few_steps_learn(tmp_path, monkeypatch):
+def test_a_few_steps_learn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    whole = eval_math.arithmetic  # a tenth of the data: making and encoding all of them takes seconds
+    monkeypatch.setattr(eval_math, "arithmetic", lambda split, number, *more: whole(
+        split, number // 10, *more))
     path = sft.main(["--steps=40", "--cooldown=10", "--eval_every=20", "--name=short"])
     lines = [json.loads(line) for line in open("runs/short/metrics.jsonl")]
     assert len(lines) == 40 and lines[-1]["loss"] < 0.6 * lines[0]["loss"] and "accuracy" in lines[19]
+    said = capsys.readouterr().out
+    assert "sft: update 20, loss" in said and "sft: update 40, loss" in said
+    assert f"the model is in {path}" in said
     model, tokenizer = checkpoints.load_model(path)
     assert tokenizer.eos_token_id in model.config.eos_ids
 

@@ -518,7 +518,8 @@ def test_the_authors_shifted_layout_is_not_ours(authors_policy):
     (["--slots=0"], "--slots"), (["--block_size=0"], "--block_size"), (["--top_p=0"], "--top_p"),
     (["--strategy=best"], "invalid choice"), (["--name=a/b"], "plain folder name"),
     (["--unknown=1"], "unrecognized"), (["--step=5"], "unrecognized"),
-    (["--model=x"], "--train_data and --eval_data"), (["--temperature=0"], "--temperature"), (["--top_k=1"], "greedy"),
+    (["--model=x"], "--train_data and --eval_data"), (["--temperature=0"], "--temperature"),
+    (["--top_k=1"], "greedy"),
     (["--lr=nan"], "--lr"),
 ])
 def test_a_bad_flag_is_refused_by_name(flags, message, capsys):

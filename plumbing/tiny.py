@@ -1,0 +1,63 @@
+"""plumbing/tiny.py - the tiny model of the embedded default: a checkpoint like any other, only small."""
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from model import BlockDiffusionLM
+from plumbing import checkpoints
+
+
+def tiny_tokenizer():
+    """One token per character of the embedded arithmetic, and one for \\boxed{. A Hugging Face tokenizer.
+
+    Its chat template keeps the first line of a message: the instruction that follows the problem in a real
+    prompt ("Please reason step by step ...") would be unknown words to a model of 18 tokens.
+    """
+    # 18 tokens: 3 special ones, 10 digits, + = ; and what an answer is boxed with.
+    words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    # \boxed{ is one token, all else one character each.
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>",
+                                        eos_token="<eos>", mask_token="<mask>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('\\n')[0] }}{% endfor %}"
+    return tokenizer
+
+
+def tiny_model(seed=0, block_size=4, attention="block"):
+    """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
+    # 2 layers of 64 channels, 4 heads, feed-forward 192.
+    num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
+    # The same fields as a published config.json, so that the tiny model goes through
+    # the same code as a real one.
+    source = dict(block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
+                  rms_norm_eps=1e-6, rope_theta=1e4, hidden_act="silu")
+    if attention == "full":
+        # LLaDA has no grouped heads, and the head is not tied to the embedding.
+        source.update(model_type="llada", d_model=hidden_size, n_layers=num_layers, n_heads=4, n_kv_heads=4,
+                      mlp_hidden_size=3 * hidden_size, embedding_size=vocab_size, weight_tying=False)
+    else:
+        source.update(model_type="sdar", hidden_size=hidden_size, num_hidden_layers=num_layers,
+                      num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4,
+                      intermediate_size=3 * hidden_size, vocab_size=vocab_size, tie_word_embeddings=False,
+                      architectures=["SDARForCausalLM"])
+    model = BlockDiffusionLM(checkpoints.read_config(source))
+    initialize(model, seed)
+    return model
+
+
+def initialize(model, seed):
+    """Fills all weights: norms 1, biases 0, matrices N(0, 0.02), residual outputs smaller, as in GPT-2."""
+    generator = torch.Generator().manual_seed(seed)  # not torch's global one: same seed, same weights
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            # Outputs into the residual stream start smaller: with L layers 2 L of them add up.
+            is_residual = "o_proj" in name or "down_proj" in name
+            std = 0.02 / (2 * model.config.num_layers) ** 0.5 if is_residual else 0.02
+            nn.init.normal_(p, std=std, generator=generator)
