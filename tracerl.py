@@ -419,8 +419,10 @@ def learn(trainers, batches, plan, args):
     if plan.updates_policy:
         # Learning rate: a ramp at the start, then constant, as in the paper.
         parallel.set_learning_rate(optimizer, plan.lr)
+        # All mini-batches once, then all again for each further epoch.
         for number, batch in enumerate(batches * args.epochs):
             updates.append(update(model, optimizer, batch, plan.loss, number == 0, args))
+    # One line of figures from all updates of the step.
     return show.summarize(updates, value_updates)
 
 
