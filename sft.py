@@ -203,7 +203,10 @@ def train(model, tokenizer, examples, dev_problems, args, run):
     if line and not (args.save_every and progress["step"] % args.save_every == 0):  # the end is always saved
         run.save(tokenizer, trainers, progress, args.keep_checkpoints)
     bar.close()
-    parallel.say(describe_line(line) if line else f"sft: all of {progress['step']} updates were made before")
+    if not line:
+        parallel.say(f"sft: all of {progress['step']} updates were made before")
+    elif progress["step"] % args.eval_every:  # else it has just been said
+        parallel.say(describe_line(line))
 
 
 def describe_line(line):
