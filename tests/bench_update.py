@@ -126,7 +126,9 @@ def packed_update(model, rollouts, settings, is_replayed):
     of their own, as when there are several updates per RL step."""
     parts = tracerl.own_rows(model, rollouts, rollout.trace_views, model.config.block_size, settings)
     if is_replayed:
-        tracerl.old_logprobs(model, [tracerl.Batch(rollouts, parts, [])], settings)
+        with torch.no_grad():
+            for rows in parts:
+                rows.targets.logp_old.copy_(rollout.forward_rows(model, rows)[0])
     num_trained = sum(len(part.targets.token) for part in parts)
     for rows in parts:
         logp, _ = rollout.forward_rows(model, rows)

@@ -15,6 +15,7 @@ from conftest import FIXTURES, ROOT, random_model, small_data
 from safetensors.torch import load_file
 
 import bench_methods
+import bench_update
 import eval_math
 import tracerl
 from plumbing import checkpoints, parallel, runs
@@ -255,6 +256,13 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
     assert set(noise) == {"group", "batch", "raw", "value", "random", "coupled"}
     assert noise["raw"][2] == pytest.approx(1, abs=1e-4)
     assert all(abs(cosine) < 1.0001 for *_, cosine in noise.values())
+
+
+@pytest.mark.parametrize("layout", ["authors", "unpadded", "replayed", "packed"])
+def test_the_cost_of_an_update_can_be_measured_in_every_layout(layout, capsys):
+    bench_update.main(["--measures=update", "--preset=tiny", f"--layout={layout}", "--responses=2", "--repeats=1",
+                       "--threads=1", "--range", "8", "16", "--padded=16", "--prompt=8"])
+    assert json.loads(capsys.readouterr().out)["trained"] == 24
 
 
 def test_the_noise_of_a_gradient_is_its_variance_over_its_squared_mean():
