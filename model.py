@@ -420,8 +420,7 @@ class BlockDiffusionLM(nn.Module):
 def policy_logits(logits, mask_id):
     """Float32 logits with the mask token ruled out: a policy never says it, in decoding and replay alike.
 
-    Left in, it is drawn now and then (about once in 10,000 tokens of a young model), and decoding breaks: a
-    revealed mask looks like a token that is still hidden.
+    Left in, it can be drawn, and decoding breaks: a revealed mask looks like a token that is still hidden.
     """
     # A copy: what the head gives is left as it is.
     logits = logits.to(torch.float32, copy=True)

@@ -136,7 +136,7 @@ def filter_probabilities(logp, top_k, top_p):
     Top-k keeps every token as probable as the k-th, top-p the most probable until their sum exceeds top_p.
     """
     if 0 < top_k < logp.shape[-1]:
-        # Ties with the k-th stay in, as in the authors' sampler.
+        # Ties with the k-th stay in.
         logp = logp.masked_fill(logp < logp.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
     p = logp.softmax(-1)
     if top_p < 1:

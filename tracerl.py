@@ -187,12 +187,13 @@ def plan_step(step, trainers, usual, args):
 
     Value model: for --value_warmup steps it learns alone, since the advantages of a new one are noise.
 
-    Larger blocks (4 -> 8, paper): a model that has only seen blocks of 4 is helpless in blocks of 8, so that
-    its rollouts there earn nothing and teach nothing. For --adapt_steps steps it rolls out in the smaller
-    blocks that it knows, and imitates its own right responses (advantage = reward) with random tokens hidden,
-    in blocks of BOTH sizes: in the larger ones to learn them, in the smaller ones because the rollouts need
-    them. Then TraceRL goes on in the larger blocks. The traces of the smaller blocks alone do not do it: they
-    fill each block of 8 from its left half, and decoding may start anywhere in it.
+    Larger blocks (the paper goes from 4 to 8; the recipe is ours): a model that has only seen blocks of 4 is
+    helpless in blocks of 8, so that its rollouts there earn nothing and teach nothing. For --adapt_steps
+    steps it rolls out in the smaller blocks that it knows, and imitates its own right responses (advantage =
+    reward) with random tokens hidden, in blocks of BOTH sizes: in the larger ones to learn them, in the
+    smaller ones because the rollouts need them. Then TraceRL goes on in the larger blocks. The traces of the
+    smaller blocks alone do not do it: they fill each block of 8 from its left half, and decoding may start
+    anywhere in it.
     """
     K, is_full = trainers.model.config.block_size, trainers.model.config.is_full
     # Towards larger blocks.
