@@ -161,7 +161,7 @@ def tile_mask(layout, size=128):
 def compiled(function):
     """torch.compile, once for each function; one compilation for every length of row.
 
-    Lengths are few (see rollout.collate), but more than torch's usual limit of recompilations. Beyond that
+    Lengths are few (see plumbing/packing.py), but more than torch's usual limit of recompilations. Beyond that
     limit torch would silently go back to the dense scores, which do not fit: hence the error instead.
     """
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
@@ -197,7 +197,7 @@ def block_mask(layout):
 def attend_within(layout):
     """An `attend` in which the tokens of each row see one another by the rule."""
     B, T = layout.block.shape
-    if layout.block.is_cuda and B == 1 and T % 128 == 0:  # packed rows: few lengths, see rollout.collate
+    if layout.block.is_cuda and B == 1 and T % 128 == 0:  # packed rows: few lengths
         mask = block_mask(layout)
     elif T > 512 and not layout.block.is_cuda:
         mask = tile_mask(layout)
@@ -207,7 +207,7 @@ def attend_within(layout):
 
 
 def masked_attention(layer, q, k, v, mask):
-    """Softmax attention under a mask in any of the three forms: q (B, H, T, D) -> (B, H, T, D)."""
+    """Softmax attention under a mask in any of the three forms, or none: q (B, H, T, D) -> (B, H, T, D)."""
     has_groups = q.shape[1] != k.shape[1]  # several heads share a key
     if isinstance(mask, BlockMask):
         flex = compiled(flex_attention) if q.is_cuda else flex_attention
@@ -216,7 +216,7 @@ def masked_attention(layer, q, k, v, mask):
         tiles = [masked_attention(layer, q[:, :, queries], k[:, :, keys], v[:, :, keys], part)
                  for queries, keys, part in mask]
         return torch.cat(tiles, dim=2)
-    if q.is_cuda and has_groups:  # with a mask, CUDA's fast kernels want as many kv heads as heads
+    if q.is_cuda and has_groups and mask is not None:  # with a mask, CUDA's fast kernels want as many kv heads as heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -252,19 +252,19 @@ class KVCache:
         return within(layer, q, k, v)
 
     def copy(self, source, target, length):
-        """Copies the first `length` tokens of slots source (M,) to slots target (M,)."""
+        """Copies the first `length` tokens of slots source to slots target: (M,) each, or a number each."""
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]
 
-    def reading(self, slots, position, num_in_place=0):
-        """An `attend` for decoding: row b is one block, at position[b] (K,), of
-        the sequence in slots[b] (B,).
+    def reading(self, slots, position, end, longest, num_in_place=0):
+        """An `attend` for decoding: row b is the tokens at position[b] (T,), one block mostly, of the
+        sequence in slots[b] (B,); they see all that the slot holds before end[b] (B,).
 
-        Two rows may be blocks of the same slot: all rows write before any row reads. num_in_place: how many
-        of the first rows are the slots 0, 1, 2, ...; their keys are read where they are, others are copied.
+        Two rows may be blocks of the same slot: all rows write before any row reads. longest: an int, no end
+        is beyond it (the host knows one, so that the device need not be asked). num_in_place: how many of
+        the first rows are the slots 0, 1, 2, ...; their keys are read where they are, others are copied.
         """
-        end = position[:, -1] + 1  # (B,) a block sees up to its own end
-        key_position = torch.arange(int(end.max()), device=position.device)
+        key_position = torch.arange(longest, device=position.device)
         is_seen = (key_position < end[:, None])[:, None, None]  # (B, 1, 1, longest)
         return functools.partial(self.read, slots=slots, position=position, end=end, is_seen=is_seen,
                                  num_in_place=num_in_place)
@@ -283,9 +283,9 @@ class KVCache:
         longest, out = is_seen.shape[-1], []
         for rows, where in ((slice(0, num_in_place), slice(0, num_in_place)),
                             (slice(num_in_place, len(q)), slots[num_in_place:])):
-            keys = self.keys[layer, where, :longest].transpose(1, 2)  # (B, H_kv, longest, D)
-            values = self.values[layer, where, :longest].transpose(1, 2)
-            if len(keys):
+            if len(slots[rows]):
+                keys = self.keys[layer, where, :longest].transpose(1, 2)  # (B, H_kv, longest, D)
+                values = self.values[layer, where, :longest].transpose(1, 2)
                 out.append(F.scaled_dot_product_attention(
                     folded[rows], keys, values, attn_mask=is_seen[rows]))
         return torch.cat(out).reshape(q.shape)
@@ -411,6 +411,63 @@ class BlockDiffusionLM(nn.Module):
         if self.config.shifts_logits:
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows: what the network is given to train on, and what a loss needs to know of each token it predicts there.
+# rollout.build_rows makes them; plumbing/packing.py pads or packs them to micro-batches.
+
+
+class Targets(NamedTuple):
+    """What a loss needs to know of every predicted token, copied from the records
+    when rows are built. All (N,)."""
+
+    logit_index: torch.Tensor  # int64: which of the rows' flattened (B * T) outputs predicts it
+    token: torch.Tensor  # int64: the token to predict
+    rollout_index: torch.Tensor  # int64: which rollout it belongs to
+    response_index: torch.Tensor  # int64: its index in that rollout's response
+    masked_share: torch.Tensor  # float32: t, the share of its block that its view hides (see sft_loss)
+    logp: torch.Tensor  # float32: recorded when it was drawn
+    logp_old: torch.Tensor  # float32: of the start-of-step policy, on this very row; set in step 4
+    advantage: torch.Tensor  # float32
+    value_old: torch.Tensor  # float32: for the value model's loss
+    returns: torch.Tensor  # float32: for the value model's loss
+
+
+TARGET_DTYPES = (torch.int64,) * 4 + (torch.float32,) * 6
+
+
+@dataclass
+class Row:
+    """One training row: lists over its tokens, and its targets as tuples in the order of Targets."""
+
+    tokens: list = field(default_factory=list)
+    position: list = field(default_factory=list)
+    block: list = field(default_factory=list)
+    view: list = field(default_factory=list)
+    targets: list = field(default_factory=list)
+
+    def add(self, tokens, block, view):
+        """Appends the tokens of one block."""
+        start = block * len(tokens)
+        self.tokens += tokens
+        self.position += range(start, start + len(tokens))
+        self.block += [block] * len(tokens)
+        self.view += [view] * len(tokens)
+
+
+@dataclass
+class Rows:
+    """A micro-batch on one device: tokens int64 (B, T), their layout, and the targets."""
+
+    tokens: torch.Tensor
+    layout: Layout
+    targets: Targets
+
+    def states(self, backbone):
+        """Final states (N, C) of a BlockDiffusionLM at the places that predict the targets."""
+        h = backbone.hidden(self.tokens, self.layout.position, attend_within(self.layout))  # (B, T, C)
+        return h.flatten(0, 1)[self.targets.logit_index]
 
 
 # ------------------------------------------------------------------------------------------------------------

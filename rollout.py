@@ -35,17 +35,20 @@ Left out:
      checker.
 """
 
+import functools
+import math
 import random
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, Layout, attend_within, head_logits, policy_logits, token_logprobs
+from model import KVCache, Layout, Row, head_logits, masked_attention, policy_logits, token_logprobs
 from plumbing import parallel
+from plumbing.packing import by_length, micro_batches
 
 STRATEGIES = ("static", "dynamic", "sequential", "entropy")  # see `reveal`
+CACHES = ("none", "prefix", "dual")  # of full attention, see Decoder.full_states
 ENTROPY_BOUND = 0.35  # of the "entropy" strategy, in nats
 
 
@@ -94,11 +97,13 @@ class DecodingSettings:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    cache: str = "none"  # full attention: see Decoder.full_states
 
     def __post_init__(self):
         self.denoising_steps = self.denoising_steps or self.block_size
         for name, is_good, wanted in (
                 ("strategy", self.strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
+                ("cache", self.cache in CACHES, f"one of {', '.join(CACHES)}"),
                 ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
                 ("denoising_steps", 1 <= self.denoising_steps <= self.block_size,
                  f"from 1 to the block size, {self.block_size}"),
@@ -225,55 +230,78 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Decoding. Every slot holds one sequence, and each forward advances each slot by one denoising step. A slot
-# whose sequence has ended takes the next prompt, so that batches are ragged throughout.
+# Decoding. Every slot holds one sequence, and each forward advances each slot by one denoising step. A sequence
+# that has ended makes room for the next prompt, so that batches are ragged throughout.
+
+
+@dataclass
+class Lane:
+    """A busy slot as the host knows it: whose it is, and how far its decoding is."""
+
+    number: int  # of its prompt
+    prompt: list
+    seed: int
+    start: int  # of the block being decoded
+    end: int  # where decoding stops, at the latest
+    num_masked: int  # places of the block that are still masked
+    step: int = 1  # the denoising step that comes next, counted over the whole response
+    step_in_block: int = 0  # the same, counted from 0 in its block
+    is_committed: bool = True  # whether the cache holds the clean tokens of all blocks before this one
 
 
 class Decoder:
-    """The sequences being decoded. Tables are (slots, length) by absolute position, the rest is (slots,)."""
+    """The sequences being decoded. Tables are (slots, length) by absolute position.
+
+    The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each; when a sequence ends, a
+    later one takes its slot. So a batch is a slice of every table, and nothing is copied to be read.
+
+    Device and host meet once per forward: `denoise` is a function of tensors whose shapes the host knows
+    beforehand, and gives two small numbers per slot, which the host reads. Every further question (how many
+    places are masked? has this sequence ended?) would let a GPU wait while the host thinks.
+    """
 
     def __init__(self, model, settings, num_slots, longest_prompt):
         self.model, self.config, self.settings, self.device = model, model.config, settings, model.device
         # the decoding's own: rollouts may have smaller blocks than the model trains in
         K = settings.block_size
         length = longest_prompt + settings.max_new_tokens + K  # the last block may stick out
-        table, state = (num_slots, length), dict(dtype=torch.int64, device=self.device)
-        self.token = torch.full(table, self.config.mask_id, **state)
+        # One slot more, in which nothing is masked: where a batch must be filled up, it fills it.
+        table = (num_slots + 1, length)
+        self.token = torch.full(table, self.config.mask_id, device=self.device)
         self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
-        self.step_map = torch.zeros(table, **state)
-        self.confidence = torch.zeros(table, device=self.device)
-        self.logp = torch.zeros(table, device=self.device)
-        self.seed = torch.zeros(num_slots, **state)
-        self.prompt_length = torch.zeros(num_slots, **state)
-        self.end = torch.zeros(num_slots, **state)  # where decoding stops, at the latest
-        self.start = torch.zeros(num_slots, **state)  # of the block being decoded
-        self.step = torch.zeros(num_slots, **state)  # denoising steps so far
-        self.step_in_block = torch.zeros(num_slots, **state)
-        self.offset = torch.arange(K, device=self.device)
-        self.eos_ids = torch.tensor(settings.eos_ids, **state)
-        if not self.config.is_full:
-            self.cache = KVCache(self.config, num_slots, length, model.embed.weight.dtype, self.device)
+        self.step_map = torch.zeros(table, dtype=torch.int64, device=self.device)  # 0: not revealed, prompt
+        self.confidence, self.logp = torch.zeros(2, *table, device=self.device)
+        self.tables = (self.token, self.is_masked, self.step_map, self.confidence, self.logp)
+        self.offset, self.slots = (torch.arange(n, device=self.device) for n in (K, num_slots))
+        self.eos_ids = torch.tensor(settings.eos_ids, dtype=torch.int64, device=self.device)
+        self.lanes, self.cache = [], None
+        if not self.config.is_full or settings.cache != "none":
+            self.cache = KVCache(
+                self.config, num_slots + 1, length, model.embed.weight.dtype, self.device)
 
-    def admit(self, slots, prompts, seeds):
-        """Gives prompts to free slots, and fills the cache with the whole blocks of each."""
-        K, is_full = self.settings.block_size, self.config.is_full
-        to = torch.tensor(slots, device=self.device)  # (M,)
-        longest = max(map(len, prompts))
-        padded = [prompt + [self.config.mask_id] * (longest - len(prompt)) for prompt in prompts]
-        P = torch.tensor([len(prompt) for prompt in prompts], device=self.device)  # (M,)
-        end = P + self.settings.max_new_tokens
-        # Block attention: P = 9, K = 4: positions 0..7 are whole blocks and prefilled; decoding starts at 8
-        # with one prompt token and three masks. Full attention: the grid of blocks starts at the response.
-        self.start[to] = P if is_full else P // K * K
-        self.end[to] = end if is_full else (end + K - 1) // K * K  # rounded up to whole blocks
-        self.seed[to], self.prompt_length[to] = torch.tensor(seeds, device=self.device), P
-        self.token[to] = self.config.mask_id
-        self.token[to, :longest] = torch.tensor(padded, device=self.device)
+    def admit(self, numbers, prompts, seeds):
+        """Gives prompts to the next free slots, and fills the cache with the whole blocks of each."""
+        K, mask_id, first_slot, ends = self.settings.block_size, self.config.mask_id, len(self.lanes), []
+        for number, prompt, seed in zip(numbers, prompts, seeds):
+            P, end = len(prompt), len(prompt) + self.settings.max_new_tokens
+            # Block attention: P = 9, K = 4: positions 0..7 are whole blocks and prefilled; decoding starts at
+            # 8 with one prompt token and three masks. Full attention: the grid of blocks starts at the
+            # response.
+            start = P if self.config.is_full else P // K * K
+            end = end if self.config.is_full else -(-end // K) * K  # rounded up to whole blocks
+            self.lanes.append(Lane(number, prompt, seed, start, end, min(start + K, end) - P))
+            ends.append((P, end))
+        slots, longest = range(first_slot, len(self.lanes)), max(map(len, prompts))
+        rows = slice(first_slot, len(self.lanes))
+        padded = [prompt + [mask_id] * (longest - len(prompt)) for prompt in prompts]
+        for table in self.tables:
+            table[rows] = 0
+        self.token[rows, longest:] = mask_id
+        self.token[rows, :longest] = torch.tensor(padded, device=self.device)
         position = torch.arange(self.token.shape[1], device=self.device)
-        self.is_masked[to] = (position >= P[:, None]) & (position < self.end[to, None])
-        for state in (self.step_map, self.confidence, self.logp, self.step, self.step_in_block):
-            state[to] = 0
-        if not is_full:  # a group's prompt is prefilled once, for the first of its slots
+        P, end = torch.tensor(ends, device=self.device).T[..., None]
+        self.is_masked[rows] = (position >= P) & (position < end)
+        if not self.config.is_full:  # a group's prompt is prefilled once, for the first of its slots
             first = {}
             for slot, prompt in zip(slots, prompts):
                 if len(prompt) >= K:  # a shorter one has no whole block
@@ -296,99 +324,154 @@ class Decoder:
             layout = Layout.clean(position, self.settings.block_size, False)
             self.model.hidden(self.token[chosen, :longest], position, self.cache.filling(chosen, layout))
 
-    def states(self, slots, columns, committing, num_in_place):
-        """One forward -> final states (B, K, C) that predict the tokens at `columns` (B, K) of slots (B,).
+    def advance(self):
+        """A denoising step of every busy slot -> the slots whose sequence is complete."""
+        s, K, lanes = self.settings, self.settings.block_size, self.lanes
+        each, remainder = divmod(K, s.denoising_steps)  # K = 8 in 3 steps: 3, 3, 2
+        numbers = [(l.start, l.step, each + (l.step_in_block < remainder), l.seed) for l in lanes]
+        commits = [(slot, l.start - K) for slot, l in enumerate(lanes) if not l.is_committed]
+        found = self.denoise(
+            torch.tensor(numbers, device=self.device).T,  # (4, B)
+            torch.tensor(commits, dtype=torch.int64, device=self.device).view(-1, 2).T,  # (2, M)
+            sum(l.num_masked for l in lanes), max(l.start for l in lanes) + K)
+        ended = []
+        for slot, (lane, num_masked, has_eos) in enumerate(zip(lanes, *found.tolist())):  # the one read
+            lane.num_masked, lane.step, lane.is_committed = num_masked, lane.step + 1, True
+            lane.step_in_block += 1
+            if num_masked:
+                continue
+            # The block is whole. Only now may an eos end the sequence: the tokens after it are context for
+            # those before it. (A sequence that has ended needs no commit: nobody will read its cache.)
+            if has_eos or lane.start + K >= lane.end:
+                ended.append(slot)
+            else:
+                lane.start, lane.step_in_block, lane.is_committed = lane.start + K, 0, False
+                lane.num_masked = min(K, lane.end - lane.start)
+        return ended
 
-        committing (M,): slots whose block before this one has just become whole. Its clean tokens ride along
-        as a second row of the same slot: keys and values of all rows are written first, then all rows attend.
-        So the commit costs no forward of its own, and the cache never keeps a noisy block:
+    def denoise(self, numbers, commits, num_masked, longest):
+        """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): how many places of its block are still
+        masked, and whether there is an eos in it.
 
-            slots      7  block 8..11  0 ? 0 ?   denoising
-                       3  block 4..7   ? ? ? ?   denoising, sees the row below: the clean block 0..3
-            committing 3  block 0..3   8 9 4 +   commit
+        numbers (4, B): start, step, quota (see `reveal`), seed of each slot. commits (2, M): see `states`.
+        num_masked (N), longest: ints, how many places of these blocks are masked, and how far the blocks
+        reach; more than that does no harm. So no shape depends on what the device computes.
         """
-        if self.config.is_full:
-            return self.full_states(slots, columns)
-        before = self.start[committing, None] - self.settings.block_size + self.offset  # (M, K)
-        rows, position = torch.cat([slots, committing]), torch.cat([columns, before])  # (B + M,), (B + M, K)
-        attend = self.cache.reading(rows, position, num_in_place)
-        return self.model.hidden(self.token[rows[:, None], position], position, attend)[:len(slots)]
-
-    def full_states(self, slots, columns):
-        """The same with full attention: every forward sees the whole canvas, the
-        masks on the right included."""
-        longest = int(self.end[slots].max())
-        position = torch.arange(longest, device=self.device).expand(len(slots), -1)
-        document = torch.where(position < self.end[slots, None], 0, -1)  # a shorter canvas is padded
-        layout = Layout.clean(position, 1, True, document)
-        h = self.model.hidden(self.token[slots, :longest], position, attend_within(layout))
-        source = columns - int(self.config.shifts_logits)  # Dream: the output at i - 1 predicts token i
-        return h.gather(1, source.clamp(0, longest - 1)[..., None].expand(-1, -1, h.shape[-1]))
-
-    def denoise(self, busy, committing):
-        """A denoising step of every slot in the list `busy` -> (has_ended, has_moved), lists of bool: whether
-        its sequence is complete, or its block whole and the next one begun."""
         # Shapes below: B busy slots, K places of the block of each.
-        s, slots = self.settings, torch.tensor(busy, device=self.device)
-        committing = torch.tensor(committing, dtype=torch.int64, device=self.device)
-        num_in_place, rows = len(busy) if busy[-1] == len(busy) - 1 else 0, slots[:, None]
-        columns = self.start[rows] + self.offset  # (B, K) absolute positions of the blocks
-        is_masked = self.is_masked[rows, columns]  # (B, K)
-        h = self.states(slots, columns, committing, num_in_place)  # (B, K, C)
-        self.step[slots] += 1
-        token, confidence, logp, entropy = self.propose(h, slots, columns, is_masked)
-        tokens_each, remainder = divmod(s.block_size, s.denoising_steps)  # K = 8 in 3 steps: 3, 3, 2
-        quota = tokens_each + (self.step_in_block[slots] < remainder).long()
+        s, (start, step, quota, seed), B = self.settings, numbers, numbers.shape[1]
+        columns = start[:, None] + self.offset  # (B, K) absolute positions of the blocks
+        is_masked = self.is_masked[:B].gather(1, columns)  # (B, K)
+        h = self.states(columns, commits, longest)  # (B, K, C)
+        # The head and the sampler see masked places only, on average half of them: sorted to the front.
+        places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
+        draws = uniform(seed[places // s.block_size], step[places // s.block_size], columns.flatten()[places])
+        token, confidence, logp, entropy = (
+            x.new_zeros(B * s.block_size).scatter(0, places, x).view_as(is_masked)
+            for x in self.propose(h.flatten(0, 1)[places], draws))  # (B, K), 0 where nothing is masked
         is_kept = reveal(confidence, entropy, is_masked, quota, s.strategy, s.threshold)  # (B, K)
         # torch.where instead of an index list: what is kept is written, all else stays as it is.
         records = ((self.token, token), (self.confidence, confidence), (self.logp, logp),
-                   (self.step_map, self.step[rows]), (self.is_masked, False))
+                   (self.step_map, step[:, None]), (self.is_masked, torch.zeros_like(is_masked)))
         for table, new in records:
-            table[rows, columns] = torch.where(is_kept, new, table[rows, columns])
+            table[:B].scatter_(1, columns, torch.where(is_kept, new, table[:B].gather(1, columns)))
+        # An eos ends a sequence only inside the response: a prompt may end with one, and share the block.
+        is_eos = torch.isin(self.token[:B].gather(1, columns), self.eos_ids)
+        is_revealed = self.step_map[:B].gather(1, columns) > 0
+        return torch.stack([(is_masked & ~is_kept).sum(-1), (is_eos & is_revealed).any(-1)])
 
-        # An eos ends a sequence only inside the response (a prompt may end with one, and share the block),
-        # and only once its block is whole: the tokens after it are context for those before it.
-        # Decided after this step's tokens are in.
-        is_whole = ~(is_masked & ~is_kept).any(-1)
-        is_eos = torch.isin(self.token[rows, columns], self.eos_ids) & (columns >= self.prompt_length[rows])
-        has_eos = is_eos.any(-1)
-        has_ended = is_whole & (has_eos | (self.start[slots] + s.block_size >= self.end[slots]))
-        has_moved = is_whole & ~has_ended
-        self.start[slots] += s.block_size * has_moved
-        self.step_in_block[slots] = torch.where(has_moved, 0, self.step_in_block[slots] + 1)
-        return torch.stack([has_ended, has_moved]).tolist()
+    def propose(self, h, draws):
+        """Draws tokens for masked places from their states (N, C) -> token, confidence, logp, entropy (N,)."""
+        s, parts = self.settings, []
+        for states, u in zip(h.split(256), draws.split(256)):  # logits (256, V) at a time
+            parts.append(sample(head_logits(self.model, states), u, self.config.mask_id, s.temperature,
+                                s.top_k, s.top_p, s.strategy == "entropy"))
+        return map(torch.cat, zip(*parts))
 
-    def propose(self, h, slots, columns, is_masked):
-        """Draws a token for every masked position -> token, confidence, logp,
-        entropy, (B, K), 0 elsewhere."""
-        # The head and the sampler see masked places only: on average half of them.
-        s, where = self.settings, is_masked.nonzero(as_tuple=True)
-        position, slot = columns[where], slots[where[0]]  # (N,) the masked positions of all blocks
-        draws = uniform(self.seed[slot], self.step[slot], position)
-        drawn = []
-        for states, u in zip(h[where].split(256), draws.split(256)):  # logits (256, V) at a time
-            logits = head_logits(self.model, states)
-            drawn.append(sample(logits, u, self.config.mask_id, s.temperature, s.top_k, s.top_p,
-                                s.strategy == "entropy"))
-        in_place = lambda values: values.new_zeros(is_masked.shape).index_put(where, values)
-        return [in_place(torch.cat(parts)) for parts in zip(*drawn)]  # token, confidence, logp, entropy
+    def states(self, columns, commits, longest):
+        """One forward -> final states (B, K, C) that predict the tokens at `columns` (B, K) of the slots.
 
-    def release(self, slot, seed):
-        """The record of a complete sequence."""
-        s, P = self.settings, int(self.prompt_length[slot])
-        stop = min(int(self.start[slot]) + s.block_size, int(self.end[slot]))
+        commits (2, M): slots whose block before this one has just become whole, and where that block starts.
+        Its clean tokens ride along as a second row of the same slot: keys and values of all rows are written
+        first, then all rows attend. So the commit costs no forward of its own, and the cache never keeps a
+        noisy block:
+
+            slots    0  block 8..11  0 ? 0 ?   denoising
+                     1  block 4..7   ? ? ? ?   denoising, sees the row below: the clean block 0..3
+            commit   1  block 0..3   8 9 4 +
+        """
+        if self.config.is_full:
+            return self.full_states(columns)
+        B = len(columns)
+        rows = torch.cat([self.slots[:B], commits[0]])  # (B + M,)
+        position = torch.cat([columns, commits[1, :, None] + self.offset])  # (B + M, K)
+        attend = self.cache.reading(rows, position, position[:, -1] + 1, longest, num_in_place=B)
+        return self.model.hidden(self.token[rows[:, None], position], position, attend)[:B]
+
+    def full_states(self, columns):
+        """The same with full attention: a forward sees the whole canvas, the masks on the right included.
+        Canvases of one length go together: nothing is padded, and no mask is needed.
+
+        Approximate caches (Fast-dLLM, arXiv 2505.22618): the first step of a block computes the whole canvas
+        and keeps its keys and values; its other steps compute the block (dual), or all from the block on
+        (prefix), and see the rest as it was at that first step.
+        """
+        K, kind, shift = self.settings.block_size, self.settings.cache, int(self.config.shifts_logits)
+        groups = {}  # (first and last place to compute, end of the canvas) -> slots
+        for slot, lane in enumerate(self.lanes):
+            is_whole = kind == "none" or lane.step_in_block == 0
+            first = 0 if is_whole else lane.start - shift
+            stop = min(lane.start + K, lane.end) if kind == "dual" and not is_whole else lane.end
+            groups.setdefault((first, stop, lane.end), []).append(slot)
+        out = columns.new_empty(*columns.shape, self.config.hidden_size, dtype=self.model.embed.weight.dtype)
+        for (first, stop, end), slots in groups.items():
+            slots = torch.tensor(slots, device=self.device)
+            position = torch.arange(first, stop, device=self.device).expand(len(slots), -1)
+            attend = functools.partial(masked_attention, mask=None)
+            if kind != "none":
+                attend = self.cache.reading(slots, position, torch.full_like(slots, end), end)
+            h = self.model.hidden(self.token[slots, first:stop], position, attend)
+            # Dream: the output at i - 1 predicts token i.
+            source = (columns[slots] - shift - first).clamp(0, stop - first - 1)
+            out[slots] = h.gather(1, source[..., None].expand(-1, -1, h.shape[-1]))
+        return out
+
+    def release(self, ended):
+        """Empties the slots of the list `ended` -> their (prompt's number, record); the last busy slots move
+        into the gaps."""
+        # One read for all. float64 holds token ids and float32 alike.
+        read = torch.stack([t[ended].double() for t in (self.token, self.step_map, self.confidence, self.logp)])
+        done = [(self.lanes[slot].number, self.record(self.lanes[slot], *columns))
+                for slot, *columns in zip(ended, *read.tolist())]
+        # Slots 0 and 2 of five have ended: three stay busy, 3 moves into 0 and 4 into 2.
+        n = len(self.lanes) - len(ended)
+        gaps = [slot for slot in ended if slot < n]
+        movers = [slot for slot in range(n, len(self.lanes)) if slot not in set(ended)]
+        if gaps:
+            source, target = torch.tensor([movers, gaps], device=self.device)
+            for table in self.tables:
+                table[target] = table[source]
+            if self.cache is not None:
+                self.cache.copy(source, target, max(self.lanes[slot].end for slot in movers))
+        for gap, mover in zip(gaps, movers):
+            self.lanes[gap] = self.lanes[mover]
+        del self.lanes[n:]
+        return done
+
+    def record(self, lane, tokens, steps, confidence, logp):
+        """The Rollout of a complete sequence; the four columns are lists of floats, by absolute position."""
         # Whole blocks: also what stands behind eos, or beyond max_new_tokens, in the last one.
-        response = self.token[slot, P:stop].tolist()
-        logp = self.logp[slot, P:stop].tolist()
-        if not torch.tensor(logp).isfinite().all():
+        s, P = self.settings, len(lane.prompt)
+        cut = slice(P, min(lane.start + s.block_size, lane.end))
+        response, logp = list(map(int, tokens[cut])), logp[cut]
+        if not all(map(math.isfinite, logp)):
             raise ValueError("the model's logits are not finite: its weights hold NaN or inf, or overflow")
         limit = min(len(response), s.max_new_tokens)  # tokens that may be trained
         until_eos = next((i + 1 for i, token in enumerate(response[:limit]) if token in s.eos_ids), None)
         return Rollout(
-            prompt=self.token[slot, :P].tolist(), response=response, num_tokens=until_eos or limit,
-            step_map=self.step_map[slot, P:stop].tolist(), confidence=self.confidence[slot, P:stop].tolist(),
-            logp=logp, canvas=s.max_new_tokens if self.config.is_full else 0,
-            is_truncated=until_eos is None, seed=seed)
+            prompt=lane.prompt, response=response, num_tokens=until_eos or limit,
+            step_map=list(map(int, steps[cut])), confidence=confidence[cut], logp=logp,
+            canvas=s.max_new_tokens if self.config.is_full else 0, is_truncated=until_eos is None,
+            seed=lane.seed)
 
 
 @torch.no_grad()
@@ -419,23 +502,16 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
     # More prompts than slots: the others wait, and take the slots of those that end.
     num_slots = min(slots or len(prompts), len(prompts))
     decoder = Decoder(model, settings, num_slots, max(map(len, prompts)))
-    waiting, rollouts = list(range(len(prompts))), [None] * len(prompts)  # numbers of prompts
-    owner, free, committing = {}, list(range(num_slots)), []  # owner: busy slot -> number of its prompt
-    while waiting or owner:
-        if waiting and free:
-            chosen = [free.pop(0) for _ in range(min(len(free), len(waiting)))]
-            taken = [waiting.pop(0) for _ in chosen]
-            owner.update(zip(chosen, taken))
-            decoder.admit(chosen, [prompts[i] for i in taken], [seeds[i] for i in taken])
-        busy = sorted(owner)
-        has_ended, has_moved = decoder.denoise(busy, committing)
-        # The blocks that have just become whole: their clean tokens ride along with the next forward. A
-        # sequence that has ended needs no commit, since nobody will read its cache.
-        committing = [slot for slot, moved in zip(busy, has_moved) if moved]
-        for slot in [slot for slot, ended in zip(busy, has_ended) if ended]:
-            number = owner.pop(slot)
-            rollouts[number] = decoder.release(slot, seeds[number])
-            free.append(slot)
+    waiting, rollouts = list(range(len(prompts)))[::-1], [None] * len(prompts)  # numbers of prompts
+    if config.is_full:  # canvases of one length are computed together
+        waiting.sort(key=lambda number: len(prompts[number]))
+    while waiting or decoder.lanes:
+        if waiting and len(decoder.lanes) < num_slots:
+            taken = [waiting.pop() for _ in range(min(num_slots - len(decoder.lanes), len(waiting)))]
+            decoder.admit(taken, [prompts[i] for i in taken], [seeds[i] for i in taken])
+        if ended := decoder.advance():
+            for number, r in decoder.release(ended):
+                rollouts[number] = r
     return rollouts
 
 
@@ -534,58 +610,6 @@ def views_of(rollout, config, block_size, views=trace_views, shrink=1):
 # Rows: views laid out for the network, with all that a loss needs to know of each target.
 
 
-class Targets(NamedTuple):
-    """What a loss needs to know of every predicted token, copied from the records
-    when rows are built. All (N,)."""
-
-    logit_index: torch.Tensor  # int64: which of the rows' flattened (B * T) outputs predicts it
-    token: torch.Tensor  # int64: the token to predict
-    rollout_index: torch.Tensor  # int64: which rollout it belongs to
-    response_index: torch.Tensor  # int64: its index in that rollout's response
-    masked_share: torch.Tensor  # float32: t, the share of its block that its view hides (see sft_loss)
-    logp: torch.Tensor  # float32: recorded when it was drawn
-    logp_old: torch.Tensor  # float32: of the start-of-step policy, on this very row; set in step 4
-    advantage: torch.Tensor  # float32
-    value_old: torch.Tensor  # float32: for the value model's loss
-    returns: torch.Tensor  # float32: for the value model's loss
-
-
-TARGET_DTYPES = (torch.int64,) * 4 + (torch.float32,) * 6
-
-
-@dataclass
-class Row:
-    """One training row: lists over its tokens, and its targets as tuples in the order of Targets."""
-
-    tokens: list = field(default_factory=list)
-    position: list = field(default_factory=list)
-    block: list = field(default_factory=list)
-    view: list = field(default_factory=list)
-    targets: list = field(default_factory=list)
-
-    def add(self, tokens, block, view):
-        """Appends the tokens of one block."""
-        start = block * len(tokens)
-        self.tokens += tokens
-        self.position += range(start, start + len(tokens))
-        self.block += [block] * len(tokens)
-        self.view += [view] * len(tokens)
-
-
-@dataclass
-class Rows:
-    """A micro-batch on one device: tokens int64 (B, T), their layout, and the targets."""
-
-    tokens: torch.Tensor
-    layout: Layout
-    targets: Targets
-
-    def states(self, backbone):
-        """Final states (N, C) of a BlockDiffusionLM at the places that predict the targets."""
-        h = backbone.hidden(self.tokens, self.layout.position, attend_within(self.layout))  # (B, T, C)
-        return h.flatten(0, 1)[self.targets.logit_index]
-
-
 def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, trained_only=False, post_num=0):
     """The training rows of rollouts -> a list for each: one row, or with full attention one row per view.
 
@@ -647,95 +671,6 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
                 rows[-1].targets.append((logit_index, r.response[j], number, j, share, *values[j]))
         texts.append(rows)
     return texts
-
-
-def by_length(sizes, max_tokens, is_packed=False):
-    """Groups items for forwards of at most max_tokens tokens (or one item), like lengths together.
-
-    sizes: (length of a row, number of rows) of each item -> lists of item numbers, short ones first. Unless
-    packed, rows are padded to the longest of their group; a group ends early where that would waste a
-    thirty-second of it.
-    """
-    # num_rows, num_tokens: of the group being filled, without padding
-    groups, num_rows, num_tokens = [], 0, 0
-    for item in sorted(range(len(sizes)), key=lambda item: sizes[item][0]):
-        length, count = sizes[item]
-        num_rows, num_tokens = num_rows + count, num_tokens + count * length
-        padded = num_tokens if is_packed else num_rows * length  # the longest so far is this one
-        is_wasteful = padded > 512 and padded - num_tokens > num_tokens / 32
-        if not groups or padded > max_tokens or is_wasteful:
-            groups.append([])
-            num_rows, num_tokens = count, count * length
-        groups[-1].append(item)
-    return groups
-
-
-def collate(rows, pad_id, multiple=None):
-    """Rows as lists -> tensors (Rows): each row padded to the longest; or, with
-    `multiple`, all end to end in one row.
-
-    multiple: the one row is padded to a multiple of so many tokens, so that kernels are compiled for few
-    lengths; the texts in it are kept apart by their document numbers. Padding is of document -1, and each
-    padding token has a view of its own and sees only itself: a token that sees nothing would be NaN.
-    """
-    lengths = [len(row.tokens) for row in rows]
-    is_packed = multiple is not None
-    T = -(-sum(lengths) // multiple) * multiple if is_packed else max(lengths)
-    B, used = (1 if is_packed else len(rows)), 0
-    size = B * T
-    # Start with padding everywhere, then write each row over it.
-    fields = dict(tokens=[pad_id] * size, position=[0] * size, document=[-1] * size, block=[0] * size,
-                  view=list(range(1, size + 1)))
-    targets = []
-    for number, row in enumerate(rows):
-        start = used if is_packed else number * T  # where this row begins among all B * T tokens
-        stop = start + lengths[number]
-        for name in ("tokens", "position", "block", "view"):
-            fields[name][start:stop] = getattr(row, name)
-        fields["document"][start:stop] = [number] * lengths[number]
-        targets += [(start + logit_index, *rest) for logit_index, *rest in row.targets]
-        used = stop  # packed: the next row begins here
-    tokens, *layout = (torch.tensor(values).view(B, T) for values in fields.values())
-    columns = list(zip(*targets)) or [()] * len(TARGET_DTYPES)
-    tensors = [torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, TARGET_DTYPES)]
-    return Rows(tokens, Layout(*layout), Targets(*tensors))
-
-
-def to_device(rows, device):
-    """The same micro-batch on another device."""
-    move = lambda tensor: tensor.to(device, non_blocking=True)
-    return Rows(move(rows.tokens), Layout(*map(move, rows.layout)), Targets(*map(move, rows.targets)))
-
-
-def micro_batches(texts, max_tokens, pad_id, device):
-    """The rows of rollouts (see build_rows) -> micro-batches on `device`, of max_tokens tokens at most.
-
-    Rows of one response stay in one micro-batch where they fit, so that a loss may look at whole responses.
-    On a GPU rows are packed end to end, since FlexAttention skips what lies between documents.
-    """
-    is_packed = device.type == "cuda"
-    multiple = -(-max_tokens // 512) * 128 if is_packed else None
-    # A full-attention response whose rows do not fit together is cut; all others stay whole.
-    pieces = []
-    for rows in texts:
-        fitting = max(1, max_tokens // len(rows[0].tokens)) if rows else 1
-        pieces += [rows[start:start + fitting] for start in range(0, len(rows), fitting)]
-    groups = by_length([(len(rows[0].tokens), len(rows)) for rows in pieces], max_tokens, is_packed)
-    parts = [collate([row for item in group for row in pieces[item]], pad_id, multiple) for group in groups]
-    return [to_device(part, device) for part in parts]
-
-
-def with_dummies(parts, pad_id, device):
-    """This process's micro-batches, and dummies, so that every process has as many.
-
-    Sharded layers (FSDP2) gather their weights from all processes, in forward and backward: a process that
-    stopped early would leave the others waiting for ever. So one with fewer micro-batches runs dummies: one
-    padding token, no targets, a loss of 0 and gradients of 0. To be called on every process.
-    """
-    # A question to all processes: who has the most?
-    most = int(parallel.largest(torch.tensor(len(parts), device=device)))
-    dummy = collate([Row(tokens=[pad_id], position=[0], block=[0], view=[1])], pad_id)
-    return parts + [to_device(dummy, device) for _ in range(most - len(parts))]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import torch
 
 import eval_math
 import rollout
-from plumbing import checkpoints, parallel, runs
+from plumbing import checkpoints, packing, parallel, runs
 from plumbing.tiny import tiny_model, tiny_tokenizer
 from rollout import Rollout
 
@@ -104,8 +104,8 @@ def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
     # many micro-batches as the others.
     config = model.config
     texts = rollout.build_rows(parallel.share(examples), config, config.block_size, views)
-    parts = rollout.micro_batches(texts, max_tokens, config.pad_id, model.device)
-    parts = rollout.with_dummies(parts, config.pad_id, model.device)
+    parts = packing.micro_batches(texts, max_tokens, config.pad_id, model.device)
+    parts = packing.with_dummies(parts, config.pad_id, model.device)
     hidden = sum(len(part.targets.token) for part in parts)  # targets of this process
     hidden = int(parallel.add_up(torch.tensor(hidden, device=model.device)))  # of all processes
     # One number for the whole update, taken before the split: else the gradient would depend on the split.

@@ -23,7 +23,7 @@ can be replaced by a function in a file of your own, without editing.
 
 Left out:
   1. a frozen reference model: the KL is to the policy that made the rollout. A KL to a frozen one would be a
-     field more in rollout.Targets, filled by a second model in a pass like old_logprobs, over all batches,
+     field more in model.Targets, filled by a second model in a pass like old_logprobs, over all batches,
      and one more term in policy_loss;
   2. rollouts older than the policy, a second inference engine: the weights that train are those that decode;
   3. reward models.
@@ -41,7 +41,7 @@ import rollout
 import sft
 import value
 from eval_math import give_rewards, math_reward
-from plumbing import checkpoints, parallel, runs, show
+from plumbing import checkpoints, packing, parallel, runs, show
 
 # ------------------------------------------------------------------------------------------------------------
 # The maths: pure functions of tensors.
@@ -85,7 +85,7 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 
     logp: float32 (n,), the micro-batch's targets under the policy that is trained. targets:
-    rollout.Targets, of which logp_old and advantage are used. num_tokens (N), num_responses: how many the
+    model.Targets, of which logp_old and advantage are used. num_tokens (N), num_responses: how many the
     WHOLE update has, over all micro-batches and processes. Divide by these, never by what is at hand: then
     losses and gradients simply add, and do not depend on how the update was split. (A mean per micro-batch
     gives tokens of short responses more weight.)
@@ -298,7 +298,7 @@ class Batch(NamedTuple):
     """One mini-batch: this process's part of the rollouts of one update."""
 
     rollouts: list
-    rows: list  # micro-batches of rollout.Rows, for the policy
+    rows: list  # micro-batches of model.Rows, for the policy
     value_rows: list  # the same for the value model: always the trace; [] without one
 
 
@@ -311,8 +311,8 @@ def own_rows(model, own, views, block_size, args):
     """The micro-batches of this process's rollouts, as many on every process."""
     # trained_only: targets up to eos
     texts = rollout.build_rows(own, model.config, block_size, views, args.shrink, True, args.post_num)
-    parts = rollout.micro_batches(texts, args.tokens_per_micro_batch, model.config.pad_id, model.device)
-    return rollout.with_dummies(parts, model.config.pad_id, model.device)
+    parts = packing.micro_batches(texts, args.tokens_per_micro_batch, model.config.pad_id, model.device)
+    return packing.with_dummies(parts, model.config.pad_id, model.device)
 
 
 def count_tokens(parts):

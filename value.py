@@ -50,7 +50,7 @@ class ValueModel(nn.Module):
         return self.backbone.device
 
     def forward(self, rows):
-        """Values, float32 (N,), at the targets of one micro-batch of rollout.Rows, in their order."""
+        """Values, float32 (N,), at the targets of one micro-batch of model.Rows, in their order."""
         # The same rows, the same places as the policy's logits: the state before the token is revealed.
         # Dream's shift by one is in the rows' logit_index, and holds here as well.
         h = rows.states(self.backbone)  # (N, C)

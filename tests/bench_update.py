@@ -31,7 +31,7 @@ import torch
 import model as lm
 import rollout
 import tracerl
-from plumbing import parallel
+from plumbing import packing, parallel
 
 PRESETS = {  # C, layers, heads, kv heads, head_dim, feed-forward, V, tied
     "tiny": (64, 2, 4, 2, 16, 192, 18, False),
@@ -94,8 +94,8 @@ def author_rows(rollouts, config, prompt, response):
             view = [0] * (prompt + response) + [1] * response
             values = [(prompt + response + j, r.response[j], n, j, 1.0, 0.0, 0.0, r.advantage[j], 0.0, 0.0)
                       for j in targets]
-            rows.append(rollout.Row(clean + noisy, position, [p // K for p in position], view, values))
-    return rollout.collate(rows, 0)
+            rows.append(lm.Row(clean + noisy, position, [p // K for p in position], view, values))
+    return packing.collate(rows, 0)
 
 
 def author_update(model, rows, rows_at_once, num_trained):
@@ -110,10 +110,10 @@ def author_update(model, rows, rows_at_once, num_trained):
     for start in range(0, len(rows.tokens), rows_at_once):
         row = rows.targets.logit_index // T
         own, cut = (row >= start) & (row < start + rows_at_once), slice(start, start + rows_at_once)
-        targets = rollout.Targets(*(t[own] for t in rows.targets))
+        targets = lm.Targets(*(t[own] for t in rows.targets))
         targets = targets._replace(logit_index=targets.logit_index - start * T)
-        part = rollout.Rows(rows.tokens[cut], lm.Layout(*(t[cut] for t in rows.layout)), targets)
-        parts.append(rollout.to_device(part, model.device))
+        part = lm.Rows(rows.tokens[cut], lm.Layout(*(t[cut] for t in rows.layout)), targets)
+        parts.append(packing.to_device(part, model.device))
     with torch.no_grad():
         for part in parts:
             part.targets.logp_old.copy_(logprobs(part))

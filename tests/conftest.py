@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 import eval_math  # noqa: E402
 import model as lm  # noqa: E402
 import rollout  # noqa: E402
-from plumbing import checkpoints  # noqa: E402
+from plumbing import checkpoints, packing  # noqa: E402
 
 
 def random_model(kind="sdar", block_size=4, seed=0, std=0.25, vocab_size=18):
@@ -59,7 +59,7 @@ def small_data(folder, seed=0):
 def all_rows(rollouts, config, block_size=None, multiple=None, **settings):
     """All training rows of rollouts as one micro-batch on the CPU; settings: of rollout.build_rows."""
     texts = rollout.build_rows(rollouts, config, block_size or config.block_size, **settings)
-    return rollout.collate([row for rows in texts for row in rows], config.pad_id, multiple)
+    return packing.collate([row for rows in texts for row in rows], config.pad_id, multiple)
 
 
 def seen(rows):

@@ -17,7 +17,7 @@ import rollout
 import sft
 import value
 from model import Layout
-from plumbing import checkpoints, parallel
+from plumbing import checkpoints, packing, parallel
 
 
 def random_layout(seed, K=4, is_full=False):
@@ -406,7 +406,7 @@ def test_computing_activations_again_changes_no_gradient():
 def test_micro_batches_of_nothing_have_gradients_of_zero():
     """What a process without work goes along on: every parameter takes part, none moves."""
     model = random_model("sdar")
-    rows = rollout.collate([rollout.Row([0], [0], [0], [1])], 0)
+    rows = packing.collate([lm.Row([0], [0], [0], [1])], 0)
     assert len(rows.targets.token) == 0
     logp, _ = rollout.forward_rows(model, rows)
     logp.sum().backward()

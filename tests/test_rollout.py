@@ -9,7 +9,7 @@ from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_
 import model as lm
 import rollout
 import sft
-from plumbing import checkpoints, show
+from plumbing import checkpoints, packing, show
 from rollout import Rollout, generate, replay, reveal, sample, trace_views
 
 STRATEGIES = list(rollout.STRATEGIES)
@@ -159,7 +159,7 @@ def test_micro_batches_hold_the_same_targets_within_their_budget(kind):
     model = random_model(kind)
     rollouts = generate(model, random_prompts(range(1, 30)), max_new_tokens=30, eos_ids=(1,))
     texts = rollout.build_rows(rollouts, model.config, 4, shrink=8)
-    parts = rollout.micro_batches(texts, 300, 0, torch.device("cpu"))
+    parts = packing.micro_batches(texts, 300, 0, torch.device("cpu"))
     assert len(parts) > 3 and all(part.tokens.numel() <= 300 or len(part.tokens) == 1 for part in parts)
     assert sorted(sum(map(seen, parts), [])) == sorted(seen(all_rows(rollouts, model.config)))
     for n, rows in enumerate(texts):  # a response is in one part where it fits
@@ -188,10 +188,10 @@ def test_rows_packed_end_to_end_give_the_numbers_of_rows_apart(kind):
     rollouts = generate(model, random_prompts(range(2, 12)), max_new_tokens=14, eos_ids=(1,))
     texts = rollout.build_rows(rollouts, model.config, 4)
     rows = [row for text in texts for row in text]
-    groups = rollout.by_length([(len(row.tokens), 1) for row in rows], 256, is_packed=True)
-    packed = [rollout.collate([rows[i] for i in group], 0, 256) for group in groups]
+    groups = packing.by_length([(len(row.tokens), 1) for row in rows], 256, is_packed=True)
+    packed = [packing.collate([rows[i] for i in group], 0, 256) for group in groups]
     numbers = []
-    for parts in ([rollout.collate(rows, 0)], packed):
+    for parts in ([packing.collate(rows, 0)], packed):
         table = torch.zeros(10, 24)
         for part in parts:
             logp, _ = rollout.forward_rows(model, part)
@@ -251,13 +251,13 @@ def test_a_sequence_is_the_same_alone_and_in_a_ragged_batch(kind, strategy):
 class SeparateCommits(rollout.Decoder):
     """A slow twin: the clean keys and values of a whole block by a forward of their own."""
 
-    def states(self, slots, columns, committing, num_in_place):
-        if len(committing):
-            K = self.settings.block_size
-            before = self.start[committing, None] - K + self.offset
-            tokens = self.token[committing[:, None], before]
-            self.model.hidden(tokens, before, self.cache.reading(committing, before))
-        return super().states(slots, columns, committing[:0], 0)
+    def states(self, columns, commits, longest):
+        slots, starts = commits
+        if len(slots):
+            position = starts[:, None] + self.offset
+            attend = self.cache.reading(slots, position, position[:, -1] + 1, longest)
+            self.model.hidden(self.token[slots[:, None], position], position, attend)
+        return super().states(columns, commits[:, :0], longest)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

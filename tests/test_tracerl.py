@@ -13,8 +13,9 @@ import rollout
 import sft
 import tracerl
 import value
+from model import Rows, Targets
 from plumbing import checkpoints, runs
-from rollout import Rollout, Targets
+from rollout import Rollout
 from tracerl import ADVANTAGES, Trainers, give_advantages, group_advantages, policy_loss
 
 
@@ -432,7 +433,7 @@ def at_token(where, rows, table, L0):
 def only(rows, keys):
     """The rows with these targets only."""
     pick = torch.tensor([key in keys for key in seen(rows)])
-    return rollout.Rows(rows.tokens, rows.layout, Targets(*(t[pick] for t in rows.targets)))
+    return Rows(rows.tokens, rows.layout, Targets(*(t[pick] for t in rows.targets)))
 
 
 @pytest.mark.parametrize("name", ["aligned_b4", "aligned_b4_clamp", "aligned_b4_advmatrix",
