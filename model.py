@@ -47,8 +47,8 @@ from torch.utils.checkpoint import checkpoint
 
 try:  # optional: it needs CUDA and a compiler, and makes decoding faster
     from flash_attn import flash_attn_with_kvcache
-except ImportError:
-    flash_attn_with_kvcache = None
+except ImportError as error:  # not installed, or broken: plumbing/cuda.py says which
+    flash_attn_with_kvcache, flash_attn_error = None, error
 
 
 @dataclass
@@ -157,15 +157,29 @@ def tile_mask(layout, size=128):
     return tiles
 
 
-@functools.cache
-def compiled(function):
-    """torch.compile, once for each function; one compilation for every length of row.
+compile_once = functools.cache(torch.compile)
+
+
+def compiled(function, dynamic=False):
+    """torch.compile, once for each function; one compilation for every length of row, or one for all lengths.
 
     Lengths are few (see plumbing/packing.py), but more than torch's usual limit of recompilations. Beyond that
-    limit torch would silently go back to the dense scores, which do not fit: hence the error instead.
+    limit torch would silently go back to the dense scores, which do not fit: hence the error instead. These
+    settings belong to a thread, and backward passes compute activations again in a thread of their own.
     """
-    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
-    return torch.compile(function, dynamic=False)
+    config = torch._dynamo.config
+    if config.recompile_limit != 64:
+        config.recompile_limit, config.fail_on_recompile_limit_hit = 64, True
+    return compile_once(function, dynamic=dynamic)
+
+
+def fused(function):
+    """A decorator: on a GPU a chain of small operations is compiled into one kernel, else it is left as it
+    is. Its first argument is a tensor."""
+    @functools.wraps(function)
+    def call(x, *others):
+        return (compiled(function, dynamic=True) if x.is_cuda else function)(x, *others)
+    return call
 
 
 def block_mask(layout):
@@ -304,12 +318,19 @@ def rotary(position, head_dim, theta):
     return angle.cos(), angle.sin()
 
 
+@fused
 def rotate(x, cos, sin):
     """Turns x (B, H, T, D) by its position, computed in float32."""
     # Halves convention (as in the checkpoints): channel i turns with channel i + D
     # / 2, not with its neighbour.
     left, right = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+
+
+@fused
+def gated(gate, up):
+    """SwiGLU's product, silu(gate) * up."""
+    return F.silu(gate) * up
 
 
 class Linear(nn.Linear):
@@ -365,7 +386,7 @@ class Layer(nn.Module):
         out = attend(self.number, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
         x = x + self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
         h = self.mlp_norm(x)  # (B, T, C)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return x + self.down_proj(gated(self.gate_proj(h), self.up_proj(h)))
 
 
 class BlockDiffusionLM(nn.Module):

@@ -43,8 +43,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, Layout, Row, head_logits, masked_attention, policy_logits, token_logprobs
-from plumbing import parallel
+from model import (
+    KVCache, Layout, Row, flash_attn_with_kvcache, head_logits, masked_attention, policy_logits,
+    token_logprobs)
+from plumbing import cuda, parallel
 from plumbing.packing import by_length, micro_batches
 
 STRATEGIES = ("static", "dynamic", "sequential", "entropy")  # see `reveal`
@@ -260,11 +262,10 @@ class Decoder:
     places are masked? has this sequence ended?) would let a GPU wait while the host thinks.
     """
 
-    def __init__(self, model, settings, num_slots, longest_prompt):
+    def __init__(self, model, settings, num_slots, length):
         self.model, self.config, self.settings, self.device = model, model.config, settings, model.device
         # the decoding's own: rollouts may have smaller blocks than the model trains in
         K = settings.block_size
-        length = longest_prompt + settings.max_new_tokens + K  # the last block may stick out
         # One slot more, in which nothing is masked: where a batch must be filled up, it fills it.
         table = (num_slots + 1, length)
         self.token = torch.full(table, self.config.mask_id, device=self.device)
@@ -278,6 +279,9 @@ class Decoder:
         if not self.config.is_full or settings.cache != "none":
             self.cache = KVCache(
                 self.config, num_slots + 1, length, model.embed.weight.dtype, self.device)
+        if self.device.type == "cuda" and not self.config.is_full:
+            self.denoise = cuda.Captured(
+                self.denoise, num_slots, K, length, length if flash_attn_with_kvcache else 256)
 
     def admit(self, numbers, prompts, seeds):
         """Gives prompts to the next free slots, and fills the cache with the whole blocks of each."""
@@ -450,6 +454,7 @@ class Decoder:
             source, target = torch.tensor([movers, gaps], device=self.device)
             for table in self.tables:
                 table[target] = table[source]
+            self.is_masked[n:len(self.lanes)] = False  # nothing is masked in an idle slot
             if self.cache is not None:
                 self.cache.copy(source, target, max(self.lanes[slot].end for slot in movers))
         for gap, mover in zip(gaps, movers):
@@ -479,10 +484,10 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
     """Decodes a response to every prompt and records its trace -> list[Rollout], in the prompts' order.
 
     prompts: lists of token ids, none empty. max_new_tokens: room for the response. seed: one int per prompt,
-    or an int s for s, s + 1, ... slots: sequences decoded together (default all); memory grows with it,
-    results do not depend on it. block_size: K (default the model's). eos_ids: tokens that end a response
+    or an int s for s, s + 1, ... slots: sequences decoded together (default as many as fit); memory grows
+    with it, results do not depend on it. block_size: K (default the model's). eos_ids: tokens that end a response
     (default the model's); an eos inside the prompt ends nothing. more: see DecodingSettings. Raises
-    ValueError for an empty prompt, or a setting out of range.
+    ValueError for an empty prompt, a setting out of range, or more slots than memory.
     """
     config, prompts = model.config, [list(prompt) for prompt in prompts]
     # A seed per response: its draws do not depend on who else is in the batch.
@@ -497,11 +502,17 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty: a response needs at least one token before it")
+    if settings.cache != "none" and not config.is_full:
+        raise ValueError(f"cache {settings.cache!r} is for full attention: the cache of block attention is "
+                         "exact, and always used")
     if not prompts:
         return []
     # More prompts than slots: the others wait, and take the slots of those that end.
-    num_slots = min(slots or len(prompts), len(prompts))
-    decoder = Decoder(model, settings, num_slots, max(map(len, prompts)))
+    length = max(map(len, prompts)) + max_new_tokens + settings.block_size  # the last block may stick out
+    has_cache, itemsize = not config.is_full or settings.cache != "none", model.embed.weight.element_size()
+    per_slot = cuda.slot_bytes(config, length, itemsize, has_cache)
+    num_slots = cuda.fit_slots(slots, len(prompts), per_slot, config, model.device)
+    decoder = Decoder(model, settings, num_slots, length)
     waiting, rollouts = list(range(len(prompts)))[::-1], [None] * len(prompts)  # numbers of prompts
     if config.is_full:  # canvases of one length are computed together
         waiting.sort(key=lambda number: len(prompts[number]))

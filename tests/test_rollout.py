@@ -1,15 +1,18 @@
 """Laws of the trace: what was recorded is what a replay finds, whoever else is in the batch."""
 
 import json
+import random
+import resource
 
 import pytest
 import torch
 from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as lm
 import rollout
 import sft
-from plumbing import checkpoints, packing, show
+from plumbing import checkpoints, cuda, packing, show
 from rollout import Rollout, generate, replay, reveal, sample, trace_views
 
 STRATEGIES = list(rollout.STRATEGIES)
@@ -401,6 +404,150 @@ def test_an_empty_prompt_is_refused_and_no_prompts_are_fine():
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(random_model(), [[3], []], max_new_tokens=4)
     assert generate(random_model(), [], max_new_tokens=4) == [] and replay(random_model(), []) == []
+
+
+# ------------------------------------------------------------------------------------------ the decoding step
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: values read, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (
+                torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
+                torch.ops.aten.equal) or (function.overloadpacket is torch.ops.aten.index
+                                          and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sampler", [dict(), dict(temperature=0.7, top_k=9, top_p=0.8), dict(temperature=0.0)])
+def test_the_host_reads_once_per_forward(strategy, sampler, monkeypatch):
+    """One list per step, one more where sequences have ended; nothing else is asked of the device."""
+    lists, calls, tolist, advance = [], [], torch.Tensor.tolist, rollout.Decoder.advance
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (lists.append(tensor.shape), tolist(tensor))[1])
+
+    def counted(self):
+        before, mode = len(lists), HostReads()
+        with mode:
+            ended = advance(self)
+        calls.append((len(lists) - before, mode.names))
+        return ended
+
+    monkeypatch.setattr(rollout.Decoder, "advance", counted)
+    generate(random_model(), random_prompts([3, 14, 7, 1, 9]), max_new_tokens=18, slots=3, threshold=0.4,
+             strategy=strategy, eos_ids=(1,), **sampler)
+    assert len(calls) > 10 and all(call == (1, []) for call in calls)
+
+
+class EagerGraphs(cuda.Captured):
+    """What a GPU does, with a call in place of the recorded graph."""
+
+    kinds = []
+
+    def record(self, numbers, commits, *sizes):
+        self.kinds.append((numbers.shape, commits.shape, sizes))
+        return lambda *inputs: self.denoise(*inputs, *sizes)
+
+
+class PaddedDecoder(rollout.Decoder):
+    """A decoder whose steps are padded and recorded as on a GPU."""
+
+    def __init__(self, model, settings, num_slots, length):
+        super().__init__(model, settings, num_slots, length)
+        self.denoise = EagerGraphs(self.denoise, num_slots, settings.block_size, length, reach=16)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_steps_padded_for_graphs_decode_the_same(strategy, monkeypatch):
+    model, lengths = random_model(), [3, 14, 7, 1, 9, 4, 12, 2, 2, 20, 5]
+    settings = dict(max_new_tokens=26, strategy=strategy, threshold=0.5, slots=5, seed=4, eos_ids=(1,))
+    ours = generate(model, random_prompts(lengths), **settings)
+    monkeypatch.setattr(rollout, "Decoder", PaddedDecoder)
+    EagerGraphs.kinds.clear()
+    for a, b in zip(ours, generate(model, random_prompts(lengths), **settings)):
+        assert a.response == b.response and a.step_map == b.step_map
+        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-5, rtol=0)
+    # few kinds, although every sequence has a length of its own
+    assert EagerGraphs.kinds and {shape[1] for shape, _, _ in EagerGraphs.kinds} <= {1, 2, 4, 5}
+
+
+def test_a_step_compiles_without_a_break(monkeypatch):
+    """fullgraph: one graph from token ids to token ids, as a CUDA graph needs it."""
+    class Compiled(rollout.Decoder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            # (backend="inductor" gives the same tokens, and takes a minute)
+            self.denoise = torch.compile(self.denoise, fullgraph=True, dynamic=True, backend="eager")
+
+    model, prompts = random_model(), random_prompts([6, 9])
+    settings = dict(max_new_tokens=8, strategy="dynamic", threshold=0.5, eos_ids=())
+    ours = generate(model, prompts, **settings)
+    monkeypatch.setattr(rollout, "Decoder", Compiled)
+    assert [r.response for r in generate(model, prompts, **settings)] == [r.response for r in ours]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+def test_approximate_caches_are_exact_where_nothing_is_stale(cache, kind):
+    """One block for the whole response: its prefix is the prompt alone. With one denoising step per block
+    nothing is ever read from a cache; with more, the prompt's keys are those of the first step."""
+    model, prompts = random_model(kind, block_size=8), random_prompts([5, 9, 5])
+    settings = dict(max_new_tokens=16, strategy="static", eos_ids=(), seed=3)
+    for steps, is_exact in ((1, True), (8, False)):
+        exact = generate(model, prompts, denoising_steps=steps, **settings)
+        cached = generate(model, prompts, denoising_steps=steps, cache=cache, slots=2, **settings)
+        apart = max(abs(x - y) for a, b in zip(exact, cached) for x, y in zip(a.logp, b.logp))
+        assert (apart < 1e-5) == is_exact
+        first = [[r.response[j] for j in range(8) if r.step_map[j] == 1] for r in exact]
+        assert first == [[r.response[j] for j in range(8) if r.step_map[j] == 1] for r in cached]
+
+
+def test_a_cache_must_be_one_that_the_attention_knows():
+    with pytest.raises(ValueError, match="cache 'old'"):
+        generate(random_model("llada"), [[3]], max_new_tokens=4, cache="old")
+    with pytest.raises(ValueError, match="cache 'dual' .* block attention"):
+        generate(random_model("sdar"), [[3]], max_new_tokens=4, cache="dual")
+
+
+def test_slots_that_do_not_fit_are_refused_with_the_numbers(monkeypatch):
+    model, prompts = random_model(), random_prompts([5] * 6)
+    settings = dict(max_new_tokens=8, eos_ids=())
+    length, logits = 5 + 8 + 4, 256 * 18 * 4 * 6
+    per_slot = cuda.slot_bytes(model.config, length, 4, True)
+    monkeypatch.setattr(cuda, "free_bytes", lambda device: (logits + 3.5 * per_slot) / 0.8)
+    with pytest.raises(ValueError, match="4 slots of .* do not fit .* --slots 3 would"):
+        generate(model, prompts, slots=4, **settings)
+    decoders, init = [], rollout.Decoder.__init__
+    remember = lambda self, *args: (decoders.append(args), init(self, *args))[1]
+    monkeypatch.setattr(rollout.Decoder, "__init__", remember)
+    assert len(generate(model, prompts, **settings)) == 6 and decoders[0][2] == 3  # as many as fit
+    monkeypatch.setattr(cuda, "free_bytes", lambda device: logits)
+    with pytest.raises(ValueError, match="lower --max_new_tokens"):
+        generate(model, prompts, **settings)
+
+
+def test_ten_thousand_ragged_prompts_through_64_slots():
+    """Each comes back once, in order, whatever the slots; memory does not grow with their number."""
+    model = random_model()
+    rng = random.Random(0)
+    prompts = random_prompts([rng.randint(1, 200) for _ in range(10_000)])
+    settings = dict(max_new_tokens=4, strategy="static", denoising_steps=1, eos_ids=())
+    generate(model, prompts[:500], slots=64, **settings)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rollouts = generate(model, prompts, slots=64, seed=0, **settings)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert [r.prompt for r in rollouts] == prompts
+    records = 100 * sum(len(r.prompt) + 4 * len(r.response) for r in rollouts) // 1024
+    assert grown < records + 20_000
+    few = list(range(0, 10_000, 499))
+    for i, again in zip(few, generate(model, [prompts[i] for i in few], slots=3, seed=few, **settings)):
+        assert again.response == rollouts[i].response
 
 
 # --------------------------------------------------------------------------------------- the authors' numbers

@@ -1,0 +1,113 @@
+"""plumbing/cuda.py - what only a GPU needs: captured decoding steps, and memory planned before it is used.
+
+No GPU has run this file yet. So the part that needs one is small (record, below); padding, sizes and plans
+are tested on the CPU.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Decoding steps as CUDA graphs.
+
+
+class Captured:
+    """rollout.Decoder.denoise for a GPU: sizes rounded up to a few, a CUDA graph for each.
+
+    A forward of 36 layers is a thousand kernels and more, which for few sequences a GPU finishes faster than
+    Python starts them. A graph starts all of them at once, but only for the sizes and addresses it was
+    recorded with. So sequences, commits, masked places and reach are rounded up: what is too much computes on
+    idle slots, on the spare slot, or on places that are not masked, and changes nothing.
+
+    The first call of each sizes runs as it is, so that kernels are compiled and chosen; the second is
+    recorded; from then on it is replayed.
+    """
+
+    def __init__(self, denoise, num_slots, block_size, length, reach=256):
+        self.denoise, self.num_slots, self.block_size, self.length = denoise, num_slots, block_size, length
+        self.reach = reach  # keys are read up to a multiple of it; graphs are few where it is large
+        self.recorded = {}  # sizes -> None (called once), or the replay
+
+    def __call__(self, numbers, commits, num_masked, longest):
+        """As denoise."""
+        (_, B), (_, M) = numbers.shape, commits.shape
+        lanes = min(power_of(2, B), self.num_slots)
+        extra = power_of(4, M) if M else 0
+        quarter = -(-lanes * self.block_size // 4)
+        sizes = (-(-num_masked // quarter) * quarter, min(-(-longest // self.reach) * self.reach, self.length))
+        numbers, commits = F.pad(numbers, (0, lanes - B)), F.pad(commits, (0, extra - M))
+        commits[0, M:] = self.num_slots  # the spare slot, whose first block may be overwritten
+        key = (lanes, extra, *sizes)
+        if key not in self.recorded:
+            self.recorded[key] = None
+            return self.denoise(numbers, commits, *sizes)[:, :B]
+        if self.recorded[key] is None:
+            self.recorded[key] = self.record(numbers, commits, *sizes)
+        return self.recorded[key](numbers, commits)[:, :B]
+
+    def record(self, numbers, commits, *sizes):
+        """A function of (numbers, commits) that replays the step of these sizes."""
+        held, graph = (numbers.clone(), commits.clone()), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # records, and computes nothing
+            out = self.denoise(*held, *sizes)
+
+        def replay(*inputs):
+            for kept, new in zip(held, inputs):
+                kept.copy_(new)
+            graph.replay()
+            return out
+        return replay
+
+
+def power_of(base, number):
+    """The smallest power of `base` that is at least `number`."""
+    power = 1
+    while power < number:
+        power *= base
+    return power
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory.
+
+
+def free_bytes(device):
+    """What this process may still take: of its GPU, or its share of the machine's main memory."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def layer_bytes(config, itemsize):
+    """Bytes per token of what one layer computes, about: states, q, k, v, attention, feed-forward."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return (6 * config.hidden_size + heads + 3 * config.intermediate_size) * itemsize
+
+
+def slot_bytes(config, length, itemsize, has_cache):
+    """Bytes of one sequence of `length` tokens while it is decoded: its cache and its tables, and with full
+    attention what a layer computes for the whole canvas."""
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    return length * (25 + cache * has_cache + layer_bytes(config, itemsize) * config.is_full)
+
+
+def fit_slots(asked, number, per_slot, config, device):
+    """How many of `number` sequences are decoded together: as many as asked (None: as fit). ValueError, with
+    the numbers, before anything is decoded."""
+    logits = 256 * config.vocab_size * 4 * 6  # of the sampler, see Decoder.propose
+    free = free_bytes(device)
+    most = max(0, int((0.8 * free - logits) // per_slot))  # the rest: prefill, and what fragments
+    wanted = min(asked or number, number)
+    if most >= wanted:
+        return wanted
+    if asked or not most:
+        remedy = f"--slots {most} would" if most else "lower --max_new_tokens"
+        raise ValueError(f"{wanted} slots of {per_slot / 2**20:,.0f} MiB each do not fit into the "
+                         f"{free / 2**30:.1f} GiB that are free: {remedy}")
+    return most
