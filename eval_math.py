@@ -18,7 +18,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
 import random
 import re
 import time
@@ -27,13 +26,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import fmean
 
-import datasets
 import torch
 
 import rollout
-from plumbing import autoregressive, grading, parallel, runs
+from plumbing import autoregressive, cuda, data, grading, parallel, runs, show
 from plumbing.checkpoints import load_model
-from plumbing.grading import extract_answer, is_correct, read_json_rows
+from plumbing.grading import extract_answer, is_correct
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -95,13 +93,6 @@ def work_out(a, b, slip, rng):
 # Problems from files and from the hub.
 
 
-HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:test",
-       "gsm8k-train": "openai/gsm8k:main:train", "aime2024": "Maxwell-Jia/AIME_2024::train"}
-COLUMNS = dict(problem=("problem", "question", "prompt", "messages"),
-               answer=("answer", "final_answer", "solution", "response"),
-               solution=("solution", "response"))
-
-
 def load_problems(source, problem_column=None, answer_column=None, needs_answer=True):
     """Problems from any source -> list[Problem].
 
@@ -115,65 +106,13 @@ def load_problems(source, problem_column=None, answer_column=None, needs_answer=
     if source in ("arithmetic", "arithmetic-dev", "arithmetic-test"):
         split = source.removeprefix("arithmetic").lstrip("-") or "train"
         return arithmetic(split, 20000 if split == "train" else 400)
-    rows = read_rows(source)  # dicts
+    rows = data.read_rows(source)  # dicts
     if not rows:
         raise ValueError(f"{source} holds no problems")
     # The solution's column cannot be named: it is for fine-tuning, whose data have the usual names.
     given = dict(problem=problem_column, answer=answer_column, solution=None)
-    return [to_problem(row, f"{source}, row {number}", given, needs_answer)
+    return [Problem(**data.read_fields(row, f"{source}, row {number}", given, needs_answer))
             for number, row in enumerate(rows, 1)]
-
-
-def read_rows(source):
-    """The rows of a local file or hub data set, as dicts."""
-    # A local file first, by the end of its name; then a name or an id of the hub.
-    if os.path.isfile(source):
-        if source.endswith((".json", ".jsonl")):
-            return read_json_rows(source)
-        if source.endswith(".parquet"):
-            return list(datasets.Dataset.from_parquet(source, cache_dir=None))
-        raise ValueError(f"{source}: the name must end in .jsonl, .json or .parquet")
-    # "folder/missing.jsonl" looks like a hub id: a missing file should not be looked for on the hub.
-    is_file_name = source.endswith((".json", ".jsonl"))
-    is_id = not is_file_name and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source)
-    if source not in HUB and not is_id:
-        raise FileNotFoundError(f"no data file {source!r}, and no name among {', '.join(HUB)}, "
-                                "and not a hub id owner/name")
-    # "openai/gsm8k:main:train" -> name, configuration, split; empty ones take the default.
-    name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
-    return list(datasets.load_dataset(name, config or None, split=split or "train"))
-
-
-def to_problem(row, where, given, needs_answer):
-    """One row of a data set as a Problem."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}")
-    columns, found = {name.lower(): name for name in row}, {}
-    for field_name, names in COLUMNS.items():
-        # The first column with a usual name; case does not matter.
-        name = given[field_name] or next((columns[n] for n in names if n in columns), None)
-        if name is not None and name not in row:
-            raise ValueError(f"{where}: no column {name!r}; it has {', '.join(row)}")
-        # a column that is absent may be optional: see below
-        found[field_name] = row[name] if name is not None else None
-    problem, answer, solution = found["problem"], found["answer"], found["solution"]
-    # {"messages": [...]}: the data of chat models.
-    # a conversation that ends with the response; one that ends with a question is a prompt
-    if isinstance(problem, list) and problem and problem[-1].get("role") == "assistant":
-        # Earlier turns stay in the prompt.
-        problem, solution = problem[:-1], problem[-1]["content"]
-    answer = "" if answer is None else str(answer)
-    if "####" in answer:  # GSM8K keeps the whole solution in its answer column
-        solution = answer if solution is None else solution
-        answer = answer.rsplit("####", 1)[1].strip()  # "... #### 18" -> "18"
-    elif (boxed := extract_answer(answer)) is not None:
-        answer = boxed
-    # Empty is as bad as absent: it would be an answer that no response can match.
-    for name, value, is_needed in (("problem", problem, True), ("answer", answer.strip(), needs_answer)):
-        if is_needed and not value:
-            raise ValueError(
-                f"{where}: no {name}; columns are {', '.join(row)}, looked for {', '.join(COLUMNS[name])}")
-    return Problem(problem, answer, "" if solution is None else str(solution), step_map=row.get("step_map"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -383,12 +322,16 @@ def fingerprint(model, problems):
 
 def evaluate_command(args):
     """Samples, grades, tabulates. Responses are in runs/<name>/responses.jsonl at once: a run can go on."""
-    parallel.start_processes()
+    parallel.start_processes(args.device)
     if args.ar:
         # The yardstick goes through the same prompts, the same grader and the same table.
         model, tokenizer = autoregressive.load(args.ar)
     else:
-        model, tokenizer = load_model(args.model, args.block_size)
+        dtype = args.dtype or ("bfloat16" if parallel.default_device().type == "cuda" else "float32")
+        model, tokenizer = load_model(
+            args.model, args.block_size, getattr(torch, dtype), attention=args.attention)
+        backend = cuda.describe_backend(model.config, model.device, getattr(torch, dtype))
+        parallel.say(f"{dtype}; decoding by {backend}")
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     problems = load_prompts(args.data, tokenizer, args)[:args.limit]
@@ -406,7 +349,7 @@ def evaluate_command(args):
         todo = [key for key in work if key not in done]  # keys of `done`
         parallel.say(f"{len(work) - len(todo)} of {len(work)} responses were there already")
         # A chunk is what is lost when the command is stopped: two rounds of the slots of all processes.
-        chunks, size = [], args.slots * parallel.processes()[1] * 2
+        chunks, size = [], (args.slots or 64) * parallel.processes()[1] * 2
         for strategy in strategies:
             # two rounds of slots, then grade and save
             chunks += grouped([key for key in todo if key[0] == strategy], size)
@@ -434,12 +377,7 @@ def evaluate_command(args):
                    for strategy in strategies}
         run.finish(summary)
     parallel.say(f"{args.data}, n = {args.n}: responses and summary are in {run.folder}")
-    # One column per strategy, one line per figure.
-    parallel.say(" " * 20 + "".join(f"{strategy:>16s}" for strategy in strategies))
-    for name in summary[strategies[0]]:
-        numbers = [summary[strategy][name] for strategy in strategies]
-        cells = ["?" if number is None else f"{number:.3f}" for number in numbers]
-        parallel.say(f"  {name:18s}" + "".join(f"{cell:>16s}" for cell in cells))
+    show.print_columns(summary)
     return summary
 
 
@@ -454,41 +392,11 @@ def summarize(lines, n):
         killed=sum(line["how"] == "killed" for line in lines))
 
 
-def add_prompt_flags(parser):
-    """The flags of encode_prompts."""
-    # Shared by all three scripts: a model must be trained and tested on the same kind of prompt.
-    flag = parser.add_argument_group("prompts").add_argument
-    flag("--max_prompt_tokens", type=runs.positive_int, default=784,
-         help="longer prompts are skipped and counted")
-    flag("--prompt_style", choices=PROMPT_STYLES, default="chat", help="how the chat template is used")
-    flag("--instruction", default=INSTRUCTION,
-         help="text after each problem; empty for data with whole prompts")
-    flag("--system", help="a system message before each problem")
-    flag("--problem_column", help="column of the problem, if it has an uncommon name")
-    flag("--answer_column", help="column of the answer, if it has an uncommon name")
-
-
-def add_decoding_flags(parser):
-    """The flags of rollout.generate, but --strategy."""
-    # Shared by tracerl.py and this one.
-    flag = parser.add_argument_group("decoding").add_argument
-    flag("--max_new_tokens", type=runs.positive_int, default=2000,
-         help="longest response; longer ones are truncated, and wrong. Full attention: length of the canvas")
-    flag("--threshold", type=runs.share, default=0.9, help="confidence above which dynamic reveals a token")
-    flag("--denoising_steps", type=runs.positive_int,
-         help="steps per block that the quota of revealed tokens is made for; None is K")
-    flag("--temperature", type=runs.not_negative, default=1.0, help="T; 0 is greedy")
-    flag("--top_k", type=runs.count, default=0, help="draw among the k most probable tokens; 0 is all")
-    flag("--top_p", type=runs.share, default=1.0,
-         help="draw among the most probable tokens up to this sum; 1 is all")
-    flag("--slots", type=runs.positive_int, default=64, help="sequences decoded together on one process")
-
-
 def decoding_settings(args):
     """Those flags, for rollout.generate."""
     # The flags of add_decoding_flags, and --strategy.
     names = ("max_new_tokens", "strategy", "threshold", "denoising_steps", "temperature", "top_k", "top_p",
-             "slots")
+             "slots", "cache")
     return {name: getattr(args, name) for name in names}
 
 
@@ -504,17 +412,20 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("--out", help="with --grade: where the verdicts go")
     flag("--data", default="arithmetic-test",
-         help=f"arithmetic-test, {', '.join(HUB)}, a file, or a hub id owner/name[:config[:split]]")
+         help=f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id owner/name[:config[:split]]")
     flag("--limit", type=runs.positive_int, help="only the first problems")
     flag("--n", type=runs.positive_int, default=1, help="samples per problem; pass_at_k has k = n")
     flag("--strategy", nargs="+", default=["static", "dynamic"], choices=rollout.STRATEGIES)
     flag("--block_size", type=runs.positive_int, help="K, if not the checkpoint's own")
+    flag("--attention", choices=("block", "full"), help="of a checkpoint that leaves it open (a2d-qwen3)")
+    flag("--device", choices=("cpu", "cuda"), help="None: a GPU if there is one")
+    flag("--dtype", choices=("float32", "bfloat16"), help="None: bfloat16 on a GPU, float32 on the CPU")
     flag("--seed", type=int, default=0, help="of the first sample")
     flag("--name", type=runs.folder_name,
          help="folder under runs/ (default: from model and data); the same name and flags go on with it")
     flag("--debug", action="store_true", help="show the traceback of an error")
-    add_prompt_flags(parser)
-    add_decoding_flags(parser)
+    runs.add_prompt_flags(parser, PROMPT_STYLES, INSTRUCTION)
+    runs.add_decoding_flags(parser, rollout.CACHES)
     args = parser.parse_args(argv)
     if args.grade and not args.out:
         parser.error("--grade needs --out")

@@ -47,6 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 try:  # optional: it needs CUDA and a compiler, and makes decoding faster
     from flash_attn import flash_attn_with_kvcache
+    flash_attn_error = None
 except ImportError as error:  # not installed, or broken: plumbing/cuda.py says which
     flash_attn_with_kvcache, flash_attn_error = None, error
 
@@ -163,9 +164,9 @@ compile_once = functools.cache(torch.compile)
 def compiled(function, dynamic=False):
     """torch.compile, once for each function; one compilation for every length of row, or one for all lengths.
 
-    Lengths are few (see plumbing/packing.py), but more than torch's usual limit of recompilations. Beyond that
-    limit torch would silently go back to the dense scores, which do not fit: hence the error instead. These
-    settings belong to a thread, and backward passes compute activations again in a thread of their own.
+    Lengths are few (see plumbing/packing.py), but more than torch's usual limit of recompilations. Beyond
+    that limit torch would silently go back to the dense scores, which do not fit: hence the error instead.
+    These settings belong to a thread, and backward passes compute activations again in a thread of their own.
     """
     config = torch._dynamo.config
     if config.recompile_limit != 64:
@@ -230,7 +231,7 @@ def masked_attention(layer, q, k, v, mask):
         tiles = [masked_attention(layer, q[:, :, queries], k[:, :, keys], v[:, :, keys], part)
                  for queries, keys, part in mask]
         return torch.cat(tiles, dim=2)
-    if q.is_cuda and has_groups and mask is not None:  # with a mask, CUDA's fast kernels want as many kv heads as heads
+    if q.is_cuda and has_groups and mask is not None:  # then CUDA's fast kernels want a kv head per head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 

@@ -232,8 +232,8 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Decoding. Every slot holds one sequence, and each forward advances each slot by one denoising step. A sequence
-# that has ended makes room for the next prompt, so that batches are ragged throughout.
+# Decoding. Every slot holds one sequence, and each forward advances each slot by one denoising step. A
+# sequence that has ended makes room for the next prompt, so that batches are ragged throughout.
 
 
 @dataclass
@@ -384,7 +384,7 @@ class Decoder:
         return torch.stack([(is_masked & ~is_kept).sum(-1), (is_eos & is_revealed).any(-1)])
 
     def propose(self, h, draws):
-        """Draws tokens for masked places from their states (N, C) -> token, confidence, logp, entropy (N,)."""
+        """Draws tokens for masked places, by their states (N, C) -> token, confidence, logp, entropy (N,)."""
         s, parts = self.settings, []
         for states, u in zip(h.split(256), draws.split(256)):  # logits (256, V) at a time
             parts.append(sample(head_logits(self.model, states), u, self.config.mask_id, s.temperature,
@@ -443,7 +443,8 @@ class Decoder:
         """Empties the slots of the list `ended` -> their (prompt's number, record); the last busy slots move
         into the gaps."""
         # One read for all. float64 holds token ids and float32 alike.
-        read = torch.stack([t[ended].double() for t in (self.token, self.step_map, self.confidence, self.logp)])
+        columns = self.token, self.step_map, self.confidence, self.logp
+        read = torch.stack([table[ended].double() for table in columns])
         done = [(self.lanes[slot].number, self.record(self.lanes[slot], *columns))
                 for slot, *columns in zip(ended, *read.tolist())]
         # Slots 0 and 2 of five have ended: three stay busy, 3 moves into 0 and 4 into 2.
@@ -485,7 +486,7 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
 
     prompts: lists of token ids, none empty. max_new_tokens: room for the response. seed: one int per prompt,
     or an int s for s, s + 1, ... slots: sequences decoded together (default as many as fit); memory grows
-    with it, results do not depend on it. block_size: K (default the model's). eos_ids: tokens that end a response
+    with it, results do not depend on it. block_size: K (default the model's). eos_ids: what ends a response
     (default the model's); an eos inside the prompt ends nothing. more: see DecodingSettings. Raises
     ValueError for an empty prompt, a setting out of range, or more slots than memory.
     """
@@ -529,8 +530,8 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
 def generate_everywhere(model, prompts, seeds, **settings):
     """`generate` with the prompts dealt out over all processes; every process gets all rollouts, in order."""
     # Every process decodes its share with whole weights, without waiting for the others.
-    with parallel.unsharded(model):
-        own = generate(model, parallel.share(prompts), seed=parallel.share(seeds), **settings)
+    with parallel.unsharded(model) as whole:
+        own = generate(whole, parallel.share(prompts), seed=parallel.share(seeds), **settings)
     return parallel.gather(own)
 
 
@@ -693,12 +694,12 @@ def forward_rows(model, rows, temperature=1.0):
     return token_logprobs(model, rows.states(model), rows.targets.token, temperature)
 
 
-def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_tokens=16384):
+def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_tokens=16384, is_packed=None):
     """Log-probabilities of every response token, given the states in which the trace revealed them.
 
     -> list of float32 tensors, one per rollout, as long as its response; with gradient, unless called under
-    no_grad. A sharded model must be `unsharded` meanwhile: processes may have different numbers of rollouts,
-    or none. shrink 1, the sampling temperature and the block size of the decoding give Rollout.logp back (the
+    no_grad. Of a sharded model, give what parallel.unsharded gives: processes may have different numbers of
+    rollouts, or none. shrink 1, the sampling temperature and the block size of the decoding give Rollout.logp back (the
     replay law).
     """
     if not rollouts:
@@ -706,9 +707,26 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
     longest = max(len(r.response) for r in rollouts)
     flat = torch.zeros(len(rollouts) * longest, device=model.device)  # a table (N, longest), flat
     texts = build_rows(rollouts, model.config, block_size or model.config.block_size, shrink=shrink)
-    for rows in micro_batches(texts, max_tokens, model.config.pad_id, model.device):
+    for rows in micro_batches(texts, max_tokens, model.config.pad_id, model.device, is_packed):
         logp, _ = forward_rows(model, rows, temperature)
         # Targets come sorted by row length; each knows whose token it is, so that it finds its way home.
         place = rows.targets.rollout_index * longest + rows.targets.response_index
         flat = flat.index_put((place,), logp)
     return [part[:len(r.response)] for part, r in zip(flat.view(len(rollouts), longest), rollouts)]
+
+
+@torch.no_grad()
+def beside_record(model, rollouts, block_size, temperature, is_packed=None):
+    """Replayed minus recorded log-probability of every token of this process's share of rollouts, float64."""
+    own = parallel.share(rollouts)
+    with parallel.unsharded(model) as whole:  # processes may have other numbers of rollouts
+        replayed = replay(whole, own, 1, temperature, block_size, is_packed=is_packed)
+    differences = [logp.cpu() - torch.tensor(r.logp) for logp, r in zip(replayed, own)]
+    return torch.cat([torch.zeros(0), *differences]).double().to(model.device)
+
+
+def replay_gap(model, rollouts, block_size, temperature, is_packed=None):
+    """The replay law on a few rollouts: |replayed - recorded logp|, its mean and maximum."""
+    # One process may have none of the few rollouts: sums and maxima over all.
+    gap = beside_record(model, rollouts, block_size, temperature, is_packed).abs()
+    return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))

@@ -114,7 +114,8 @@ def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
     for part in parts:
         logp, _ = rollout.forward_rows(model, part)
         loss = sft_loss(logp, part.targets.masked_share, normalizer, is_weighted)
-        loss.backward()  # the parts' losses are shares of one sum, so that their gradients simply add
+        # The parts' losses are shares of one sum, so that their gradients simply add.
+        parallel.backward(loss, model, part is parts[-1])
         total += loss.detach()
     norm, _ = parallel.optimizer_step(model, optimizer, 1.0)
     return float(parallel.add_up(total)), norm
@@ -217,10 +218,10 @@ def describe_line(line):
 
 TINY = dict(  # defaults of the tiny model
     data="arithmetic", dev_data="arithmetic-dev", steps=2700, lr=6e-3, weight_decay=0.2, max_new_tokens=20,
-    save_every=0, tokens_per_micro_batch=4096, dtype="float32")
+    save_every=0, tokens_per_micro_batch=4096, dtype="float32", attention="block")
 REAL = dict(  # defaults with --model
-    steps=1000, lr=1e-5, weight_decay=0.0, max_new_tokens=2000, save_every=200, tokens_per_micro_batch=16384,
-    dtype="bfloat16" if torch.cuda.is_available() else "float32")
+    steps=1000, lr=1e-5, weight_decay=0.0, max_new_tokens=2000, save_every=200,
+    gradient_checkpointing=True, dtype="bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def parse_args(argv=None):
@@ -251,8 +252,9 @@ def parse_args(argv=None):
          help="start the cooldown at this accuracy on development problems")
     flag("--eval_every", type=runs.positive_int, default=100, help="updates between evaluations on those")
     flag("--slip", type=runs.share, default=0.6, help="embedded data: how often the pupil forgets a carry")
-    flag("--attention", choices=("block", "full"), default="block", help="of the tiny model")
-    eval_math.add_prompt_flags(parser)
+    flag("--attention", choices=("block", "full"),
+         help="of the tiny model, or of a checkpoint that leaves it open (a2d-qwen3)")
+    runs.add_prompt_flags(parser, eval_math.PROMPT_STYLES, eval_math.INSTRUCTION)
     runs.add_training_flags(parser, "sft")
     # Two tables of defaults, and with --resume the settings of the run itself.
     args = runs.parse(parser, argv, TINY, REAL)
@@ -270,12 +272,13 @@ def parse_args(argv=None):
 def main(argv=None):
     """Trains and saves runs/<name>/checkpoint -> its path."""
     args = parse_args(argv)
-    parallel.start_processes(args.model is None, args.dtype == "bfloat16")
+    parallel.start_processes(args.device, args.model is None, args.dtype == "bfloat16")
     if args.model is None:
         model, tokenizer = tiny_model(args.seed, args.block_size or 4, args.attention), tiny_tokenizer()
         model.to(parallel.default_device())
+        parallel.shard(model, model.layers)
     else:
-        model, tokenizer = checkpoints.load_to_train(args.model, args)
+        model, _, tokenizer, _ = checkpoints.load_to_train(args.model, args)
     # The embedded data are made here, with slips; files and hub ids are read.
     if args.data == "arithmetic":
         problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
@@ -290,8 +293,6 @@ def main(argv=None):
     dev_problems = eval_math.load_prompts(args.dev_data, tokenizer, args)[:200] if args.dev_data else []
     parallel.say(f"sft: {len(examples)} examples; skipped {len(problems) - len(examples)} long responses")
     with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:
-        # Sharding comes after loading and before the optimizer, whose states are then sharded as well.
-        parallel.shard(model, model.layers, getattr(torch, args.dtype))
         train(model, tokenizer, examples, dev_problems, args, run)
         path = run.save_model(model, tokenizer)
     parallel.say(f"sft: the model is in {path}")

@@ -31,6 +31,7 @@ Left out:
 
 import functools
 import os
+import random
 import time
 from typing import NamedTuple
 
@@ -368,29 +369,13 @@ def old_logprobs(model, batches, rollouts, plan, args):
     """
     # Then `update` sees all trained tokens in the very states of the trace, and its figure is the law's.
     is_measured = bool(batches) and plan.updates_policy and plan.is_replayed
-    gap = {} if is_measured else replay_gap(model, rollouts[::16], plan.rollout_block_size, args.temperature)
+    gap = {} if is_measured else rollout.replay_gap(
+        model, rollouts[::16], plan.rollout_block_size, args.temperature)
     if plan.updates_policy:
         for rows in [rows for batch in batches[1:] for rows in batch.rows]:
             logp, _ = rollout.forward_rows(model, rows, args.temperature)
             rows.targets.logp_old.copy_(logp)
     return gap
-
-
-@torch.no_grad()
-def beside_record(model, rollouts, block_size, temperature):
-    """Replayed minus recorded log-probability of every token of this process's share of rollouts, float64."""
-    own = parallel.share(longest_first(rollouts))
-    with parallel.unsharded(model):  # processes may have other numbers of rollouts
-        replayed = rollout.replay(model, own, 1, temperature, block_size)
-    differences = [logp.cpu() - torch.tensor(r.logp) for logp, r in zip(replayed, own)]
-    return torch.cat([torch.zeros(0), *differences]).double().to(model.device)
-
-
-def replay_gap(model, rollouts, block_size, temperature):
-    """The replay law on a few rollouts: |replayed - recorded logp|, its mean and maximum."""
-    # One process may have none of the few rollouts: sums and maxima over all.
-    gap = beside_record(model, rollouts, block_size, temperature).abs()
-    return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
 
 
 def drift(model, rollouts, plan, args):
@@ -401,7 +386,8 @@ def drift(model, rollouts, plan, args):
     moves the weights, so that they are 1 whatever comes of it.
     """
     # after the updates
-    log_ratio = beside_record(model, rollouts, plan.rollout_block_size, args.temperature).clamp(-10, 10)
+    differences = rollout.beside_record(model, rollouts, plan.rollout_block_size, args.temperature)
+    log_ratio = differences.clamp(-10, 10)
     k3 = log_ratio.exp() - 1 - log_ratio  # as in policy_loss
     return dict(drift_kl=parallel.mean_of(k3), drift_ratio_max=parallel.largest_of(log_ratio.exp()))
 
@@ -443,12 +429,17 @@ def update(model, optimizer, batch, loss, is_first, args):
         logp, entropy = rollout.forward_rows(model, rows, args.temperature)
         if is_first:
             rows.targets.logp_old.copy_(logp.detach())
+        targets = rows.targets
+        if args.importance == "truncated":
+            # A factor above 0 passes through the minimum and the clip of the loss: as good as outside it.
+            weight = (targets.logp_old - targets.logp).exp().clamp(max=2)  # pi_old / what decoding recorded
+            targets = targets._replace(advantage=targets.advantage * weight)
         if len(logp):
-            part = loss(logp, rows.targets, num_tokens, num_responses, args.clip_eps, args.kl_coef)
+            part = loss(logp, targets, num_tokens, num_responses, args.clip_eps, args.kl_coef)
         else:
             part = logp.sum()  # a dummy: 0, but with a backward like everybody's
         # Gradients add up over micro-batches; nothing is averaged.
-        part.backward()
+        parallel.backward(part, model, rows is batch.rows[-1])
         part_sums, part_maxima = diagnose(logp, entropy, rows.targets, args.clip_eps)
         total, sums, maxima = total + part.detach(), sums + part_sums, torch.maximum(maxima, part_maxima)
         ratios.append((logp.detach() - rows.targets.logp_old).exp())  # pi_new / pi_old
@@ -473,7 +464,7 @@ def update_value(critic, optimizer, batch, args):
     for rows in batch.value_rows:
         loss = value.value_loss(
             critic(rows), rows.targets.value_old, rows.targets.returns, num_tokens, args.value_clip)
-        loss.backward()
+        parallel.backward(loss, critic, rows is batch.value_rows[-1])
         total += loss.detach()
     _, is_finite = parallel.optimizer_step(critic, optimizer, args.max_grad_norm)
     return dict(value_loss=float(parallel.add_up(total)), skipped_updates=int(not is_finite))
@@ -500,7 +491,7 @@ def finish_step(
     run.write(line)
     parallel.say(show.describe_line(line))
     show.warn(line, progress)
-    check_gap(line, args)
+    show.check_gap(line, args, progress)
     progress.update(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
     if step == args.steps or (args.save_every and step % args.save_every == 0):
         has_value = trainers.critic is not None
@@ -514,21 +505,19 @@ def finish_step(
                 show.write_page(shown[:8], tokenizer, path)
 
 
-def check_gap(line, args):
-    """Stops a float32 run that breaks the replay law: it would train on states the policy never was in.
-
-    A wrong mask, position or step moves log-probabilities by 0.05 nats and more, and many of them. Rounding
-    stays below 1e-4 / min(T, 1) but for one token in a million. So the run stops if the mean exceeds that
-    bound, or the maximum ten times the bound.
-    """
-    # At T < 1 logits are divided by T, and their rounding grows with them.
-    bound = 1e-4 / min(args.temperature, 1.0)
-    is_law = line["gap"] <= bound and line["gap_max"] <= 10 * bound
-    if args.dtype == "float32" and not is_law:
-        raise RuntimeError(
-            f"the replay law is broken: replayed and recorded log-probabilities differ by {line['gap']:.1e} "
-            f"on average and by up to {line['gap_max']:.1e}, far more than rounding ({bound:.0e}). "
-            "Training and sampling disagree about masks, positions, blocks or steps.")
+def self_check(model, args):
+    """The replay law on a few random prompts, before anything is trained with the kernels at hand."""
+    started, rng, config = time.perf_counter(), random.Random(args.seed), model.config
+    K = args.rollout_block_size or config.block_size
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
+    settings = eval_math.decoding_settings(args) | dict(max_new_tokens=min(4 * K, args.max_new_tokens))
+    rollouts = rollout.generate_everywhere(model, prompts, [*range(4)], block_size=K, **settings)
+    # On a GPU both ways to lay out rows, with their kernels: packed, and one padded row each.
+    for is_packed in {False, model.device.type == "cuda"}:
+        figures = rollout.replay_gap(model, rollouts, K, args.temperature, is_packed)
+        show.check_gap(figures, args, dict(gap_steps=2))  # the first miss stops
+    parallel.say(f"self-check: replayed and recorded log-probabilities differ by {figures['gap']:.1e} "
+                 f"({time.perf_counter() - started:.1f} s)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -539,11 +528,11 @@ TINY = dict(  # defaults of the tiny model
     train_data="arithmetic", dev_data="arithmetic-dev", eval_data="arithmetic-test", steps=45, prompts=32,
     minibatches=2, lr=1e-4, adapt_lr=1e-3, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4,
     value_clip=None, max_new_tokens=20, slots=512, eval_every=20, save_every=20,
-    tokens_per_micro_batch=4096, dtype="float32")
+    tokens_per_micro_batch=4096, dtype="float32", gradient_checkpointing=False)
 REAL = dict(  # defaults with --model: the paper's for SDAR, for billions of parameters
-    steps=80, prompts=64, minibatches=1, lr=1e-6, adapt_lr=1e-5, warmup=0, value_lr=5e-6, value_warmup=5,
-    value_epochs=1, value_clip=0.2, max_new_tokens=2000, slots=64, eval_every=10, save_every=20,
-    tokens_per_micro_batch=16384,
+    steps=80, prompts=64, minibatches=1, adapt_lr=1e-5, warmup=0, value_lr=5e-6, value_warmup=5,
+    value_epochs=1, value_clip=0.2, max_new_tokens=2000, eval_every=10, save_every=20,
+    gradient_checkpointing=True,
     dtype="bfloat16" if torch.cuda.is_available() else "float32")
 
 
@@ -562,8 +551,10 @@ def parse_args(argv=None):
     flag("--steps", type=runs.positive_int, help="RL steps")
     flag("--prompts", type=runs.positive_int, help="prompts per step")
     flag("--group_size", type=runs.positive_int, default=16, help="G, responses per prompt")
-    flag("--lr", type=runs.positive, help="learning rate of AdamW")
-    flag("--attention", choices=("block", "full"), default="block", help="of the tiny model")
+    flag("--lr", type=runs.positive, help="learning rate of AdamW; None, with --model: 1e-6 (paper), and "
+         "1e-5 with --lora_rank: adapters want about ten times as much")
+    flag("--attention", choices=("block", "full"),
+         help="of the tiny model (None: block), or of a checkpoint that leaves it open (a2d-qwen3)")
     flag("--block_size", type=runs.positive_int, help="K; None is the checkpoint's own, 4 for the tiny model")
     flag = parser.add_argument_group("method: each a built-in name, or file.py:function").add_argument
     flag("--reward", default="math",
@@ -586,6 +577,10 @@ def parse_args(argv=None):
     flag("--max_grad_norm", type=runs.positive, default=1.0, help="bound on the gradient norm")
     flag("--keep_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="mean rewards of the groups to "
          "keep; equal rewards always drop. None is all; with --model and the math reward 0.2 0.8 (paper)")
+    flag("--importance", choices=("none", "truncated"), default="none", help="truncated: weight each token "
+         "by min(pi_old / recorded, 2), for bfloat16, where decoding and training round differently")
+    flag("--max_gap", type=runs.positive,
+         help="bound on the mean gap of the replay law, in nats; None is 1e-4, and 0.05 in bfloat16")
     flag("--post_num", type=runs.count, default=0,
          help="tokens after eos, in its block, that are trained as well")
     flag("--rollout_block_size", type=runs.positive_int, help="roll out in these smaller blocks for "
@@ -600,15 +595,17 @@ def parse_args(argv=None):
          help="bound on a value's change in its loss; None is none (the paper: 0.2)")
     flag("--gamma", type=runs.share, default=1.0, help="discount per trace step")
     flag("--gae_lambda", type=runs.share, default=1.0, help="lambda of GAE")
-    eval_math.add_decoding_flags(parser)
+    runs.add_decoding_flags(parser, rollout.CACHES)
     parser.add_argument("--strategy", choices=rollout.STRATEGIES, default="dynamic",
                         help="what a denoising step reveals")
-    eval_math.add_prompt_flags(parser)
+    runs.add_prompt_flags(parser, eval_math.PROMPT_STYLES, eval_math.INSTRUCTION)
     runs.add_training_flags(parser, "tracerl")
     parser.add_argument("--eval_every", type=runs.count,
                         help="RL steps between evaluations on --dev_data; 0 is never")
     args = runs.parse(parser, argv, TINY, REAL)
     check_args(args, parser)
+    if args.lr is None:
+        args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and args.model is not None and args.reward == "math":
         args.keep_range = [0.2, 0.8]
     return args
@@ -626,6 +623,9 @@ def check_args(args, parser):
     if args.advantage == "value" and args.rollout_block_size is not None:
         parser.error("--rollout_block_size needs --advantage group: adapt first, then go on from the "
                      "checkpoint with --model and --advantage value")
+    if args.importance == "truncated" and (args.views != "trace" or args.shrink not in (None, 1)):
+        parser.error("--importance truncated needs --views trace and --shrink 1: only there is the recorded "
+                     "log-probability one of the same state")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     if args.keep_range is not None and args.keep_range[0] > args.keep_range[1]:
@@ -633,14 +633,15 @@ def check_args(args, parser):
 
 
 def load_start(args):
-    """The policy to start from, by the flags -> model, tokenizer, its path."""
+    """The policy to start from, and the value model if there is one, by the flags -> Trainers, tokenizer."""
     saved = parallel.from_first(runs.checkpoints_of(os.path.join("runs", args.name)))
     if args.resume and saved and args.model is None:
         path = saved[-1]  # its weights are about to be restored anyway
     else:
         smallest = args.rollout_block_size or args.block_size or 4
-        path = args.model or sft.warm_start(args.seed, smallest, args.attention)
-    model, tokenizer = checkpoints.load_to_train(path, args)
+        path = args.model or sft.warm_start(args.seed, smallest, args.attention or "block")
+    model, critic, tokenizer, folder = checkpoints.load_to_train(
+        path, args, value.ValueModel if args.advantage == "value" else None)
     if args.shrink is None:
         # as in the paper for Dream and LLaDA
         args.shrink = 8 if model.config.is_full and args.model is not None else 1
@@ -657,26 +658,12 @@ def load_start(args):
     if (args.denoising_steps or 1) > smallest:
         raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 "
                          f"and the block size, {smallest}")
-    return model, tokenizer, path
-
-
-def make_trainers(model, path, args):
-    """The value model, if there is one; sharding; optimizers."""
-    critic = critic_optimizer = None
-    if args.advantage == "value":
-        # A run that starts from a checkpoint with a value model goes on with that.
-        critic, saved = value.ValueModel(model), os.path.join(path, "value", "model.safetensors")
-        if not args.lora_rank and os.path.isfile(saved):
-            parallel.say(f"value model: going on from {saved}")
-            checkpoints.load_value_model(critic, saved)
-    parallel.shard(model, model.layers, getattr(torch, args.dtype))
     # Optimizer states live as long as the run: moments thrown away every step would make AdamW a sign update.
-    optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.95))
+    optimizer, critic_optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.95)), None
     if critic is not None:
-        parallel.shard(critic, critic.backbone.layers, getattr(torch, args.dtype))
         # a long memory: once failures are rare, one of them must not throw the value model off its path
         critic_optimizer = parallel.make_optimizer(critic, args.value_lr, (0.9, 0.999))
-    return Trainers(model, optimizer, critic, critic_optimizer)
+    return Trainers(model, optimizer, critic, critic_optimizer), tokenizer
 
 
 def evaluate_all(model, tokenizer, problems, reward, args):
@@ -699,16 +686,18 @@ def main(argv=None):
     usual = Plan(runs.load_function(args.advantage, ADVANTAGES, "--advantage"),
                  runs.load_function(args.loss, LOSSES, "--loss"),
                  runs.load_function(args.views, rollout.VIEWS, "--views"))
-    parallel.start_processes(args.model is None, args.dtype == "bfloat16")
+    parallel.start_processes(args.device, args.model is None, args.dtype == "bfloat16")
     with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:  # a taken name is said at once
-        model, tokenizer, path = load_start(args)
+        trainers, tokenizer = load_start(args)
+        model = trainers.model
+        if not args.no_self_check:
+            self_check(model, args)
         load = functools.partial(
             eval_math.load_prompts, tokenizer=tokenizer, args=args, needs_answer=args.reward == "math")
         problems, test_problems = load(args.train_data), load(args.eval_data)
         dev_problems = load(args.dev_data) if args.dev_data and args.eval_every else []
         # Before and after: the same problems, the same draws.
         evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, reward, args)
-        trainers = make_trainers(model, path, args)
         # A resumed run has its "before" from the first time.
         progress = run.restore(trainers.pairs()) if args.resume else None
         if progress is not None:

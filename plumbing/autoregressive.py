@@ -14,8 +14,9 @@ def responses(model, tokenizer, problems, seeds, strategy, args):
         do_sample=True, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     settings["repetition_penalty"] = 1.0  # a checkpoint's generation_config may hold another
     own, own_seeds, out = parallel.share(problems), parallel.share(seeds), []
-    for start in range(0, len(own), args.slots):
-        batch = [{"input_ids": p.tokens} for p in own[start:start + args.slots]]
+    size = args.slots or 64
+    for start in range(0, len(own), size):
+        batch = [{"input_ids": p.tokens} for p in own[start:start + size]]
         inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
         torch.manual_seed(own_seeds[start])
         tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens,

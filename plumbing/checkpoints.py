@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from model import BlockDiffusionLM, ModelConfig
-from plumbing import parallel
+from plumbing import cuda, parallel
 
 QWEN_NAMES = {  # ours -> theirs; "#" is the layer number
     "embed": "model.embed_tokens",
@@ -60,7 +62,7 @@ class Family(NamedTuple):
     has_qk_norm: bool
     has_qkv_bias: bool
     shifts_logits: bool
-    is_full: bool
+    is_full: bool  # None: both exist, see read_config
     mask_id: int  # of the published checkpoints, where config.json does not say
     names: dict
 
@@ -68,10 +70,16 @@ class Family(NamedTuple):
 FAMILIES = {  # by model_type of config.json, in lower case
     "sdar": Family(True, False, False, False, 151669, QWEN_NAMES),  # SDAR and TraDo
     "qwen3": Family(True, False, False, False, 151669, QWEN_NAMES),  # autoregressive: sft.py changes that
+    "a2d-qwen3": Family(True, False, False, None, 151669, QWEN_NAMES),  # dllm's conversions of Qwen
+    "a2d-qwen2": Family(False, True, False, None, 151665, QWEN_NAMES),
     "dream": Family(False, True, True, True, 151666, QWEN_NAMES),  # Dream and DiffuCoder
     "llada": Family(False, False, False, True, 126336, LLADA_NAMES),
     "mmada": Family(False, False, False, True, 126336, LLADA_NAMES),  # its text part is LLaDA
 }
+
+REFUSED = {  # model_type -> what it has that this network has not
+    "fast_dllm_qwen": "block attention whose logits are shifted by one, across the blocks' borders",
+    "llada2_moe": "a mixture of experts", "sdar_moe": "a mixture of experts"}
 
 # ------------------------------------------------------------------------------------------------------------
 # config.json.
@@ -83,12 +91,20 @@ LLADA_FIELDS = dict(  # Qwen's spelling of a field -> LLaDA's
     tie_word_embeddings="weight_tying")
 
 
-def read_config(source, block_size=None):
+def read_config(source, block_size=None, attention=None, path=""):
     """The fields of a config.json (a dict), whichever family's spelling they have -> ModelConfig.
 
-    Raises ValueError for an unknown model_type, a missing field, or a variant the network does not have.
+    attention: "block" or "full", where the family leaves it open; without it the checkpoint's name decides
+    (path: bd3lm or mdlm in it). Raises ValueError for an unknown model_type, a missing field, or a variant
+    the network does not have.
     """
     name = str(source.get("model_type", "none")).lower()
+    if name in REFUSED:
+        raise ValueError(f"model_type {name!r} is not supported: it has {REFUSED[name]}")
+    architecture = (source.get("architectures") or ["Qwen3ForCausalLM"])[0]
+    if name == "qwen3" and (architecture != "Qwen3ForCausalLM" or "auto_map" in source):
+        raise ValueError(f"this calls itself qwen3, but is {architecture} with code of its own: another "
+                         "network, which is not supported")
     if name not in FAMILIES:
         raise ValueError(f"unknown model_type {name!r} in config.json: known are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
@@ -104,6 +120,7 @@ def read_config(source, block_size=None):
         raise ValueError(f"rope type {rope} is not supported: only plain rotary positions are")
     if source.get("use_sliding_window") or source.get("hidden_act", "silu") != "silu":
         raise ValueError("sliding windows and activations other than silu are not supported")
+    is_full = find_attention(source, family, attention, path)
     mask_id, vocab_size = find_mask(source, name, wanted["vocab_size"])
     eos, pad = as_list(source.get("eos_token_id")), source.get("pad_token_id")
     theta = rope.get("rope_theta") or source.get("rope_theta") or (5e5 if is_llada else 1e6)
@@ -111,13 +128,28 @@ def read_config(source, block_size=None):
         vocab_size=vocab_size, hidden_size=wanted["hidden_size"], num_layers=wanted["num_hidden_layers"],
         num_heads=wanted["num_attention_heads"], num_kv_heads=wanted["num_key_value_heads"],
         head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
-        intermediate_size=wanted["intermediate_size"], mask_id=mask_id, is_full=family.is_full,
-        block_size=block_size or source.get("block_size") or (32 if family.is_full else 4),
+        intermediate_size=wanted["intermediate_size"], mask_id=mask_id, is_full=is_full,
+        block_size=block_size or source.get("block_size") or (4 if family.is_full is False else 32),
         has_qk_norm=family.has_qk_norm, has_qkv_bias=family.has_qkv_bias, shifts_logits=family.shifts_logits,
         rms_norm_eps=source.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
         tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
         pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos),
         family=name, source=dict(source))
+
+
+def find_attention(source, family, attention, path):
+    """Whether every token sees every token: by family, by --attention, or by the checkpoint's name."""
+    if family.is_full is not None:
+        if attention not in (None, "full" if family.is_full else "block"):
+            raise ValueError(f"--attention {attention} does not fit a checkpoint of {source['model_type']}")
+        return family.is_full
+    name = os.path.basename(os.path.normpath(path)).lower()
+    by_name = "block" if "bd3lm" in name else "full" if "mdlm" in name else None
+    attention = attention or source.get("attention") or by_name
+    if attention is None:
+        raise ValueError(f"{source['model_type']} may be of block or of full attention, and the name "
+                         f"{name!r} does not say which: give --attention")
+    return attention == "full"
 
 
 def find_mask(source, family, vocab_size):
@@ -169,77 +201,112 @@ def write_json(path, value):
 # Loading.
 
 
-def load_model(path_or_id, block_size=None, dtype=None, device=None):
-    """Loads a checkpoint folder or hub id -> (BlockDiffusionLM, tokenizer or None).
-
-    block_size: K, if not the checkpoint's own. dtype: of the weights in memory (default: as stored). device:
-    default this process's GPU, else the CPU. Weights go shard by shard to where they are used; there is never
-    a second copy. Raises FileNotFoundError or ValueError that names the missing file, weight, shape,
-    model_type or mask token.
-    """
-    path = os.fspath(path_or_id)
+def find_checkpoint(path_or_id, block_size=None, attention=None):
+    """A folder or hub id -> (folder, ModelConfig, tokenizer or None). Errors: see load_model."""
+    path = name = os.fspath(path_or_id)
     if not os.path.isdir(path):
         if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise FileNotFoundError(f"no checkpoint folder {path!r} (a hub id looks like JetLM/SDAR-4B-Chat)")
         path = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise FileNotFoundError(f"{path} has no config.json: not a checkpoint folder")
-    config = read_config(read_json(os.path.join(path, "config.json")), block_size)
+    config = read_config(read_json(os.path.join(path, "config.json")), block_size, attention, name)
     tokenizer = load_tokenizer(path, config)
     config.eos_ids = find_eos_ids(path, config, tokenizer)
-    with torch.device("meta"):
-        model = BlockDiffusionLM(config)
-    load_weights(model, path, dtype, torch.device(device or parallel.default_device()))
+    return path, config, tokenizer
+
+
+def load_model(path_or_id, block_size=None, dtype=None, device=None, attention=None):
+    """Loads a checkpoint folder or hub id -> (BlockDiffusionLM, tokenizer or None).
+
+    block_size: K, if not the checkpoint's own. dtype: of the weights in memory (default: as stored). device:
+    default this process's GPU, else the CPU. attention: see read_config. Weights go one by one to where they
+    are used; there is never a second copy. Raises FileNotFoundError or ValueError that names the missing
+    file, weight, shape, model_type or mask token.
+    """
+    path, config, tokenizer = find_checkpoint(path_or_id, block_size, attention)
+    model = empty_model(config)
+    load_weights(model, path, dtype, device)
     return model.eval(), tokenizer
 
 
-def load_weights(model, path, dtype, device):
-    """Fills a model built on the meta device from the safetensors shards of a folder."""
-    shards = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+def empty_model(config):
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        return BlockDiffusionLM(config)
+
+
+def load_weights(model, folder, dtype=None, device=None):
+    """Fills a model, or a value model, from the safetensors files of a folder.
+
+    Weights on the meta device are made, on `device`; of sharded ones (parallel.shard), each process reads its
+    own rows only, so that no process ever holds a whole model.
+    """
+    config, device = model.config, str(device or parallel.default_device())
+    shards = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
     if not shards:
-        raise FileNotFoundError(f"{path} holds no .safetensors file (pickled weights are never read)")
-    config = model.config
-    ours = {family_name(config, name): name for name, _ in model.named_parameters()}
-    tied = family_name(config, "head.weight") if config.tie_word_embeddings else None
-    found, unexpected = {}, []
+        raise FileNotFoundError(f"{folder} holds no .safetensors file (pickled weights are never read)")
+    # A value model has the names of its backbone, and a head of its own.
+    head, value_head = family_name(config, "head.weight"), "value_head.weight"
+    ours = {value_head if name == value_head else family_name(config, name.removeprefix("backbone.")): name
+            for name, _ in model.named_parameters()}
+    is_policy, parameters = value_head not in ours, dict(model.named_parameters())
+    found, unexpected, heads = set(), [], []
     for shard in shards:
         try:
-            file = safe_open(os.path.join(path, shard), framework="pt", device=str(device))
+            file = safe_open(os.path.join(folder, shard), framework="pt", device=device)
         except SafetensorError as error:
-            raise ValueError(f"{path}/{shard} is damaged ({error}): fetch it again") from None
+            raise ValueError(f"{folder}/{shard} is damaged ({error}): fetch it again") from None
         with file:
             for theirs in file.keys():
-                if theirs == tied or theirs.endswith(("rotary_emb.inv_freq", "value_head.weight")):
-                    continue  # the same tensor as the embedding; a constant; the value model's own
+                where = f"{folder}: {theirs}"
                 if theirs not in ours:
-                    unexpected.append(theirs)
+                    if theirs == head and is_policy:  # in the file of a tied checkpoint: compared below
+                        embedding = parameters["embed.weight"]
+                        heads.append(read_rows(file.get_slice(theirs), embedding, config, where))
+                    elif theirs != head and not theirs.endswith(("rotary_emb.inv_freq", value_head)):
+                        unexpected.append(theirs)
                     continue
                 name = ours[theirs]
                 if name in found:
-                    raise ValueError(f"{path}: {theirs} is in more than one file: "
-                                     "is this two checkpoints in one folder?")
-                tensor = fit(file.get_tensor(theirs), name, model, f"{path}: {theirs}")
-                found[name] = torch.empty_like(tensor, dtype=dtype or tensor.dtype).copy_(tensor)
-    missing = [theirs for theirs, name in ours.items() if name not in found]
+                    raise ValueError(f"{where} is in more than one file: are these two checkpoints?")
+                found.add(name)
+                tensor = read_rows(file.get_slice(theirs), parameters[name], config, where)
+                if isinstance(parameters[name], DTensor):
+                    parameters[name].to_local().data.copy_(tensor)
+                else:
+                    module, _, kind = name.rpartition(".")
+                    weight = torch.empty_like(tensor, dtype=dtype or tensor.dtype).copy_(tensor)
+                    setattr(model.get_submodule(module), kind, nn.Parameter(weight))
+    missing = [theirs for theirs, name in ours.items() if name not in found and theirs != value_head]
     if missing or unexpected:
-        raise ValueError(f"{path} does not hold a {config.family} checkpoint: "
+        raise ValueError(f"{folder} does not hold a {config.family} checkpoint: "
                          f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}")
-    if config.tie_word_embeddings:
-        found["head.weight"] = found["embed.weight"]
-    model.load_state_dict(found, assign=True)
-    if config.tie_word_embeddings:  # load_state_dict made two parameters of one tensor
+    if value_head in ours and value_head not in found:  # a new value model says 0 everywhere
+        if isinstance(parameters[value_head], DTensor):
+            nn.init.zeros_(parameters[value_head])
+        else:
+            model.value_head.weight = nn.Parameter(torch.zeros(1, config.hidden_size, device=device))
+    if is_policy and config.tie_word_embeddings:
         model.head.weight = model.embed.weight
-    model.requires_grad_(True)
+        embedding = model.embed.weight
+        embedding = embedding.to_local() if isinstance(embedding, DTensor) else embedding
+        if any(not torch.equal(tensor.to(embedding), embedding) for tensor in heads):
+            raise ValueError(f"{folder}: config.json says that head and embedding are one matrix "
+                             f"(tie_word_embeddings), and {head} is another one: correct config.json")
 
 
-def fit(tensor, name, model, where):
-    """A tensor of a checkpoint as the model wants it: with a row for a mask token that it lacks."""
-    config, wanted = model.config, model.get_parameter(name).shape
-    has_row_per_token = name in ("embed.weight", "head.weight")
-    if has_row_per_token and len(tensor) == config.source.get("vocab_size") == config.vocab_size - 1:
-        tensor = torch.cat([tensor, tensor.mean(0, keepdim=True)])  # the mask token starts as the mean token
-    if tensor.shape != wanted:
-        raise ValueError(f"{where} has shape {tuple(tensor.shape)}, config.json asks for {tuple(wanted)}")
+def read_rows(part, parameter, config, where):
+    """The rows of a tensor in a file that this process's parameter holds: all, unless it is sharded."""
+    shape, wanted = part.get_shape(), list(parameter.shape)
+    rows = parallel.own_rows(parameter) if isinstance(parameter, DTensor) else slice(0, wanted[0])
+    lacks_mask = (wanted[0] == config.vocab_size == shape[0] + 1 and len(wanted) == 2
+                  and config.source.get("vocab_size") == shape[0])
+    if shape != wanted and not lacks_mask:
+        raise ValueError(f"{where} has shape {tuple(shape)}, config.json asks for {tuple(wanted)}")
+    tensor = part[rows.start:min(rows.stop, shape[0])]
+    if rows.stop > shape[0]:  # the mask token of an autoregressive model starts as the mean token
+        tensor = torch.cat([tensor, part[:].mean(0, keepdim=True)])
     return tensor
 
 
@@ -269,33 +336,50 @@ def find_eos_ids(path, config, tokenizer):
     return tuple(dict.fromkeys(ids))
 
 
-def load_to_train(path, args):
-    """load_model for training, by --block_size, --dtype, --lora_rank and --gradient_checkpointing. Not
-    sharded yet: see parallel.shard.
+def load_to_train(path, args, make_critic=None):
+    """A checkpoint to train, by the flags -> (model, critic or None, tokenizer, folder), sharded over all
+    processes.
 
-    Full training on several GPUs reads the checkpoint as it is into main memory, from where `shard` takes
-    each process's part. A frozen trunk has the dtype of its computations, and stays whole on every GPU.
+    make_critic: from the policy, not yet filled, to a value model (value.ValueModel); its weights are those
+    of the policy, or the folder's own in value/. Without adapters each process reads its share of every
+    weight, as float32. With adapters the frozen trunk stays whole on every process, in --dtype.
     """
-    if dist.is_initialized() and not args.lora_rank:
-        dtype, device = None, "cpu"
-    else:
-        dtype, device = getattr(torch, args.dtype if args.lora_rank else "float32"), None
-    model, tokenizer = load_model(path, args.block_size, dtype, device)
+    folder, config, tokenizer = find_checkpoint(path, args.block_size, args.attention if args.model else None)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
+    if args.model is not None:
+        cuda.plan(config, args, make_critic is not None)
+    dtype, model = getattr(torch, args.dtype), empty_model(config)
     if args.lora_rank:
+        load_weights(model, folder, dtype)
         parallel.add_lora(model, args.lora_rank, args.seed)
+    critic = None if make_critic is None else make_critic(model)
+    parallel.shard(model, model.layers, dtype, args.replicas)
+    if critic is not None:
+        parallel.shard(critic, critic.backbone.layers, dtype, args.replicas)
+    saved = os.path.join(folder, "value")
+    if not args.lora_rank:
+        for part in [model] if critic is None else [model, critic]:
+            if dist.is_initialized():
+                part.to_empty(device=parallel.default_device())
+            has_own = part is critic and os.path.isdir(saved)
+            load_weights(part, saved if has_own else folder, torch.float32)
+        if critic is not None and os.path.isdir(saved):
+            parallel.say(f"value model: going on from {saved}")
+    elif critic is not None and os.path.isdir(saved):
+        parallel.say(f"value model: {saved} is not used; with --lora_rank it starts from the policy's trunk")
     for layer in model.layers:
         layer.has_gradient_checkpointing = args.gradient_checkpointing
-    return model, tokenizer
+    return model.eval(), critic, tokenizer, folder
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Saving.
 
 
-def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
-    """Writes weights, config, tokenizer in the family's own layout; `load_model` reads them back bit for bit.
+def save_checkpoint(model, tokenizer, path, dtype=None, max_shard_size="5GB"):
+    """Writes weights, config, tokenizer in the family's own layout; `load_model` reads them back bit for bit
+    (dtype None: as they are).
 
     The folder is written under a temporary name and renamed, so that `path` is whole or absent. To be called
     on every process: the first one writes. LoRA: the merged weights, and the adapter alone in path/adapter,
@@ -310,7 +394,7 @@ def save_checkpoint(model, tokenizer, path, max_shard_size="5GB"):
     try:
         if rank:
             save_adapter(config, state, rank, os.path.join(partial, "adapter"))
-        state = merge_lora(state, rank)
+        state = {name: p.to(dtype or p.dtype) for name, p in merge_lora(state, rank).items()}
         if config.tie_word_embeddings:
             del state["head.weight"]
         save_torch_state_dict({family_name(config, name): p for name, p in state.items()}, partial,
@@ -329,6 +413,8 @@ def save_config(config, dtype, folder):
     """Writes config.json as it was read, with what may have changed, and generation_config.json."""
     source = {name: value for name, value in config.source.items() if name != "auto_map"}  # (remote code)
     is_llada = FAMILIES[config.family].names is LLADA_NAMES
+    if FAMILIES[config.family].is_full is None:  # what the folder's old name said
+        source["attention"] = "full" if config.is_full else "block"
     source |= {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
                "torch_dtype": dtype, "embedding_size" if is_llada else "vocab_size": config.vocab_size}
     write_json(os.path.join(folder, "config.json"), source)
@@ -362,23 +448,15 @@ def save_adapter(config, state, rank, folder):
         lora_alpha=parallel.LORA_ALPHA * rank, target_modules="|".join(targets)))
 
 
-def save_value_model(critic, folder):
+def save_value_model(critic, folder, dtype=None):
     """Writes folder/value/model.safetensors: the backbone under the family's names (LoRA: merged), and
-    value_head.weight. To be called on every process."""
+    value_head.weight; load_weights reads it. To be called on every process."""
     state = parallel.whole_state(critic)
     if not parallel.is_first():
         return
     head = state.pop("value_head.weight")
     state = {name.removeprefix("backbone."): p for name, p in state.items()}
     merged = merge_lora(state, parallel.lora_rank(critic))
-    state = {family_name(critic.config, name): p for name, p in merged.items()}
+    state = {family_name(critic.config, name): p.to(dtype or p.dtype) for name, p in merged.items()}
     os.makedirs(os.path.join(folder, "value"), exist_ok=True)
     save_file({**state, "value_head.weight": head}, os.path.join(folder, "value", "model.safetensors"))
-
-
-def load_value_model(critic, path):
-    """Fills a value model from such a file (or from the authors', whose lm_head it does without)."""
-    state = load_file(path)
-    names = {name: family_name(critic.config, name) for name in critic.backbone.state_dict()}
-    critic.backbone.load_state_dict({name: state[theirs] for name, theirs in names.items()})
-    critic.value_head.load_state_dict({"weight": state["value_head.weight"]})

@@ -7,7 +7,12 @@ are tested on the CPU.
 import os
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+
+from model import BlockDiffusionLM, flash_attn_error, flash_attn_with_kvcache
+from plumbing import parallel
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -37,7 +42,8 @@ class Captured:
         lanes = min(power_of(2, B), self.num_slots)
         extra = power_of(4, M) if M else 0
         quarter = -(-lanes * self.block_size // 4)
-        sizes = (-(-num_masked // quarter) * quarter, min(-(-longest // self.reach) * self.reach, self.length))
+        reach = min(-(-longest // self.reach) * self.reach, self.length)
+        sizes = (-(-num_masked // quarter) * quarter, reach)
         numbers, commits = F.pad(numbers, (0, lanes - B)), F.pad(commits, (0, extra - M))
         commits[0, M:] = self.num_slots  # the spare slot, whose first block may be overwritten
         key = (lanes, extra, *sizes)
@@ -111,3 +117,54 @@ def fit_slots(asked, number, per_slot, config, device):
         raise ValueError(f"{wanted} slots of {per_slot / 2**20:,.0f} MiB each do not fit into the "
                          f"{free / 2**30:.1f} GiB that are free: {remedy}")
     return most
+
+
+def plan(config, args, has_critic):
+    """Says what training takes of this process's memory, before the weights are read, and sets
+    args.tokens_per_micro_batch if it is None. ValueError where it cannot fit, with what would."""
+    device, wide = parallel.default_device(), 2 if args.dtype == "bfloat16" else 4
+    with torch.device("meta"):
+        model = BlockDiffusionLM(config)
+    total = trained = sum(p.numel() for p in model.parameters())
+    if args.lora_rank:
+        linears = [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
+        trained = sum(args.lora_rank * (m.in_features + m.out_features) for m in linears)
+    parts = parallel.processes()[1] // args.replicas
+    own = trained * (1 + has_critic) / parts  # with a value model, twice
+    has_copy = dist.is_initialized() and not args.lora_rank  # of the whole weights, while decoding
+    layer, C = layer_bytes(config, wide), config.hidden_size
+    per_token = 3 * layer + config.num_layers * (C * wide if args.gradient_checkpointing else layer)
+    # Logits of a chunk, the head's gradient in float32; embedding and head are whole during an update.
+    head = 3 * 4 * 2**(25 if device.type == "cuda" else 23) + config.vocab_size * C * (4 + 2 * wide)
+    sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), states=own * 12, head=head)
+    free = free_bytes(device)
+    room = 0.85 * free - sum(sizes.values())
+    tokens = args.tokens_per_micro_batch or max(1024, min(16384, int(room / per_token) // 1024 * 1024))
+    sizes["activations"] = tokens * per_token
+    cached = 0.85 * free - sizes["weights"] - sizes["states"] - has_copy * total * wide
+    GB = lambda size: f"{size / 2**30:.1f}"
+    parallel.say(
+        f"plan: {total / 1e9:.2f} billion parameters in {args.dtype}, {parallel.processes()[1]} processes; "
+        f"GiB on each: weights {GB(sizes['weights'])}, gradients and moments {GB(sizes['states'])}, head "
+        f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch); while "
+        f"decoding {GB(max(cached, 0))} for sequences; free {GB(free)}")
+    if sum(sizes.values()) > 0.85 * free or cached < 0:
+        remedies = ["a smaller --tokens_per_micro_batch"] * (tokens > 1024)
+        remedies += ["--gradient_checkpointing"] * (not args.gradient_checkpointing)
+        remedies += ["--lora_rank 32"] * (not args.lora_rank) + ["more GPUs"] * (device.type == "cuda")
+        needed = max(sum(sizes.values()), 0.85 * free - cached)
+        raise ValueError(f"training needs {GB(needed)} GiB on each process, and may use 85 percent of the "
+                         f"{GB(free)} GiB that are free: try {', '.join(remedies) or 'a smaller model'}")
+    args.tokens_per_micro_batch = tokens
+
+
+def describe_backend(config, device, dtype):
+    """Which kernels decode, in words."""
+    if device.type != "cuda":
+        return "torch's attention, on the CPU"
+    is_broken = flash_attn_error is not None and getattr(flash_attn_error, "name", None) != "flash_attn"
+    if is_broken:
+        parallel.say(f"WARNING: flash-attn is installed but cannot be used: {flash_attn_error}")
+    has_flash = flash_attn_with_kvcache is not None and dtype != torch.float32
+    kernels = "torch's attention" if config.is_full or not has_flash else "flash-attn"
+    return f"{kernels}, on {torch.cuda.get_device_name(device)}" + ("" if config.is_full else ", CUDA graphs")

@@ -64,13 +64,13 @@ def to_device(rows, device):
     return Rows(move(rows.tokens), Layout(*map(move, rows.layout)), Targets(*map(move, rows.targets)))
 
 
-def micro_batches(texts, max_tokens, pad_id, device):
+def micro_batches(texts, max_tokens, pad_id, device, is_packed=None):
     """The rows of rollouts (see build_rows) -> micro-batches on `device`, of max_tokens tokens at most.
 
     Rows of one response stay in one micro-batch where they fit, so that a loss may look at whole responses.
     On a GPU rows are packed end to end, since FlexAttention skips what lies between documents.
     """
-    is_packed = device.type == "cuda"
+    is_packed = device.type == "cuda" if is_packed is None else is_packed
     multiple = -(-max_tokens // 512) * 128 if is_packed else None
     # A full-attention response whose rows do not fit together is cut; all others stay whole.
     pieces = []

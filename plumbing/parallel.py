@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -28,12 +29,19 @@ from tqdm import tqdm
 # The group.
 
 
-def start_processes(is_tiny=False, needs_group=False):
+CHOSEN = dict(device=None)  # by start_processes: "cpu", "cuda", or None for a GPU if there is one
+
+
+def start_processes(device=None, is_tiny=False, needs_group=False):
     """Joins torchrun's process group, if there is one. needs_group: makes a group of one, if there is none.
 
-    is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time, and costs
-    fifty times as much as soon as another program wants it (threads that wait for each other spin).
+    device: "cpu", "cuda", or None: a GPU if there is one, but not for the tiny model, which gains nothing
+    there. is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time, and
+    costs fifty times as much as soon as another program wants it (threads that wait for each other spin).
     """
+    CHOSEN["device"] = device or ("cpu" if is_tiny else None)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU on this machine")
     if is_tiny:
         torch.set_num_threads(1)
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -41,11 +49,11 @@ def start_processes(is_tiny=False, needs_group=False):
         return
     if sys.platform == "linux" and not is_alone:  # however torchrun dies, the kernel ends its processes, too
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    is_cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    is_cuda, local = default_device().type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
     if is_cuda and local >= torch.cuda.device_count():
         raise ValueError(
             f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
-            "Start fewer processes, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU")
+            "Start fewer processes, or run on the CPU (--device cpu)")
     if is_cuda:
         torch.cuda.set_device(local)
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if is_alone else {}
@@ -60,8 +68,8 @@ def end_processes():
 
 
 def default_device():
-    """This process's GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
+    """This process's GPU if there is one and start_processes has not chosen otherwise, else the CPU."""
+    if CHOSEN["device"] != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
@@ -151,16 +159,22 @@ def say(text):
 # Sharding.
 
 
-def shard(model, layers, dtype=torch.float32):
+def shard(model, layers, dtype=torch.float32, replicas=1):
     """Shards parameters, gradients and optimizer states over all processes (FSDP2), layer by layer, in place.
 
     dtype: what layers compute in. The sharded weights are float32 whatever it is, and gradients are added up
     in float32: they are sums over tokens (see tracerl.policy_loss), so no process average is taken. Frozen
-    weights (LoRA) stay whole on every process. Without a process group this does nothing.
+    weights (LoRA) stay whole on every process. replicas: whole sharded copies, e.g. one per node: then only
+    gradients travel between nodes, once per update (see `backward`). Without a process group this does
+    nothing.
     """
     if not dist.is_initialized():
         return
-    mesh = init_device_mesh(default_device().type, (processes()[1],))
+    number = processes()[1]
+    if number % replicas:
+        raise ValueError(f"--replicas {replicas} does not divide the {number} processes")
+    shape = (replicas, number // replicas) if replicas > 1 else (number,)
+    mesh = init_device_mesh(default_device().type, shape, mesh_dim_names=("copy", "part")[-len(shape):])
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for module in [*layers, model]:
@@ -174,20 +188,48 @@ def shard(model, layers, dtype=torch.float32):
         register_fsdp_forward_method(model, "hidden")
 
 
+def backward(loss, model, is_last):
+    """Gradients of one micro-batch, added to those of the others. Copies of a model add theirs up at the last
+    one only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
+    loss.backward()
+
+
+def own_rows(p):
+    """Which rows (dimension 0) of a sharded parameter this process holds, as a slice."""
+    size, rank = p.device_mesh.size(-1), p.device_mesh.get_local_rank(p.device_mesh.ndim - 1)
+    each = -(-len(p) // size)
+    return slice(min(rank * each, len(p)), min((rank + 1) * each, len(p)))
+
+
 @contextmanager
 def unsharded(model):
-    """Inside, every process holds the whole weights, and may run as many forwards as it likes: no layer
-    waits for another process. Nothing to do for a model that is not sharded."""
+    """Gives, for the time of a `with`, the whole model on this process: it may run as many forwards as it
+    likes, and no layer waits for another process. The model itself, if it is not sharded."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        yield without_hooks(model)
     finally:
         for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
+
+
+def without_hooks(module):
+    """The same weights in modules that FSDP2 knows nothing of: its hooks cost more than a small layer does,
+    and no CUDA graph can hold them."""
+    if not any(isinstance(m, FSDPModule) for m in module.modules()):
+        return module
+    # class FSDPLayer(FSDPModule, Layer)
+    plain = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    twin = plain.__new__(plain)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("hidden", None)  # `shard` has wrapped it; the class has the plain one
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    twin._modules = {name: child and without_hooks(child) for name, child in module._modules.items()}
+    return twin
 
 
 def whole_state(model):

@@ -21,6 +21,7 @@ import traceback
 import warnings
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from matplotlib.figure import Figure
@@ -98,19 +99,59 @@ def add_training_flags(parser, name):
     flag("--keep_checkpoints", type=positive_int, default=3, help="the newest ones to keep")
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag = parser.add_argument_group("machine").add_argument
-    flag("--tokens_per_micro_batch", type=positive_int, help="tokens of one forward and backward")
+    flag("--device", choices=("cpu", "cuda"), help="None: a GPU if there is one; the CPU for the tiny model")
+    flag("--tokens_per_micro_batch", type=positive_int,
+         help="tokens of one forward and backward; None, with --model: as many as fit, at most 16384")
     flag("--dtype", choices=("float32", "bfloat16"),
          help="what layers compute in; weights, optimizer states, gradients and losses are float32 anyhow")
-    flag("--gradient_checkpointing", action="store_true", help="keep one activation per layer and compute "
-         "the others again in the backward pass: slower by a third, fits far longer rows")
+    flag("--save_dtype", choices=("float32", "bfloat16"),
+         help="of the weights in a checkpoint; None is --dtype: the policy as it decoded. (What --resume "
+         "needs is float32 anyhow)")
+    flag("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="keep one activation per "
+         "layer and compute the others again in the backward pass: slower by a third, fits far longer rows")
+    flag("--no_self_check", action="store_true", help="do not replay a few short rollouts before training")
+    flag("--replicas", type=positive_int, default=1, help="whole sharded copies of the model, e.g. one per "
+         "node: weights then travel inside a node only, gradients between nodes once per update")
     flag("--lora_rank", type=count, default=0,
          help="train adapters of this rank beside a frozen trunk; 0 trains everything")
+
+
+def add_prompt_flags(parser, styles, instruction):
+    """The flags of eval_math.encode_prompts."""
+    # Shared by all three scripts: a model must be trained and tested on the same kind of prompt.
+    flag = parser.add_argument_group("prompts").add_argument
+    flag("--max_prompt_tokens", type=positive_int, default=784,
+         help="longer prompts are skipped and counted")
+    flag("--prompt_style", choices=styles, default="chat", help="how the chat template is used")
+    flag("--instruction", default=instruction,
+         help="text after each problem; empty for data with whole prompts")
+    flag("--system", help="a system message before each problem")
+    flag("--problem_column", help="column of the problem, if it has an uncommon name")
+    flag("--answer_column", help="column of the answer, if it has an uncommon name")
+
+
+def add_decoding_flags(parser, caches):
+    """The flags of rollout.generate, but --strategy: of tracerl.py and eval_math.py."""
+    flag = parser.add_argument_group("decoding").add_argument
+    flag("--max_new_tokens", type=positive_int, default=2000,
+         help="longest response; longer ones are truncated, and wrong. Full attention: length of the canvas")
+    flag("--threshold", type=share, default=0.9, help="confidence above which dynamic reveals a token")
+    flag("--denoising_steps", type=positive_int,
+         help="steps per block that the quota of revealed tokens is made for; None is K")
+    flag("--temperature", type=not_negative, default=1.0, help="T; 0 is greedy")
+    flag("--top_k", type=count, default=0, help="draw among the k most probable tokens; 0 is all")
+    flag("--top_p", type=share, default=1.0,
+         help="draw among the most probable tokens up to this sum; 1 is all")
+    flag("--slots", type=positive_int,
+         help="sequences decoded together on one process; None: as many as fit into its memory")
+    flag("--cache", choices=caches, default="none", help="full attention: keep keys and values outside "
+         "the block (dual), or before it (prefix), for its later steps. Faster, and not the same policy")
 
 
 # Settings that a resumed run may change: they do not touch results (beyond
 # rounding), or only say how far to go.
 MAY_CHANGE = {"name", "resume", "overwrite", "debug", "steps", "eval_every", "save_every", "keep_checkpoints",
-              "slots", "tokens_per_micro_batch", "gradient_checkpointing"}
+              "slots", "tokens_per_micro_batch", "gradient_checkpointing", "device", "replicas", "save_dtype"}
 
 
 def parse(parser, argv, tiny, real):
@@ -249,9 +290,19 @@ class Run:
 
     def __init__(self, name, settings, resume=False, overwrite=False, log="metrics.jsonl"):
         self.folder, self.is_writer, self.lock = os.path.join("runs", name), parallel.is_first(), None
+        self.save_dtype = getattr(torch, settings.get("save_dtype") or settings.get("dtype") or "float32")
         self.path, settings_path = os.path.join(self.folder, log), os.path.join(self.folder, "args.json")
-        if not self.is_writer:
-            return
+        if self.is_writer:
+            self.open(settings, settings_path, resume, overwrite)
+        # Every process reads checkpoints here and writes its part of them: say so now, not after hours.
+        lock = os.path.join(self.folder, "lock")
+        holder = parallel.from_first(read_text(lock))
+        if not all(parallel.gather([read_text(lock) == holder])):
+            raise ValueError(f"not all processes see the same {self.folder}: start the command where all "
+                             "machines share a disk")
+
+    def open(self, settings, settings_path, resume, overwrite):
+        """The first process's part: takes the folder, or says why not."""
         self.take()
         try:
             is_used = checkpoints_of(self.folder) or (
@@ -358,9 +409,9 @@ class Run:
         path = os.path.join(self.folder, "checkpoints", f"step-{progress['step']}")
         partial = f"{path}.partial"
         with writing(path, partial):
-            save_checkpoint(trainers[0][0], tokenizer, partial)
+            save_checkpoint(trainers[0][0], tokenizer, partial, self.save_dtype)
             if write_more is not None:
-                write_more(partial)
+                write_more(partial, self.save_dtype)
             parallel.barrier()
             state_folder = os.path.join(partial, "train_state")
             with warnings.catch_warnings():  # of one process: that it is one
@@ -381,7 +432,7 @@ class Run:
         """Saves the model alone in checkpoint/ -> its path."""
         path = os.path.join(self.folder, "checkpoint")
         with writing(path):
-            save_checkpoint(model, tokenizer, path)
+            save_checkpoint(model, tokenizer, path, self.save_dtype)
         parallel.barrier()
         return path
 
@@ -447,6 +498,13 @@ class Run:
     def files(self):
         """What the folder holds."""
         return sorted(set(os.listdir(self.folder)) - {"lock"}) if self.is_writer else []
+
+
+def read_text(path):
+    """The content of a file, None where there is none."""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            return file.read()
 
 
 def checkpoints_of(folder):

@@ -426,11 +426,12 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("sampler", [dict(), dict(temperature=0.7, top_k=9, top_p=0.8), dict(temperature=0.0)])
+@pytest.mark.parametrize("sampler", [
+    dict(), dict(temperature=0.7, top_k=9, top_p=0.8), dict(temperature=0.0)])
 def test_the_host_reads_once_per_forward(strategy, sampler, monkeypatch):
     """One list per step, one more where sequences have ended; nothing else is asked of the device."""
     lists, calls, tolist, advance = [], [], torch.Tensor.tolist, rollout.Decoder.advance
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (lists.append(tensor.shape), tolist(tensor))[1])
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (lists.append(x.shape), tolist(x))[1])
 
     def counted(self):
         before, mode = len(lists), HostReads()
@@ -583,7 +584,7 @@ def test_sdar_decoding_is_the_authors(case, authors_policy, monkeypatch):
 
 @pytest.mark.parametrize("case", [
     c for c in fixture_cases("llada_generate") if "_original_" in c["id"]
-    or ("_cache0_" in c["id"] and c["id"].endswith("_confidence") and "margin" not in c["id"])
+    or ("_hNone_" in c["id"] and c["id"].endswith("_confidence") and "margin" not in c["id"])
 ], ids=lambda c: c["id"])
 def test_llada_decoding_is_the_authors(case):
     K, P = case["block_length"], len(case["prompt"])
@@ -592,7 +593,8 @@ def test_llada_decoding_is_the_authors(case):
     steps_per_block = case["steps"] * K // case["gen_length"]
     r, = generate(model, [case["prompt"]], max_new_tokens=case["gen_length"], temperature=0,
                   strategy="static" if threshold is None else "dynamic", threshold=threshold or 0.9,
-                  denoising_steps=steps_per_block if threshold is None else K, eos_ids=())
+                  denoising_steps=steps_per_block if threshold is None else K, eos_ids=(),
+                  cache="prefix" if case.get("use_cache") else "none")
     order = lambda steps: [sorted(set(steps)).index(step) for step in steps]
     assert r.prompt + r.response == case["tokens"] and order(r.step_map) == order(case["unmask_step"][P:])
 

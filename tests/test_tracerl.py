@@ -1,6 +1,7 @@
 """Laws of the update: advantages, the loss, and a gradient that does not depend on how the work is cut."""
 
 import json
+import math
 import random
 from statistics import fmean
 
@@ -14,8 +15,8 @@ import sft
 import tracerl
 import value
 from model import Rows, Targets
-from plumbing import checkpoints, runs
-from rollout import Rollout
+from plumbing import checkpoints, parallel, runs, show
+from rollout import Rollout, replay
 from tracerl import ADVANTAGES, Trainers, give_advantages, group_advantages, policy_loss
 
 
@@ -251,12 +252,68 @@ def test_larger_blocks_are_learnt_by_imitation_in_both_sizes_then_by_tracerl():
 
 def test_a_broken_replay_law_stops_a_float32_run():
     args = settings()
-    tracerl.check_gap(dict(gap=1e-6, gap_max=2e-4), args)
+    show.check_gap(dict(gap=1e-6, gap_max=2e-4), args, {})
     for line in (dict(gap=1e-3, gap_max=2e-3), dict(gap=1e-5, gap_max=0.1),
                  dict(gap=float("nan"), gap_max=float("nan"))):
         with pytest.raises(RuntimeError, match="replay law"):
-            tracerl.check_gap(line, args)
-    tracerl.check_gap(dict(gap=0.1, gap_max=1.0), settings(dtype="bfloat16"))
+            show.check_gap(line, args, {})
+        show.check_gap(line, settings(cache="dual"), {})  # an approximation, said at the start
+
+
+def test_a_wide_gap_in_bfloat16_is_said_and_stops_a_run_in_the_third_step(capsys):
+    args, progress = settings(dtype="bfloat16"), {}
+    wide, narrow = dict(gap=0.2, gap_max=1.0), dict(gap=0.01, gap_max=0.5)
+    for line in (wide, wide, narrow, wide, wide):
+        show.check_gap(line, args, progress)
+    assert capsys.readouterr().out.count("WARNING: the replay law is broken") == 4
+    with pytest.raises(RuntimeError, match="replay law"):
+        show.check_gap(wide, args, progress)
+    show.check_gap(wide, settings(dtype="bfloat16", max_gap=0.3), {})
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+def test_the_self_check_passes_and_finds_what_does_not_replay(kind, monkeypatch, capsys):
+    model, args = random_model(kind), settings()
+    tracerl.self_check(model, args)
+    assert "self-check" in capsys.readouterr().out
+    other = random_model(kind, seed=1)
+    monkeypatch.setattr(rollout, "replay", lambda model, *more, **settings: replay(other, *more, **settings))
+    with pytest.raises(RuntimeError, match="replay law"):
+        tracerl.self_check(model, args)
+
+
+def test_truncated_importance_weighs_every_token_by_what_decoding_recorded():
+    """The gradient with weights is that of advantages multiplied by them, at most by 2."""
+    model = random_model()
+    rollouts = rollouts_with_rewards(model)
+    kept, _ = give_advantages(rollouts, None, plan_of(settings()), settings())
+    for r in kept:
+        shift = [(j % 4 - 1) * 0.4 for j in range(len(r.logp))]  # as if decoding had rounded so
+        r.logp = [x - s for x, s in zip(r.logp, shift)]
+        r.token_rewards = [min(2.0, math.exp(s)) for s in shift]  # what the weights should be
+    plain = model_gradient(model, kept, settings(importance="truncated"))
+    for r in kept:
+        r.advantage = [a * w for a, w in zip(r.advantage, r.token_rewards)]
+    weighted = model_gradient(model, kept, settings())
+    for ours, theirs in zip(plain, weighted):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
+
+
+def model_gradient(model, kept, args):
+    """The gradient of one update, which moves nothing."""
+    gradients = []
+
+    def keep(model, optimizer, max_norm):
+        gradients.extend(p.grad.clone() for p in model.parameters())
+        model.zero_grad()
+        return 1.0, True
+
+    trainers = Trainers(model, None, None, None)
+    batch, = tracerl.make_batches(kept, trainers, plan_of(args), args, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "optimizer_step", keep)
+        tracerl.update(model, None, batch, policy_loss, True, args)
+    return gradients
 
 
 def test_random_masks_are_theirs_alone_and_coupled_ones_make_every_token_a_target_once():

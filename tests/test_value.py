@@ -120,7 +120,7 @@ def test_a_saved_value_model_comes_back(kind, tmp_path):
     model, other = value.ValueModel(random_model(kind)), value.ValueModel(random_model(kind, seed=1))
     model.value_head.weight.data.normal_()
     checkpoints.save_value_model(model, tmp_path)
-    checkpoints.load_value_model(other, tmp_path / "value/model.safetensors")
+    checkpoints.load_weights(other, tmp_path / "value")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -150,7 +150,7 @@ def test_the_value_loss_and_gradient_are_the_authors(K):
     data = fixture_tensors(case["file"].removesuffix(".safetensors"))
     policy, _ = checkpoints.load_model(FIXTURES / "authors/sdar_value", block_size=K)
     model = value.ValueModel(policy)
-    checkpoints.load_value_model(model, FIXTURES / "authors/sdar_value/model.safetensors")
+    checkpoints.load_weights(model, FIXTURES / "authors/sdar_value")
     texts, L0 = data["input_ids"].tolist(), case["L0"]
     step_maps = data["step_map"].tolist()
     rollouts = [Rollout(text[:L0], text[L0:], len(text) - L0, steps) for text, steps in zip(texts, step_maps)]
