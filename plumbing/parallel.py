@@ -170,10 +170,7 @@ def shard(model, layers, dtype=torch.float32, replicas=1):
     """
     if not dist.is_initialized():
         return
-    number = processes()[1]
-    if number % replicas:
-        raise ValueError(f"--replicas {replicas} does not divide the {number} processes")
-    shape = (replicas, number // replicas) if replicas > 1 else (number,)
+    shape = (replicas, parts_of(replicas)) if replicas > 1 else (processes()[1],)
     mesh = init_device_mesh(default_device().type, shape, mesh_dim_names=("copy", "part")[-len(shape):])
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad}
@@ -186,6 +183,13 @@ def shard(model, layers, dtype=torch.float32, replicas=1):
         module.set_force_sum_reduction_for_comms(True)
     if hasattr(model, "hidden"):
         register_fsdp_forward_method(model, "hidden")
+
+
+def parts_of(replicas):
+    """On how many processes each of so many copies of a model lies."""
+    if processes()[1] % replicas:
+        raise ValueError(f"--replicas {replicas} does not divide the {processes()[1]} processes")
+    return processes()[1] // replicas
 
 
 def backward(loss, model, is_last):

@@ -4,20 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 
 import pytest
 import torch
 import transformers
 from conftest import FIXTURES, ROOT, all_rows, fixture_tensors, random_model, random_prompts
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model as lm
 import rollout
 import sft
+import tracerl
 import value
 from model import Layout
-from plumbing import checkpoints, packing, parallel
+from plumbing import checkpoints, cuda, packing, parallel
 
 
 def random_layout(seed, K=4, is_full=False):
@@ -453,3 +456,94 @@ def test_policy_and_value_model_share_the_frozen_trunk():
         parallel.optimizer_step(critic, optimizer, 1.0)
     assert critic(rows).abs().mean() > 0.1
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), start))
+
+
+# ------------------------------------------------------------------------------- checkpoints people can get
+
+
+A2D = dict(vocab_size=18, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+           head_dim=8, intermediate_size=48, mask_token_id=2, eos_token_id=1, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("kind", ["a2d-qwen3", "a2d-qwen2"])
+def test_converted_qwens_say_their_attention_by_name_or_are_asked(kind, tmp_path):
+    read = lambda path, **more: checkpoints.read_config(dict(model_type=kind, **A2D), path=path, **more)
+    assert not read("dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1").is_full
+    assert read("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1/").is_full
+    with pytest.raises(ValueError, match="give --attention"):
+        read("models/mine")
+    block, full = (read("models/mine", attention=attention) for attention in ("block", "full"))
+    assert (block.is_full, block.block_size) == (False, 32) and full.is_full
+    assert (block.has_qk_norm, block.has_qkv_bias) == ((True, False) if kind[-1] == "3" else (False, True))
+    model = lm.BlockDiffusionLM(full)  # what is saved remembers it
+    checkpoints.save_checkpoint(model, None, tmp_path / "c")
+    assert checkpoints.load_model(tmp_path / "c")[0].config.is_full
+    usual = {**A2D, "vocab_size": 151936, "mask_token_id": None}
+    assert checkpoints.read_config(dict(model_type=kind, **usual), attention="full").mask_id == (
+        151669 if kind[-1] == "3" else 151665)
+
+
+def test_other_networks_under_known_names_are_refused_by_name():
+    for change, message in (
+            (dict(model_type="qwen3", architectures=["ReFusionForCausalLM"]), "is ReFusionForCausalLM"),
+            (dict(model_type="qwen3", auto_map={"AutoModel": "modeling.X"}), "code of its own"),
+            (dict(model_type="Fast_dLLM_Qwen"), "logits are shifted by one"),
+            (dict(model_type="llada2_moe"), "a mixture of experts")):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.read_config({**A2D, **change})
+    with pytest.raises(ValueError, match="--attention full does not fit"):
+        checkpoints.read_config({**A2D, "model_type": "sdar"}, attention="full")
+
+
+def test_a_head_that_config_json_calls_tied_must_be_the_embedding(tmp_path):
+    checkpoints.save_checkpoint(random_model(), None, tmp_path / "c")
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    (tmp_path / "c/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match="lm_head.weight is another one: correct config.json"):
+        checkpoints.load_model(tmp_path / "c")
+    state = load_file(tmp_path / "c/model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()  # some checkpoints hold both
+    save_file(state, tmp_path / "c/model.safetensors")
+    model, _ = checkpoints.load_model(tmp_path / "c")
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_plan_is_said_and_what_cannot_fit_is_refused_with_what_would(monkeypatch, capsys):
+    config = checkpoints.read_config(dict(
+        model_type="sdar", vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32,
+        head_dim=128, num_key_value_heads=8, intermediate_size=9728, tie_word_embeddings=False))
+    flags = ["--model=JetLM/SDAR-4B-Chat", "--train_data=a", "--eval_data=b", "--dtype=bfloat16"]
+
+    def plan(gib, *more):
+        args = tracerl.parse_args([*flags, *more])
+        monkeypatch.setattr(cuda, "free_bytes", lambda device: gib * 2**30)
+        cuda.plan(config, args, has_critic=False)
+        return args.tokens_per_micro_batch
+
+    assert plan(80, "--lora_rank=32") == 16384
+    assert "plan: 4.41 billion parameters in bfloat16" in capsys.readouterr().out
+    assert 1024 <= plan(18, "--lora_rank=32") < 16384  # what fits
+    with pytest.raises(ValueError, match=r"training needs 6\d\.\d GiB .* try --lora_rank 32"):
+        plan(60)
+    with pytest.raises(ValueError, match="a smaller --tokens_per_micro_batch"):
+        plan(18, "--lora_rank=32", "--tokens_per_micro_batch=99999")
+
+
+def test_settings_of_the_compiler_hold_in_every_thread():
+    seen = []
+    lm.compiled(lm.rotate)
+    threading.Thread(target=lambda: (lm.compiled(lm.rotate), seen.append(
+        torch._dynamo.config.recompile_limit))).start()
+    while not seen:
+        time.sleep(0.01)
+    assert seen == [64]
+
+
+def test_a_fused_function_compiles_for_all_shapes_at_once():
+    """What `fused` hands to the compiler on a GPU, without its backend."""
+    for function in (lm.rotate, lm.gated):
+        whole = torch.compile(function.__wrapped__, dynamic=True, fullgraph=True, backend="eager")
+        for B, T in ((2, 4), (3, 8)):
+            x = torch.randn(B, 2, T, 6)
+            others = lm.rotary(torch.arange(T).expand(B, T), 6, 1e4) if function is lm.rotate else (x + 1,)
+            assert torch.equal(whole(x, *others), function(x, *others))

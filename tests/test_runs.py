@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FIXTURES, ROOT, random_model, random_prompts, small_data
+from safetensors.torch import load_file
 
 import eval_math
 import rollout
@@ -65,8 +66,8 @@ def test_a_run_is_never_deleted_without_being_asked(folder):
 
 
 def test_three_and_four_processes_save_and_resume(folder):
-    """The vocabulary of 18 divides by neither; the warm start's saving, the checkpoint, and going on from
-    it."""
+    """The vocabulary of 18 does not divide by four. Fine-tuning on three processes; on four, two copies of a
+    policy and a value model on two processes each make the updates of one; and one goes on from there."""
     rows = [json.dumps({"prompt": p.problem, "response": p.solution})
             for p in eval_math.arithmetic("train", 64)]
     Path("worked.jsonl").write_text("\n".join(rows))
@@ -80,12 +81,21 @@ def test_three_and_four_processes_save_and_resume(folder):
 
     run(3, "sft.py", "--data=worked.jsonl", "--steps=4", "--cooldown=2", "--dev_data=test.jsonl",
         "--batch_size=24")
-    start = ["runs/sft/checkpoint" if flag == TINY else flag for flag in SMALL]
-    run(4, "tracerl.py", *start)
-    tracerl.main(["--resume", "--steps=2"])
-    model, _ = checkpoints.load_model("runs/tracerl/checkpoints/step-2")
+    model, _ = checkpoints.load_model("runs/sft/checkpoint")
     assert all(p.isfinite().all() for p in model.parameters())
-    assert len(Path("runs/tracerl/metrics.jsonl").read_text().splitlines()) == 2
+    start = [*SMALL, "--advantage=value", "--value_warmup=0", "--tokens_per_micro_batch=300"]
+    run(4, "tracerl.py", *start, "--replicas=2", "--name=four")
+    tracerl.main([*start, "--name=one"])
+    for name in ("model.safetensors", "value/model.safetensors"):
+        one, four = (load_file(f"runs/{run}/checkpoints/step-1/{name}") for run in ("one", "four"))
+        apart = sum((one[key] - four[key]).square().sum() for key in one) ** 0.5
+        if name == "model.safetensors":
+            moved = sum((one[key] - p).square().sum() for key, p in load_file(f"{TINY}/{name}").items()) ** 0.5
+        assert moved > 0.1 and apart < 1e-3 * moved
+    tracerl.main(["--resume", "--steps=2", "--name=four", "--replicas=1"])
+    assert len(Path("runs/four/metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="--replicas 3 does not divide the 1 processes"):
+        tracerl.main([*start, "--name=odd", "--replicas=3", "--dtype=bfloat16"])
 
 
 def test_the_log_is_whole_at_every_moment(folder, monkeypatch):
