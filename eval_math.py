@@ -14,6 +14,7 @@ The last part, from "The evaluation command" on, is a program around `evaluate`:
 Left out: the comparison of two answers (plumbing/grading.py), few-shot prompts, majority votes.
 """
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -89,6 +90,46 @@ def work_out(a, b, slip, rng):
     return f"{page}\\boxed{{{digits}}}"
 
 
+# A second task, in which tokens depend on each other in any order: 4 x 4 Sudoku.
+
+
+@functools.cache
+def sudoku_grids():
+    """All 288 grids of 4 x 4 in which every row, column and 2 x 2 box holds 1 2 3 4, as strings of 16."""
+    rows = list(itertools.permutations("1234"))
+    # two rows whose boxes are right, then two such bands whose columns are right
+    bands = [(a, b) for a in rows for b in rows if not {*a[:2]} & {*b[:2]} and not {*a[2:]} & {*b[2:]}]
+    return ["".join(map("".join, (*top, *low))) for top in bands for low in bands
+            if all(len({*column}) == 4 for column in zip(*top, *low))]
+
+
+def sudoku(split, number, seed=0, slip=0.0):
+    """`number` distinct puzzles like 0030100000010204= (0 is empty) with solutions \\boxed{4231...}.
+
+    Every puzzle has one solution. slip: the probability with which the pupil is hasty in one row: its empty
+    cells get the digits that it lacks in any order, whatever stands in their columns and boxes.
+    """
+    buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]  # as above
+    rng, seen, grids = random.Random(f"sudoku {split} {seed}"), {}, sudoku_grids()
+    while len(seen) < number:
+        answer, clues = rng.choice(grids), rng.sample(range(16), rng.randint(6, 8))
+        text = "".join(answer[i] if i in clues else "0" for i in range(16)) + "="
+        if zlib.crc32(text.encode()) % 10 not in buckets or text in seen:
+            continue
+        if sum(all(grid[i] == answer[i] for i in clues) for grid in grids) > 1:
+            continue  # more than one solution
+        page, row = list(answer), 4 * rng.randrange(4)
+        if rng.random() < slip:
+            empty = [i for i in range(row, row + 4) if i not in clues]
+            for i, digit in zip(empty, rng.sample([answer[i] for i in empty], len(empty))):
+                page[i] = digit
+        seen[text] = Problem(text, answer, f"\\boxed{{{''.join(page)}}}")
+    return list(seen.values())
+
+
+EMBEDDED = dict(arithmetic=arithmetic, sudoku=sudoku)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Problems from files and from the hub.
 
@@ -96,16 +137,16 @@ def work_out(a, b, slip, rng):
 def load_problems(source, problem_column=None, answer_column=None, needs_answer=True):
     """Problems from any source -> list[Problem].
 
-    source: "arithmetic[-dev|-test]"; a local .jsonl, .json or .parquet file; a name (math500, gsm8k,
+    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local .jsonl, .json or .parquet file; a name (math500, gsm8k,
     gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. Columns are found by name (problem,
     question, prompt or messages; answer; solution or response), or given. In GSM8K's style the answer stands
     behind ####; in a solution without an answer, in the last \\boxed{}. needs_answer: whether a row without
     one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the source and the
     row of what is broken, missing or empty.
     """
-    if source in ("arithmetic", "arithmetic-dev", "arithmetic-test"):
-        split = source.removeprefix("arithmetic").lstrip("-") or "train"
-        return arithmetic(split, 20000 if split == "train" else 400)
+    task, _, split = source.partition("-")
+    if task in EMBEDDED and split in ("", "dev", "test"):
+        return EMBEDDED[task](split or "train", 400 if split else 20000)
     rows = data.read_rows(source)  # dicts
     if not rows:
         raise ValueError(f"{source} holds no problems")
@@ -268,6 +309,18 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, reward=None, **s
         give_rewards(rollouts, repeated, tokenizer, reward)
         found["reward"] = fmean(r.reward for r in rollouts)
     return found
+
+
+def evaluate_all(model, tokenizer, problems, reward, args):
+    """Accuracy on the test problems: as trained, dynamic, static with one token per step, and greedy."""
+    # Test problems are scored twice, before and after: no checkpoint is chosen by them.
+    modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
+                 greedy=dict(temperature=0.0))
+    modes |= {} if args.strategy in modes else {args.strategy: {}}
+    # accuracy is measured anyway
+    own_reward = None if reward is math_reward else reward
+    return {name: evaluate(model, tokenizer, problems, reward=own_reward, **decoding_settings(args) | changes)
+            for name, changes in parallel.progress(modes.items(), "evaluate")}
 
 
 def grouped(numbers, size):

@@ -699,8 +699,8 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
 
     -> list of float32 tensors, one per rollout, as long as its response; with gradient, unless called under
     no_grad. Of a sharded model, give what parallel.unsharded gives: processes may have different numbers of
-    rollouts, or none. shrink 1, the sampling temperature and the block size of the decoding give Rollout.logp back (the
-    replay law).
+    rollouts, or none. shrink 1, the sampling temperature and the block size of the decoding give Rollout.logp
+    back (the replay law).
     """
     if not rollouts:
         return []

@@ -217,7 +217,7 @@ def describe_line(line):
 
 
 TINY = dict(  # defaults of the tiny model
-    data="arithmetic", dev_data="arithmetic-dev", steps=2700, lr=6e-3, weight_decay=0.2, max_new_tokens=20,
+    data="arithmetic", steps=2700, lr=6e-3, weight_decay=0.2, max_new_tokens=20,
     save_every=0, tokens_per_micro_batch=4096, dtype="float32", attention="block")
 REAL = dict(  # defaults with --model
     steps=1000, lr=1e-5, weight_decay=0.0, max_new_tokens=2000, save_every=200,
@@ -229,7 +229,7 @@ def parse_args(argv=None):
     parser = runs.make_parser("Supervised fine-tuning of a block diffusion model.")
     flag = parser.add_argument_group("most used").add_argument
     flag("--model", help="checkpoint folder or hub id; without it, a new tiny model")
-    flag("--data", help="embedded arithmetic, or a file or hub id with problem and solution, prompt and "
+    flag("--data", help="embedded arithmetic or sudoku, or a file or hub id with problem and solution, prompt and "
          "response, or messages; optionally step_map")
     flag("--dev_data", help="problems with answers for --eval_every; the embedded ones with the tiny model")
     flag("--steps", type=runs.positive_int, help="most updates")
@@ -260,6 +260,8 @@ def parse_args(argv=None):
     args = runs.parse(parser, argv, TINY, REAL)
     if args.data is None:
         parser.error("--model needs --data")
+    if args.dev_data is None and args.data in eval_math.EMBEDDED:
+        args.dev_data = f"{args.data}-dev"
     if args.model is None and (args.lora_rank or args.gradient_checkpointing):
         parser.error("--lora_rank and --gradient_checkpointing need --model: the tiny model is trained whole")
     if args.stop_accuracy is not None and args.dev_data is None:
@@ -278,10 +280,10 @@ def main(argv=None):
         model.to(parallel.default_device())
         parallel.shard(model, model.layers)
     else:
-        model, _, tokenizer, _ = checkpoints.load_to_train(args.model, args)
+        model, _, tokenizer = checkpoints.load_to_train(args.model, args)
     # The embedded data are made here, with slips; files and hub ids are read.
-    if args.data == "arithmetic":
-        problems = eval_math.arithmetic("train", 20000, args.seed, args.slip)
+    if args.data in eval_math.EMBEDDED:
+        problems = eval_math.EMBEDDED[args.data]("train", 20000, args.seed, args.slip)
         problems, _ = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction)
     else:
         problems = eval_math.load_prompts(args.data, tokenizer, args, needs_answer=False)
@@ -303,13 +305,14 @@ def main(argv=None):
 # The warm start of the embedded default. The method ends here.
 
 
-def warm_start(seed, block_size=4, attention="block"):
+def warm_start(seed, block_size=4, attention="block", task="arithmetic"):
     """The embedded default's starting model -> checkpoint folder; made once for each seed and setting."""
     # stop_accuracy, by trying: high enough that most groups hold right and wrong responses, low enough to
     # leave room. lr: full attention learns this more slowly, and at 6e-3 not from every seed.
-    stop_accuracy, lr = (0.4, 6e-3) if attention == "block" else (0.2, 2e-3)
+    stop_accuracy, lr = (0.4 if task == "arithmetic" else 0.3, 6e-3) if attention == "block" else (0.2, 2e-3)
     # flags of this script
-    settings = dict(seed=seed, block_size=block_size, attention=attention, stop_accuracy=stop_accuracy, lr=lr)
+    settings = dict(data=task, seed=seed, block_size=block_size, attention=attention,
+                    stop_accuracy=stop_accuracy, lr=lr)
     flags = [f"--{name}={value}" for name, value in settings.items()]
     # The name holds a hash of all settings: other settings or defaults make another warm start.
     everything = json.dumps(vars(parse_args(flags)), sort_keys=True)

@@ -42,7 +42,7 @@ import rollout
 import sft
 import value
 from eval_math import give_rewards, math_reward
-from plumbing import checkpoints, packing, parallel, runs, show
+from plumbing import checkpoints, cuda, packing, parallel, runs, show
 
 # ------------------------------------------------------------------------------------------------------------
 # The maths: pure functions of tensors.
@@ -450,11 +450,9 @@ def update(model, optimizer, batch, loss, is_first, args):
     loss_value, *sums = parallel.add_up(torch.cat([total, sums])).tolist()
     figures = dict(loss=loss_value, trained_tokens=num_tokens, gradient_norm=norm,
                    skipped_updates=int(not is_finite))
-    for name, number in zip(("kl", "clip_fraction", "entropy", "gap"), sums):
-        figures[name] = number / max(num_tokens, 1)
-    for name, number in zip(("ratio_max", "gap_max"), parallel.largest(maxima).tolist()):
-        figures[name] = number
-    return figures
+    means = [number / max(num_tokens, 1) for number in sums]
+    figures |= zip(("kl", "clip_fraction", "entropy", "gap"), means)
+    return figures | dict(zip(("ratio_max", "gap_max"), parallel.largest(maxima).tolist()))
 
 
 def update_value(critic, optimizer, batch, args):
@@ -525,7 +523,7 @@ def self_check(model, args):
 
 
 TINY = dict(  # defaults of the tiny model
-    train_data="arithmetic", dev_data="arithmetic-dev", eval_data="arithmetic-test", steps=45, prompts=32,
+    train_data="arithmetic", steps=45, prompts=32,
     minibatches=2, lr=1e-4, adapt_lr=1e-3, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4,
     value_clip=None, max_new_tokens=20, slots=512, eval_every=20, save_every=20,
     tokens_per_micro_batch=4096, dtype="float32", gradient_checkpointing=False)
@@ -545,7 +543,7 @@ def parse_args(argv=None):
             "lr", "warmup", "minibatches", "value_lr", "value_epochs", "max_new_tokens")))
     flag = parser.add_argument_group("most used").add_argument
     flag("--model", help="checkpoint folder or hub id; without it, a tiny model is made and warm-started")
-    flag("--train_data", help="problems to train on: embedded arithmetic, a file, or a hub id")
+    flag("--train_data", help="problems to train on: embedded arithmetic or sudoku, a file, or a hub id")
     flag("--dev_data", help="problems for --eval_every; test problems never guide a run")
     flag("--eval_data", help="test problems, scored before and after training only")
     flag("--steps", type=runs.positive_int, help="RL steps")
@@ -603,11 +601,14 @@ def parse_args(argv=None):
     parser.add_argument("--eval_every", type=runs.count,
                         help="RL steps between evaluations on --dev_data; 0 is never")
     args = runs.parse(parser, argv, TINY, REAL)
-    check_args(args, parser)
+    if args.train_data in eval_math.EMBEDDED:
+        args.dev_data = args.dev_data or f"{args.train_data}-dev"
+        args.eval_data = args.eval_data or f"{args.train_data}-test"
     if args.lr is None:
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and args.model is not None and args.reward == "math":
         args.keep_range = [0.2, 0.8]
+    check_args(args, parser)
     return args
 
 
@@ -639,9 +640,16 @@ def load_start(args):
         path = saved[-1]  # its weights are about to be restored anyway
     else:
         smallest = args.rollout_block_size or args.block_size or 4
-        path = args.model or sft.warm_start(args.seed, smallest, args.attention or "block")
-    model, critic, tokenizer, folder = checkpoints.load_to_train(
+        task = args.train_data if args.train_data in eval_math.EMBEDDED else "arithmetic"
+        path = args.model or sft.warm_start(args.seed, smallest, args.attention or "block", task)
+    model, critic, tokenizer = checkpoints.load_to_train(
         path, args, value.ValueModel if args.advantage == "value" else None)
+    if args.model is not None:
+        backend = cuda.describe_backend(model.config, model.device, getattr(torch, args.dtype))
+        parallel.say(f"decoding by {backend}")
+    if args.cache != "none":
+        parallel.say(f"WARNING: --cache {args.cache} approximates: rollouts are drawn from another policy "
+                     "than the one that is trained, by as much as `gap` says")
     if args.shrink is None:
         # as in the paper for Dream and LLaDA
         args.shrink = 8 if model.config.is_full and args.model is not None else 1
@@ -666,19 +674,6 @@ def load_start(args):
     return Trainers(model, optimizer, critic, critic_optimizer), tokenizer
 
 
-def evaluate_all(model, tokenizer, problems, reward, args):
-    """Accuracy on the test problems: as trained, dynamic, static with one token per step, and greedy."""
-    # Test problems are scored twice, before and after: no checkpoint is chosen by them.
-    modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
-                 greedy=dict(temperature=0.0))
-    modes |= {} if args.strategy in modes else {args.strategy: {}}
-    # accuracy is measured anyway
-    own_reward = None if reward is math_reward else reward
-    return {name: eval_math.evaluate(model, tokenizer, problems, reward=own_reward,
-                                     **eval_math.decoding_settings(args) | changes)
-            for name, changes in parallel.progress(modes.items(), "evaluate")}
-
-
 def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args, started = parse_args(argv), time.perf_counter()
@@ -697,7 +692,7 @@ def main(argv=None):
         problems, test_problems = load(args.train_data), load(args.eval_data)
         dev_problems = load(args.dev_data) if args.dev_data and args.eval_every else []
         # Before and after: the same problems, the same draws.
-        evaluate = functools.partial(evaluate_all, model, tokenizer, test_problems, reward, args)
+        evaluate = functools.partial(eval_math.evaluate_all, model, tokenizer, test_problems, reward, args)
         # A resumed run has its "before" from the first time.
         progress = run.restore(trainers.pairs()) if args.resume else None
         if progress is not None:

@@ -337,8 +337,7 @@ def find_eos_ids(path, config, tokenizer):
 
 
 def load_to_train(path, args, make_critic=None):
-    """A checkpoint to train, by the flags -> (model, critic or None, tokenizer, folder), sharded over all
-    processes.
+    """A checkpoint to train, by the flags -> (model, critic or None, tokenizer), sharded over all processes.
 
     make_critic: from the policy, not yet filled, to a value model (value.ValueModel); its weights are those
     of the policy, or the folder's own in value/. Without adapters each process reads its share of every
@@ -370,7 +369,7 @@ def load_to_train(path, args, make_critic=None):
         parallel.say(f"value model: {saved} is not used; with --lora_rank it starts from the policy's trunk")
     for layer in model.layers:
         layer.has_gradient_checkpointing = args.gradient_checkpointing
-    return model.eval(), critic, tokenizer, folder
+    return model.eval(), critic, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------

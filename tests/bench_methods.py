@@ -1,9 +1,10 @@
-"""bench_methods.py - does the trace matter? The paper's comparisons on the embedded task, for anyone to
-rerun.
+"""bench_methods.py - does the trace matter? Published estimators under one sampler and one budget, on the
+embedded tasks, for anyone to rerun.
 
     python tests/bench_methods.py                              # everything: hours; can be stopped, resumes
     python tests/bench_methods.py --settings k4 --arms tracerl random coupled
     python tests/bench_methods.py --settings k4 --variance     # the noise of the gradient, measured directly
+    python tests/bench_methods.py --quick                      # a small part, beside tests/evidence.json
 
 An arm is one command line of tracerl.py (printed). All arms of a setting start from the same warm starts, one
 for each seed, and have the same number of RL steps and rollouts. Each arm's learning rate is the one of LRS
@@ -11,6 +12,10 @@ with the best accuracy on development problems over the first two seeds (of thos
 which 800 answers cannot tell apart at 95 percent, the one that earned most on the way); test problems choose
 nothing. Several of these commands may run side by side: a run belongs to whoever made its folder under runs/
 first, until it is silent for ten minutes.
+
+Two budgets. Equal steps: as above. --equal_seconds: arms whose steps are cheaper than the first arm's run
+more of them, so that they take as long (medians of the seconds per step, rollouts and updates, in the runs of
+equal steps).
 
 Tables and runs/methods.json: after training, mean over the seeds +- half of a 95 percent confidence interval
 (Student's t); "reward" is the mean over all RL steps, so it shows speed (of arms that decode alike: not of
@@ -28,7 +33,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,7 +53,11 @@ SETTINGS = {  # where: flags of every arm
     "k16": ["--block_size=16"],
     "full": ["--attention=full"],
     "k4-to-k8": ["--block_size=8", "--rollout_block_size=4", "--adapt_steps=45"],
+    "sudoku-k4": ["--train_data=sudoku"],
+    "sudoku-k16": ["--train_data=sudoku", "--block_size=16"],
+    "sudoku-full": ["--train_data=sudoku", "--attention=full"],
 }
+FORKS = Path(__file__).resolve().parent / "forks.py"
 ARMS = {  # what is compared: flags of one arm
     "tracerl": [],
     "random": ["--views=random"],
@@ -60,20 +69,32 @@ ARMS = {  # what is compared: flags of one arm
     "shrink-2": ["--shrink=2"],
     "shrink-4": ["--shrink=4"],
     "static": ["--strategy=static"],
+    "some-steps": [f"--views={FORKS}:some_steps"],  # AGRPO
+    "diffu-grpo": [f"--views={FORKS}:fully_masked"],
+    "wd1": [f"--advantage={FORKS}:softmax_weights", f"--loss={FORKS}:ratio_free"],
+    "clip-higher": [f"--loss={FORKS}:clip_higher"],  # DAPO
+    "gspo": [f"--loss={FORKS}:sequence_ratio"],
+    "just-grpo": ["--strategy=sequential"],
 }
 VIEWS = ("tracerl", "random", "coupled")
-WHICH = {"k4": [arm for arm in ARMS], "k8": VIEWS, "k16": VIEWS,
-         "full": (*VIEWS, "shrink-4"), "k4-to-k8": ("tracerl",)}
+PUBLISHED = ("tracerl", "shrink-4", "some-steps", "random", "coupled", "diffu-grpo", "wd1", "clip-higher",
+             "gspo", "value", "just-grpo")
+WHICH = {"k4": ("tracerl", "random", "coupled", "value", "value-clip", "batch", "raw", "shrink-2", "shrink-4",
+                "static"),
+         "k8": VIEWS, "k16": VIEWS, "full": (*VIEWS, "shrink-4"), "k4-to-k8": ("tracerl",),
+         "sudoku-k4": PUBLISHED, "sudoku-k16": PUBLISHED, "sudoku-full": PUBLISHED}
+EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
 LRS = ("1e-4", "3e-4", "1e-3")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
 
 
-def command(setting, arm, lr, seed, args):
+def command(setting, arm, lr, seed, args, steps=None):
     """The flags of one run."""
-    steps = args.steps + (45 if setting == "k4-to-k8" else 0)  # to learn the larger blocks first
+    steps = (steps or args.steps) + (45 if setting == "k4-to-k8" else 0)  # to learn the larger blocks first
     flags = [*SETTINGS[setting], *ARMS[arm], f"--lr={lr}", f"--seed={seed}", f"--steps={steps}",
              f"--eval_every={steps}", *args.more]
-    name = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:6]  # other flags, another run
+    text = " ".join(flags).replace(str(FORKS.parent), "tests")
+    name = hashlib.sha256(text.encode()).hexdigest()[:6]  # other flags, another run
     return [*flags, f"--name=methods-{setting}-{arm}-lr{lr}-s{seed}-{name}"]
 
 
@@ -95,6 +116,7 @@ def result(flags):
     summary = json.loads((folder / "summary.json").read_text())
     return dict(curve=[line["reward"] for line in lines], reward=fmean(line["reward"] for line in lines),
                 dev=lines[-1]["dev_accuracy"],
+                seconds=median(line["rollout_seconds"] + line["update_seconds"] for line in lines),
                 explained=[line["explained_variance"] for line in lines[4:]
                            if "explained_variance" in line and 0 < line["reward"] < 1],
                 before={name: e["accuracy"] for name, e in summary["before"].items()},
@@ -112,7 +134,8 @@ def run_all(commands):
             args = tracerl.parse_args(flags)
             if args.model is None:
                 with one_at_a_time():
-                    sft.warm_start(args.seed, args.rollout_block_size or args.block_size or 4, args.attention)
+                    sft.warm_start(args.seed, args.rollout_block_size or args.block_size or 4,
+                                   args.attention or "block", args.train_data)
             tracerl.main(flags)
         time.sleep(1)
     return results
@@ -151,6 +174,33 @@ def compare(setting, arms, args):
     return out
 
 
+def with_equal_seconds(setting, table, args):
+    """The same arms and learning rates, cheap ones with more steps -> {arm: (learning rate, results)}."""
+    first, out = next(iter(table)), {}
+    cost = {arm: median(r["seconds"] for r in results) for arm, (_, results) in table.items()}
+    for arm, (lr, results) in table.items():
+        steps = round(args.steps * cost[first] / cost[arm])
+        print(f"{setting}, {arm}: {cost[arm]:.2f} seconds per step, {steps} steps")
+        if arm == first or steps > 1.15 * args.steps:
+            steps = args.steps if arm == first else steps
+            seeds = range(args.seeds)
+            out[arm] = lr, run_all([command(setting, arm, lr, seed, args, steps) for seed in seeds])
+    return out
+
+
+def quick(args):
+    """Two seeds of two arms again, beside what evidence.json says of them."""
+    known, setting = json.loads(EVIDENCE.read_text()), "sudoku-k4"
+    print(f"{setting}: accuracy (dynamic) after {args.steps} RL steps")
+    for arm in ("tracerl", "random"):
+        lr, results = known[setting][arm]
+        for seed, again in enumerate(run_all([command(setting, arm, lr, s, args) for s in range(2)])):
+            before, after = results[seed]["before"]["dynamic"], results[seed]["dynamic"]
+            print(f"  {arm:8s} seed {seed}: {again['before']['dynamic']:.3f} -> {again['dynamic']:.3f} here, "
+                  f"{before:.3f} -> {after:.3f} in the table")
+    print("(another processor rounds differently, which is like another seed: standard errors are 0.025)")
+
+
 def print_table(setting, table):
     """One line per arm."""
     first = next(iter(table))
@@ -171,6 +221,26 @@ def print_table(setting, table):
         if all(r["explained"] for r in results):
             mean, half = interval([fmean(r["explained"]) for r in results])
             print(f"{arm}: explained variance, mean over the steps from 5 on: {mean:.2f} +- {half:.2f}")
+
+
+def draw_differences(tables, path):
+    """Differences to the first arm in accuracy, paired by seed, with 95 percent intervals: a panel per
+    setting, a line per arm."""
+    figure = Figure(figsize=(3.4 * len(tables), 0.6 + 0.28 * max(map(len, tables.values()))),
+                    layout="constrained")
+    for number, (setting, table) in enumerate(tables.items()):
+        axes = figure.add_subplot(1, len(tables), number + 1)
+        first, *others = table
+        for row, arm in enumerate(others):
+            mean, half = interval([r["dynamic"] - base["dynamic"]
+                                   for r, base in zip(table[arm][1], table[first][1])])
+            axes.errorbar(mean, row, xerr=half, fmt="o", capsize=3, color="C0", markersize=4)
+        axes.axvline(0, color="0.6", linewidth=1)
+        axes.set_yticks(range(len(others)), others, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(setting, fontsize=10)
+        axes.set_xlabel(f"accuracy minus {first}'s", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def draw(tables, path):
@@ -234,7 +304,8 @@ def variance(setting, args):
     """
     settings = tracerl.parse_args([*SETTINGS[setting], "--advantage=value", "--value_lr=4e-3", *args.more])
     settings.shrink = settings.shrink or 1
-    path = settings.model or sft.warm_start(0, settings.block_size or 4, settings.attention)
+    path = settings.model or sft.warm_start(
+        0, settings.block_size or 4, settings.attention or "block", settings.train_data)
     model, tokenizer = checkpoints.load_model(path, settings.block_size, torch.float32)
     K, problems = model.config.block_size, load_prompts(settings.train_data, tokenizer, settings)
     critic = value.ValueModel(model)
@@ -283,7 +354,10 @@ def parse_args(argv=None):
     parser.add_argument("--variance", action="store_true", help="measure gradients instead of training")
     parser.add_argument("--resamples", type=int, default=24, help="batches of rollouts for --variance")
     parser.add_argument("--value_steps", type=int, default=20, help="batches that train its value model")
+    parser.add_argument("--equal_seconds", action="store_true", help="also with equal seconds")
+    parser.add_argument("--quick", action="store_true", help="a small part, compared with evidence.json")
     parser.add_argument("--picture", default=None, help="where to draw the learning curves")
+    parser.add_argument("--differences", default=None, help="where to draw the differences to the first arm")
     return parser.parse_args(argv)
 
 
@@ -291,6 +365,8 @@ def main(argv=None):
     """Runs, prints, writes runs/methods.json (or runs/variance.json)."""
     args = parse_args(argv)
     torch.set_num_threads(1)
+    if args.quick:
+        return quick(args)
     found = {}
     for setting in args.settings:
         if args.variance:
@@ -301,6 +377,11 @@ def main(argv=None):
         else:
             found[setting] = compare(setting, args.arms or WHICH[setting], args)
             print_table(setting, found[setting])
+            if args.equal_seconds:
+                found[f"{setting}, equal seconds"] = with_equal_seconds(setting, found[setting], args)
+                print_table(f"{setting}, equal seconds", found[f"{setting}, equal seconds"])
+    if args.differences and not args.variance:
+        draw_differences(found, args.differences)
     if args.picture and not args.variance:
         draw(found, args.picture)
     os.makedirs("runs", exist_ok=True)

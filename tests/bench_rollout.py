@@ -1,12 +1,17 @@
 """bench_rollout.py - what decoding costs, beside a plain loop and beside the machine's own limit.
 
     python tests/bench_rollout.py                        # 34M parameters, batches of 1, 8, 64, 256
-    python tests/bench_rollout.py --preset 4B            # for a GPU
+    python tests/bench_rollout.py --preset 4B            # for a GPU; also 0.6B, 8B
     python tests/bench_rollout.py --preset tiny --batches 1 64 --max_new_tokens 20
+    python tests/bench_rollout.py --attention full       # beside the approximate caches, prefix and dual
 
-Per batch size and strategy: tokens per second, forwards (denoising steps of the longest sequence, and the
-prefill), tokens per forward and row, times the plain loop's rate at batch 1, and percent of the limit. Ours
-and the plain loop take turns; medians.
+Per batch size and strategy: tokens per second, forwards (denoising steps of the longest sequence), tokens per
+forward and row, times the plain loop's rate at batch 1, and percent of the limit; then how often the host
+reads from the device per forward, and on a GPU kernels per forward and the share of the time in which the GPU
+waits for the host; and what the cache gains, beside a decoder that computes the whole text again at every
+step. Ours and the plain loop take turns; medians. With full attention, instead of all that: how far the
+caches' log-probabilities are from those of a replay (the gap, mean over tokens, in nats; give a trained
+--model for that, since a random one's do not depend on the text).
 
 The plain loop is what one writes in an afternoon: transformers' Qwen3 with the same weights and its
 DynamicCache, one sequence, one forward per denoising step and one to commit each whole block, logits at all K
@@ -34,18 +39,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from bench_update import PRESETS, counts, preset_config
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 import model as lm
 import rollout
 from plumbing import checkpoints, parallel
 
 
-def make_model(preset, device):
+def make_model(preset, device, is_full=False):
     """A random model that draws one token with probability 0.55 everywhere, and all others alike: its
     confidences do not depend on the text, so that every sequence decodes equally fast, as a trained model's
     do on the whole."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = lm.BlockDiffusionLM(preset_config(preset))
+        config = preset_config(preset)
+        config.is_full = is_full
+        model = lm.BlockDiffusionLM(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.fill_(1.0) if p.dim() == 1 else p.normal_(std=0.02)
@@ -117,6 +126,48 @@ class PlainLoop:
                           attention_mask=mask).logits
 
 
+def per_forward(function, forwards, device):
+    """What one more, unmeasured call costs per forward, as text: reads by the host; on a GPU also kernels, and
+    the share of the time in which it has nothing to do."""
+    counts, tolist = [0], torch.Tensor.tolist
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            names = ("_local_scalar_dense", "nonzero", "masked_select")
+            counts[0] += call.overloadpacket.__name__.removeprefix("aten::") in names
+            return call(*args, **(kwargs or {}))
+
+    def counted(tensor):
+        counts[0] += 1
+        return tolist(tensor)
+
+    torch.Tensor.tolist = counted
+    try:
+        with Reads():
+            function()
+    finally:
+        torch.Tensor.tolist = tolist
+    text = f"{counts[0] / forwards:.2f} reads per forward"
+    if device.type == "cuda":
+        with torch.profiler.profile() as profile:
+            seconds, _ = timed(function, device)
+        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(e.self_device_time_total for e in kernels) / 1e6
+        text += f", {len(kernels) / forwards:.0f} kernels, host {max(0, 1 - busy / seconds):.0%} of the time"
+    return text
+
+
+class WithoutCache(rollout.Decoder):
+    """Every step computes the whole text up to the block's end again."""
+
+    def states(self, columns, commits, longest):
+        B = len(columns)
+        position = torch.arange(longest, device=self.device).expand(B, -1)
+        layout = lm.Layout.clean(position, self.settings.block_size, False)
+        h = self.model.hidden(self.token[:B, :longest], position, lm.attend_within(layout))
+        return h.gather(1, columns[..., None].expand(-1, -1, h.shape[-1]))
+
+
 def timed(function, device):
     """Seconds, result."""
     started = time.perf_counter()
@@ -174,6 +225,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", default="34M", choices=PRESETS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--model", help="with --attention full: a checkpoint")
+    parser.add_argument("--attention", default="block", choices=("block", "full"))
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
@@ -181,14 +234,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = parallel.default_device()
-    model = make_model(args.preset, device)
-    plain = PlainLoop(model)
+    if args.model:
+        model, _ = checkpoints.load_model(args.model)
+    else:
+        model = make_model(args.preset, device, args.attention == "full")
     rng = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, model.config.vocab_size, (args.prompt_tokens,), generator=rng).tolist()
                for _ in range(max(args.batches))]
     bandwidth = copy_rate(device)
     print(f"{args.preset}, {device}, {model.embed.weight.dtype}: prompts of {args.prompt_tokens}, responses "
           f"of {args.max_new_tokens} tokens; copy {bandwidth / 1e9:.1f} GB/s")
+    if args.attention == "full":
+        return compare_caches(model, prompts, args, device)
+    plain = PlainLoop(model)
     for strategy in ("static", "dynamic"):
         settings = dict(max_new_tokens=args.max_new_tokens, strategy=strategy, threshold=0.5)
         decode = lambda batch, seed: rollout.generate(
@@ -205,6 +263,15 @@ def main(argv=None):
         rate = args.max_new_tokens / statistics.median(plain_seconds)
         print(f"  {strategy:8s} plain loop      {rate:8.1f} tokens/s, "
               f"{args.max_new_tokens / steps:.2f} tokens/step")
+        keep, batch = rollout.Decoder, min(args.batches[-1], 8)
+        own, without = [], []
+        for repeat in range(args.repeats):
+            own.append(timed(lambda: decode(batch, repeat), device)[0])
+            rollout.Decoder = WithoutCache
+            without.append(timed(lambda: decode(batch, repeat), device)[0])
+            rollout.Decoder = keep
+        print(f"  {strategy:8s} batch {batch:4d}      the cache: "
+              f"{statistics.median(without) / statistics.median(own):.2f} x as fast as without")
         for batch in args.batches:
             own, rollouts = statistics.median(seconds[batch]), results[batch]
             tokens = sum(len(r.response) for r in rollouts)
@@ -215,7 +282,25 @@ def main(argv=None):
             print(f"  {strategy:8s} batch {batch:4d}      {tokens / own:8.1f} tokens/s, "
                   f"{tokens / sum(steps):.2f} tokens/step, {max(steps)} forwards, "
                   f"{tokens / own / rate:.2f} x the plain loop, {share:.0%} of the limit "
-                  f"({rates[0] / 1e9:.0f} GFLOP/s)", flush=True)
+                  f"({rates[0] / 1e9:.0f} GFLOP/s), "
+                  + per_forward(lambda: decode(batch, 0), max(steps), device), flush=True)
+
+
+def compare_caches(model, prompts, args, device):
+    """Full attention: every forward over the whole canvas, and the two approximations."""
+    for batch in args.batches:
+        seconds, gaps = {}, {}
+        for repeat in range(args.repeats):
+            for cache in rollout.CACHES:  # taking turns
+                spent, rollouts = timed(lambda: rollout.generate(
+                    model, prompts[:batch], max_new_tokens=args.max_new_tokens, threshold=0.5, eos_ids=(),
+                    block_size=32, seed=repeat, cache=cache), device)
+                seconds.setdefault(cache, []).append(spent)
+                gaps[cache] = rollout.replay_gap(model, rollouts[:4], 32, 1.0)["gap"]
+        rates = {cache: batch * args.max_new_tokens / statistics.median(s) for cache, s in seconds.items()}
+        for cache, rate in rates.items():
+            print(f"  batch {batch:4d}  cache {cache:6s}  {rate:8.1f} tokens/s, {rate / rates['none']:.2f} x "
+                  f"without, gap {gaps[cache]:.1e}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Every family at 0.1 billion parameters, random weights, through the whole loop. Slow: SLOW=1 pytest tests/test_families.py
+"""Every family at 0.1 billion parameters, random weights, through the whole loop.
+
+    SLOW=1 pytest tests/test_families.py          # nine minutes on two cores
 
 Load, plan, self-check, roll out, two updates, save, resume, evaluate; on one process and on two, all weights
 and adapters, float32 and bfloat16.
