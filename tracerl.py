@@ -654,7 +654,7 @@ def load_start(args):
         # as in the paper for Dream and LLaDA
         args.shrink = 8 if model.config.is_full and args.model is not None else 1
     K, smallest = model.config.block_size, args.rollout_block_size or model.config.block_size
-    if K % smallest or smallest == args.block_size:
+    if K % smallest or args.rollout_block_size == K:
         raise ValueError(f"--rollout_block_size {smallest} must divide the block size, {K}, and be smaller: "
                          "set --block_size")
     if args.rollout_block_size and not model.config.is_full:

@@ -282,7 +282,7 @@ def test_the_noise_of_a_gradient_is_its_variance_over_its_squared_mean():
     [f"--loss={FORKS}:sequence_ratio"],
     [f"--advantage={FORKS}:centered", f"--loss={FORKS}:constant_length"],
     [f"--advantage={FORKS}:softmax_weights", f"--loss={FORKS}:ratio_free"],
-    [f"--views={FORKS}:fully_masked", "--strategy=sequential"],
+    [f"--views={FORKS}:fully_masked", "--strategy=sequential", "--block_size=8"],
 ], ids=lambda flags: " ".join(flags).replace(FORKS, "forks.py"))
 def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, tmp_path, monkeypatch):
     """Two RL steps by `main`: the gap holds before the update, the policy moves, and what was saved loads."""
