@@ -137,9 +137,9 @@ EMBEDDED = dict(arithmetic=arithmetic, sudoku=sudoku)
 def load_problems(source, problem_column=None, answer_column=None, needs_answer=True):
     """Problems from any source -> list[Problem].
 
-    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local .jsonl, .json or .parquet file; a name (math500, gsm8k,
-    gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. Columns are found by name (problem,
-    question, prompt or messages; answer; solution or response), or given. In GSM8K's style the answer stands
+    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local .jsonl, .json or .parquet file; a name
+    (math500, gsm8k, gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. Columns are found by
+    name (problem, question, prompt or messages; answer; solution or response), or given. In GSM8K's style the answer stands
     behind ####; in a solution without an answer, in the last \\boxed{}. needs_answer: whether a row without
     one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the source and the
     row of what is broken, missing or empty.
@@ -319,7 +319,8 @@ def evaluate_all(model, tokenizer, problems, reward, args):
     modes |= {} if args.strategy in modes else {args.strategy: {}}
     # accuracy is measured anyway
     own_reward = None if reward is math_reward else reward
-    return {name: evaluate(model, tokenizer, problems, reward=own_reward, **decoding_settings(args) | changes)
+    settings = runs.decoding_settings(args)
+    return {name: evaluate(model, tokenizer, problems, reward=own_reward, **settings | changes)
             for name, changes in parallel.progress(modes.items(), "evaluate")}
 
 
@@ -359,7 +360,7 @@ def describe(rollouts):
 def diffusion_responses(model, tokenizer, problems, seeds, strategy, args):
     """Responses of a diffusion model to problems, as dicts, on every process."""
     rollouts = rollout.generate_everywhere(
-        model, [p.tokens for p in problems], seeds, **decoding_settings(args) | dict(strategy=strategy))
+        model, [p.tokens for p in problems], seeds, **runs.decoding_settings(args) | dict(strategy=strategy))
     return [dict(response=response_text(r, tokenizer), length=r.num_tokens, truncated=r.is_truncated,
                  decoded=len(r.response), step_map=r.step_map) for r in rollouts]
 
@@ -383,8 +384,7 @@ def evaluate_command(args):
         dtype = args.dtype or ("bfloat16" if parallel.default_device().type == "cuda" else "float32")
         model, tokenizer = load_model(
             args.model, args.block_size, getattr(torch, dtype), attention=args.attention)
-        backend = cuda.describe_backend(model.config, model.device, getattr(torch, dtype))
-        parallel.say(f"{dtype}; decoding by {backend}")
+        cuda.say_backend(model, args)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     problems = load_prompts(args.data, tokenizer, args)[:args.limit]
@@ -443,14 +443,6 @@ def summarize(lines, n):
         tokens_per_second=sum(line["length"] for line in lines) / sum(line["seconds"] for line in lines),
         unanswered=fmean(line["answer"] is None for line in lines),
         killed=sum(line["how"] == "killed" for line in lines))
-
-
-def decoding_settings(args):
-    """Those flags, for rollout.generate."""
-    # The flags of add_decoding_flags, and --strategy.
-    names = ("max_new_tokens", "strategy", "threshold", "denoising_steps", "temperature", "top_k", "top_p",
-             "slots", "cache")
-    return {name: getattr(args, name) for name in names}
 
 
 def parse_args(argv=None):

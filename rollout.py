@@ -38,6 +38,7 @@ Left out:
 import functools
 import math
 import random
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +47,7 @@ import torch.nn.functional as F
 from model import (
     KVCache, Layout, Row, flash_attn_with_kvcache, head_logits, masked_attention, policy_logits,
     token_logprobs)
-from plumbing import cuda, parallel
+from plumbing import cuda, parallel, player, runs
 from plumbing.packing import by_length, micro_batches
 
 STRATEGIES = ("static", "dynamic", "sequential", "entropy")  # see `reveal`
@@ -730,3 +731,11 @@ def replay_gap(model, rollouts, block_size, temperature, is_packed=None):
     # One process may have none of the few rollouts: sums and maxima over all.
     gap = beside_record(model, rollouts, block_size, temperature, is_packed).abs()
     return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The method ends here. `python rollout.py --model PATH --prompt "12+34="` plays a decoding in the terminal.
+
+
+if __name__ == "__main__":
+    runs.run_command(functools.partial(player.main, sys.modules["__main__"]))

@@ -229,7 +229,7 @@ def roll_out(model, problems, block_size, args, step):
     seeds = [(args.seed * 1_000_003 + step) * 1_000_003 + i for i in range(len(repeated))]
     # Decoded with the training weights themselves: there is no second engine that could lag behind.
     rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, block_size=block_size,
-                                           **eval_math.decoding_settings(args))
+                                           **runs.decoding_settings(args))
     return rollouts, repeated
 
 
@@ -484,7 +484,7 @@ def finish_step(
         line |= drift(model, rollouts[::16], plan, args)
     if dev_problems and args.eval_every and step % args.eval_every == 0:
         found = eval_math.evaluate(
-            model, tokenizer, dev_problems, seed=args.seed, **eval_math.decoding_settings(args))
+            model, tokenizer, dev_problems, seed=args.seed, **runs.decoding_settings(args))
         line["dev_accuracy"] = found["accuracy"]
     run.write(line)
     parallel.say(show.describe_line(line))
@@ -500,7 +500,8 @@ def finish_step(
             shown = [r for r in kept if r.ratio or r.value_old] or rollouts
             path = os.path.join(run.folder, "trace.html")
             with runs.writing(path):
-                show.write_page(shown[:8], tokenizer, path)
+                K = 0 if model.config.is_full else plan.block_sizes[0]
+                show.write_page(show.best_and_worst(shown)[:8], K, tokenizer, path)
 
 
 def self_check(model, args):
@@ -508,7 +509,7 @@ def self_check(model, args):
     started, rng, config = time.perf_counter(), random.Random(args.seed), model.config
     K = args.rollout_block_size or config.block_size
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
-    settings = eval_math.decoding_settings(args) | dict(max_new_tokens=min(4 * K, args.max_new_tokens))
+    settings = runs.decoding_settings(args) | dict(max_new_tokens=min(4 * K, args.max_new_tokens))
     rollouts = rollout.generate_everywhere(model, prompts, [*range(4)], block_size=K, **settings)
     # On a GPU both ways to lay out rows, with their kernels: packed, and one padded row each.
     for is_packed in {False, model.device.type == "cuda"}:
@@ -644,12 +645,7 @@ def load_start(args):
         path = args.model or sft.warm_start(args.seed, smallest, args.attention or "block", task)
     model, critic, tokenizer = checkpoints.load_to_train(
         path, args, value.ValueModel if args.advantage == "value" else None)
-    if args.model is not None:
-        backend = cuda.describe_backend(model.config, model.device, getattr(torch, args.dtype))
-        parallel.say(f"decoding by {backend}")
-    if args.cache != "none":
-        parallel.say(f"WARNING: --cache {args.cache} approximates: rollouts are drawn from another policy "
-                     "than the one that is trained, by as much as `gap` says")
+    cuda.say_backend(model, args)
     if args.shrink is None:
         # as in the paper for Dream and LLaDA
         args.shrink = 8 if model.config.is_full and args.model is not None else 1

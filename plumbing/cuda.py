@@ -157,13 +157,19 @@ def plan(config, args, has_critic):
     args.tokens_per_micro_batch = tokens
 
 
-def describe_backend(config, device, dtype):
-    """Which kernels decode, in words."""
-    if device.type != "cuda":
-        return "torch's attention, on the CPU"
-    is_broken = flash_attn_error is not None and getattr(flash_attn_error, "name", None) != "flash_attn"
-    if is_broken:
+def say_backend(model, args):
+    """Says which kernels decode, and what is only nearly exact."""
+    if model.device.type != "cuda":
+        kernels = "torch's attention"
+    elif getattr(flash_attn_error, "name", "flash_attn") != "flash_attn":  # it is there, and broken
         parallel.say(f"WARNING: flash-attn is installed but cannot be used: {flash_attn_error}")
-    has_flash = flash_attn_with_kvcache is not None and dtype != torch.float32
-    kernels = "torch's attention" if config.is_full or not has_flash else "flash-attn"
-    return f"{kernels}, on {torch.cuda.get_device_name(device)}" + ("" if config.is_full else ", CUDA graphs")
+        kernels = "torch's attention"
+    else:
+        has_flash = flash_attn_with_kvcache is not None and model.embed.weight.dtype != torch.float32
+        kernels = "flash-attn" if has_flash and not model.config.is_full else "torch's attention"
+    graphs = ", CUDA graphs" if model.device.type == "cuda" and not model.config.is_full else ""
+    if args.model is not None:
+        parallel.say(f"decoding on {model.device} by {kernels}{graphs}")
+    if args.cache != "none":
+        parallel.say(f"WARNING: --cache {args.cache} approximates: responses are drawn from another policy "
+                     "than the exact one; in training, `gap` says by how much")

@@ -97,6 +97,7 @@ def add_training_flags(parser, name):
     flag("--overwrite", action="store_true", help="replace a run of this name")
     flag("--save_every", type=count, help="steps between checkpoints; 0 is at the end only")
     flag("--keep_checkpoints", type=positive_int, default=3, help="the newest ones to keep")
+    flag("--report_to", choices=("wandb", "tensorboard"), help="where metrics go, too, if it is installed")
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", choices=("cpu", "cuda"), help="None: a GPU if there is one; the CPU for the tiny model")
@@ -148,10 +149,19 @@ def add_decoding_flags(parser, caches):
          "the block (dual), or before it (prefix), for its later steps. Faster, and not the same policy")
 
 
+def decoding_settings(args):
+    """Those flags, for rollout.generate."""
+    # The flags of add_decoding_flags, and --strategy.
+    names = ("max_new_tokens", "strategy", "threshold", "denoising_steps", "temperature", "top_k", "top_p",
+             "slots", "cache")
+    return {name: getattr(args, name) for name in names}
+
+
 # Settings that a resumed run may change: they do not touch results (beyond
 # rounding), or only say how far to go.
 MAY_CHANGE = {"name", "resume", "overwrite", "debug", "steps", "eval_every", "save_every", "keep_checkpoints",
-              "slots", "tokens_per_micro_batch", "gradient_checkpointing", "device", "replicas", "save_dtype"}
+              "slots", "tokens_per_micro_batch", "gradient_checkpointing", "device", "replicas", "save_dtype",
+              "report_to", "no_self_check"}
 
 
 def parse(parser, argv, tiny, real):
@@ -291,6 +301,7 @@ class Run:
     def __init__(self, name, settings, resume=False, overwrite=False, log="metrics.jsonl"):
         self.folder, self.is_writer, self.lock = os.path.join("runs", name), parallel.is_first(), None
         self.save_dtype = getattr(torch, settings.get("save_dtype") or settings.get("dtype") or "float32")
+        self.report = None  # of metrics to another program
         self.path, settings_path = os.path.join(self.folder, log), os.path.join(self.folder, "args.json")
         if self.is_writer:
             self.open(settings, settings_path, resume, overwrite)
@@ -318,6 +329,7 @@ class Run:
                 write_json(settings_path, settings)
             open(self.path, "a", encoding="utf-8").close()
             self.keep_lines(self.own_lines())  # without half a line, if a crash left one
+            self.report = reporter(settings.get("report_to"), self.folder, settings)
         except BaseException:
             self.lock.close()
             raise
@@ -370,6 +382,8 @@ class Run:
         if self.is_writer:
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            if self.report is not None:
+                self.report(line)
 
     def read(self):
         """The lines so far, on every process."""
@@ -498,6 +512,22 @@ class Run:
     def files(self):
         """What the folder holds."""
         return sorted(set(os.listdir(self.folder)) - {"lock"}) if self.is_writer else []
+
+
+def reporter(kind, folder, settings):
+    """A function that gives a line of metrics to Weights & Biases or TensorBoard (None: to nobody)."""
+    if kind is None:
+        return None
+    try:
+        if kind == "wandb":
+            import wandb
+            run = wandb.init(project="tracerl", name=os.path.basename(folder), config=settings, dir=folder)
+            return lambda line: run.log(line, step=line["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(f"--report_to {kind}: it is not installed (pip install {kind})") from None
+    writer = SummaryWriter(folder)
+    return lambda line: [writer.add_scalar(name, x, line["step"]) for name, x in line.items()]
 
 
 def read_text(path):

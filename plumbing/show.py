@@ -119,19 +119,33 @@ def print_columns(summary):
 PAGE = os.path.join(os.path.dirname(__file__), "trace.html")  # with the word DATA where the data go
 
 
-def write_page(rollouts, tokenizer, path):
-    """Writes traces as one self-contained page: tokens by the step that revealed them, with their numbers."""
-    shown = []
+def best_and_worst(rollouts):
+    """Of every prompt's responses the one with the highest and the one with the lowest reward."""
+    groups = {}
     for r in rollouts:
-        columns = dict(step=r.step_map, confidence=r.confidence, logp=r.logp, advantage=r.advantage,
-                       value=r.value_old, ratio=r.ratio)
-        tokens = [{"text": tokenizer.decode([token])} for token in r.response]
-        for name, column in columns.items():
-            for token, number in zip(tokens, column):
-                token[name] = round(number, 4)
-        text = tokenizer.decode(r.prompt)
-        shown.append(dict(prompt=text, reward=r.reward, num_tokens=r.num_tokens, tokens=tokens))
+        groups.setdefault(tuple(r.prompt), []).append(r)
+    reward = lambda r: r.reward
+    return [[max(group, key=reward), min(group, key=reward)][:len(group)] for group in groups.values()]
+
+
+def write_page(pairs, block_size, tokenizer, path):
+    """Writes lists of responses, each list side by side, as one self-contained page: tokens by the step that
+    revealed them, with their numbers. block_size: where to draw borders (0: nowhere)."""
+    shown = [[page_data(r, block_size, tokenizer) for r in pair] for pair in pairs]
     with open(PAGE, encoding="utf-8") as file:
         page = file.read()
     with open(path, "w", encoding="utf-8") as file:  # no "<" of a model may end the script
         file.write(page.replace("DATA", json.dumps(shown).replace("<", "\\u003c")))
+
+
+def page_data(r, block_size, tokenizer):
+    """A response as the page wants it."""
+    columns = dict(step=r.step_map, confidence=r.confidence, logp=r.logp, advantage=r.advantage,
+                   value=r.value_old, ratio=r.ratio)
+    tokens = [{"text": tokenizer.decode([token])} for token in r.response]
+    for name, column in columns.items():
+        for token, number in zip(tokens, column):
+            token[name] = round(number, 4)
+    for place, token in enumerate(tokens):
+        token["block"] = (len(r.prompt) + place) // block_size if block_size else 0
+    return dict(prompt=tokenizer.decode(r.prompt), reward=r.reward, num_tokens=r.num_tokens, tokens=tokens)

@@ -44,8 +44,8 @@ import rollout
 import sft
 import tracerl
 import value
-from eval_math import decoding_settings, give_rewards, load_prompts
-from plumbing import checkpoints, parallel
+from eval_math import give_rewards, load_prompts
+from plumbing import checkpoints, parallel, runs
 
 SETTINGS = {  # where: flags of every arm
     "k4": [],
@@ -327,7 +327,7 @@ def variance(setting, args):
         asked = [p for p in problems[:prompts] for _ in range(group_size)]
         seeds = [turn * 1_000_003 + i for i in range(len(asked))]
         rollouts = rollout.generate_everywhere(
-            model, [p.tokens for p in asked], seeds, **decoding_settings(settings))
+            model, [p.tokens for p in asked], seeds, **runs.decoding_settings(settings))
         give_rewards(rollouts, asked, tokenizer)
         for name in ("group", "batch", "raw", "value", "random", "coupled"):
             settings.advantage = name if name in ("batch", "raw", "value") else "group"

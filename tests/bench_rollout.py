@@ -127,8 +127,8 @@ class PlainLoop:
 
 
 def per_forward(function, forwards, device):
-    """What one more, unmeasured call costs per forward, as text: reads by the host; on a GPU also kernels, and
-    the share of the time in which it has nothing to do."""
+    """What one more, unmeasured call costs per forward, as text: reads by the host; on a GPU also kernels,
+    and the share of the time in which it has nothing to do."""
     counts, tolist = [0], torch.Tensor.tolist
 
     class Reads(TorchDispatchMode):

@@ -57,6 +57,27 @@ def test_a_pupil_who_slips_is_wrong_when_a_carry_was_due():
         assert is_correct(extract_answer(p.solution), p.answer) == (not carries)
 
 
+def test_sudokus_have_one_solution_and_splits_share_none():
+    grids = eval_math.sudoku_grids()
+    assert len(grids) == len(set(grids)) == 288
+    splits = {split: eval_math.sudoku(split, 60, seed=3) for split in ("train", "dev", "test")}
+    for p in splits["train"]:
+        fits = [g for g in grids if all(c in ("0", d) for c, d in zip(p.problem, g))]
+        assert fits == [p.answer] and len(p.problem) == 17 and p.solution == f"\\boxed{{{p.answer}}}"
+    texts = {split: {p.problem for p in problems} for split, problems in splits.items()}
+    assert not texts["train"] & texts["test"] and not texts["dev"] & texts["test"]
+    hasty = eval_math.sudoku("train", 300, slip=0.6)
+    wrong = [p for p in hasty if p.answer not in p.solution]
+    assert 0.15 < len(wrong) / 300 < 0.45
+    for p in wrong:  # one row, whose digits are only in another order
+        page = p.solution[7:-1]
+        rows = [i for i in range(4) if page[4 * i:4 * i + 4] != p.answer[4 * i:4 * i + 4]]
+        assert len(rows) == 1 and sorted(page[4 * rows[0]:][:4]) == list("1234")
+        assert all(c in ("0", d) for c, d in zip(p.problem, page))
+    assert [p.problem for p in load_problems("sudoku-test")][:5] == [
+        p.problem for p in eval_math.sudoku("test", 5)]
+
+
 def test_a_truncated_response_is_wrong_even_with_the_right_answer():
     tokenizer = sft.tiny_tokenizer()
     tokens = tokenizer("\\boxed{5}", add_special_tokens=False).input_ids

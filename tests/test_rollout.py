@@ -617,10 +617,10 @@ def test_the_page_holds_the_trace_and_no_text_can_break_out_of_it(tmp_path):
     r, = generate(model, [[5, 6, 7]], max_new_tokens=8, seed=[1])
     tokenizer.decode = lambda ids: "</script><b>" if list(ids) == r.response[:1] else f"{list(ids)}"
     r.advantage, r.reward = [0.5] * r.num_tokens, 1.0
-    show.write_page([r], tokenizer, tmp_path / "trace.html")
+    show.write_page([[r]], 4, tokenizer, tmp_path / "trace.html")
     page = (tmp_path / "trace.html").read_text()
     assert page.count("</script>") == 1
-    shown, = json.loads(page.split("const rollouts = ")[1].split(", slider = ")[0])
+    (shown,), = json.loads(page.split("const pairs = ")[1].split(";\nconst")[0])
     assert [t["step"] for t in shown["tokens"]] == r.step_map and shown["tokens"][0]["text"] == "</script><b>"
     assert [t["logp"] for t in shown["tokens"]] == [round(x, 4) for x in r.logp]
     assert [("advantage" in t) for t in shown["tokens"]] == [j < r.num_tokens for j in range(len(r.response))]

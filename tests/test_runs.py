@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import eval_math
 import rollout
 import sft
 import tracerl
-from plumbing import checkpoints, grading, runs, show
+from plumbing import checkpoints, grading, parallel, runs, show
 
 TINY = str(FIXTURES / "tiny")
 SMALL = ["--model", TINY, "--train_data=train.jsonl", "--eval_data=test.jsonl", "--steps=1", "--prompts=4",
@@ -394,3 +395,58 @@ def test_processes_end_when_torchrun_dies(folder):
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.time() < deadline:
         time.sleep(0.1)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_processes_that_see_other_folders_are_told_before_training(folder, monkeypatch):
+    """Two nodes without a shared disk: the second does not find the first one's lock."""
+    with runs.Run("r", {}):
+        pass
+    monkeypatch.setattr(parallel, "from_first", lambda value: "process 7 on another machine")
+    with pytest.raises(ValueError, match="not all processes see the same runs/s"):
+        runs.Run("s", {})
+
+
+def test_metrics_go_to_other_programs_when_asked(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--report_to wandb: it is not installed"):
+        runs.Run("r", dict(report_to="wandb"))
+    logged, wandb = [], types.ModuleType("wandb")
+    wandb.init = lambda **settings: types.SimpleNamespace(log=lambda line, step: logged.append((step, line)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with runs.Run("s", dict(report_to="wandb")) as run:
+        run.write(dict(step=1, reward=0.5))
+    assert logged == [(1, dict(step=1, reward=0.5))]
+
+
+def test_the_page_plays(folder):
+    """Slider, button and colours, in node with a stand-in for the page's elements."""
+    if not shutil.which("node"):
+        pytest.skip("node is not installed")
+    model, tokenizer = random_model(), sft.tiny_tokenizer()
+    rollouts = rollout.generate(model, random_prompts([3, 3, 9, 9]), max_new_tokens=12, seed=1, eos_ids=())
+    for i, r in enumerate(rollouts):
+        r.prompt = rollouts[i // 2 * 2].prompt  # two responses each
+        r.reward, r.advantage, r.ratio = float(i % 2), [0.5] * 12, [1.01] * 12
+    pairs = show.best_and_worst(rollouts)
+    assert [[r.reward for r in pair] for pair in pairs] == [[1.0, 0.0], [1.0, 0.0]]
+    show.write_page(pairs, 4, tokenizer, "trace.html")
+    done = subprocess.run(["node", str(ROOT / "tests/page.js"), "trace.html"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    tokens, last = sum(len(r.response) for r in rollouts), max(max(r.step_map) for r in rollouts)
+    assert found["tokens"] == tokens and found["hidden_at_start"] == 0
+    blocks = [{(len(r.prompt) + j) // 4 for j in range(len(r.response))} for r in rollouts]
+    assert found["blocks"] == sum(map(len, blocks))
+    assert found["hidden_at_1"] == tokens - sum(r.step_map.count(1) for r in rollouts)
+    assert found["playing"] == "Pause" and found["played"] == "Play" and found["hidden_at_end"] == 0
+    assert found["output"] == f"after step {last} of {last}"
+    assert found["by_advantage"].startswith("hsl(90 ") and found["by_ratio"].startswith("hsl(6")
+
+
+def test_a_decoding_plays_in_the_terminal(folder, capsys):
+    done = subprocess.run([sys.executable, str(ROOT / "rollout.py"), "--model", TINY, "--prompt=12+34=",
+                           "--max_new_tokens=12"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "12+34=" and lines[1].startswith("step   0  " + "\u2591" * 12)
+    assert "\u2591" not in lines[-1]
