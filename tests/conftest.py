@@ -5,7 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the laws are float32 on the CPU; set it to test on a GPU
+# The laws are float32 on the CPU. Only test_gpu.py wants a GPU, and is run alone: see there.
+if not any("test_gpu" in word for word in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -22,11 +24,11 @@ import rollout  # noqa: E402
 from plumbing import checkpoints, packing  # noqa: E402
 
 
-def random_model(kind="sdar", block_size=4, seed=0, std=0.25, vocab_size=18):
+def random_model(kind="sdar", block_size=4, seed=0, std=0.25, vocab_size=18, head_dim=8):
     """A tiny model of a family (sdar, qwen3, dream, llada), its weights so large that its choices matter."""
     source = dict(
         model_type=kind, block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim,
         intermediate_size=48, vocab_size=vocab_size, tie_word_embeddings=False, rope_theta=1e4)
     if kind == "llada":
         source.update(d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=48,

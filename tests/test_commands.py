@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,10 @@ from safetensors.torch import load_file
 import bench_methods
 import bench_update
 import eval_math
+import rollout
+import sft
 import tracerl
-from plumbing import checkpoints, parallel, runs
+from plumbing import checkpoints, parallel, player, runs, tiny
 
 TINY, FORKS = str(FIXTURES / "tiny"), str(ROOT / "tests/forks.py")
 DATA = ["--train_data=arithmetic", "--dev_data=arithmetic-dev", "--eval_data=arithmetic-test"]
@@ -134,6 +138,67 @@ def test_the_readme_gives_the_install_and_main_commands():
     readme = (ROOT / "README.md").read_text()
     install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
     assert install + "torchrun tracerl.py\n" in readme and install + "pytest\n" in readme
+
+
+def commands():
+    """Every command of the README and of the six files' docstrings: (script, flags, whether it is only parsed:
+    it needs a GPU, or a model from the hub)."""
+    found = []
+    for name in ("README.md", "model.py", "rollout.py", "value.py", "sft.py", "eval_math.py", "tracerl.py"):
+        for line in (ROOT / name).read_text().splitlines():
+            match = re.match(r" +(?:torchrun|python) (?:--\S+ )*((?:tests/)?\w+\.py)(.*)", line.partition("  #")[0])
+            if match:
+                flags = shlex.split(match[2])
+                model = flags[flags.index("--model") + 1] if "--model" in flags else ""
+                is_remote = "# GPU" in line or "--nnodes" in line or (model and not model.startswith("runs/"))
+                found.append((match[1], flags, bool(is_remote)))
+    return found
+
+
+def test_every_command_of_the_readme_and_the_docstrings_is_understood_and_runs(tmp_path, monkeypatch, capsys):
+    """In a small way: one step, few prompts, an untrained model in place of the warm starts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
+    for name in eval_math.EMBEDDED:
+        whole = eval_math.EMBEDDED[name]
+        few = lambda split, number, *more, whole=whole: whole(split, min(number, 30), *more)
+        monkeypatch.setitem(eval_math.EMBEDDED, name, few)
+
+    def start(seed, block_size=4, attention="block", task="arithmetic", path=None):
+        path = path or f"runs/start-{block_size}-{attention}/checkpoint"
+        checkpoints.save_checkpoint(
+            tiny.tiny_model(seed, block_size, attention), tiny.tiny_tokenizer(), path)
+        return path
+
+    monkeypatch.setattr(sft, "warm_start", start)
+    start(0, path="runs/tracerl/checkpoints/step-45")
+    (tmp_path / "answers.jsonl").write_text('{"gold": "5", "response": "\\\\boxed{5}"}\n')
+    ran = set()
+    for script, flags, is_remote in commands():
+        module = dict(tracerl=tracerl, sft=sft, eval_math=eval_math).get(script.removesuffix(".py"))
+        if is_remote:
+            if module:
+                module.parse_args([flag.replace("--device", "--name") for flag in flags])
+            continue
+        ran.add(script)
+        if script == "tracerl.py":
+            small = ["--prompts=2", "--group_size=2", "--eval_every=0", "--adapt_steps=0"]
+            if "--resume" in flags:
+                small = ["--steps=2"]
+            elif "--name" not in flags:
+                small += ["--overwrite", "--steps=1"]
+            else:
+                small += ["--steps=1"]
+            tracerl.main(flags + small)
+        elif script == "sft.py":
+            sft.main([*flags, "--steps=1", "--batch_size=8", "--overwrite"])
+        elif script == "eval_math.py":
+            eval_math.main([*flags, "--limit=2"] if "--grade" not in flags else flags)
+        elif script == "rollout.py":
+            player.main(rollout, flags)
+        else:
+            raise AssertionError(f"nobody runs {script}")
+    assert ran == {"tracerl.py", "sft.py", "eval_math.py", "rollout.py"}
 
 
 def test_importing_the_files_does_nothing():
