@@ -139,10 +139,10 @@ def load_problems(source, problem_column=None, answer_column=None, needs_answer=
 
     source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local .jsonl, .json or .parquet file; a name
     (math500, gsm8k, gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. Columns are found by
-    name (problem, question, prompt or messages; answer; solution or response), or given. In GSM8K's style the answer stands
-    behind ####; in a solution without an answer, in the last \\boxed{}. needs_answer: whether a row without
-    one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the source and the
-    row of what is broken, missing or empty.
+    name (problem, question, prompt or messages; answer; solution or response), or given. In GSM8K's style the
+    answer stands behind ####; in a solution without an answer, in the last \\boxed{}. needs_answer: whether a
+    row without one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the
+    source and the row of what is broken, missing or empty.
     """
     task, _, split = source.partition("-")
     if task in EMBEDDED and split in ("", "dev", "test"):

@@ -229,8 +229,8 @@ def parse_args(argv=None):
     parser = runs.make_parser("Supervised fine-tuning of a block diffusion model.")
     flag = parser.add_argument_group("most used").add_argument
     flag("--model", help="checkpoint folder or hub id; without it, a new tiny model")
-    flag("--data", help="embedded arithmetic or sudoku, or a file or hub id with problem and solution, prompt "
-         "and response, or messages; optionally step_map")
+    flag("--data", help="embedded arithmetic or sudoku, or a file or hub id with problem and solution, "
+         "prompt and response, or messages; optionally step_map")
     flag("--dev_data", help="problems with answers for --eval_every; the embedded ones with the tiny model")
     flag("--steps", type=runs.positive_int, help="most updates")
     flag("--batch_size", type=runs.positive_int, default=64, help="examples per update")

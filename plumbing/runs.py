@@ -36,42 +36,21 @@ from plumbing.checkpoints import read_json, save_checkpoint, write_json
 # Flags.
 
 
-def positive(text):
-    """The type of a flag: a number above 0."""
-    number = float(text)
-    if not (number > 0 and math.isfinite(number)):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return number
+def number(kind, low, high=math.inf, is_open=False):
+    """The type of a flag: a finite number of a kind from low (is_open: above it) to high."""
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf or is_open and value == low:
+            bounds = ("above " if is_open else "at least ") + str(low)
+            bounds += f", at most {high}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+    read.__name__ = kind.__name__  # argparse says it where the text is no number at all
+    return read
 
 
-def not_negative(text):
-    """A number, 0 or above."""
-    number = float(text)
-    if not (number >= 0 and math.isfinite(number)):
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return number
-
-
-def share(text):
-    """A number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")
-    return number
-
-
-def positive_int(text):
-    """A whole number above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return int(text)
-
-
-def count(text):
-    """A whole number, 0 or above."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return int(text)
+positive, not_negative, share = number(float, 0, is_open=True), number(float, 0), number(float, 0, 1)
+positive_int, count = number(int, 1), number(int, 0)
 
 
 def folder_name(text):

@@ -283,7 +283,7 @@ def main(argv=None):
                   f"{tokens / sum(steps):.2f} tokens/step, {max(steps)} forwards, "
                   f"{tokens / own / rate:.2f} x the plain loop, {share:.0%} of the limit "
                   f"({rates[0] / 1e9:.0f} GFLOP/s), "
-                  + per_forward(lambda: decode(batch, 0), max(steps), device), flush=True)
+                  + per_forward(lambda: decode(batch, args.repeats - 1), max(steps), device), flush=True)
 
 
 def compare_caches(model, prompts, args, device):

@@ -141,16 +141,17 @@ def test_the_readme_gives_the_install_and_main_commands():
 
 
 def commands():
-    """Every command of the README and of the six files' docstrings: (script, flags, whether it is only parsed:
-    it needs a GPU, or a model from the hub)."""
+    """Every command of the README and of the six files' docstrings: (script, flags, whether it is only
+    parsed, since it needs a GPU or a model from the hub)."""
     found = []
     for name in ("README.md", "model.py", "rollout.py", "value.py", "sft.py", "eval_math.py", "tracerl.py"):
         for line in (ROOT / name).read_text().splitlines():
-            match = re.match(r" +(?:torchrun|python) (?:--\S+ )*((?:tests/)?\w+\.py)(.*)", line.partition("  #")[0])
+            command = line.partition("  #")[0]
+            match = re.match(r" +(?:torchrun|python) (?:--\S+ )*((?:tests/)?\w+\.py)(.*)", command)
             if match:
                 flags = shlex.split(match[2])
                 model = flags[flags.index("--model") + 1] if "--model" in flags else ""
-                is_remote = "# GPU" in line or "--nnodes" in line or (model and not model.startswith("runs/"))
+                is_remote = "# GPU" in line or (model and not model.startswith("runs/"))
                 found.append((match[1], flags, bool(is_remote)))
     return found
 

@@ -33,8 +33,8 @@ def gap(model, rollouts, is_packed):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("kind", ["sdar", "dream", "llada"])
 def test_the_replay_law(kind, dtype, bound):
-    """Decoding (CUDA graphs; flash-attn in bfloat16, if installed), and both layouts of replay: packed rows by
-    compiled FlexAttention, padded rows by a dense mask."""
+    """Decoding (CUDA graphs; flash-attn in bfloat16, if installed), and both layouts of replay: packed rows
+    by compiled FlexAttention, padded rows by a dense mask."""
     model = wide_model(kind, dtype)
     rollouts = rollout.generate(model, random_prompts([5, 9, 30, 64] * 8), slots=12, **SETTINGS)
     assert gap(model, rollouts, is_packed=False) < bound and gap(model, rollouts, is_packed=True) < bound

@@ -571,7 +571,7 @@ def test_the_authors_shifted_layout_is_not_ours(authors_policy):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--steps=0"], "--steps: must be above 0, got 0"), (["--lr=-1"], "--lr: must be above 0"),
+    (["--steps=0"], "--steps: must be at least 1, got 0"), (["--lr=-1"], "--lr: must be above 0"),
     (["--group_size=1"], "--group_size"), (["--keep_range", "0.9", "0.1"], "--keep_range"),
     (["--slots=0"], "--slots"), (["--block_size=0"], "--block_size"), (["--top_p=0"], "--top_p"),
     (["--strategy=best"], "invalid choice"), (["--name=a/b"], "plain folder name"),
