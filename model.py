@@ -18,7 +18,7 @@ on the left sees the token on top:
       ????  block 2  xxxx xxxx           xxxx         view 1    a view sees the clean blocks before it, and
       1?1?  block 2  xxxx xxxx                 xxxx   view 2    itself: neither other views nor the clean 101;
 
-(A training row leaves the clean 101; out: no later view looks back at it.)
+(A training row leaves the last clean block, "101;", out: no later view looks back at it.)
 
 Read in this order: ModelConfig, Layout and may_attend, the masks, KVCache, Layer,
 BlockDiffusionLM, token_logprobs.
@@ -28,7 +28,7 @@ Left out on purpose:
   2. checkpoints, tokenizers and the families' weight names: plumbing/checkpoints.py;
   3. LoRA and sharding over GPUs: plumbing/parallel.py.
 
-Sizes, single capital letters with one meaning in every file:
+Shapes are single capital letters (in formulas T is the temperature, R a return, A an advantage):
   B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block
   S trace steps   V vocabulary   C channels   H heads   D channels of a head   G responses per prompt
   N items of a list (targets, prompts)
@@ -82,6 +82,8 @@ class ModelConfig:
             raise ValueError(f"mask id {self.mask_id} is outside the vocabulary of {self.vocab_size} tokens")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")
+        if self.shifts_logits and not self.is_full:
+            raise ValueError("shifted logits are only supported with full attention (Dream)")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} heads do not divide among {self.num_kv_heads} kv heads")
 
@@ -166,7 +168,8 @@ def compiled(function, dynamic=False):
 
     Lengths are few (see plumbing/packing.py), but more than torch's usual limit of recompilations. Beyond
     that limit torch would silently go back to the dense scores, which do not fit: hence the error instead.
-    These settings belong to a thread, and backward passes compute activations again in a thread of their own.
+    The settings are per thread, and a backward pass computes activations again in a thread of its own: so
+    they are set at every call.
     """
     config = torch._dynamo.config
     if config.recompile_limit != 64:
@@ -206,7 +209,8 @@ def block_mask(layout):
 # q and out (B, H, T, D), k and v (B, H_kv, T, D). There are three ways to make one:
 #     attend_within(layout)              the tokens of each row see one another, by the rule
 #     cache.filling(slots, layout)       the same, and keys and values are kept           (prefill)
-#     cache.reading(slots, position)     one block per row sees what the cache holds      (decoding)
+#     cache.reading(slots, position, ...)  one block per row sees what the cache holds    (decoding)
+# With full attention and nothing padded it is masked_attention without a mask.
 
 
 def attend_within(layout):
@@ -322,8 +326,8 @@ def rotary(position, head_dim, theta):
 @fused
 def rotate(x, cos, sin):
     """Turns x (B, H, T, D) by its position, computed in float32."""
-    # Halves convention (as in the checkpoints): channel i turns with channel i + D
-    # / 2, not with its neighbour.
+    # Halves convention (as in the checkpoints): channel i turns with channel
+    # i + D/2, not with its neighbour.
     left, right = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
@@ -511,7 +515,7 @@ def float32_product(a, b):
     """a (N, M) @ b (M, O) with a float32 result, also of bfloat16 factors.
 
     A bfloat16 logit between 16 and 32 is a multiple of 0.125: a ratio exp(logp - logp_old) would move in
-    steps of about 12 percent, wider than the clip of the loss. Sums inside the product are float32 anyway;
+    steps of about 13 percent, more than half of the clip range of 0.2. Sums inside the product are float32 anyway;
     what matters is not to round them at the end.
     """
     if a.dtype == torch.float32:
@@ -520,7 +524,8 @@ def float32_product(a, b):
 
 
 def head_logits(model, h):
-    """Logits, float32 (N, V), of final states h (N, C): the same function in decoding and in replay."""
+    """Logits, float32 (N, V), of final states h (N, C), in decoding. Replay computes the same numbers, up to
+    rounding, in scaled_logits."""
     return model.head(h) if h.dtype == torch.float32 else float32_product(h, model.head.weight.T)
 
 

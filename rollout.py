@@ -28,10 +28,8 @@ sides of its ratio are wrong in the same way.
 Read in this order: Rollout; sample, reveal, Decoder, generate; then the views, build_rows, replay.
 
 Left out:
-  1. approximate prefix and dual caches for full attention: every forward sees the whole canvas, which is
-     exact, and slower;
-  2. speculative decoding, classifier-free guidance;
-  3. tokens re-encoded from text: token ids travel from rollout to update, and text is only for the answer
+  1. speculative decoding, classifier-free guidance;
+  2. tokens re-encoded from text: token ids travel from rollout to update, and text is only for the answer
      checker.
 """
 
@@ -397,8 +395,8 @@ class Decoder:
 
         commits (2, M): slots whose block before this one has just become whole, and where that block starts.
         Its clean tokens ride along as a second row of the same slot: keys and values of all rows are written
-        first, then all rows attend. So the commit costs no forward of its own, and the cache never keeps a
-        noisy block:
+        first, then all rows attend. So the commit costs no forward of its own (only K more tokens in one that
+        runs anyhow), and no later block ever reads a noisy one:
 
             slots    0  block 8..11  0 ? 0 ?   denoising
                      1  block 4..7   ? ? ? ?   denoising, sees the row below: the clean block 0..3
@@ -418,7 +416,8 @@ class Decoder:
 
         Approximate caches (Fast-dLLM, arXiv 2505.22618): the first step of a block computes the whole canvas
         and keeps its keys and values; its other steps compute the block (dual), or all from the block on
-        (prefix), and see the rest as it was at that first step.
+        (prefix), and see the rest as it was at that first step. They break the replay law: they are for
+        evaluation.
         """
         K, kind, shift = self.settings.block_size, self.settings.cache, int(self.config.shifts_logits)
         groups = {}  # (first and last place to compute, end of the canvas) -> slots
@@ -435,7 +434,7 @@ class Decoder:
             if kind != "none":
                 attend = self.cache.reading(slots, position, torch.full_like(slots, end), end)
             h = self.model.hidden(self.token[slots, first:stop], position, attend)
-            # Dream: the output at i - 1 predicts token i.
+            # Dream: the output at i - 1 predicts token i (so `first` is one place earlier, too).
             source = (columns[slots] - shift - first).clamp(0, stop - first - 1)
             out[slots] = h.gather(1, source[..., None].expand(-1, -1, h.shape[-1]))
         return out
@@ -571,11 +570,11 @@ def trace_views(rollout, block, shrink, rng=None):
 
 
 def random_views(rollout, block, shrink, rng):
-    """A baseline of the paper: masks drawn at random in place of the trace. The ratio is U(0.1, 0.9) per
+    """A baseline of the paper: masks drawn at random in place of the trace. Their share is U(0.1, 0.9) per
     block (full attention: per response); the masked tokens are the targets."""
-    ratio = rng.uniform(0.1, 0.9)
+    share = rng.uniform(0.1, 0.9)
     # May be empty: a view without targets is left out of the row.
-    hidden = [j for j in block if rng.random() < ratio]
+    hidden = [j for j in block if rng.random() < share]
     return [(hidden, hidden)]
 
 
@@ -630,8 +629,8 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
     others are still seen. A view without targets is left out; of the clean text, only the blocks
     before the last view's block are laid out.
 
-    A row is [clean text | view | view | ...]: one forward for all states. Prompt 894+396=, response 101; of
-    which step 1 revealed 1 and 1, and step 2 the rest; K = 4, "?" is the mask token:
+    A row is [clean text | view | view | ...]: one forward for all states. Prompt 894+396=, response "101;"
+    (four tokens). Step 1 revealed both 1s, step 2 the rest; K = 4, "?" is the mask token:
 
         tokens     8  9  4  +    3  9  6  =    ?  ?  ?  ?    1  ?  1  ?
         position   0  1  2  3    4  5  6  7    8  9 10 11    8  9 10 11

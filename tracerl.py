@@ -240,8 +240,8 @@ def give_advantages(rollouts, critic, plan, args):
     """Sets the advantages of all rollouts -> those to train on, group by group (maybe
     none), and figures for the log.
 
-    Without values, groups that teach nothing are left out: rewards all equal, or, with --keep_range, a mean
-    outside it (the paper: 0.2 to 0.8). That is a normal event. Whole records are kept or dropped: lists of
+    With group advantages, groups that teach nothing are left out: rewards all equal, or, with --keep_range, a
+    mean outside it (the paper: 0.2 to 0.8). That is a normal event. Whole records are kept or dropped: lists of
     prompts, rewards and step maps that are cut apart from each other are how a response gets its neighbour's
     reward. With values every group is kept, and raw rewards are used.
     """
@@ -431,7 +431,8 @@ def update(model, optimizer, batch, loss, is_first, args):
             rows.targets.logp_old.copy_(logp.detach())
         targets = rows.targets
         if args.importance == "truncated":
-            # A factor above 0 passes through the minimum and the clip of the loss: as good as outside it.
+            # A factor above 0 passes through the minimum and the clip of the loss: to multiply the advantage
+            # is to multiply the whole term.
             weight = (targets.logp_old - targets.logp).exp().clamp(max=2)  # pi_old / what decoding recorded
             targets = targets._replace(advantage=targets.advantage * weight)
         if len(logp):
@@ -505,7 +506,7 @@ def finish_step(
 
 
 def self_check(model, args):
-    """The replay law on a few random prompts, before anything is trained with the kernels at hand."""
+    """The replay law on a few random prompts, before the first RL step, with the kernels of this run."""
     started, rng, config = time.perf_counter(), random.Random(args.seed), model.config
     K = args.rollout_block_size or config.block_size
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
@@ -514,7 +515,7 @@ def self_check(model, args):
     # On a GPU both ways to lay out rows, with their kernels: packed, and one padded row each.
     for is_packed in {False, model.device.type == "cuda"}:
         figures = rollout.replay_gap(model, rollouts, K, args.temperature, is_packed)
-        show.check_gap(figures, args, dict(gap_steps=2))  # the first miss stops
+        show.check_gap(figures, args, dict(gap_steps=2))  # as if two steps had missed: this one stops
     parallel.say(f"self-check: replayed and recorded log-probabilities differ by {figures['gap']:.1e} "
                  f"({time.perf_counter() - started:.1f} s)")
 
