@@ -49,7 +49,7 @@ class Problem:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The embedded task: three-digit addition, worked out column by column, units first.
+# The embedded tasks. First three-digit addition, worked out column by column, units first.
 
 
 def arithmetic(split, number, seed=0, slip=0.0):
@@ -235,7 +235,8 @@ def load_prompts(source, tokenizer, args, needs_answer=True):
 # FORK HERE (reward): what a response earns. Without editing: --reward file.py:function. The
 # function gets the Problem, the response as text and as token ids (both up to eos), and, if it
 # takes a fourth argument, the Rollout (step map, truncation). It gives a number, or a number per
-# token: process rewards, for --advantage value.
+# token: process rewards, for --advantage value. (The log shows their sum; returns are sums of their means
+# over trace steps, see value.py.)
 def math_reward(problem, text, tokens, rollout):
     """1 if the last \\boxed{} is right and the response has ended, else 0.
 
@@ -312,7 +313,7 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, reward=None, **s
 
 
 def evaluate_all(model, tokenizer, problems, reward, args):
-    """Accuracy on the test problems: as trained, dynamic, static with one token per step, and greedy."""
+    """Accuracy on the test problems: dynamic, static with one token per step, greedy, and --strategy."""
     # Test problems are scored twice, before and after: no checkpoint is chosen by them.
     modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
                  greedy=dict(temperature=0.0))

@@ -150,7 +150,7 @@ def tile_mask(layout, size=128):
     """The rule for long rows on a CPU: for every `size` queries, the keys that any of them sees.
 
     -> list of (queries: slice, keys int64 (n,), mask bool (B, 1, size, n)). A view sees the clean text before
-    its block and itself, a small part of a long row: the rest is never touched.
+    its block and itself, a small part of a long row: no score is computed of the rest.
     """
     mask, tiles = dense_mask(layout), []
     for start in range(0, mask.shape[2], size):
@@ -515,8 +515,8 @@ def float32_product(a, b):
     """a (N, M) @ b (M, O) with a float32 result, also of bfloat16 factors.
 
     A bfloat16 logit between 16 and 32 is a multiple of 0.125: a ratio exp(logp - logp_old) would move in
-    steps of about 13 percent, more than half of the clip range of 0.2. Sums inside the product are float32 anyway;
-    what matters is not to round them at the end.
+    steps of about 13 percent, more than half of the clip range of 0.2. Sums inside the product are float32
+    anyway; what matters is not to round them at the end.
     """
     if a.dtype == torch.float32:
         return a @ b

@@ -48,6 +48,7 @@ from model import (
 from plumbing import cuda, parallel, player, runs
 from plumbing.packing import by_length, micro_batches
 
+# A new one that looks at entropies must be named in Decoder.propose, too: they are computed where needed.
 STRATEGIES = ("static", "dynamic", "sequential", "entropy")  # see `reveal`
 CACHES = ("none", "prefix", "dual")  # of full attention, see Decoder.full_states
 ENTROPY_BOUND = 0.35  # of the "entropy" strategy, in nats
@@ -166,7 +167,7 @@ def inverse_cdf(p, draws, size=256):
     groups = F.pad(p, (0, -p.shape[1] % size)).unflatten(1, (-1, size))  # (N, groups, size)
     sums = groups.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, groups)
     threshold = below(draws[:, None] * sums[:, -1:], sums[:, -1:])  # (N, 1)
-    # clamp: only NaN finds no group; Decoder.release reports it, and must be reached
+    # clamp: only NaN finds no group; Decoder.record reports it, and must be reached
     group = torch.searchsorted(sums, threshold, right=True).clamp(max=groups.shape[1] - 1)  # (N, 1)
     before = F.pad(sums, (1, 0)).gather(1, group)  # the sum of all groups before
     inside = groups[torch.arange(len(p), device=p.device), group[:, 0]].double().cumsum(-1)  # (N, size)

@@ -89,7 +89,8 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
     model.Targets, of which logp_old and advantage are used. num_tokens (N), num_responses: how many the
     WHOLE update has, over all micro-batches and processes. Divide by these, never by what is at hand: then
     losses and gradients simply add, and do not depend on how the update was split. (A mean per micro-batch
-    gives tokens of short responses more weight.)
+    gives tokens of short responses more weight.) That N counts trained tokens is our choice: the authors'
+    code divides by rows and padded length, which is another constant of the update.
 
     k3 = (ratio - 1) - log ratio, never negative, estimates KL(old || new): the samples are the OLD policy's,
     so that the mean of -log ratio is that KL, and ratio - 1, of mean 0, only takes variance away. (The other
@@ -241,9 +242,9 @@ def give_advantages(rollouts, critic, plan, args):
     none), and figures for the log.
 
     With group advantages, groups that teach nothing are left out: rewards all equal, or, with --keep_range, a
-    mean outside it (the paper: 0.2 to 0.8). That is a normal event. Whole records are kept or dropped: lists of
-    prompts, rewards and step maps that are cut apart from each other are how a response gets its neighbour's
-    reward. With values every group is kept, and raw rewards are used.
+    mean outside it (the paper: 0.2 to 0.8). That is a normal event. Whole records are kept or dropped: lists
+    of prompts, rewards and step maps that are cut apart from each other are how a response gets its
+    neighbour's reward. With values every group is kept, and raw rewards are used.
     """
     # Reading the flat list as a table gives the groups back: row = prompt, column = response.
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, args.group_size)
@@ -380,7 +381,7 @@ def old_logprobs(model, batches, rollouts, plan, args):
 
 def drift(model, rollouts, plan, args):
     """How far the step's updates have moved the policy: KL(old || new) and the
-    largest ratio on a few rollouts.
+    largest ratio on a few rollouts, beside what was recorded (in bfloat16 the gap is part of it).
 
     With one update per step nothing else shows a collapse: the update's own ratios are measured BEFORE it
     moves the weights, so that they are 1 whatever comes of it.
@@ -497,7 +498,7 @@ def finish_step(
         # A value model is saved beside the policy, in value/.
         save_more = functools.partial(checkpoints.save_value_model, trainers.critic) if has_value else None
         run.save(tokenizer, trainers.pairs(), progress, args.keep_checkpoints, save_more)
-        if run.is_writer:  # ratio and value_old are there for its own share only
+        if run.is_writer:  # ratios are there for its own share only
             shown = [r for r in kept if r.ratio or r.value_old] or rollouts
             path = os.path.join(run.folder, "trace.html")
             with runs.writing(path):
@@ -509,6 +510,7 @@ def self_check(model, args):
     """The replay law on a few random prompts, before the first RL step, with the kernels of this run."""
     started, rng, config = time.perf_counter(), random.Random(args.seed), model.config
     K = args.rollout_block_size or config.block_size
+    # Lengths that K divides and does not: where blocks are cut wrongly, the first of these shows it.
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
     settings = runs.decoding_settings(args) | dict(max_new_tokens=min(4 * K, args.max_new_tokens))
     rollouts = rollout.generate_everywhere(model, prompts, [*range(4)], block_size=K, **settings)
@@ -575,16 +577,16 @@ def parse_args(argv=None):
     flag("--epochs", type=runs.positive_int, default=1, help="passes over the rollouts of a step")
     flag("--warmup", type=runs.count, help="RL steps of rising learning rate, from the policy's first")
     flag("--max_grad_norm", type=runs.positive, default=1.0, help="bound on the gradient norm")
-    flag("--keep_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="mean rewards of the groups to "
-         "keep; equal rewards always drop. None is all; with --model and the math reward 0.2 0.8 (paper)")
+    flag("--keep_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of group advantages: "
+         "mean rewards of groups to keep. None is all unequal ones; with --model and the math reward 0.2 0.8")
     flag("--importance", choices=("none", "truncated"), default="none", help="truncated: weight each token "
          "by min(pi_old / recorded, 2), for bfloat16, where decoding and training round differently")
     flag("--max_gap", type=runs.positive,
          help="bound on the mean gap of the replay law, in nats; None is 1e-4, and 0.05 in bfloat16")
     flag("--post_num", type=runs.count, default=0,
          help="tokens after eos, in its block, that are trained as well")
-    flag("--rollout_block_size", type=runs.positive_int, help="roll out in these smaller blocks for "
-         "--adapt_steps steps, while training in blocks of --block_size")
+    flag("--rollout_block_size", type=runs.positive_int, help="for --adapt_steps steps, roll out in "
+         "these smaller blocks and imitate right responses in both sizes")
     flag("--adapt_steps", type=runs.count, default=45, help="steps with --rollout_block_size, of --steps")
     flag("--adapt_lr", type=runs.positive, help="learning rate of these steps")
     flag = parser.add_argument_group("value model").add_argument
@@ -606,6 +608,7 @@ def parse_args(argv=None):
     if args.train_data in eval_math.EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"
+    # Adapters start at zero and are scaled: a learning rate for all weights hardly moves them.
     if args.lr is None:
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and args.model is not None and args.reward == "math":
@@ -626,9 +629,6 @@ def check_args(args, parser):
     if args.advantage == "value" and args.rollout_block_size is not None:
         parser.error("--rollout_block_size needs --advantage group: adapt first, then go on from the "
                      "checkpoint with --model and --advantage value")
-    if args.importance == "truncated" and (args.views != "trace" or args.shrink not in (None, 1)):
-        parser.error("--importance truncated needs --views trace and --shrink 1: only there is the recorded "
-                     "log-probability one of the same state")
     if args.advantage == "group" and args.group_size < 2:
         parser.error("--group_size must be at least 2: the advantage compares responses to one prompt")
     if args.keep_range is not None and args.keep_range[0] > args.keep_range[1]:
@@ -646,10 +646,14 @@ def load_start(args):
         path = args.model or sft.warm_start(args.seed, smallest, args.attention or "block", task)
     model, critic, tokenizer = checkpoints.load_to_train(
         path, args, value.ValueModel if args.advantage == "value" else None)
+    # Which kernels decode, and whether they are exact.
     cuda.say_backend(model, args)
     if args.shrink is None:
         # as in the paper for Dream and LLaDA
         args.shrink = 8 if model.config.is_full and args.model is not None else 1
+    if args.importance != "none" and (args.views, args.shrink, args.rollout_block_size) != ("trace", 1, None):
+        raise ValueError("--importance truncated needs --views trace and --shrink 1, and no larger blocks: "
+                         "else what was recorded is of other states than those that are trained")
     K, smallest = model.config.block_size, args.rollout_block_size or model.config.block_size
     if K % smallest or args.rollout_block_size == K:
         raise ValueError(f"--rollout_block_size {smallest} must divide the block size, {K}, and be smaller: "

@@ -55,7 +55,8 @@ def ratio_free(logp, targets, num_tokens, num_responses, clip_eps, kl_coef):
 
 
 def fully_masked(rollout, block, shrink, rng):
-    """--views: everything hidden, everything predicted at once (diffu-GRPO of d1, arXiv 2504.12216)."""
+    """--views: the whole block (full attention: the response) hidden, and predicted at once (diffu-GRPO of
+    d1, arXiv 2504.12216, without its masks in the prompt)."""
     return [(block, block)]
 
 
