@@ -385,7 +385,7 @@ def evaluate_command(args):
         dtype = args.dtype or ("bfloat16" if parallel.default_device().type == "cuda" else "float32")
         model, tokenizer = load_model(
             args.model, args.block_size, getattr(torch, dtype), attention=args.attention)
-        cuda.say_backend(model, args)
+        cuda.say_backend(model, args, dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     problems = load_prompts(args.data, tokenizer, args)[:args.limit]

@@ -272,8 +272,8 @@ class KVCache:
 
     def copy(self, source, target, length):
         """Copies the first `length` tokens of slots source to slots target: (M,) each, or a number each."""
-        self.keys[:, target, :length] = self.keys[:, source, :length]
-        self.values[:, target, :length] = self.values[:, source, :length]
+        for keys, values in zip(self.keys, self.values):  # layer by layer: a copy is made on the way
+            keys[target, :length], values[target, :length] = keys[source, :length], values[source, :length]
 
     def reading(self, slots, position, end, longest, num_in_place=0):
         """An `attend` for decoding: row b is the tokens at position[b] (T,), one block mostly, of the

@@ -281,7 +281,7 @@ class Decoder:
                 self.config, num_slots + 1, length, model.embed.weight.dtype, self.device)
         if self.device.type == "cuda" and not self.config.is_full:
             self.denoise = cuda.Captured(
-                self.denoise, num_slots, K, length, length if flash_attn_with_kvcache else 256)
+                self.denoise, num_slots, K, length, length if flash_attn_with_kvcache else 512)
 
     def admit(self, numbers, prompts, seeds):
         """Gives prompts to the next free slots, and fills the cache with the whole blocks of each."""
@@ -511,8 +511,8 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
         return []
     # More prompts than slots: the others wait, and take the slots of those that end.
     length = max(map(len, prompts)) + max_new_tokens + settings.block_size  # the last block may stick out
-    has_cache, itemsize = not config.is_full or settings.cache != "none", model.embed.weight.element_size()
-    per_slot = cuda.slot_bytes(config, length, itemsize, has_cache)
+    itemsize = model.embed.weight.element_size()
+    per_slot = cuda.slot_bytes(config, length, itemsize, not config.is_full or settings.cache != "none")
     num_slots = cuda.fit_slots(slots, len(prompts), per_slot, config, model.device)
     decoder = Decoder(model, settings, num_slots, length)
     waiting, rollouts = list(range(len(prompts)))[::-1], [None] * len(prompts)  # numbers of prompts
@@ -525,6 +525,7 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
         if ended := decoder.advance():
             for number, r in decoder.release(ended):
                 rollouts[number] = r
+    decoder.denoise = None  # on a GPU it points back at the decoder, and the cache would outlive this call
     return rollouts
 
 
@@ -717,19 +718,19 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
 
 
 @torch.no_grad()
-def beside_record(model, rollouts, block_size, temperature, is_packed=None):
+def beside_record(model, rollouts, block_size, temperature, max_tokens, is_packed=None):
     """Replayed minus recorded log-probability of every token of this process's share of rollouts, float64."""
     own = parallel.share(rollouts)
     with parallel.unsharded(model) as whole:  # processes may have other numbers of rollouts
-        replayed = replay(whole, own, 1, temperature, block_size, is_packed=is_packed)
+        replayed = replay(whole, own, 1, temperature, block_size, max_tokens, is_packed)
     differences = [logp.cpu() - torch.tensor(r.logp) for logp, r in zip(replayed, own)]
     return torch.cat([torch.zeros(0), *differences]).double().to(model.device)
 
 
-def replay_gap(model, rollouts, block_size, temperature, is_packed=None):
+def replay_gap(model, rollouts, block_size, temperature, max_tokens=16384, is_packed=None):
     """The replay law on a few rollouts: |replayed - recorded logp|, its mean and maximum."""
     # One process may have none of the few rollouts: sums and maxima over all.
-    gap = beside_record(model, rollouts, block_size, temperature, is_packed).abs()
+    gap = beside_record(model, rollouts, block_size, temperature, max_tokens, is_packed).abs()
     return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
 
 

@@ -325,7 +325,8 @@ def warm_start(seed, block_size=4, attention="block", task="arithmetic"):
         return checkpoint
     parallel.say("warm start: fine-tuning a tiny model on the work of a pupil who forgets carries "
                  f"-> {checkpoint}")
-    return main([*flags, f"--name={name}", "--overwrite"])
+    # On the device of the run that this one is for.
+    return main([*flags, f"--name={name}", f"--device={parallel.CHOSEN['device'] or 'cpu'}", "--overwrite"])
 
 
 if __name__ == "__main__":

@@ -371,7 +371,7 @@ def old_logprobs(model, batches, rollouts, plan, args):
     # Then `update` sees all trained tokens in the very states of the trace, and its figure is the law's.
     is_measured = bool(batches) and plan.updates_policy and plan.is_replayed
     gap = {} if is_measured else rollout.replay_gap(
-        model, rollouts[::16], plan.rollout_block_size, args.temperature)
+        model, rollouts[::16], plan.rollout_block_size, args.temperature, args.tokens_per_micro_batch)
     if plan.updates_policy:
         for rows in [rows for batch in batches[1:] for rows in batch.rows]:
             logp, _ = rollout.forward_rows(model, rows, args.temperature)
@@ -387,7 +387,8 @@ def drift(model, rollouts, plan, args):
     moves the weights, so that they are 1 whatever comes of it.
     """
     # after the updates
-    differences = rollout.beside_record(model, rollouts, plan.rollout_block_size, args.temperature)
+    differences = rollout.beside_record(
+        model, rollouts, plan.rollout_block_size, args.temperature, args.tokens_per_micro_batch)
     log_ratio = differences.clamp(-10, 10)
     k3 = log_ratio.exp() - 1 - log_ratio  # as in policy_loss
     return dict(drift_kl=parallel.mean_of(k3), drift_ratio_max=parallel.largest_of(log_ratio.exp()))
@@ -494,9 +495,8 @@ def finish_step(
     show.check_gap(line, args, progress)
     progress.update(step=step, gap_max=max(progress["gap_max"], line["gap_max"]))
     if step == args.steps or (args.save_every and step % args.save_every == 0):
-        has_value = trainers.critic is not None
         # A value model is saved beside the policy, in value/.
-        save_more = functools.partial(checkpoints.save_value_model, trainers.critic) if has_value else None
+        save_more = trainers.critic and functools.partial(checkpoints.save_value_model, trainers.critic)
         run.save(tokenizer, trainers.pairs(), progress, args.keep_checkpoints, save_more)
         if run.is_writer:  # ratios are there for its own share only
             shown = [r for r in kept if r.ratio or r.value_old] or rollouts
@@ -516,7 +516,7 @@ def self_check(model, args):
     rollouts = rollout.generate_everywhere(model, prompts, [*range(4)], block_size=K, **settings)
     # On a GPU both ways to lay out rows, with their kernels: packed, and one padded row each.
     for is_packed in {False, model.device.type == "cuda"}:
-        figures = rollout.replay_gap(model, rollouts, K, args.temperature, is_packed)
+        figures = rollout.replay_gap(model, rollouts, K, args.temperature, is_packed=is_packed)
         show.check_gap(figures, args, dict(gap_steps=2))  # as if two steps had missed: this one stops
     parallel.say(f"self-check: replayed and recorded log-probabilities differ by {figures['gap']:.1e} "
                  f"({time.perf_counter() - started:.1f} s)")
@@ -624,8 +624,6 @@ def check_args(args, parser):
     # Evaluation may be greedy; training may not.
     if args.temperature == 0 or args.top_k == 1:
         parser.error("--temperature 0 and --top_k 1 are greedy: the same response G times teaches nothing")
-    if args.top_p == 0:
-        parser.error("--top_p must be above 0")
     if args.advantage == "value" and args.rollout_block_size is not None:
         parser.error("--rollout_block_size needs --advantage group: adapt first, then go on from the "
                      "checkpoint with --model and --advantage value")
@@ -647,7 +645,7 @@ def load_start(args):
     model, critic, tokenizer = checkpoints.load_to_train(
         path, args, value.ValueModel if args.advantage == "value" else None)
     # Which kernels decode, and whether they are exact.
-    cuda.say_backend(model, args)
+    cuda.say_backend(model, args, args.dtype)
     if args.shrink is None:
         # as in the paper for Dream and LLaDA
         args.shrink = 8 if model.config.is_full and args.model is not None else 1

@@ -349,6 +349,8 @@ def load_to_train(path, args, make_critic=None):
     if args.model is not None:
         cuda.plan(config, args, make_critic is not None)
     dtype, model = getattr(torch, args.dtype), empty_model(config)
+    for layer in model.layers:  # and so of the value model, a copy
+        layer.has_gradient_checkpointing = args.gradient_checkpointing
     if args.lora_rank:
         load_weights(model, folder, dtype)
         parallel.add_lora(model, args.lora_rank, args.seed)
@@ -367,8 +369,6 @@ def load_to_train(path, args, make_critic=None):
             parallel.say(f"value model: going on from {saved}")
     elif critic is not None and os.path.isdir(saved):
         parallel.say(f"value model: {saved} is not used; with --lora_rank it starts from the policy's trunk")
-    for layer in model.layers:
-        layer.has_gradient_checkpointing = args.gradient_checkpointing
     return model.eval(), critic, tokenizer
 
 

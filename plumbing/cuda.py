@@ -34,7 +34,7 @@ class Captured:
     def __init__(self, denoise, num_slots, block_size, length, reach=256):
         self.denoise, self.num_slots, self.block_size, self.length = denoise, num_slots, block_size, length
         self.reach = reach  # keys are read up to a multiple of it; graphs are few where it is large
-        self.recorded = {}  # sizes -> None (called once), or the replay
+        self.recorded, self.pool = {}, None  # sizes -> None (called once), or the replay; all graphs' memory
 
     def __call__(self, numbers, commits, num_masked, longest):
         """As denoise."""
@@ -57,7 +57,9 @@ class Captured:
     def record(self, numbers, commits, *sizes):
         """A function of (numbers, commits) that replays the step of these sizes."""
         held, graph = (numbers.clone(), commits.clone()), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records, and computes nothing
+        # One pool for all: no two replay at once, and what one leaves is read before the next.
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # computes nothing
             out = self.denoise(*held, *sizes)
 
         def replay(*inputs):
@@ -133,8 +135,8 @@ def plan(config, args, has_critic):
     has_copy = dist.is_initialized() and not args.lora_rank  # of the whole weights, while decoding
     layer, C = layer_bytes(config, wide), config.hidden_size
     per_token = 3 * layer + config.num_layers * (C * wide if args.gradient_checkpointing else layer)
-    # Logits of a chunk, the head's gradient in float32; embedding and head are whole during an update.
-    head = 3 * 4 * 2**(25 if device.type == "cuda" else 23) + config.vocab_size * C * (4 + 2 * wide)
+    # Logits of a chunk; the head's gradient in float32, twice; embedding, head and a gradient are whole.
+    head = 3 * 4 * 2**(25 if device.type == "cuda" else 23) + config.vocab_size * C * (8 + 3 * wide)
     sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), states=own * 12, head=head)
     free = free_bytes(device)
     room = 0.85 * free - sum(sizes.values())
@@ -154,10 +156,14 @@ def plan(config, args, has_critic):
         needed = max(sum(sizes.values()), 0.85 * free - cached)
         raise ValueError(f"training needs {GB(needed)} GiB on each process, and may use 85 percent of the "
                          f"{GB(free)} GiB that are free: try {', '.join(remedies) or 'a smaller model'}")
+    longest = args.max_prompt_tokens + args.max_new_tokens * (1 + config.block_size)  # one token a step
+    if not config.is_full and longest * per_token > room:
+        parallel.say(f"WARNING: {args.max_new_tokens} tokens decoded one token a step are a row of {longest} "
+                     f"tokens, and rows are never cut: {GB(longest * per_token)} GiB of activations")
     args.tokens_per_micro_batch = tokens
 
 
-def say_backend(model, args):
+def say_backend(model, args, dtype):
     """Says which kernels decode, and what is only nearly exact."""
     if model.device.type != "cuda":
         kernels = "torch's attention"
@@ -165,8 +171,9 @@ def say_backend(model, args):
         parallel.say(f"WARNING: flash-attn is installed but cannot be used: {flash_attn_error}")
         kernels = "torch's attention"
     else:
-        has_flash = flash_attn_with_kvcache is not None and model.embed.weight.dtype != torch.float32
-        kernels = "flash-attn" if has_flash and not model.config.is_full else "torch's attention"
+        reads_cache = not model.config.is_full or args.cache != "none"
+        has_flash = flash_attn_with_kvcache is not None and dtype == "bfloat16" and reads_cache
+        kernels = "flash-attn" if has_flash else "torch's attention"
     graphs = ", CUDA graphs" if model.device.type == "cuda" and not model.config.is_full else ""
     if args.model is not None:
         parallel.say(f"decoding on {model.device} by {kernels}{graphs}")

@@ -37,7 +37,9 @@ def collate(rows, pad_id, multiple=None):
     """
     lengths = [len(row.tokens) for row in rows]
     is_packed = multiple is not None
-    T = -(-sum(lengths) // multiple) * multiple if is_packed else max(lengths)
+    if is_packed:  # few lengths up to the budget, of which `multiple` is a quarter, and few beyond it
+        size = multiple if sum(lengths) <= 4 * multiple else 4 * multiple
+    T = -(-sum(lengths) // size) * size if is_packed else max(lengths)
     B, used = (1 if is_packed else len(rows)), 0
     size = B * T
     # Start with padding everywhere, then write each row over it.

@@ -120,7 +120,7 @@ def add_decoding_flags(parser, caches):
          help="steps per block that the quota of revealed tokens is made for; None is K")
     flag("--temperature", type=not_negative, default=1.0, help="T; 0 is greedy")
     flag("--top_k", type=count, default=0, help="draw among the k most probable tokens; 0 is all")
-    flag("--top_p", type=share, default=1.0,
+    flag("--top_p", type=number(float, 0, 1, is_open=True), default=1.0,
          help="draw among the most probable tokens up to this sum; 1 is all")
     flag("--slots", type=positive_int,
          help="sequences decoded together on one process; None: as many as fit into its memory")

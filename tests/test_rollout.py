@@ -1,8 +1,10 @@
 """Laws of the trace: what was recorded is what a replay finds, whoever else is in the batch."""
 
+import gc
 import json
 import random
 import resource
+import weakref
 
 import pytest
 import torch
@@ -453,7 +455,8 @@ class EagerGraphs(cuda.Captured):
 
     def record(self, numbers, commits, *sizes):
         self.kinds.append((numbers.shape, commits.shape, sizes))
-        return lambda *inputs: self.denoise(*inputs, *sizes)
+        denoise = self.denoise
+        return lambda *inputs: denoise(*inputs, *sizes)
 
 
 class PaddedDecoder(rollout.Decoder):
@@ -462,6 +465,9 @@ class PaddedDecoder(rollout.Decoder):
     def __init__(self, model, settings, num_slots, length):
         super().__init__(model, settings, num_slots, length)
         self.denoise = EagerGraphs(self.denoise, num_slots, settings.block_size, length, reach=16)
+        self.alive.append(weakref.ref(self))
+
+    alive = []
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -471,7 +477,11 @@ def test_steps_padded_for_graphs_decode_the_same(strategy, monkeypatch):
     ours = generate(model, random_prompts(lengths), **settings)
     monkeypatch.setattr(rollout, "Decoder", PaddedDecoder)
     EagerGraphs.kinds.clear()
-    for a, b in zip(ours, generate(model, random_prompts(lengths), **settings)):
+    gc.disable()  # a decoder must go with its call, since its cache may be most of a GPU's memory
+    padded = generate(model, random_prompts(lengths), **settings)
+    assert PaddedDecoder.alive[-1]() is None
+    gc.enable()
+    for a, b in zip(ours, padded):
         assert a.response == b.response and a.step_map == b.step_map
         torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-5, rtol=0)
     # few kinds, although every sequence has a length of its own

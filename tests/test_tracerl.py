@@ -299,6 +299,17 @@ def test_truncated_importance_weighs_every_token_by_what_decoding_recorded():
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
 
 
+def test_what_is_asked_of_the_policy_is_asked_of_the_value_model():
+    tiny = str(FIXTURES / "tiny")
+    args = tracerl.parse_args([f"--model={tiny}", "--train_data=a", "--eval_data=b", "--advantage=value"])
+    trainers, _ = tracerl.load_start(args)
+    for layers in (trainers.model.layers, trainers.critic.backbone.layers):
+        assert all(layer.has_gradient_checkpointing for layer in layers)  # the default with --model
+    assert not trainers.critic.value_head.weight.any()
+    with pytest.raises(ValueError, match="--importance truncated needs --views trace and --shrink 1"):
+        tracerl.load_start(settings(importance="truncated", shrink=2, model=tiny))
+
+
 def model_gradient(model, kept, args):
     """The gradient of one update, which moves nothing."""
     gradients = []
