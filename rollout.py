@@ -386,7 +386,8 @@ class Decoder:
     def propose(self, h, draws):
         """Draws tokens for masked places, by their states (N, C) -> token, confidence, logp, entropy (N,)."""
         s, parts = self.settings, []
-        for states, u in zip(h.split(256), draws.split(256)):  # logits (256, V) at a time
+        chunk = max(1, cuda.MOST_LOGITS // self.config.vocab_size)  # V = 152k: logits of 220 places at a time
+        for states, u in zip(h.split(chunk), draws.split(chunk)):
             parts.append(sample(head_logits(self.model, states), u, self.config.mask_id, s.temperature,
                                 s.top_k, s.top_p, s.strategy == "entropy"))
         return map(torch.cat, zip(*parts))

@@ -529,7 +529,7 @@ def self_check(model, args):
 TINY = dict(  # defaults of the tiny model
     train_data="arithmetic", steps=45, prompts=32,
     minibatches=2, lr=1e-4, adapt_lr=1e-3, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4,
-    value_clip=None, max_new_tokens=20, slots=512, eval_every=20, save_every=20,
+    value_clip=None, max_new_tokens=20, slots=64, eval_every=20, save_every=20,
     tokens_per_micro_batch=4096, dtype="float32", gradient_checkpointing=False)
 REAL = dict(  # defaults with --model: the paper's for SDAR, for billions of parameters
     steps=80, prompts=64, minibatches=1, adapt_lr=1e-5, warmup=0, value_lr=5e-6, value_warmup=5,

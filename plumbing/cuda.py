@@ -82,6 +82,9 @@ def power_of(base, number):
 # Memory.
 
 
+MOST_LOGITS = 2**25  # that the sampler holds at a time
+
+
 def free_bytes(device):
     """What this process may still take: of its GPU, or its share of the machine's main memory."""
     if device.type == "cuda":
@@ -108,7 +111,7 @@ def slot_bytes(config, length, itemsize, has_cache):
 def fit_slots(asked, number, per_slot, config, device):
     """How many of `number` sequences are decoded together: as many as asked (None: as fit). ValueError, with
     the numbers, before anything is decoded."""
-    logits = 256 * config.vocab_size * 4 * 6  # of the sampler, see Decoder.propose
+    logits = max(MOST_LOGITS, config.vocab_size) * 4 * 6  # of the sampler, see Decoder.propose
     free = free_bytes(device)
     most = max(0, int((0.8 * free - logits) // per_slot))  # the rest: prefill, and what fragments
     wanted = min(asked or number, number)

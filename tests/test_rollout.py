@@ -529,7 +529,7 @@ def test_a_cache_must_be_one_that_the_attention_knows():
 def test_slots_that_do_not_fit_are_refused_with_the_numbers(monkeypatch):
     model, prompts = random_model(), random_prompts([5] * 6)
     settings = dict(max_new_tokens=8, eos_ids=())
-    length, logits = 5 + 8 + 4, 256 * 18 * 4 * 6
+    length, logits = 5 + 8 + 4, cuda.MOST_LOGITS * 4 * 6
     per_slot = cuda.slot_bytes(model.config, length, 4, True)
     monkeypatch.setattr(cuda, "free_bytes", lambda device: (logits + 3.5 * per_slot) / 0.8)
     with pytest.raises(ValueError, match="4 slots of .* do not fit .* --slots 3 would"):
