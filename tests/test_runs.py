@@ -1,7 +1,9 @@
 """Laws of a run: nothing is lost, nothing is wrong in silence."""
 
+import html
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -441,6 +443,38 @@ def test_the_page_plays(folder):
     assert found["playing"] == "Pause" and found["played"] == "Play" and found["hidden_at_end"] == 0
     assert found["output"] == f"after step {last} of {last}"
     assert found["by_advantage"].startswith("hsl(90 ") and found["by_ratio"].startswith("hsl(6")
+
+
+BROWSER_TEST = """<script>
+slider.value = 1; slider.dispatchEvent(new Event("input"));
+const hidden = () => [...document.querySelectorAll(".token")].filter(t => t.textContent === "\u2591").length;
+const seen = { hidden: hidden(), tokens: document.querySelectorAll(".token").length };
+button.click();
+setTimeout(() => {
+  document.title = JSON.stringify({ ...seen, left: hidden(), button: button.textContent, errors });
+}, 350 * (last + 3));
+</script>"""
+
+
+def test_the_page_plays_in_a_browser(folder):
+    """The same in a real one, without a window: no errors on the console, slider and button work."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    rollouts = rollout.generate(random_model(), random_prompts([3, 3]), max_new_tokens=12, seed=1, eos_ids=())
+    show.write_page([rollouts], 4, sft.tiny_tokenizer(), "trace.html")
+    catch = ("<script>const errors = []; onerror = m => errors.push(m); "
+             "console.error = m => errors.push(m);</script>")
+    page = Path("trace.html").read_text().replace("<title>", catch + "<title>")
+    Path("trace.html").write_text(page.replace("</html>", BROWSER_TEST + "</html>"))
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--virtual-time-budget=30000", "--dump-dom",
+         (folder / "trace.html").as_uri()], capture_output=True, text=True, timeout=60)
+    seen = json.loads(html.unescape(re.search("<title>(.*)</title>", done.stdout)[1]))
+    tokens = sum(len(r.response) for r in rollouts)
+    assert seen["errors"] == [] and seen["tokens"] == tokens and seen["button"] == "Play"
+    assert seen["hidden"] == tokens - sum(r.step_map.count(1) for r in rollouts) and seen["left"] == 0
 
 
 def test_a_decoding_plays_in_the_terminal(folder, capsys):
