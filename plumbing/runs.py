@@ -39,6 +39,7 @@ from plumbing.checkpoints import read_json, save_checkpoint, write_json
 def number(kind, low, high=math.inf, is_open=False):
     """The type of a flag: a finite number of a kind from low (is_open: above it) to high."""
     def read(text):
+        """The number in a text."""
         value = kind(text)
         if not low <= value <= high or value == math.inf or is_open and value == low:
             bounds = ("above " if is_open else "at least ") + str(low)
@@ -389,10 +390,6 @@ class Run:
                     file.writelines(json.dumps(line) + "\n" for line in lines)
                 os.replace(f"{self.path}.partial", self.path)
 
-    def checkpoints(self):
-        """Paths of the whole checkpoints, by step. (A half-written one is still called .partial.)"""
-        return checkpoints_of(self.folder)
-
     def save(self, tokenizer, trainers, progress, keep, write_more=None):
         """Saves checkpoints/step-<progress["step"]>: the first model of `trainers` in its Hugging Face
         layout, and in train_state/ all that `restore` needs. All but the newest `keep` are deleted after.
@@ -416,7 +413,7 @@ class Run:
                 write_json(os.path.join(state_folder, "progress.json"), progress)
                 shutil.rmtree(path, ignore_errors=True)
                 os.rename(partial, path)
-                for old in self.checkpoints()[:-keep]:
+                for old in checkpoints_of(self.folder)[:-keep]:
                     shutil.rmtree(old)
                 self.plot()
         parallel.barrier()
@@ -434,7 +431,7 @@ class Run:
         to its step -> its progress, or None where there is no checkpoint yet. ValueError for
         a damaged or foreign checkpoint."""
         parallel.barrier()
-        paths = parallel.from_first(self.checkpoints())
+        paths = parallel.from_first(checkpoints_of(self.folder))
         if not paths:
             parallel.say(f"{self.folder} has no checkpoint to go on from: this starts at the beginning")
             self.keep_lines([])
@@ -517,7 +514,7 @@ def read_text(path):
 
 
 def checkpoints_of(folder):
-    """Paths of the whole checkpoints of a run's folder, by step."""
+    """Paths of the whole checkpoints of a run's folder, by step. (A half-written one is called .partial.)"""
     folder = os.path.join(folder, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     steps = sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
