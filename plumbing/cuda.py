@@ -90,8 +90,10 @@ def free_bytes(device):
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    with open("/proc/meminfo", encoding="ascii") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if os.path.exists("/proc/meminfo"):  # Linux says it exactly
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
