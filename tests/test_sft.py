@@ -10,7 +10,7 @@ import eval_math
 import model as lm
 import rollout
 import sft
-from plumbing import checkpoints
+from plumbing import checkpoints, parallel
 from rollout import Rollout
 
 
@@ -197,3 +197,11 @@ def test_the_sft_loss_is_the_authors(K, authors_policy):
         assert p.grad.norm().item() == pytest.approx(case["grad_norms"][theirs], rel=1e-4)
         if f"grad.{theirs}" in data:
             assert (p.grad - data[f"grad.{theirs}"]).norm() <= 1e-4 * p.grad.norm()
+
+
+def test_a_warm_start_is_made_on_the_device_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "main", lambda argv: argv)
+    for chosen in ("cuda", "cpu", None):
+        monkeypatch.setitem(parallel.CHOSEN, "device", chosen)
+        assert f"--device={chosen or 'cpu'}" in sft.warm_start(0)
