@@ -11,7 +11,9 @@ accuracy with its standard error.
 Read in this order: Problem, arithmetic, load_problems, encode_prompts, math_reward, give_rewards, evaluate.
 The last part, from "The evaluation command" on, is a program around `evaluate`: skip it.
 
-Left out: the comparison of two answers (plumbing/grading.py), few-shot prompts, majority votes.
+Left out:
+  1. the comparison of two answers, "1/2" and "0.5": plumbing/grading.py;
+  2. few-shot prompts, majority votes.
 """
 
 import functools

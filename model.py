@@ -68,7 +68,9 @@ class ModelConfig:
     block_size: int = 4  # K; with full attention, of decoding alone
     has_qk_norm: bool = True  # RMSNorm on every head of q and k, before the rotation (Qwen3, SDAR)
     has_qkv_bias: bool = False  # (Qwen2, Dream)
-    shifts_logits: bool = False  # Dream: the output at position i predicts the token at i + 1
+    # Dream: the output at position i predicts the token at i + 1. Whoever reads an output looks one place
+    # earlier: BlockDiffusionLM.forward, rollout.Decoder.full_states, rollout.build_rows; nobody else knows.
+    shifts_logits: bool = False
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False  # one matrix for the embedding and the head

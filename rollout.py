@@ -332,12 +332,17 @@ class Decoder:
         """A denoising step of every busy slot -> the slots whose sequence is complete."""
         s, K, lanes = self.settings, self.settings.block_size, self.lanes
         each, remainder = divmod(K, s.denoising_steps)  # K = 8 in 3 steps: 3, 3, 2
-        numbers = [(l.start, l.step, each + (l.step_in_block < remainder), l.seed) for l in lanes]
-        commits = [(slot, l.start - K) for slot, l in enumerate(lanes) if not l.is_committed]
+        # All that the device needs to know of a slot. Slot 0 at the third denoising step of its response, in
+        # the block of positions 8..11, one token a step, seed 7: (8, 3, 1, 7).
+        numbers = [(lane.start, lane.step, each + (lane.step_in_block < remainder), lane.seed)
+                   for lane in lanes]
+        # Slot 1 has just gone on to the block of positions 4..7. The cache still holds the block before it,
+        # 0..3, as it was in its last step, with masks. (1, 0): write it once more, clean.
+        commits = [(slot, lane.start - K) for slot, lane in enumerate(lanes) if not lane.is_committed]
         found = self.denoise(
             torch.tensor(numbers, device=self.device).T,  # (4, B)
             torch.tensor(commits, dtype=torch.int64, device=self.device).view(-1, 2).T,  # (2, M)
-            sum(l.num_masked for l in lanes), max(l.start for l in lanes) + K)
+            sum(lane.num_masked for lane in lanes), max(lane.start for lane in lanes) + K)
         ended = []
         for slot, (lane, num_masked, has_eos) in enumerate(zip(lanes, *found.tolist())):  # the one read
             lane.num_masked, lane.step, lane.is_committed = num_masked, lane.step + 1, True
@@ -683,6 +688,7 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
                 place = column + P + j - block * K
                 # Dream predicts a token one place before it; a prompt has a token, so that the place exists.
                 logit_index = place - int(config.shifts_logits)
+                # In the order of model.Targets; values[j]: logp, logp_old, advantage, value_old, returns.
                 rows[-1].targets.append((logit_index, r.response[j], number, j, share, *values[j]))
         texts.append(rows)
     return texts

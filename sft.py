@@ -18,7 +18,9 @@ From an autoregressive Qwen3 checkpoint this makes a block diffusion model (the 
 Read in this order: to_examples, noise_views, sft_loss, train_step, train; the warm start is the embedded
 default of tracerl.py, and plumbing/tiny.py makes its model.
 
-Left out: packing short examples into one row on a CPU, loss on the prompt.
+Left out:
+  1. a loss on the prompt: only the response is hidden and predicted;
+  2. packing short examples into one row on a CPU (on a GPU rows are packed: plumbing/packing.py).
 """
 
 import functools
@@ -323,8 +325,7 @@ def warm_start(seed, block_size=4, attention="block", task="arithmetic"):
     if os.path.isdir(checkpoint):
         parallel.say(f"warm start: reusing {checkpoint}")
         return checkpoint
-    parallel.say("warm start: fine-tuning a tiny model on the work of a pupil who forgets carries "
-                 f"-> {checkpoint}")
+    parallel.say(f"warm start: fine-tuning a tiny model on the work of a careless pupil -> {checkpoint}")
     # On the device of the run that this one is for.
     return main([*flags, f"--name={name}", f"--device={parallel.CHOSEN['device'] or 'cpu'}", "--overwrite"])
 

@@ -294,6 +294,12 @@ def value_advantages(critic, rollouts, block_size, args):
 
 
 # ----------------------------------------------------------------------------- what is dealt to this process
+#
+# One process and eight make the same update, to rounding, because
+#   1. a draw depends on its response's seed, its step and its position, not on who decodes it beside whom;
+#   2. every process holds all records of a step, and chooses from them by the same seeded rules;
+#   3. only forwards and backwards are dealt out, and each loss is a share of one sum, divided beforehand by
+#      the tokens of the WHOLE update: the sum over processes is the sum over micro-batches.
 
 
 class Batch(NamedTuple):
@@ -498,12 +504,14 @@ def finish_step(
         # A value model is saved beside the policy, in value/.
         save_more = trainers.critic and functools.partial(checkpoints.save_value_model, trainers.critic)
         run.save(tokenizer, trainers.pairs(), progress, args.keep_checkpoints, save_more)
-        if run.is_writer:  # ratios are there for its own share only
-            shown = [r for r in kept if r.ratio or r.value_old] or rollouts
-            path = os.path.join(run.folder, "trace.html")
+        # Ratios are there for this process's own share only. Where nothing was learnt (all rewards equal),
+        # an earlier page, with right and wrong responses side by side, shows more.
+        shown = [r for r in kept if r.ratio or r.value_old]
+        path = os.path.join(run.folder, "trace.html")
+        if run.is_writer and (shown or not os.path.exists(path)):
             with runs.writing(path):
                 K = 0 if model.config.is_full else plan.block_sizes[0]
-                show.write_page(show.best_and_worst(shown)[:8], K, tokenizer, path)
+                show.write_page(show.best_and_worst(shown or rollouts)[:8], K, tokenizer, path, step)
 
 
 def self_check(model, args):

@@ -18,8 +18,9 @@ each token then gets its own share back:
 
 Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, value_loss.
 
-Left out: a value model smaller than the policy, or one that shares its trunk (with LoRA the frozen trunk is
-shared); saving and loading (plumbing/checkpoints.py).
+Left out:
+  1. a value model smaller than the policy, or one that shares its trunk (LoRA: the frozen part is shared);
+  2. saving and loading: plumbing/checkpoints.py.
 """
 
 import copy

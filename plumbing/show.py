@@ -116,7 +116,7 @@ def print_columns(summary):
 # ------------------------------------------------------------------------------------------------------------
 # A trace, to look at.
 
-PAGE = os.path.join(os.path.dirname(__file__), "trace.html")  # with the word DATA where the data go
+PAGE = os.path.join(os.path.dirname(__file__), "trace.html")  # with the words STEP and DATA where these go
 
 
 def best_and_worst(rollouts):
@@ -128,13 +128,15 @@ def best_and_worst(rollouts):
     return [[max(group, key=reward), min(group, key=reward)][:len(group)] for group in groups.values()]
 
 
-def write_page(pairs, block_size, tokenizer, path):
-    """Writes lists of responses, each list side by side, as one self-contained page: tokens by the step that
-    revealed them, with their numbers. block_size: where to draw borders (0: nowhere)."""
+def write_page(pairs, block_size, tokenizer, path, step=0):
+    """Writes lists of responses, each list side by side, as one self-contained page: tokens by the denoising
+    step that revealed them, with their numbers. block_size: where to draw borders (0: nowhere). step: the RL
+    step, for the title."""
     shown = [[page_data(r, block_size, tokenizer) for r in pair] for pair in pairs]
     with open(PAGE, encoding="utf-8") as file:
         page = file.read()
     with open(path, "w", encoding="utf-8") as file:  # no "<" of a model may end the script
+        page = page.replace("STEP", str(step))
         file.write(page.replace("DATA", json.dumps(shown).replace("<", "\\u003c")))
 
 

@@ -4,7 +4,9 @@ embedded tasks, for anyone to rerun.
     python tests/bench_methods.py                              # everything: hours; can be stopped, resumes
     python tests/bench_methods.py --settings k4 --arms tracerl random coupled
     python tests/bench_methods.py --settings k4 --variance     # the noise of the gradient, measured directly
+    python tests/bench_methods.py --settings full --seconds    # seconds of a step, one run alone
     python tests/bench_methods.py --quick                      # a small part, beside tests/evidence.json
+    python tests/bench_methods.py --show --out tests/evidence.json --picture assets/methods.png
 
 An arm is one command line of tracerl.py (printed). All arms of a setting start from the same warm starts, one
 for each seed, and have the same number of RL steps and rollouts. Each arm's learning rate is the one of LRS
@@ -14,13 +16,13 @@ nothing. Several of these commands may run side by side: a run belongs to whoeve
 first, until it is silent for ten minutes.
 
 Two budgets. Equal steps: as above. --equal_seconds: arms whose steps are cheaper than the first arm's run
-more of them, so that they take as long (medians of the seconds per step, rollouts and updates, in the runs of
-equal steps).
+more of them, so that they take as long, by the seconds of a step in six further steps of each (run --seconds
+before, with nothing else on the machine).
 
-Tables and runs/methods.json: after training, mean over the seeds +- half of a 95 percent confidence interval
-(Student's t); "reward" is the mean over all RL steps, so it shows speed (of arms that decode alike: not of
-static); "vs" is the difference to the first arm, paired by seed, not corrected for the
-number of arms. The value arm spends its first 10 steps on the value model alone. Picture: --picture FILE.
+Tables and --out: after training, mean over the seeds +- half of a 95 percent confidence interval (Student's
+t); "reward" is the mean over all RL steps, so it shows speed (of arms that decode alike: not of static);
+"vs" is the difference to the first arm, paired by seed, not corrected for the number of arms; "s/step" is the
+median of rollouts and update together. The value arm spends its first 10 steps on the value model alone.
 """
 
 import argparse
@@ -77,12 +79,13 @@ ARMS = {  # what is compared: flags of one arm
     "just-grpo": ["--strategy=sequential"],
 }
 VIEWS = ("tracerl", "random", "coupled")
+CURVES = ("tracerl", "random", "shrink-4")  # whose learning curves are drawn
+EQUAL = ", equal seconds"
 PUBLISHED = ("tracerl", "shrink-4", "some-steps", "random", "coupled", "diffu-grpo", "wd1", "clip-higher",
              "gspo", "value", "just-grpo")
-WHICH = {"k4": ("tracerl", "random", "coupled", "value", "value-clip", "batch", "raw", "shrink-2", "shrink-4",
-                "static"),
-         "k8": VIEWS, "k16": VIEWS, "full": (*VIEWS, "shrink-4"), "k4-to-k8": ("tracerl",),
-         "sudoku-k4": PUBLISHED, "sudoku-k16": PUBLISHED, "sudoku-full": PUBLISHED}
+WHICH = dict.fromkeys(SETTINGS, PUBLISHED) | {
+    "k4": (*PUBLISHED, "value-clip", "batch", "raw", "shrink-2", "static"), "k8": VIEWS,
+    "k4-to-k8": ("tracerl",)}
 EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
 LRS = ("1e-4", "3e-4", "1e-3")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
@@ -177,10 +180,9 @@ def compare(setting, arms, args):
 def with_equal_seconds(setting, table, args):
     """The same arms and learning rates, cheap ones with more steps -> {arm: (learning rate, results)}."""
     first, out = next(iter(table)), {}
-    cost = {arm: median(r["seconds"] for r in results) for arm, (_, results) in table.items()}
+    cost = seconds_alone(setting, table, args)
     for arm, (lr, results) in table.items():
         steps = round(args.steps * cost[first] / cost[arm])
-        print(f"{setting}, {arm}: {cost[arm]:.2f} seconds per step, {steps} steps")
         if arm == first or steps > 1.15 * args.steps:
             steps = args.steps if arm == first else steps
             seeds = range(args.seeds)
@@ -208,14 +210,16 @@ def print_table(setting, table):
     before = {name: fmean(r["before"][name] for r in table[first][1])
               for name in ("dynamic", "static", "greedy")}
     print(f"\n{setting}, {number} seeds; before: " + ", ".join(f"{k} {v:.3f}" for k, v in before.items()))
-    print(f"| arm | lr | reward | vs {first} | dynamic | vs {first} | static | greedy |\n" + "|---" * 8 + "|")
+    print(f"| arm | lr | reward | vs {first} | dynamic | vs {first} | static | greedy | s/step |")
+    print("|---" * 9 + "|")
     for arm, (lr, results) in table.items():
         cells = []
         for name in ("reward", "dynamic", "static", "greedy"):
             cells.append("{:.3f} +- {:.3f}".format(*interval([r[name] for r in results])))
             if name in ("reward", "dynamic"):
-                gain = interval([r[name] - other[name] for r, other in zip(results, table[first][1])])
+                gain = difference(table, arm, name)
                 cells.append("" if arm == first else "{:+.3f} +- {:.3f}".format(*gain))
+        cells.append(f"{median(r['seconds'] for r in results):.2f}")
         print(f"| {arm} | {lr} | " + " | ".join(cells) + " |", flush=True)
     for arm, (_, results) in table.items():
         if all(r["explained"] for r in results):
@@ -223,42 +227,72 @@ def print_table(setting, table):
             print(f"{arm}: explained variance, mean over the steps from 5 on: {mean:.2f} +- {half:.2f}")
 
 
-def draw_differences(tables, path):
-    """Differences to the first arm in accuracy, paired by seed, with 95 percent intervals: a panel per
-    setting, a line per arm."""
-    figure = Figure(figsize=(3.4 * len(tables), 0.6 + 0.28 * max(map(len, tables.values()))),
-                    layout="constrained")
-    for number, (setting, table) in enumerate(tables.items()):
-        axes = figure.add_subplot(1, len(tables), number + 1)
-        first, *others = table
-        for row, arm in enumerate(others):
-            mean, half = interval([r["dynamic"] - base["dynamic"]
-                                   for r, base in zip(table[arm][1], table[first][1])])
-            axes.errorbar(mean, row, xerr=half, fmt="o", capsize=3, color="C0", markersize=4)
-        axes.axvline(0, color="0.6", linewidth=1)
-        axes.set_yticks(range(len(others)), others, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(setting, fontsize=10)
-        axes.set_xlabel(f"accuracy minus {first}'s", fontsize=8)
-    figure.savefig(path, dpi=110)
+def difference(table, arm, name="dynamic"):
+    """A figure of an arm minus that of the first arm, paired by seed: mean, and half of its interval."""
+    first = next(iter(table))
+    return interval([r[name] - other[name] for r, other in zip(table[arm][1], table[first][1])])
 
 
-def draw(tables, path):
-    """Mean reward against the step, one panel per setting, with 95 percent intervals."""
-    figure = Figure(figsize=(4.2 * len(tables), 3.4), layout="constrained")
-    for number, (setting, table) in enumerate(tables.items()):
-        axes = figure.add_subplot(1, len(tables), number + 1)
-        for arm, (lr, results) in table.items():
-            points = [interval([r["curve"][i] for r in results]) for i in range(len(results[0]["curve"]))]
-            steps = range(1, len(points) + 1)
-            line, = axes.plot(steps, [mean for mean, _ in points], label=f"{arm} (lr {lr})", linewidth=1.2)
-            axes.fill_between(steps, [m - h for m, h in points], [m + h for m, h in points], alpha=0.12,
-                              color=line.get_color(), linewidth=0)
-        axes.set_title(setting, fontsize=10)
-        axes.set_xlabel("RL step")
-        axes.set_ylabel("reward of the step's rollouts")
-        axes.legend(fontsize=7, loc="lower right")
-    figure.savefig(path, dpi=110)
+def draw(found, path):
+    """For every setting, three to a row: above, each arm's difference to the first in accuracy (paired by
+    seed, 95 percent intervals; hollow: with equal seconds); below, the rewards of up to three arms."""
+    settings = [name for name in found if not name.endswith(EQUAL)]
+    rows = -(-len(settings) // 3)
+    figure = Figure(figsize=(11, 5.2 * rows), layout="constrained")
+    for group, parts in enumerate(figure.subfigures(rows, 1, squeeze=False)[:, 0]):
+        columns = settings[group * 3:group * 3 + 3]
+        axes = parts.subplots(2, 3, squeeze=False)
+        for column, (upper, lower) in enumerate(axes.T):
+            if column < len(columns):
+                setting = columns[column]
+                draw_differences(found[setting], found.get(setting + EQUAL, {}), upper)
+                draw_curves(found[setting], lower)
+                upper.set_title(setting, fontsize=10)
+            else:
+                upper.remove(), lower.remove()
+    figure.savefig(path, dpi=100)
+
+
+def draw_differences(table, equal_seconds, axes):
+    """A line for every arm but the first."""
+    first, *others = table
+    for row, arm in enumerate(others):
+        for one, shift, colour in ((table, 0, "C0"), (equal_seconds, 0.3, "white")):
+            if arm in one:
+                mean, half = difference(one, arm)
+                axes.errorbar(mean, row + shift, xerr=half, fmt="o", capsize=2, color="C0", markersize=4,
+                              markerfacecolor=colour, linewidth=1)
+    axes.axvline(0, color="0.6", linewidth=1)
+    axes.set_yticks(range(len(others)), others, fontsize=8)
+    axes.invert_yaxis()
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(f"accuracy minus {first}'s", fontsize=8)
+
+
+def draw_curves(table, axes):
+    """Mean reward against the RL step, with 95 percent intervals, of CURVES (or the first three arms)."""
+    for arm in [arm for arm in CURVES if arm in table] or list(table)[:3]:
+        results = table[arm][1]
+        points = [interval([r["curve"][i] for r in results]) for i in range(len(results[0]["curve"]))]
+        steps = range(1, len(points) + 1)
+        line, = axes.plot(steps, [mean for mean, _ in points], label=arm, linewidth=1.2)
+        axes.fill_between(steps, [m - h for m, h in points], [m + h for m, h in points], alpha=0.12,
+                          color=line.get_color(), linewidth=0)
+    axes.set_xlabel("RL step", fontsize=8)
+    axes.set_ylabel("reward of its rollouts", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=7)
+
+
+def seconds_alone(setting, arms, args):
+    """Seconds of an RL step of each arm, the median of its first six, on one core -> dict. They are of an idle
+    machine only if nothing else ran when they were measured. (The value arm's first steps are not typical.)"""
+    cost = {}
+    for arm in arms:
+        found, = run_all([command(setting, arm, "3e-4", 0, args, steps=6)])
+        cost[arm] = found["seconds"]
+        print(f"{setting}, {arm}: {cost[arm]:.2f} seconds per step", flush=True)
+    return cost
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,37 +389,48 @@ def parse_args(argv=None):
     parser.add_argument("--resamples", type=int, default=24, help="batches of rollouts for --variance")
     parser.add_argument("--value_steps", type=int, default=20, help="batches that train its value model")
     parser.add_argument("--equal_seconds", action="store_true", help="also with equal seconds")
+    parser.add_argument("--seconds", action="store_true", help="measure the seconds of a step instead")
     parser.add_argument("--quick", action="store_true", help="a small part, compared with evidence.json")
-    parser.add_argument("--picture", default=None, help="where to draw the learning curves")
-    parser.add_argument("--differences", default=None, help="where to draw the differences to the first arm")
+    parser.add_argument("--out", default=None, help="JSON file to add results to (default runs/methods.json, "
+                        "or runs/variance.json)")
+    parser.add_argument("--show", action="store_true", help="run nothing: print the tables of --out")
+    parser.add_argument("--picture", default=None, help="where to draw what is in --out")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Runs, prints, writes runs/methods.json (or runs/variance.json)."""
+    """Runs, prints, adds to --out, draws."""
     args = parse_args(argv)
     torch.set_num_threads(1)
     if args.quick:
         return quick(args)
     found = {}
-    for setting in args.settings:
-        if args.variance:
+    for setting in [] if args.show else args.settings:
+        arms = args.arms or WHICH[setting]
+        if args.seconds:
+            seconds_alone(setting, arms, args)
+        elif args.variance:
             found[setting] = variance(setting, args)
             print(f"\n{setting}: noise of the policy gradient, {args.resamples} batches of rollouts")
             for name, (ratio, error, cosine) in found[setting].items():
                 print(f"| {name} | {ratio:.4f} +- {error:.4f} | {cosine:.3f} |", flush=True)
         else:
-            found[setting] = compare(setting, args.arms or WHICH[setting], args)
+            found[setting] = compare(setting, arms, args)
             print_table(setting, found[setting])
             if args.equal_seconds:
-                found[f"{setting}, equal seconds"] = with_equal_seconds(setting, found[setting], args)
-                print_table(f"{setting}, equal seconds", found[f"{setting}, equal seconds"])
-    if args.differences and not args.variance:
-        draw_differences(found, args.differences)
-    if args.picture and not args.variance:
-        draw(found, args.picture)
+                found[setting + EQUAL] = with_equal_seconds(setting, found[setting], args)
+                print_table(setting + EQUAL, found[setting + EQUAL])
     os.makedirs("runs", exist_ok=True)
-    checkpoints.write_json(f"runs/{'variance' if args.variance else 'methods'}.json", found)
+    path = args.out or f"runs/{'variance' if args.variance else 'methods'}.json"
+    known = json.loads(Path(path).read_text()) if os.path.isfile(path) else {}
+    known.update(json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 4)))
+    if found:
+        checkpoints.write_json(path, known)
+    if args.show:
+        for setting, table in known.items():
+            print_table(setting, table)
+    if args.picture:
+        draw(known, args.picture)
     return found
 
 

@@ -5,7 +5,7 @@ class Element {
   append(...children) { this.children.push(...children); }
   replaceChildren(...children) { this.children = children; }
 }
-const found = Object.fromEntries(["button", "input", "output", "select", "main"].map(name => [name, new Element()]));
+const found = Object.fromEntries(["button", "input", "output", "select", "small", "main"].map(name => [name, new Element()]));
 found.select.value = "step";
 globalThis.document = { querySelector: name => found[name], createElement: () => new Element() };
 const timers = [];

@@ -442,6 +442,8 @@ BROWSER_TEST = """<script>
 slider.value = 1; slider.dispatchEvent(new Event("input"));
 const hidden = () => [...document.querySelectorAll(".token")].filter(t => t.textContent === "\u2591").length;
 const seen = { hidden: hidden(), tokens: document.querySelectorAll(".token").length };
+document.querySelector(".token").click();
+seen.numbers = document.querySelector("small").textContent;
 button.click();
 setTimeout(() => {
   document.title = JSON.stringify({ ...seen, left: hidden(), button: button.textContent, errors });
@@ -466,6 +468,7 @@ def test_the_page_plays_in_a_browser(folder):
          (folder / "trace.html").as_uri()], capture_output=True, text=True, timeout=60)
     seen = json.loads(html.unescape(re.search("<title>(.*)</title>", done.stdout)[1]))
     tokens = sum(len(r.response) for r in rollouts)
+    assert seen["numbers"].startswith("text ") and "logp" in seen["numbers"]  # of the token that was touched
     assert seen["errors"] == [] and seen["tokens"] == tokens and seen["button"] == "Play"
     assert seen["hidden"] == tokens - sum(r.step_map.count(1) for r in rollouts) and seen["left"] == 0
 
