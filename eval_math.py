@@ -18,7 +18,6 @@ Left out:
 
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import random
@@ -234,11 +233,16 @@ def load_prompts(source, tokenizer, args, needs_answer=True):
 # The reward.
 
 
-# FORK HERE (reward): what a response earns. Without editing: --reward file.py:function. The
-# function gets the Problem, the response as text and as token ids (both up to eos), and, if it
-# takes a fourth argument, the Rollout (step map, truncation). It gives a number, or a number per
-# token: process rewards, for --advantage value. (The log shows their sum; returns are sums of their means
-# over trace steps, see value.py.)
+# FORK HERE (reward): what a response earns. Without editing: --reward file.py:function. The function is
+# called for one response after the other, with as many of these as it takes:
+#     problem    the Problem; its answer is the text of the data's column, where a list is written as Python
+#                writes it (tests of a program, for example)
+#     text       the response up to eos
+#     tokens     the same as token ids
+#     rollout    the record: step map, truncation (which is not punished unless the function does)
+# It gives a number; or, for --advantage value, a number per token: process rewards. Returns are then sums
+# over trace steps of their MEAN in the step: give every token of a step the reward of the step. (The log
+# shows the sum over tokens.) --instruction "" leaves out the request to box an answer.
 def math_reward(problem, text, tokens, rollout):
     """1 if the last \\boxed{} is right and the response has ended, else 0.
 
@@ -254,24 +258,20 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     Each process judges its share, and all then hold the same rewards: a verdict that a time limit decided, or
     a random reward, must not be another one elsewhere, or the processes would train on different groups.
     """
-    # the fourth, the Rollout, is optional
-    wanted = inspect.signature(reward).parameters.values()
-    num_arguments = 4 if any(p.kind is p.VAR_POSITIONAL for p in wanted) else sum(
-        p.default is p.empty for p in wanted)
     # the grader's checks run in two workers; a user's function may not like threads
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
     own = parallel.share(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
     with ThreadPoolExecutor(num_threads) as pool:
-        judged = list(pool.map(lambda pair: judge(*pair, tokenizer, reward, num_arguments), own))
+        judged = list(pool.map(lambda pair: judge(*pair, tokenizer, reward), own))
     for r, (sequence_reward, token_rewards) in zip(rollouts, parallel.gather(judged)):
         r.reward, r.token_rewards = sequence_reward, token_rewards
 
 
-def judge(r, problem, tokenizer, reward, num_arguments):
+def judge(r, problem, tokenizer, reward):
     """One response's reward, and process rewards if the function gives those -> (float, list of float)."""
     # up to and including eos: what stands behind it is filling
     tokens = r.response[:r.num_tokens]
-    got = reward(*(problem, response_text(r, tokenizer), tokens, r)[:num_arguments])
+    got = runs.call(reward, problem, response_text(r, tokenizer), tokens, r)
     try:  # numbers of any kind: Python's, numpy's, 0-d tensors
         # One type for all of them; strings, None and lists of lists fail here.
         values = torch.as_tensor(got, dtype=torch.float64)
@@ -308,7 +308,7 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, reward=None, **s
     give_rewards(rollouts, repeated, tokenizer)  # accuracy is always the grader's
     # Over problems, not over samples.
     found = accuracy(grouped([r.reward for r in rollouts], num_samples)) | describe(rollouts)
-    if reward is not None:
+    if reward not in (None, math_reward):
         give_rewards(rollouts, repeated, tokenizer, reward)
         found["reward"] = fmean(r.reward for r in rollouts)
     return found
@@ -320,10 +320,8 @@ def evaluate_all(model, tokenizer, problems, reward, args):
     modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
                  greedy=dict(temperature=0.0))
     modes |= {} if args.strategy in modes else {args.strategy: {}}
-    # accuracy is measured anyway
-    own_reward = None if reward is math_reward else reward
     settings = runs.decoding_settings(args)
-    return {name: evaluate(model, tokenizer, problems, reward=own_reward, **settings | changes)
+    return {name: evaluate(model, tokenizer, problems, reward=reward, **settings | changes)
             for name, changes in parallel.progress(modes.items(), "evaluate")}
 
 

@@ -31,7 +31,7 @@ Left out on purpose:
 Shapes are single capital letters (in formulas T is the temperature, R a return, A an advantage):
   B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block
   S trace steps   V vocabulary   C channels   H heads   D channels of a head   G responses per prompt
-  N items of a list (targets, prompts)
+  N items of a list: targets, masked places, rollouts
 """
 
 import functools
@@ -111,12 +111,11 @@ class Layout(NamedTuple):
     @classmethod
     def clean(cls, position, block_size, is_full, document=None):
         """The layout of plain text without views: ordinary block (or full) attention."""
-        # Plain text is view 0 of one document.
         zero = torch.zeros_like(position)
-        # Blocks are cut at ABSOLUTE positions 0, K, 2K, ..., never at the start of the response: with P = 9
-        # and K = 4 the block of positions 8..11 holds one prompt token and three response tokens. Code that
-        # cuts at the response start in training, and at 0 in decoding, trains a conditional that was never
-        # sampled from, for all prompts whose length K does not divide.
+        # With block attention, blocks are cut at ABSOLUTE positions 0, K, 2K, ..., never at the start of the
+        # response: with P = 9 and K = 4 the block of positions 8..11 holds one prompt token and three of the
+        # response. Code that cuts at the response start in training, and at 0 in decoding, trains a
+        # conditional that was never sampled from, for all prompts whose length K does not divide.
         block = zero if is_full else position // block_size
         return cls(position, zero if document is None else document, block, zero)
 
@@ -128,9 +127,10 @@ def may_attend(query, key):
     - prefill, plain text: every token is in view 0, so this is block-causal attention (K = 1: causal);
     - decoding: the block being decoded is one view, the cache is the clean text before it;
     - replay, fine-tuning: many views of many blocks share one clean text, and none sees another;
-    - full attention: all is one block, so a view is a whole canvas that sees all of itself, nothing else.
+    - full attention: all is one block, so a view is a whole canvas (the prompt and every place that the
+      response may fill, revealed or masked), which sees all of itself and nothing else.
     """
-    # "Clean" is what the cache holds in decoding: tokens of blocks that are finished.
+    # Clean: of a finished block, as it stays. It is all that a later block reads.
     is_clean_past = (key.view == 0) & (key.block < query.block)
     is_together = (key.view == query.view) & (key.block == query.block)
     return (key.document == query.document) & (is_clean_past | is_together)
@@ -228,7 +228,8 @@ def attend_within(layout):
 
 
 def masked_attention(layer, q, k, v, mask):
-    """Softmax attention under a mask in any of the three forms, or none: q (B, H, T, D) -> (B, H, T, D)."""
+    """Softmax attention under a mask in any of the three forms, or none: q (B, H, T, D) -> (B, H, T, D). The
+    number of the layer is not used: it is here because every `attend` is given one."""
     has_groups = q.shape[1] != k.shape[1]  # several heads share a key
     if isinstance(mask, BlockMask):
         flex = compiled(flex_attention) if q.is_cuda else flex_attention
@@ -248,7 +249,9 @@ class KVCache:
     A forward first writes the keys and values of its tokens at their positions, then reads everything up to
     its block's own end. So a block lies in the cache while it is still noisy; that is harmless, since
     every forward overwrites its block before it reads. What must hold: once a block is whole, its CLEAN
-    keys and values are written before a later block reads them (rollout.Decoder: the commit).
+    keys and values are written before a later block reads them. So while block n is decoded, the cache holds
+    blocks 0 .. n - 1 clean and block n as it is now; block n - 1 is written once more, clean, in the first
+    forward of block n (rollout.Decoder.states: the commit).
     """
 
     def __init__(self, config, num_slots, length, dtype, device):
@@ -344,7 +347,8 @@ class Linear(nn.Linear):
     """A linear layer that is fast for few rows on a CPU: decoding one sequence is K = 4 rows at a time.
 
     x W^T and (W x^T)^T are the same numbers, but for few rows torch's CPU kernels are faster in the second
-    form: 1.6 to 4.4 times for 4 rows of 34M parameters, up to 1.8 times for 8, not at all for more.
+    form: 1.6 to 4.4 times for 4 rows of 34M parameters, up to 1.8 times for 8, not at all for more. (Rows in
+    training are many, so that it is for decoding only.)
     """
 
     def forward(self, x):
@@ -450,19 +454,21 @@ class Targets(NamedTuple):
     """What a loss needs to know of every predicted token, copied from the records
     when rows are built. All (N,)."""
 
-    logit_index: torch.Tensor  # int64: which of the rows' flattened (B * T) outputs predicts it
+    logit_index: torch.Tensor  # int64: which of the batch's flattened (B * T) outputs predicts it
     token: torch.Tensor  # int64: the token to predict
     rollout_index: torch.Tensor  # int64: which rollout it belongs to
     response_index: torch.Tensor  # int64: its index in that rollout's response
     masked_share: torch.Tensor  # float32: t, the share of its block that its view hides (see sft_loss)
     logp: torch.Tensor  # float32: recorded when it was drawn
-    logp_old: torch.Tensor  # float32: of the start-of-step policy, on this very row; set in step 4
+    # float32: of the policy at the start of the RL step, on this very row. Set before the first update that
+    # needs it: in tracerl.update for the first one of a step, in tracerl.old_logprobs for the others.
+    logp_old: torch.Tensor
     advantage: torch.Tensor  # float32
     value_old: torch.Tensor  # float32: for the value model's loss
     returns: torch.Tensor  # float32: for the value model's loss
 
 
-TARGET_DTYPES = (torch.int64,) * 4 + (torch.float32,) * 6
+TARGET_DTYPES = (torch.int64,) * 4 + (torch.float32,) * (len(Targets._fields) - 4)
 
 
 @dataclass
@@ -476,8 +482,8 @@ class Row:
     targets: list = field(default_factory=list)
 
     def add(self, tokens, block, view):
-        """Appends the tokens of one block."""
-        start = block * len(tokens)
+        """Appends the tokens of a block: K of them, or (full attention) the whole canvas as block 0."""
+        start = block * len(tokens)  # block b begins at position b K
         self.tokens += tokens
         self.position += range(start, start + len(tokens))
         self.block += [block] * len(tokens)
@@ -505,7 +511,8 @@ class Rows:
 def policy_logits(logits, mask_id):
     """Float32 logits with the mask token ruled out: a policy never says it, in decoding and replay alike.
 
-    Left in, it can be drawn, and decoding breaks: a revealed mask looks like a token that is still hidden.
+    Left in, it can be drawn: then the text holds a mask token for good, which every later forward takes for a
+    place that is still hidden.
     """
     # A copy: what the head gives is left as it is.
     logits = logits.to(torch.float32, copy=True)
@@ -557,7 +564,9 @@ class TokenLogprobs(torch.autograd.Function):
             total = logits.logsumexp(-1, keepdim=True)  # (chunk, 1)
             logp[cut] = (logits.gather(-1, tokens[cut, None]) - total)[:, 0]
             entropy[cut] = torch.special.entr(logits.sub_(total).exp_()).sum(-1)
-        ctx.mark_non_differentiable(entropy)  # a figure for the log, never trained on
+        # A figure for the log, never trained on. (An entropy bonus would need its gradient in `backward`:
+        # of a logit, -p (log p + entropy) / T.)
+        ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
@@ -583,8 +592,9 @@ class TokenLogprobs(torch.autograd.Function):
 def token_logprobs(model, h, tokens, temperature=1.0, max_logits=None):
     """Log-probabilities of `tokens` (N,) and entropies of their distributions, at final states h (N, C).
 
-    Float32 (N,) both, whatever the weights are. At most max_logits logits live at a time (default 32
-    MiB, on a GPU 128): with V = 152k, those of 4,000 positions with their gradient would take 9 GB.
+    Float32 (N,) both, whatever the weights are. Logits are made for a chunk of positions at a time, at most
+    max_logits numbers (default 2**23, 32 MiB a copy; on a GPU four times as many). All at once, those of
+    4,000 positions over V = 152k took 9 GiB, forward and backward: logits, log-softmax, their gradients.
     Temperature 0 stands for 1, as in decoding.
     """
     chunk = max(1, (max_logits or (2**25 if h.is_cuda else 2**23)) // model.config.vocab_size)

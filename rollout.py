@@ -18,12 +18,12 @@ The trace of this block is the three states on the left. The token 0 was drawn w
 probability "in general", or under random masks, is another number, and a policy gradient with that number is
 the gradient of some other policy. (One forward per state would be slow; `build_rows` does all states in one.)
 
-THE REPLAY LAW. On the trace's own states (shrink 1), the replayed log-probability of every token equals the
-recorded one, to float32 rounding. If it does not, then masks, positions, blocks, cache or step map differ
-between sampling and training. Every RL step prints this `gap`. How far off a mistake is, on tiny models:
-cutting blocks at the start of the response in training but at position 0 in decoding, 0.16 to 1.1 nats per
-token; cutting the last block at eos, 0.06 to 0.56 for its tokens. A training loss shows none of this: both
-sides of its ratio are wrong in the same way.
+THE REPLAY LAW. On the trace's own states (one view per denoising step), the replayed log-probability of
+every token equals the recorded one, to float32 rounding. If it does not, then masks, positions, blocks, cache
+or step map differ between sampling and training. Every RL step prints this `gap`. How far off a mistake is,
+on tiny models: cutting blocks at the start of the response in training but at position 0 in decoding, 0.16 to
+1.1 nats per token; cutting the last block at eos, 0.06 to 0.56 for its tokens. A training loss shows none of
+this: both sides of its ratio are wrong in the same way.
 
 Read in this order: Rollout; sample, reveal, Decoder, generate; then the views, build_rows, replay.
 
@@ -48,7 +48,6 @@ from model import (
 from plumbing import cuda, parallel, player, runs
 from plumbing.packing import by_length, micro_batches
 
-# A new one that looks at entropies must be named in Decoder.propose, too: they are computed where needed.
 STRATEGIES = ("static", "dynamic", "sequential", "entropy")  # see `reveal`
 CACHES = ("none", "prefix", "dual")  # of full attention, see Decoder.full_states
 ENTROPY_BOUND = 0.35  # of the "entropy" strategy, in nats
@@ -61,15 +60,18 @@ class Rollout:
     Its lists have one entry per response token (`prompt` and `token_rewards` have their own lengths). The
     response holds whole blocks: tokens after the end of the answer are kept, because the tokens before them
     in the same block were drawn with them in sight.
+
+    Without an eos in the first max_new_tokens: is_truncated, math_reward gives 0, those max_new_tokens are
+    trained, and what the last block holds beyond them is only shown.
     """
 
     prompt: list  # token ids
     response: list  # token ids of every decoded block, the last one whole
-    num_tokens: int  # trained tokens: up to and including eos, or up to max_new_tokens
+    num_tokens: int  # up to and including eos, or max_new_tokens: what earns the reward, and is trained
     step_map: list  # denoising step that revealed each token, counted from 1 over the whole response
     confidence: list = field(default_factory=list)  # its probability in the distribution it was drawn from
     logp: list = field(default_factory=list)  # its log softmax(logits / T) then, before top-k and top-p
-    canvas: int = 0  # full attention: response positions in view, decoded or not
+    canvas: int = 0  # full attention: places of the response in view, decoded or not (max_new_tokens)
     is_truncated: bool = False  # no eos within max_new_tokens
     seed: int = 0  # of its draws
     # filled in on the way to the update (tracerl.py):
@@ -81,8 +83,8 @@ class Rollout:
     ratio: list = field(default_factory=list)  # pi_new / pi_old, before the step of its last update
 
     def trained_end(self, post_num):
-        """Where the trained tokens end: after eos and post_num tokens behind it in
-        its block, if there is an eos."""
+        """Where the trained tokens end: after eos, or post_num tokens behind it in the same block: an option
+        of the authors' code, to teach also what follows the end. (Default 0: nothing is earned there.)"""
         return self.num_tokens if self.is_truncated else min(self.num_tokens + post_num, len(self.response))
 
 
@@ -94,7 +96,8 @@ class DecodingSettings:
     block_size: int  # K
     eos_ids: tuple
     strategy: str = "dynamic"
-    denoising_steps: int = None  # per block: a step reveals K / denoising_steps tokens; None is K, one each
+    # Per block: a step reveals K / denoising_steps tokens (dynamic: at least so many). None is K: one each.
+    denoising_steps: int = None
     threshold: float = 0.9
     temperature: float = 1.0
     top_k: int = 0
@@ -140,7 +143,8 @@ def uniform(seed, step, position):
 def filter_probabilities(logp, top_k, top_p):
     """Probabilities (N, V) after top-k, then top-p, renormalised. top_k 0 and top_p 1 keep everything.
 
-    Top-k keeps every token as probable as the k-th, top-p the most probable until their sum exceeds top_p.
+    Top-k keeps every token at least as probable as the k-th, top-p the most probable until their sum exceeds
+    top_p.
     """
     if 0 < top_k < logp.shape[-1]:
         # Ties with the k-th stay in.
@@ -166,18 +170,18 @@ def inverse_cdf(p, draws, size=256):
     # V = 152k, size 256: 594 groups. Sum them in float64, find the group, then the token in it.
     groups = F.pad(p, (0, -p.shape[1] % size)).unflatten(1, (-1, size))  # (N, groups, size)
     sums = groups.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, groups)
-    threshold = below(draws[:, None] * sums[:, -1:], sums[:, -1:])  # (N, 1)
+    target = below(draws[:, None] * sums[:, -1:], sums[:, -1:])  # (N, 1) the cumulative sum to exceed
     # clamp: only NaN finds no group; Decoder.record reports it, and must be reached
-    group = torch.searchsorted(sums, threshold, right=True).clamp(max=groups.shape[1] - 1)  # (N, 1)
+    group = torch.searchsorted(sums, target, right=True).clamp(max=groups.shape[1] - 1)  # (N, 1)
     before = F.pad(sums, (1, 0)).gather(1, group)  # the sum of all groups before
     inside = groups[torch.arange(len(p), device=p.device), group[:, 0]].double().cumsum(-1)  # (N, size)
-    place = torch.searchsorted(inside, below(threshold - before, inside[:, -1:]), right=True)
+    place = torch.searchsorted(inside, below(target - before, inside[:, -1:]), right=True)
     return (group * size + place)[:, 0].clamp(max=p.shape[1] - 1)
 
 
 def below(x, bound):
-    """x, or the next number below the bound where rounding has reached it: some
-    cumulative sum must exceed x."""
+    """The smaller of x and the largest float64 under the bound, the last cumulative sum: so that a search for
+    the first sum beyond x always ends at a place."""
     return torch.minimum(x, bound.nextafter(torch.zeros_like(bound)))
 
 
@@ -186,13 +190,17 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0, with_ent
 
     logits (N, V), draws float64 (N,) in [0, 1) -> token int64 (N,), confidence, logp, entropy, float32 (N,).
     The token is the smallest v whose cumulative probability exceeds the draw: probabilities .5 .3 .2 and draw
-    .6 give token 1. logp is log softmax(logits / T) BEFORE the filters: they shape what is drawn and the
-    confidence, not the policy that is trained.
+    .6 give token 1.
+
+    confidence: its probability in the distribution it was drawn from, after the filters, as in the authors'
+    decoder: it says how sure the draw was. logp: log softmax(logits / T) BEFORE the filters. The loss
+    computes the unfiltered policy again and compares with this; filtered, a token that the new policy drops
+    would have -inf. (So with top-k or top-p the draws are not quite the trained policy's.)
     """
     logp = (policy_logits(logits, mask_id) / (temperature or 1.0)).log_softmax(-1)  # (N, V)
     if temperature == 0 or top_k == 1:
-        # Greedy. Every filtered confidence would be 1 and could order nothing, so that confidence and entropy
-        # are those of the unfiltered distribution (T = 1 at T = 0).
+        # Greedy. Every filtered confidence would be 1 and could order nothing, so confidence and entropy are
+        # those of the unfiltered distribution (T = 1 at T = 0).
         token, p = logp.argmax(-1), logp.exp()
     else:
         p = filter_probabilities(logp, top_k, top_p)
@@ -202,6 +210,9 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0, with_ent
     return token, confidence, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
+# FORK HERE (decoding): what a denoising step reveals. Add a branch, and its name to STRATEGIES. Tensor
+# operations only: a value read by the host (`if x.any()`) cannot be part of a CUDA graph. Replay and training
+# need no change: all they know of the decoding is the step map.
 def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entropy_bound=ENTROPY_BOUND):
     """Which of the sampled tokens to keep, (B, K) -> bool (B, K). The others stay masked, and are drawn anew.
 
@@ -240,10 +251,10 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
 class Lane:
     """A busy slot as the host knows it: whose it is, and how far its decoding is."""
 
-    number: int  # of its prompt
+    number: int  # which of the prompts given to `generate`
     prompt: list
     seed: int
-    start: int  # of the block being decoded
+    start: int  # absolute position where the block being decoded begins
     end: int  # where decoding stops, at the latest
     num_masked: int  # places of the block that are still masked
     step: int = 1  # the denoising step that comes next, counted over the whole response
@@ -266,7 +277,8 @@ class Decoder:
         self.model, self.config, self.settings, self.device = model, model.config, settings, model.device
         # the decoding's own: rollouts may have smaller blocks than the model trains in
         K = settings.block_size
-        # One slot more, in which nothing is masked: where a batch must be filled up, it fills it.
+        # One slot more, in which nothing is masked: CUDA graphs are recorded for few sizes of batch, and it
+        # stands in for the missing sequences.
         table = (num_slots + 1, length)
         self.token = torch.full(table, self.config.mask_id, device=self.device)
         self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
@@ -303,10 +315,13 @@ class Decoder:
         self.token[rows, longest:] = mask_id
         self.token[rows, :longest] = torch.tensor(padded, device=self.device)
         position = torch.arange(self.token.shape[1], device=self.device)
-        P, end = torch.tensor(ends, device=self.device).T[..., None]
-        self.is_masked[rows] = (position >= P) & (position < end)
-        if not self.config.is_full:  # a group's prompt is prefilled once, for the first of its slots
-            first = {}
+        # (n, 1) each, beside position (length,): from the end of the prompt to the end of the response
+        from_here, to_here = torch.tensor(ends, device=self.device).T[..., None]
+        self.is_masked[rows] = (position >= from_here) & (position < to_here)
+        # A group's prompt is prefilled once, in the first of its slots; the other slots get a copy of its
+        # keys and values (as long as the longest prompt: what is too much is overwritten before it is read).
+        if not self.config.is_full:
+            first = {}  # prompt -> slot
             for slot, prompt in zip(slots, prompts):
                 if len(prompt) >= K:  # a shorter one has no whole block
                     first.setdefault(tuple(prompt), slot)
@@ -373,7 +388,8 @@ class Decoder:
         h = self.states(columns, commits, longest)  # (B, K, C)
         # The head and the sampler see masked places only, on average half of them: sorted to the front.
         places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
-        draws = uniform(seed[places // s.block_size], step[places // s.block_size], columns.flatten()[places])
+        slot = places // s.block_size  # (N,) whose place it is
+        draws = uniform(seed[slot], step[slot], columns.flatten()[places])
         token, confidence, logp, entropy = (
             x.new_zeros(B * s.block_size).scatter(0, places, x).view_as(is_masked)
             for x in self.propose(h.flatten(0, 1)[places], draws))  # (B, K), 0 where nothing is masked
@@ -394,7 +410,7 @@ class Decoder:
         chunk = max(1, cuda.MOST_LOGITS // self.config.vocab_size)  # V = 152k: logits of 220 places at a time
         for states, u in zip(h.split(chunk), draws.split(chunk)):
             parts.append(sample(head_logits(self.model, states), u, self.config.mask_id, s.temperature,
-                                s.top_k, s.top_p, s.strategy == "entropy"))
+                                s.top_k, s.top_p, s.strategy not in ("static", "dynamic", "sequential")))
         return map(torch.cat, zip(*parts))
 
     def states(self, columns, commits, longest):
@@ -505,8 +521,6 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
                                 tuple(config.eos_ids if eos_ids is None else eos_ids), **more)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each, or a single int")
-    if slots is not None and slots < 1:
-        raise ValueError(f"slots must be at least 1, got {slots}")
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty: a response needs at least one token before it")
@@ -521,7 +535,8 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
     per_slot = cuda.slot_bytes(config, length, itemsize, not config.is_full or settings.cache != "none")
     num_slots = cuda.fit_slots(slots, len(prompts), per_slot, config, model.device)
     decoder = Decoder(model, settings, num_slots, length)
-    waiting, rollouts = list(range(len(prompts)))[::-1], [None] * len(prompts)  # numbers of prompts
+    # numbers of prompts; the last one is taken first
+    waiting, rollouts = list(range(len(prompts)))[::-1], [None] * len(prompts)
     if config.is_full:  # canvases of one length are computed together
         waiting.sort(key=lambda number: len(prompts[number]))
     while waiting or decoder.lanes:
@@ -560,8 +575,8 @@ def trace_views(rollout, block, shrink, rng=None):
     step revealed (paper, section 4).
 
     A trace step is `shrink` neighbouring denoising steps merged into one: fewer views, so less to compute,
-    but the tokens of the later steps are then predicted without those of the earlier ones in sight (which
-    moves their log-probabilities by 0.2 to 0.3 nats on the authors' tiny models).
+    but the tokens of the later steps are then predicted without those of the earlier ones in sight: states
+    the policy was not in (which moves their log-probabilities by 0.2 to 0.3 nats on tiny models).
 
     step_map 1 3 1 2 of the block 1 0 1 ; with indices 0 to 3:
         shrink 1   ([0, 1, 2, 3], [0, 2])   ([1, 3], [3])   ([1], [1])
@@ -579,7 +594,10 @@ def trace_views(rollout, block, shrink, rng=None):
 
 def random_views(rollout, block, shrink, rng):
     """A baseline of the paper: masks drawn at random in place of the trace. Their share is U(0.1, 0.9) per
-    block (full attention: per response); the masked tokens are the targets."""
+    block (full attention: per response); the masked tokens are the targets.
+
+    A policy gradient wants log pi(token | the state in which it was drawn). Under random masks it is another
+    state, in which perhaps nobody would have drawn this token: the gradient is that of another policy."""
     share = rng.uniform(0.1, 0.9)
     # May be empty: a view without targets is left out of the row.
     hidden = [j for j in block if rng.random() < share]
@@ -649,25 +667,27 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
     The row has P + R + K * (number of views) tokens, less the last clean block. The authors' layout has
     one row [prompt | response | response as it was] per step number inside a block, padded to the
     longest prompt and response allowed: at P = 100, R = 500, K = 4, one token a step, padded to 300 and
-    2000, that is 6.6 times as many tokens. One clean text serves all views, because no clean token and
-    no other view sees the masks of a view.
+    2000, that is 4 rows of 4,300 = 17,200 tokens instead of 100 + 500 + 4 * 500 - 4 = 2,596. One clean text
+    serves all views, because no clean token and no other view sees the masks of a view.
 
-    Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens.
+    Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens. So
+    the cost is a whole canvas, P + max_new_tokens, per view: hence --shrink 8 for Dream and LLaDA.
     """
-    texts = []
-    for number, r in enumerate(rollouts):
+    rows_of_all = []  # a list of rows for every rollout
+    for rollout_index, r in enumerate(rollouts):
         P, R = len(r.prompt), len(r.response)
         text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
-        K = len(text) if config.is_full else block_size
-        # Only where training blocks are larger than those of the decoding: the rest of the last one was not
-        # decoded, and looked like that.
-        text += [config.mask_id] * (-len(text) % K)
+        size = len(text) if config.is_full else block_size  # of a block; full attention: all is one block
+        # Training blocks may be larger than those of the decoding. Then the end of the last one was never
+        # decoded: it is shown as masks.
+        text += [config.mask_id] * (-len(text) % size)
         # Targets stop at eos; what stands behind it is still shown, for it was in sight.
         end = r.trained_end(post_num) if trained_only else R
-        logp_old = []  # comes later, from these very rows
+        # values[j]: logp, logp_old, advantage, value_old, returns of token j; 0 where a list is not filled
+        # yet. (logp_old never is: it will be computed from these very rows.)
         columns = [column + [0.0] * (R - len(column))
-                   for column in (r.logp, logp_old, r.advantage, r.value_old, r.returns)]
-        values = list(zip(*columns))  # one tuple per response token
+                   for column in (r.logp, [], r.advantage, r.value_old, r.returns)]
+        values = list(zip(*columns))
         found = []
         for block, hidden, targets, share in views_of(r, config, block_size, views, shrink):
             trained = [j for j in targets if j < end]
@@ -675,23 +695,25 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
                 found.append((block, hidden, trained, share))
         rows = []
         for view, (block, hidden, trained, share) in enumerate(found, 1):
-            if config.is_full or not rows:  # a new row, with the clean blocks before the last view's
+            # Block attention: one row for all views; it begins with the clean blocks before the last view's.
+            # Full attention: a row for each view, and no clean text, since its only block is number 0.
+            if config.is_full or not rows:
                 rows.append(Row())
-                for clean in range(found[-1][0]):
-                    rows[-1].add(text[clean * K:(clean + 1) * K], clean, 0)
-            # column: where this view begins in the row
-            shown, column = text[block * K:(block + 1) * K], len(rows[-1].tokens)
+                last_block = found[-1][0]
+                for clean in range(last_block):
+                    rows[-1].add(text[clean * size:(clean + 1) * size], clean, 0)
+            shown, view_start = text[block * size:(block + 1) * size], len(rows[-1].tokens)
             for j in hidden:
-                shown[P + j - block * K] = config.mask_id
+                shown[P + j - block * size] = config.mask_id
             rows[-1].add(shown, block, view)
             for j in trained:
-                place = column + P + j - block * K
+                place = view_start + P + j - block * size  # in this row; packing adds where the row begins
                 # Dream predicts a token one place before it; a prompt has a token, so that the place exists.
                 logit_index = place - int(config.shifts_logits)
-                # In the order of model.Targets; values[j]: logp, logp_old, advantage, value_old, returns.
-                rows[-1].targets.append((logit_index, r.response[j], number, j, share, *values[j]))
-        texts.append(rows)
-    return texts
+                rows[-1].targets.append(  # in the order of model.Targets
+                    (logit_index, r.response[j], rollout_index, j, share, *values[j]))
+        rows_of_all.append(rows)
+    return rows_of_all
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -715,8 +737,8 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
         return []
     longest = max(len(r.response) for r in rollouts)
     flat = torch.zeros(len(rollouts) * longest, device=model.device)  # a table (N, longest), flat
-    texts = build_rows(rollouts, model.config, block_size or model.config.block_size, shrink=shrink)
-    for rows in micro_batches(texts, max_tokens, model.config.pad_id, model.device, is_packed):
+    built = build_rows(rollouts, model.config, block_size or model.config.block_size, shrink=shrink)
+    for rows in micro_batches(built, max_tokens, model.config.pad_id, model.device, is_packed):
         logp, _ = forward_rows(model, rows, temperature)
         # Targets come sorted by row length; each knows whose token it is, so that it finds its way home.
         place = rows.targets.rollout_index * longest + rows.targets.response_index
@@ -725,8 +747,8 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
 
 
 @torch.no_grad()
-def beside_record(model, rollouts, block_size, temperature, max_tokens, is_packed=None):
-    """Replayed minus recorded log-probability of every token of this process's share of rollouts, float64."""
+def replayed_minus_recorded(model, rollouts, block_size, temperature, max_tokens, is_packed=None):
+    """Replayed less recorded log-probability, float64, of every token of this process's share of rollouts."""
     own = parallel.share(rollouts)
     with parallel.unsharded(model) as whole:  # processes may have other numbers of rollouts
         replayed = replay(whole, own, 1, temperature, block_size, max_tokens, is_packed)
@@ -737,7 +759,7 @@ def beside_record(model, rollouts, block_size, temperature, max_tokens, is_packe
 def replay_gap(model, rollouts, block_size, temperature, max_tokens=16384, is_packed=None):
     """The replay law on a few rollouts: |replayed - recorded logp|, its mean and maximum."""
     # One process may have none of the few rollouts: sums and maxima over all.
-    gap = beside_record(model, rollouts, block_size, temperature, max_tokens, is_packed).abs()
+    gap = replayed_minus_recorded(model, rollouts, block_size, temperature, max_tokens, is_packed).abs()
     return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
 
 

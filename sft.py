@@ -1,8 +1,9 @@
 """sft.py - how the starting model is made.
 
 Supervised fine-tuning of a block diffusion model: hide some tokens of every block, and predict them from
-the rest of the block and the clean blocks before it. The rows are those of TraceRL itself
-(rollout.build_rows): only the views differ.
+the rest of the block and the clean blocks before it. The rows are laid out as in TraceRL itself, by
+rollout.build_rows. What differs: the views are random, what fills the block behind eos is trained as well,
+and the loss is a plain log-likelihood.
 
     response, K = 4    1 0 1 ;   1 9 1 ;   ...
     views              1 ? ? ;   ? ? ? ?   ...
@@ -61,7 +62,7 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
         response = eval_math.encode(p.solution, tokenizer) + [eos]
         # A step map says when each token was revealed, so that --views trace can rebuild the states. Without
         # one the solution counts as written from left to right, one token a step.
-        steps = list(p.step_map or range(1, len(response)))  # without a step map: from left to right
+        steps = list(p.step_map or range(1, len(response)))
         if len(steps) != len(response) - 1:
             raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: "
                              f"{str(p.problem)[:80]!r}")
@@ -70,7 +71,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
         # K = 4, 9 prompt tokens, 6 of response with eos: 15 tokens, so that 1 more fills the block
         filling = max_new_tokens - len(response) if config.is_full else -(len(p.tokens) + len(response)) % K
         response += [eos] * filling
-        steps += range(max(steps) + 1, max(steps) + 2 + filling)  # the end comes last
+        # The end comes last: after steps 1..5, eos and one token of filling are steps 6 and 7.
+        steps += range(max(steps) + 1, max(steps) + 2 + filling)
         # Full attention: every forward of the decoder will see all max_new_tokens
         # places, so the example must too.
         canvas = len(response) if config.is_full else 0
@@ -86,7 +88,8 @@ def noise_views(rollout, block, shrink, rng):
     return [(hidden, hidden)]
 
 
-VIEWS = dict(random=noise_views, trace=rollout.trace_views)  # --views; trace: the step map of the data
+# --views. random: the views above, not rollout.random_views; trace: by the step map of the data.
+VIEWS = dict(random=noise_views, trace=rollout.trace_views)
 
 
 def sft_loss(logp, masked_share, normalizer, is_weighted):
@@ -105,11 +108,11 @@ def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
     # Every process has the same batch, builds the rows of its share of it, and runs as
     # many micro-batches as the others.
     config = model.config
-    texts = rollout.build_rows(parallel.share(examples), config, config.block_size, views)
-    parts = packing.micro_batches(texts, max_tokens, config.pad_id, model.device)
+    built = rollout.build_rows(parallel.share(examples), config, config.block_size, views)
+    parts = packing.micro_batches(built, max_tokens, config.pad_id, model.device)
     parts = packing.with_dummies(parts, config.pad_id, model.device)
-    hidden = sum(len(part.targets.token) for part in parts)  # targets of this process
-    hidden = int(parallel.add_up(torch.tensor(hidden, device=model.device)))  # of all processes
+    hidden = torch.tensor(packing.count_targets(parts), device=model.device)  # of this process
+    hidden = int(parallel.add_up(hidden))  # of all processes
     # One number for the whole update, taken before the split: else the gradient would depend on the split.
     normalizer = sum(len(r.response) for r in examples) if is_weighted else hidden
     total = torch.zeros((), device=model.device)
@@ -289,7 +292,6 @@ def main(argv=None):
         problems, _ = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction)
     else:
         problems = eval_math.load_prompts(args.data, tokenizer, args, needs_answer=False)
-    # the longer ones are left out
     examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
     if len(examples) < args.batch_size:
         raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "
@@ -312,7 +314,6 @@ def warm_start(seed, block_size=4, attention="block", task="arithmetic"):
     # stop_accuracy, by trying: high enough that most groups hold right and wrong responses, low enough to
     # leave room. lr: full attention learns this more slowly, and at 6e-3 not from every seed.
     stop_accuracy, lr = (0.4 if task == "arithmetic" else 0.3, 6e-3) if attention == "block" else (0.2, 2e-3)
-    # flags of this script
     settings = dict(data=task, seed=seed, block_size=block_size, attention=attention,
                     stop_accuracy=stop_accuracy, lr=lr)
     flags = [f"--{name}={value}" for name, value in settings.items()]

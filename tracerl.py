@@ -4,7 +4,7 @@ TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered: what is th
 of a response that was not written from left to right? Its answer: that of its trace, each token in
 the state in which it was revealed.
 
-One RL step, numbered as in the README and in `train`:
+One RL step has six stages, numbered as in the README and in `train`:
 
   1 roll out    G responses to each prompt, with the trace of every one           rollout.generate
   2 reward      1 if the boxed answer is right and the response has ended, else 0 eval_math.give_rewards
@@ -13,6 +13,10 @@ One RL step, numbered as in the README and in `train`:
   4 old logp    replay the traces with the policy that made them                  old_logprobs
   5 update      clipped policy gradient on the states of the trace, with a KL     policy_loss, update
   6 log         metrics, evaluation, checkpoint                                   finish_step
+
+Four words to keep apart: a *denoising step* is one forward that reveals tokens; a *trace step* is --shrink of
+them taken together (1: the same); an *RL step* is the six stages above; an *update* is one step of the
+optimizer, of which an RL step makes --minibatches times --epochs.
 
     torchrun tracerl.py                           # everything on a laptop: a tiny model, embedded arithmetic
     torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data gsm8k-train --eval_data math500
@@ -23,8 +27,9 @@ can be replaced by a function in a file of your own, without editing.
 
 Left out:
   1. a frozen reference model: the KL is to the policy that made the rollout. A KL to a frozen one would be a
-     field more in model.Targets, filled by a second model in a pass like old_logprobs, over all batches,
-     and one more term in policy_loss;
+     field more in model.Targets (and TARGET_DTYPES, build_rows), filled by a second model in a pass like
+     old_logprobs, over ALL batches, and one more term in policy_loss. As a penalty in the reward it needs no
+     change: the function gets the Rollout, with its logp, and may replay it under another model;
   2. rollouts older than the policy, a second inference engine: the weights that train are those that decode;
   3. reward models.
 """
@@ -49,8 +54,12 @@ from plumbing import checkpoints, cuda, packing, parallel, runs, show
 
 
 # FORK HERE (advantage): from rewards to the A of the loss. Without editing: --advantage
-# file.py:function, a function of rewards, float (groups, G), that gives advantages of the same shape. A
-# group of zeros is left out of the update.
+# file.py:function, a function of
+#     rewards    float (groups, G)
+#     rollouts   the records, group by group (optional): step_map, confidence, logp, ... of every response
+# that gives an advantage per response, (groups, G), or per token, (groups, G, longest response). A group of
+# zeros is left out of the update. (So is, with --keep_range, one whose mean reward is out of that range; with
+# --model and the math reward that is 0.2 to 0.8 unless set.)
 def group_advantages(rewards):
     """Standard scores in the group: A = (r - mean) / population std, 0 where all rewards are equal.
 
@@ -63,7 +72,7 @@ def group_advantages(rewards):
 
 
 def batch_advantages(rewards):
-    """The reward minus the mean of the whole step."""
+    """The reward minus the mean over all responses of the RL step."""
     return rewards - rewards.mean()
 
 
@@ -89,14 +98,25 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
     model.Targets, of which logp_old and advantage are used. num_tokens (N), num_responses: how many the
     WHOLE update has, over all micro-batches and processes. Divide by these, never by what is at hand: then
     losses and gradients simply add, and do not depend on how the update was split. (A mean per micro-batch
-    gives tokens of short responses more weight.) That N counts trained tokens is our choice: the authors'
-    code divides by rows and padded length, which is another constant of the update.
+    gives tokens of short responses more weight.)
 
-    k3 = (ratio - 1) - log ratio, never negative, estimates KL(old || new): the samples are the OLD policy's,
-    so that the mean of -log ratio is that KL, and ratio - 1, of mean 0, only takes variance away. (The other
-    common form, exp(-d) - 1 + d with d = log ratio, is for samples of the new policy.)
+    Here all trained tokens weigh the same. The paper averages inside each trace step first, so that a step of
+    three tokens weighs as much as a step of one (as tests/forks.py:mean_per_step); the authors' code does
+    so with full attention, and with blocks divides by rows and padded length.
+
+    In the first update of an RL step the policy is still the one that made the rollouts: every ratio is 1,
+    nothing is clipped, k3 and its gradient are 0, and the gradient is that of -A logp. Clip and KL act from
+    the second update on: with --minibatches or --epochs above 1 (with --model both are 1 by default).
+
+    k3 = (ratio - 1) - log ratio, never negative, estimates KL(old || new) from samples of the OLD policy: the
+    mean of -log ratio is that KL, and ratio - 1, of mean 0, only takes variance away. (The other common form,
+    exp(-d) - 1 + d with d = log ratio, is for samples of the new policy.) It is without bias where what is
+    kept does not depend on what was drawn (strategies sequential, entropy). Static and dynamic decoding keep
+    the draws that came out sure: a rare token is drawn, not kept, and drawn anew. Such tokens are missing
+    here, in k3 and in the policy gradient alike: a property of the method, not of this code.
     """
-    # A ratio of e^10 is a collapse; it must not become inf before it is seen.
+    # A ratio of e^10 is a collapse; it must not become inf before it is seen. (Beyond that there is no
+    # gradient: what guards against it is --max_grad_norm, and `drift_kl` in the log.)
     log_ratio = (logp - targets.logp_old).clamp(-10, 10)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (n,)
@@ -141,10 +161,11 @@ class Trainers(NamedTuple):
 
     def pairs(self):
         """(model, optimizer) pairs, for checkpoints."""
-        return [pair for pair in (self[:2], self[2:]) if pair[0] is not None]
+        pairs = (self.model, self.optimizer), (self.critic, self.critic_optimizer)
+        return [pair for pair in pairs if pair[0] is not None]
 
 
-def train(trainers, reward, usual, tokenizer, problems, dev_problems, args, run, progress):
+def train(trainers, reward, flags_plan, tokenizer, problems, dev_problems, args, run, progress):
     """The RL steps, from progress["step"] + 1 on -> the progress at the end.
 
     All randomness is a function of (seed, step), so that weights, optimizer states and progress are the whole
@@ -154,7 +175,7 @@ def train(trainers, reward, usual, tokenizer, problems, dev_problems, args, run,
     model = trainers.model
     for step in parallel.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
         # Functions, block sizes and learning rate of this step.
-        plan, times = plan_step(step, trainers, usual, args), [time.perf_counter()]
+        plan, times = plan_step(step, trainers, flags_plan, args), [time.perf_counter()]
         # Rollouts: one record per response, in groups of G to a prompt, the same on every process.
         rollouts, asked = roll_out(model, problems, plan.rollout_block_size, args, step)  # 1
         give_rewards(rollouts, asked, tokenizer, reward)  # 2
@@ -163,10 +184,13 @@ def train(trainers, reward, usual, tokenizer, problems, dev_problems, args, run,
         kept, line = give_advantages(rollouts, trainers.critic, plan, args)  # 3
         # Rows of views: this process's part of every update, with the values of the records copied in.
         batches = make_batches(kept, trainers, plan, args, step)
-        gap = old_logprobs(model, batches, rollouts, plan, args)  # 4
-        line = dict(step=step) | line | learn(trainers, batches, plan, args) | gap  # 5
+        old_logprobs(model, batches, plan, args)  # 4
+        gap = sampled_gap(model, batches, rollouts, plan, args)
+        figures = learn(trainers, batches, plan, args)  # 5
+        # `line` becomes this step's line of metrics.jsonl.
+        line = dict(step=step) | line | figures | gap
         times.append(time.perf_counter())
-        finish_step(line, times, rollouts, kept, trainers, plan, tokenizer, dev_problems, args, run,
+        finish_step(line, times, rollouts, kept, trainers, plan, tokenizer, dev_problems, reward, args, run,
                     progress)  # 6
     return progress
 
@@ -184,8 +208,8 @@ class Plan(NamedTuple):
     is_replayed: bool = False  # whether the rows of the update are the trace itself, states as sampled
 
 
-def plan_step(step, trainers, usual, args):
-    """The Plan of a step; usual: one with the functions that the flags name.
+def plan_step(step, trainers, flags_plan, args):
+    """The Plan of a step; flags_plan: one with the functions that the flags name.
 
     Value model: for --value_warmup steps it learns alone, since the advantages of a new one are noise.
 
@@ -209,9 +233,9 @@ def plan_step(step, trainers, usual, args):
     elif args.rollout_block_size is not None and not is_full:
         head_start = args.adapt_steps
     ramp = min(1.0, max(step - head_start, 0) / max(args.warmup, 1))
-    return usual._replace(block_sizes=(K,), rollout_block_size=rollout_K, lr=args.lr * ramp,
+    return flags_plan._replace(block_sizes=(K,), rollout_block_size=rollout_K, lr=args.lr * ramp,
                           updates_policy=step > head_start,
-                          is_replayed=usual.views is rollout.trace_views and args.shrink == 1)
+                          is_replayed=flags_plan.views is rollout.trace_views and args.shrink == 1)
 
 
 # ------------------------------------------------------------------------------------------------ 1 roll out
@@ -221,6 +245,7 @@ def roll_out(model, problems, block_size, args, step):
     """G responses to each of this step's prompts -> rollouts, group by group, and their problems."""
     chosen = []
     # Prompts follow from (seed, step): a resumed run asks what the uninterrupted one would have asked.
+    # FORK HERE (prompts): a curriculum would choose otherwise (by rewards so far: keep them in progress).
     for i in range((step - 1) * args.prompts, step * args.prompts):  # every epoch in an order of its own
         epoch, place = divmod(i, len(problems))  # which pass over the data, which place in it
         chosen.append(problems[sft.shuffled(len(problems), args.seed * 1_000_003 + epoch)[place]])
@@ -256,18 +281,20 @@ def give_advantages(rollouts, critic, plan, args):
     if any(r.token_rewards for r in rollouts):
         raise ValueError(f"the reward function gives a reward per token, and --advantage {args.advantage} "
                          "takes one per response: use --advantage value, or give their sum")
-    advantages = plan.advantage(rewards)  # (groups, G)
-    # A group of equal rewards has no advantage to learn from: its gradient would be that of the KL alone.
-    is_kept = (advantages != 0).any(-1)
+    advantages = runs.call(plan.advantage, rewards, rollouts)  # (groups, G), or (groups, G, longest)
+    # A group of equal rewards has nothing to learn from. If all groups are like that, there is no update: the
+    # step is logged ("nothing to learn from"), the weights stay, and the next step asks other prompts.
+    is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
     if plan.advantage in (batch_advantages, raw_advantages):  # not relative to a group: all groups are kept
         is_kept[:] = advantages.any()
     elif args.keep_range is not None:
         low, high = args.keep_range  # too easy or too hard teaches little
         is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
-    for r, A in zip(rollouts, advantages.flatten().tolist()):
-        # The same number for every token: with a single reward at the end, group
-        # scores cannot tell tokens apart.
-        r.advantage = [A] * len(r.response)
+    longest = max(len(r.response) for r in rollouts)
+    for r, A in zip(rollouts, advantages.flatten(0, 1)):
+        # Mostly the same number for every token: with a single reward at the end, group scores cannot tell
+        # tokens apart.
+        r.advantage = A.expand(longest)[:len(r.response)].tolist()
     kept = [r for r, keep in zip(rollouts, is_kept.repeat_interleave(args.group_size).tolist()) if keep]
     return kept, line | dict(kept_groups=int(is_kept.sum()))
 
@@ -318,14 +345,9 @@ def longest_first(rollouts):
 def own_rows(model, own, views, block_size, args):
     """The micro-batches of this process's rollouts, as many on every process."""
     # trained_only: targets up to eos
-    texts = rollout.build_rows(own, model.config, block_size, views, args.shrink, True, args.post_num)
-    parts = packing.micro_batches(texts, args.tokens_per_micro_batch, model.config.pad_id, model.device)
+    built = rollout.build_rows(own, model.config, block_size, views, args.shrink, True, args.post_num)
+    parts = packing.micro_batches(built, args.tokens_per_micro_batch, model.config.pad_id, model.device)
     return packing.with_dummies(parts, model.config.pad_id, model.device)
-
-
-def count_tokens(parts):
-    """Targets of this process's micro-batches."""
-    return sum(len(rows.targets.token) for rows in parts)
 
 
 def make_batches(kept, trainers, plan, args, step):
@@ -364,25 +386,24 @@ def write_back(rollouts, name, parts, numbers):
 
 
 @torch.no_grad()
-def old_logprobs(model, batches, rollouts, plan, args):
-    """Sets Targets.logp_old: the start-of-step policy on the very rows that will
-    be trained -> the replay gap.
+def old_logprobs(model, batches, plan, args):
+    """Sets Targets.logp_old, the policy at the start of the RL step on the very rows that will be trained,
+    from the second mini-batch on. (The first update needs no pass: its policy IS the old one, see `update`.)
 
     The recorded log-probabilities would do for the trace itself; but other views are other states, and on a
-    GPU decoding and training use different kernels. The first update of a step needs no pass of its own,
-    since its policy is still the old one (see `update`); and where the rows are the trace itself, the updates
-    measure the gap on all of them, so that {} is given here. Else a sample of the rollouts is replayed for
-    it.
+    GPU decoding and training use different kernels.
     """
-    # Then `update` sees all trained tokens in the very states of the trace, and its figure is the law's.
-    is_measured = bool(batches) and plan.updates_policy and plan.is_replayed
-    gap = {} if is_measured else rollout.replay_gap(
+    for rows in [rows for batch in batches[1:] if plan.updates_policy for rows in batch.rows]:
+        logp, _ = rollout.forward_rows(model, rows, args.temperature)
+        rows.targets.logp_old.copy_(logp)
+
+
+def sampled_gap(model, batches, rollouts, plan, args):
+    """The replay gap of a sixteenth of the rollouts, before the updates -> figures for the log; {} where the
+    rows of the updates are the trace itself: then `update` measures the gap on all trained tokens."""
+    is_measured_there = bool(batches) and plan.updates_policy and plan.is_replayed
+    return {} if is_measured_there else rollout.replay_gap(
         model, rollouts[::16], plan.rollout_block_size, args.temperature, args.tokens_per_micro_batch)
-    if plan.updates_policy:
-        for rows in [rows for batch in batches[1:] for rows in batch.rows]:
-            logp, _ = rollout.forward_rows(model, rows, args.temperature)
-            rows.targets.logp_old.copy_(logp)
-    return gap
 
 
 def drift(model, rollouts, plan, args):
@@ -393,7 +414,7 @@ def drift(model, rollouts, plan, args):
     moves the weights, so that they are 1 whatever comes of it.
     """
     # after the updates
-    differences = rollout.beside_record(
+    differences = rollout.replayed_minus_recorded(
         model, rollouts, plan.rollout_block_size, args.temperature, args.tokens_per_micro_batch)
     log_ratio = differences.clamp(-10, 10)
     k3 = log_ratio.exp() - 1 - log_ratio  # as in policy_loss
@@ -427,7 +448,7 @@ def update(model, optimizer, batch, loss, is_first, args):
     is_first: no update has come before in this RL step, so that the old policy is the present one, and its
     log-probabilities are those of this very forward.
     """
-    own_size = [count_tokens(batch.rows), len(batch.rollouts)]  # of this process
+    own_size = [packing.count_targets(batch.rows), len(batch.rollouts)]  # of this process
     size = parallel.add_up(torch.tensor(own_size, device=model.device))  # of all processes
     num_tokens, num_responses = size.tolist()  # of the whole update, before it is split
     total, sums, maxima = (torch.zeros(n, dtype=torch.float64, device=model.device) for n in (1, 4, 2))
@@ -439,8 +460,8 @@ def update(model, optimizer, batch, loss, is_first, args):
             rows.targets.logp_old.copy_(logp.detach())
         targets = rows.targets
         if args.importance == "truncated":
-            # A factor above 0 passes through the minimum and the clip of the loss: to multiply the advantage
-            # is to multiply the whole term.
+            # min(c x, c y) = c min(x, y) for c > 0: to multiply the advantage is to multiply the clipped gain
+            # (the KL is left as it is).
             weight = (targets.logp_old - targets.logp).exp().clamp(max=2)  # pi_old / what decoding recorded
             targets = targets._replace(advantage=targets.advantage * weight)
         if len(logp):
@@ -466,7 +487,7 @@ def update(model, optimizer, batch, loss, is_first, args):
 
 def update_value(critic, optimizer, batch, args):
     """One step of the value model on one mini-batch -> its figures."""
-    num_tokens = torch.tensor(count_tokens(batch.value_rows), device=critic.device)
+    num_tokens = torch.tensor(packing.count_targets(batch.value_rows), device=critic.device)
     num_tokens, total = int(parallel.add_up(num_tokens)), torch.zeros((), device=critic.device)
     for rows in batch.value_rows:
         loss = value.value_loss(
@@ -481,7 +502,7 @@ def update_value(critic, optimizer, batch, args):
 
 
 def finish_step(
-        line, times, rollouts, kept, trainers, plan, tokenizer, dev_problems, args, run, progress):
+        line, times, rollouts, kept, trainers, plan, tokenizer, dev_problems, reward, args, run, progress):
     """Drift, development accuracy, metrics, the check of the replay law, checkpoint.
 
     times: when the step began, when its rollouts had their rewards, when its updates were done.
@@ -493,8 +514,8 @@ def finish_step(
         line |= drift(model, rollouts[::16], plan, args)
     if dev_problems and args.eval_every and step % args.eval_every == 0:
         found = eval_math.evaluate(
-            model, tokenizer, dev_problems, seed=args.seed, **runs.decoding_settings(args))
-        line["dev_accuracy"] = found["accuracy"]
+            model, tokenizer, dev_problems, seed=args.seed, reward=reward, **runs.decoding_settings(args))
+        line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if name in found}
     run.write(line)
     parallel.say(show.describe_line(line))
     show.warn(line, progress)
@@ -518,7 +539,7 @@ def self_check(model, args):
     """The replay law on a few random prompts, before the first RL step, with the kernels of this run."""
     started, rng, config = time.perf_counter(), random.Random(args.seed), model.config
     K = args.rollout_block_size or config.block_size
-    # Lengths that K divides and does not: where blocks are cut wrongly, the first of these shows it.
+    # K = 4 divides 64, not 5, 9 and 30: only these show blocks that are cut in a wrong place.
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
     settings = runs.decoding_settings(args) | dict(max_new_tokens=min(4 * K, args.max_new_tokens))
     rollouts = rollout.generate_everywhere(model, prompts, [*range(4)], block_size=K, **settings)
@@ -539,7 +560,9 @@ TINY = dict(  # defaults of the tiny model
     minibatches=2, lr=1e-4, adapt_lr=1e-3, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4,
     value_clip=None, max_new_tokens=20, slots=64, eval_every=20, save_every=20,
     tokens_per_micro_batch=4096, dtype="float32", gradient_checkpointing=False)
-REAL = dict(  # defaults with --model: the paper's for SDAR, for billions of parameters
+# Defaults with --model: the paper's for SDAR, for billions of parameters. Two of ours: one update per RL step
+# (the authors' code makes several), and beta2 = 0.95 of AdamW (theirs: 0.999).
+REAL = dict(
     steps=80, prompts=64, minibatches=1, adapt_lr=1e-5, warmup=0, value_lr=5e-6, value_warmup=5,
     value_epochs=1, value_clip=0.2, max_new_tokens=2000, eval_every=10, save_every=20,
     gradient_checkpointing=True,
@@ -685,7 +708,7 @@ def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args, started = parse_args(argv), time.perf_counter()
     reward = runs.load_function(args.reward, dict(math=math_reward), "--reward")
-    usual = Plan(runs.load_function(args.advantage, ADVANTAGES, "--advantage"),
+    flags_plan = Plan(runs.load_function(args.advantage, ADVANTAGES, "--advantage"),
                  runs.load_function(args.loss, LOSSES, "--loss"),
                  runs.load_function(args.views, rollout.VIEWS, "--views"))
     parallel.start_processes(args.device, args.model is None, args.dtype == "bfloat16")
@@ -705,7 +728,7 @@ def main(argv=None):
         if progress is not None:
             parallel.say(f"resuming {run.folder} after step {progress['step']}")
         progress = progress or dict(step=0, gap_max=0.0, before=evaluate())
-        progress = train(trainers, reward, usual, tokenizer, problems, dev_problems, args, run, progress)
+        progress = train(trainers, reward, flags_plan, tokenizer, problems, dev_problems, args, run, progress)
         before, after = progress["before"], evaluate()
         summary = dict(before=before, after=after, seconds=time.perf_counter() - started,
                        replay_gap_max=progress["gap_max"], seed=args.seed)

@@ -113,6 +113,8 @@ def slot_bytes(config, length, itemsize, has_cache):
 def fit_slots(asked, number, per_slot, config, device):
     """How many of `number` sequences are decoded together: as many as asked (None: as fit). ValueError, with
     the numbers, before anything is decoded."""
+    if asked is not None and asked < 1:
+        raise ValueError(f"slots must be at least 1, got {asked}")
     logits = max(MOST_LOGITS, config.vocab_size) * 4 * 6  # of the sampler, see Decoder.propose
     free = free_bytes(device)
     most = max(0, int((0.8 * free - logits) // per_slot))  # the rest: prefill, and what fragments

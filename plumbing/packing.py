@@ -52,6 +52,7 @@ def collate(rows, pad_id, multiple=None):
         for name in ("tokens", "position", "block", "view"):
             fields[name][start:stop] = getattr(row, name)
         fields["document"][start:stop] = [number] * lengths[number]
+        # from a place in the row to a place in the flattened batch
         targets += [(start + logit_index, *rest) for logit_index, *rest in row.targets]
         used = stop  # packed: the next row begins here
     tokens, *layout = (torch.tensor(values).view(B, T) for values in fields.values())
@@ -66,8 +67,8 @@ def to_device(rows, device):
     return Rows(move(rows.tokens), Layout(*map(move, rows.layout)), Targets(*map(move, rows.targets)))
 
 
-def micro_batches(texts, max_tokens, pad_id, device, is_packed=None):
-    """The rows of rollouts (see build_rows) -> micro-batches on `device`, of max_tokens tokens at most.
+def micro_batches(built, max_tokens, pad_id, device, is_packed=None):
+    """What build_rows gives -> micro-batches on `device`, of max_tokens tokens at most.
 
     Rows of one response stay in one micro-batch where they fit, so that a loss may look at whole responses.
     On a GPU rows are packed end to end, since FlexAttention skips what lies between documents.
@@ -76,12 +77,17 @@ def micro_batches(texts, max_tokens, pad_id, device, is_packed=None):
     multiple = -(-max_tokens // 512) * 128 if is_packed else None
     # A full-attention response whose rows do not fit together is cut; all others stay whole.
     pieces = []
-    for rows in texts:
+    for rows in built:
         fitting = max(1, max_tokens // len(rows[0].tokens)) if rows else 1
         pieces += [rows[start:start + fitting] for start in range(0, len(rows), fitting)]
     groups = by_length([(len(rows[0].tokens), len(rows)) for rows in pieces], max_tokens, is_packed)
     parts = [collate([row for item in group for row in pieces[item]], pad_id, multiple) for group in groups]
     return [to_device(part, device) for part in parts]
+
+
+def count_targets(parts):
+    """Targets of this process's micro-batches."""
+    return sum(len(rows.targets.token) for rows in parts)
 
 
 def with_dummies(parts, pad_id, device):

@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -222,6 +223,14 @@ def load_function(spec, built_in, flag):
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{flag} {spec}: {path} has no function {name!r}")
     return getattr(module, name)
+
+
+def call(function, *arguments):
+    """Calls a user's function with as many of the arguments as it requires: the last ones are optional."""
+    wanted = inspect.signature(function).parameters.values()
+    takes_all = any(p.kind is p.VAR_POSITIONAL for p in wanted)
+    number = len(arguments) if takes_all else sum(p.default is p.empty for p in wanted)
+    return function(*arguments[:number])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -77,12 +77,16 @@ ARMS = {  # what is compared: flags of one arm
     "clip-higher": [f"--loss={FORKS}:clip_higher"],  # DAPO
     "gspo": [f"--loss={FORKS}:sequence_ratio"],
     "just-grpo": ["--strategy=sequential"],
+    "as-many-random": [f"--views={FORKS}:as_many_random"],  # random masks at the cost of the trace
+    "mean-per-step": [f"--advantage={FORKS}:mean_per_step"],  # the paper's weights
+    "no-reward": [f"--reward={FORKS}:always_one", "--advantage=raw"],  # a control: what sharpening alone does
 }
 VIEWS = ("tracerl", "random", "coupled")
 CURVES = ("tracerl", "random", "shrink-4")  # whose learning curves are drawn
 EQUAL = ", equal seconds"
 PUBLISHED = ("tracerl", "shrink-4", "some-steps", "random", "coupled", "diffu-grpo", "wd1", "clip-higher",
-             "gspo", "value", "just-grpo")
+             "gspo", "value", "just-grpo", "as-many-random", "mean-per-step",
+             "no-reward")
 WHICH = dict.fromkeys(SETTINGS, PUBLISHED) | {
     "k4": (*PUBLISHED, "value-clip", "batch", "raw", "shrink-2", "static"), "k8": VIEWS,
     "k4-to-k8": ("tracerl",)}
@@ -285,8 +289,9 @@ def draw_curves(table, axes):
 
 
 def seconds_alone(setting, arms, args):
-    """Seconds of an RL step of each arm, the median of its first six, on one core -> dict. They are of an idle
-    machine only if nothing else ran when they were measured. (The value arm's first steps are not typical.)"""
+    """Seconds of an RL step of each arm, the median of its first six, on one core -> dict. They are of an
+    idle machine only if nothing else ran when they were measured. (The value arm's first steps are not
+    typical.)"""
     cost = {}
     for arm in arms:
         found, = run_all([command(setting, arm, "3e-4", 0, args, steps=6)])

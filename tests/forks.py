@@ -9,7 +9,8 @@ the estimators alone; a paper's other choices (sampler, data, learning rate) are
 
 import torch
 
-from rollout import trace_views
+from rollout import random_views, trace_views
+from tracerl import group_advantages
 
 
 def clip_higher(logp, targets, num_tokens, num_responses, clip_eps, kl_coef):
@@ -33,6 +34,16 @@ def sequence_ratio(logp, targets, num_tokens, num_responses, clip_eps, kl_coef):
 def centered(rewards):
     """--advantage: no division by the group's standard deviation (Dr. GRPO, arXiv 2503.20783)."""
     return rewards - rewards.mean(-1, keepdim=True)
+
+
+def mean_per_step(rewards, rollouts):
+    """--advantage: every trace step weighs the same, however many tokens it revealed, as in the objective of
+    the paper (arXiv 2509.06949): A / (tokens of the step)."""
+    out = torch.zeros(len(rollouts), max(len(r.response) for r in rollouts))
+    for row, A, r in zip(out, group_advantages(rewards).flatten(), rollouts):
+        steps = r.step_map[:r.num_tokens]
+        row[:len(steps)] = A / torch.tensor([steps.count(step) for step in steps])
+    return out.view(*rewards.shape, -1)
 
 
 def constant_length(logp, targets, num_tokens, num_responses, clip_eps, kl_coef):
@@ -61,6 +72,19 @@ def fully_masked(rollout, block, shrink, rng):
 
 
 def some_steps(rollout, block, shrink, rng):
-    """--views: a random half of the trace steps (as AGRPO does, arXiv 2510.04019)."""
+    """--views: each trace step with probability one half (AGRPO, arXiv 2510.04019: a random subset)."""
     views = trace_views(rollout, block, shrink)
     return [view for view in views if rng.random() < 0.5]
+
+
+def as_many_random(rollout, block, shrink, rng):
+    """--views: random masks, but as many views of them as the trace has, so that an update costs the same.
+    (With full attention the authors' baseline, too, draws many masks for each response: 35.)"""
+    steps = {rollout.step_map[j] for j in block}
+    return [view for _ in steps for view in random_views(rollout, block, shrink, rng)]
+
+
+def always_one(problem):
+    """--reward: every response earns the same. A control, with --advantage raw: what becoming surer alone
+    does for accuracy."""
+    return 1.0

@@ -95,7 +95,8 @@ def test_three_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path
     for one, three in zip(lines(tmp_path / "runs/one"), lines(tmp_path / "runs/three"), strict=True):
         assert all(compare(one, three)), (one, three)
     for name in ("model.safetensors", "value/model.safetensors", "adapter/adapter_model.safetensors"):
-        one, three = (load_file(tmp_path / f"runs/{run}/checkpoints/step-2/{name}") for run in ("one", "three"))
+        one, three = (load_file(tmp_path / f"runs/{run}/checkpoints/step-2/{name}")
+                      for run in ("one", "three"))
         assert all(torch.allclose(one[key], three[key], atol=2e-4) for key in one)
 
 
@@ -343,6 +344,7 @@ def test_the_noise_of_a_gradient_is_its_variance_over_its_squared_mean():
     [f"--loss={FORKS}:clip_higher", f"--views={FORKS}:some_steps"],
     [f"--loss={FORKS}:sequence_ratio"],
     [f"--advantage={FORKS}:centered", f"--loss={FORKS}:constant_length"],
+    [f"--advantage={FORKS}:mean_per_step", f"--views={FORKS}:as_many_random"],
     [f"--advantage={FORKS}:softmax_weights", f"--loss={FORKS}:ratio_free"],
     [f"--views={FORKS}:fully_masked", "--strategy=sequential", "--block_size=8"],
 ], ids=lambda flags: " ".join(flags).replace(FORKS, "forks.py"))

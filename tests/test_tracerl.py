@@ -10,6 +10,7 @@ import torch
 from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen
 
 import eval_math
+import forks
 import rollout
 import sft
 import tracerl
@@ -59,6 +60,20 @@ def rollouts_with_rewards(model, num_groups=3, group_size=4, **settings):
 
 
 # ------------------------------------------------------------------------------------------------- advantages
+
+
+def test_advantages_may_be_per_token():
+    """A fork gives A / (tokens of the step): each step's tokens add up to A, and every token knows its own."""
+    rollouts = rollouts_with_rewards(random_model())
+    plan = plan_of(settings())._replace(advantage=forks.mean_per_step)
+    kept, _ = give_advantages(rollouts, None, plan, settings())
+    A = group_advantages(torch.tensor([r.reward for r in rollouts]).view(-1, 4)).flatten().tolist()
+    assert kept and {len(set(r.advantage)) for r in kept} != {1}
+    for r, expected in zip(rollouts, A):
+        steps = r.step_map[:r.num_tokens]
+        for step in set(steps):
+            assert sum(a for a, s in zip(r.advantage, steps) if s == step) == pytest.approx(expected, abs=1e-5)
+        assert r.advantage[r.num_tokens:] == [0.0] * (len(r.response) - r.num_tokens)
 
 
 def test_group_advantages_are_standard_scores_within_the_group():
@@ -152,7 +167,7 @@ def one_update(model, kept, lr=0.1, loss=policy_loss, **changes):
     trainers = Trainers(model, torch.optim.SGD(model.parameters(), lr=lr), None, None)
     plan = plan_of(args, trainers, loss)._replace(lr=lr)
     batches = tracerl.make_batches(kept, trainers, plan, args, 1)
-    tracerl.old_logprobs(model, batches, kept, plan, args)
+    tracerl.old_logprobs(model, batches, plan, args)
     metrics = tracerl.learn(trainers, batches, plan, args)
     return metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), batches
 
@@ -436,7 +451,6 @@ def test_a_reward_function_gives_one_number_or_one_per_token(tmp_path):
 
 def test_a_sequence_ratio_sees_whole_responses():
     """GSPO by hand, and the same gradient however the rows are cut."""
-    import forks
     logp, old = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
     owner = torch.tensor([5, 5, 9, 9, 9, 2, 2])
     advantage = torch.tensor([1.0, 1, -2, -2, -2, 0.5, 0.5])
@@ -457,7 +471,7 @@ def test_a_sequence_ratio_sees_whole_responses():
 
 
 def test_forks_are_what_their_papers_say():
-    import forks
+
     rewards = torch.tensor([[1.0, 0, 0, 1], [0.5, 0.5, 0.5, 0.5]])
     assert forks.centered(rewards).tolist() == [[0.5, -0.5, -0.5, 0.5], [0] * 4]
     weights = forks.softmax_weights(rewards)
