@@ -396,6 +396,7 @@ def evaluate_command(args):
     name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
     # The settings in args.json hold the fingerprints: other weights under the same path are refused.
     with runs.Run(name, vars(args) | fingerprint(model, problems), resume=True, log="responses.jsonl") as run:
+        run.begin()
         # What an earlier, interrupted call has answered is not asked again.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
         # (strategy, problem, sample)

@@ -215,10 +215,11 @@ def block_mask(layout):
 # With full attention and nothing padded it is masked_attention without a mask.
 
 
-def attend_within(layout):
+def attend_within(layout, is_prefill=False):
     """An `attend` in which the tokens of each row see one another by the rule."""
     B, T = layout.block.shape
-    if layout.block.is_cuda and B == 1 and T % 128 == 0:  # packed rows: few lengths
+    # Packed rows have few lengths. Prompts have many, and FlexAttention would be compiled for each.
+    if layout.block.is_cuda and B == 1 and T % 128 == 0 and not is_prefill:
         mask = block_mask(layout)
     elif T > 512 and not layout.block.is_cuda:
         mask = tile_mask(layout)
@@ -267,7 +268,7 @@ class KVCache:
 
     def filling(self, slots, layout):
         """An `attend` for prefill: by the rule within each row; row b is kept in slot slots[b]."""
-        within = attend_within(layout)
+        within = attend_within(layout, is_prefill=True)
         return functools.partial(self.fill, slots=slots, position=layout.position, within=within)
 
     def fill(self, layer, q, k, v, slots, position, within):

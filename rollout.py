@@ -25,7 +25,7 @@ on tiny models: cutting blocks at the start of the response in training but at p
 1.1 nats per token; cutting the last block at eos, 0.06 to 0.56 for its tokens. A training loss shows none of
 this: both sides of its ratio are wrong in the same way.
 
-Read in this order: Rollout; sample, reveal, Decoder, generate; then the views, build_rows, replay.
+Read in this order: Rollout; sample, reveal, Decoder, generate; then the views, build_rows, lay_out, replay.
 
 Left out:
   1. speculative decoding, classifier-free guidance;
@@ -291,9 +291,10 @@ class Decoder:
         if not self.config.is_full or settings.cache != "none":
             self.cache = KVCache(
                 self.config, num_slots + 1, length, model.embed.weight.dtype, self.device)
-        if self.device.type == "cuda" and not self.config.is_full:
+        if self.device.type == "cuda" and not self.config.is_full and not cuda.IS_EAGER:
+            is_flash = flash_attn_with_kvcache is not None and self.cache.keys.dtype != torch.float32
             self.denoise = cuda.Captured(
-                self.denoise, num_slots, K, length, length if flash_attn_with_kvcache else 512)
+                self.denoise, num_slots, K, length, length if is_flash else 512)
 
     def admit(self, numbers, prompts, seeds):
         """Gives prompts to the next free slots, and fills the cache with the whole blocks of each."""
@@ -390,9 +391,9 @@ class Decoder:
         places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
         slot = places // s.block_size  # (N,) whose place it is
         draws = uniform(seed[slot], step[slot], columns.flatten()[places])
-        token, confidence, logp, entropy = (
-            x.new_zeros(B * s.block_size).scatter(0, places, x).view_as(is_masked)
-            for x in self.propose(h.flatten(0, 1)[places], draws))  # (B, K), 0 where nothing is masked
+        # (N,) each, back to (B, K), 0 where nothing is masked
+        spread = lambda x: x.new_zeros(B * s.block_size).scatter(0, places, x).view_as(is_masked)
+        token, confidence, logp, entropy = map(spread, self.propose(h.flatten(0, 1)[places], draws))
         is_kept = reveal(confidence, entropy, is_masked, quota, s.strategy, s.threshold)  # (B, K)
         # torch.where instead of an index list: what is kept is written, all else stays as it is.
         records = ((self.token, token), (self.confidence, confidence), (self.logp, logp),
@@ -555,6 +556,8 @@ def generate_everywhere(model, prompts, seeds, **settings):
     # Every process decodes its share with whole weights, without waiting for the others.
     with parallel.unsharded(model) as whole:
         own = generate(whole, parallel.share(prompts), seed=parallel.share(seeds), **settings)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the KV cache: NCCL allocates beside torch's own pool
     return parallel.gather(own)
 
 
@@ -675,45 +678,47 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
     """
     rows_of_all = []  # a list of rows for every rollout
     for rollout_index, r in enumerate(rollouts):
-        P, R = len(r.prompt), len(r.response)
-        text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
-        size = len(text) if config.is_full else block_size  # of a block; full attention: all is one block
-        # Training blocks may be larger than those of the decoding. Then the end of the last one was never
-        # decoded: it is shown as masks.
-        text += [config.mask_id] * (-len(text) % size)
         # Targets stop at eos; what stands behind it is still shown, for it was in sight.
-        end = r.trained_end(post_num) if trained_only else R
-        # values[j]: logp, logp_old, advantage, value_old, returns of token j; 0 where a list is not filled
-        # yet. (logp_old never is: it will be computed from these very rows.)
-        columns = [column + [0.0] * (R - len(column))
-                   for column in (r.logp, [], r.advantage, r.value_old, r.returns)]
-        values = list(zip(*columns))
-        found = []
-        for block, hidden, targets, share in views_of(r, config, block_size, views, shrink):
-            trained = [j for j in targets if j < end]
-            if trained:
-                found.append((block, hidden, trained, share))
-        rows = []
-        for view, (block, hidden, trained, share) in enumerate(found, 1):
-            # Block attention: one row for all views; it begins with the clean blocks before the last view's.
-            # Full attention: a row for each view, and no clean text, since its only block is number 0.
-            if config.is_full or not rows:
-                rows.append(Row())
-                last_block = found[-1][0]
-                for clean in range(last_block):
-                    rows[-1].add(text[clean * size:(clean + 1) * size], clean, 0)
-            shown, view_start = text[block * size:(block + 1) * size], len(rows[-1].tokens)
-            for j in hidden:
-                shown[P + j - block * size] = config.mask_id
-            rows[-1].add(shown, block, view)
-            for j in trained:
-                place = view_start + P + j - block * size  # in this row; packing adds where the row begins
-                # Dream predicts a token one place before it; a prompt has a token, so that the place exists.
-                logit_index = place - int(config.shifts_logits)
-                rows[-1].targets.append(  # in the order of model.Targets
-                    (logit_index, r.response[j], rollout_index, j, share, *values[j]))
-        rows_of_all.append(rows)
+        end = r.trained_end(post_num) if trained_only else len(r.response)
+        found = [(block, hidden, [j for j in targets if j < end], share)
+                 for block, hidden, targets, share in views_of(r, config, block_size, views, shrink)]
+        found = [view for view in found if view[2]]
+        rows_of_all.append(lay_out(r, rollout_index, found, config, block_size))
     return rows_of_all
+
+
+def lay_out(r, rollout_index, found, config, block_size):
+    """The rows of one rollout, from its views, tuples like those of views_of -> list[Row]."""
+    P, R, rows = len(r.prompt), len(r.response), []
+    text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
+    size = len(text) if config.is_full else block_size  # of a block; full attention: all is one block
+    # Training blocks may be larger than those of the decoding. Then the end of the last one was never
+    # decoded: it is shown as masks.
+    text += [config.mask_id] * (-len(text) % size)
+    # values[j]: logp, logp_old, advantage, value_old, returns of token j; 0 where a list is not filled yet.
+    # (logp_old never is: it will be computed from these very rows.)
+    columns = [column + [0.0] * (R - len(column))
+               for column in (r.logp, [], r.advantage, r.value_old, r.returns)]
+    values = list(zip(*columns))
+    for view, (block, hidden, targets, share) in enumerate(found, 1):
+        # Block attention: one row for all views; it begins with the clean blocks before the last view's. Full
+        # attention: a row for each view, and no clean text, since its only block is number 0.
+        if config.is_full or not rows:
+            rows.append(Row())
+            last_block = found[-1][0]
+            for clean in range(last_block):
+                rows[-1].add(text[clean * size:(clean + 1) * size], clean, 0)
+        shown, view_start = text[block * size:(block + 1) * size], len(rows[-1].tokens)
+        for j in hidden:
+            shown[P + j - block * size] = config.mask_id
+        rows[-1].add(shown, block, view)
+        for j in targets:
+            place = view_start + P + j - block * size  # in this row; packing adds where the row begins
+            # Dream predicts a token one place before it; a prompt has a token, so that the place exists.
+            logit_index = place - int(config.shifts_logits)
+            rows[-1].targets.append(  # in the order of model.Targets
+                (logit_index, r.response[j], rollout_index, j, share, *values[j]))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -131,10 +131,10 @@ def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
 
 
 def learning_rate(step, peak, warmup, cooldown, decay_start):
-    """Up over `warmup` steps, level, from decay_start (if set) down to a tenth over `cooldown` steps."""
+    """Up over `warmup` steps, level, from decay_start on down to a tenth over `cooldown` steps."""
     # The last, small steps average out the noise of masks and batches.
-    down = 1.0 if decay_start is None else 1 - 0.9 * min(1.0, (step - decay_start + 1) / cooldown)
-    return peak * min((step + 1) / warmup, down)
+    cooled = max(0, step - decay_start + 1) / cooldown
+    return peak * min((step + 1) / warmup, 1 - 0.9 * min(1.0, cooled))
 
 
 @functools.lru_cache(maxsize=2)
@@ -173,10 +173,8 @@ def train(model, tokenizer, examples, dev_problems, args, run):
     end = max(1, args.steps - args.cooldown)  # where the learning rate goes down at the latest
     bar = parallel.progress(range(progress["step"], args.steps), "sft")
     for step in bar:
-        decay_start = progress["decay_start"]  # by accuracy; else by the number of steps
-        if decay_start is None and step >= end:
-            decay_start = end
-        if decay_start is not None and step >= decay_start + args.cooldown:
+        decay_start = min(progress["decay_start"] or end, end)  # by accuracy, or by the number of steps
+        if step >= decay_start + args.cooldown:
             break
         # depends on the step alone
         lr = learning_rate(step, args.lr, args.warmup, args.cooldown, decay_start)
@@ -194,8 +192,7 @@ def train(model, tokenizer, examples, dev_problems, args, run):
         # suddenly, at another time from each seed, and a warm start that is too good leaves
         # reinforcement learning nothing to do.
         is_reached = args.stop_accuracy is not None and line.get("accuracy", 0) >= args.stop_accuracy
-        # Either way the learning rate comes down at the end.
-        if decay_start is None and is_reached:
+        if progress["decay_start"] is None and is_reached:
             progress["decay_start"] = step + 1
         if args.stop_accuracy is not None and progress["decay_start"] is None and step + 1 == end:
             parallel.say(f"sft: accuracy did not reach {args.stop_accuracy} in {step + 1} updates; "
@@ -280,29 +277,36 @@ def main(argv=None):
     """Trains and saves runs/<name>/checkpoint -> its path."""
     args = parse_args(argv)
     parallel.start_processes(args.device, args.model is None, args.dtype == "bfloat16")
-    if args.model is None:
-        model, tokenizer = tiny_model(args.seed, args.block_size or 4, args.attention), tiny_tokenizer()
-        model.to(parallel.default_device())
-        parallel.shard(model, model.layers)
-    else:
-        model, _, tokenizer = checkpoints.load_to_train(args.model, args)
+    with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:  # a taken name is said at once
+        if args.model is None:
+            model, tokenizer = tiny_model(args.seed, args.block_size or 4, args.attention), tiny_tokenizer()
+            model.to(parallel.default_device())
+            parallel.shard(model, model.layers)
+        else:
+            model, _, tokenizer = checkpoints.load_to_train(args.model, args)
+        examples = load_examples(tokenizer, model.config, args)
+        dev_problems = eval_math.load_prompts(args.dev_data, tokenizer, args)[:200] if args.dev_data else []
+        run.begin()
+        train(model, tokenizer, examples, dev_problems, args, run)
+        path = run.save_model(model, tokenizer)
+    parallel.say(f"sft: the model is in {path}")
+    return path
+
+
+def load_examples(tokenizer, config, args):
+    """The training data, by the flags -> list[Rollout]."""
     # The embedded data are made here, with slips; files and hub ids are read.
     if args.data in eval_math.EMBEDDED:
         problems = eval_math.EMBEDDED[args.data]("train", 20000, args.seed, args.slip)
         problems, _ = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction)
     else:
         problems = eval_math.load_prompts(args.data, tokenizer, args, needs_answer=False)
-    examples = to_examples(problems, tokenizer, model.config, args.max_new_tokens)
+    examples = to_examples(problems, tokenizer, config, args.max_new_tokens)
     if len(examples) < args.batch_size:
         raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "
                          f"than a batch of {args.batch_size}: lower --batch_size or raise --max_new_tokens")
-    dev_problems = eval_math.load_prompts(args.dev_data, tokenizer, args)[:200] if args.dev_data else []
     parallel.say(f"sft: {len(examples)} examples; skipped {len(problems) - len(examples)} long responses")
-    with runs.Run(args.name, vars(args), args.resume, args.overwrite) as run:
-        train(model, tokenizer, examples, dev_problems, args, run)
-        path = run.save_model(model, tokenizer)
-    parallel.say(f"sft: the model is in {path}")
-    return path
+    return examples
 
 
 # ------------------------------------------------------------------------------------------------------------

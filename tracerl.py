@@ -282,6 +282,9 @@ def give_advantages(rollouts, critic, plan, args):
         raise ValueError(f"the reward function gives a reward per token, and --advantage {args.advantage} "
                          "takes one per response: use --advantage value, or give their sum")
     advantages = runs.call(plan.advantage, rewards, rollouts)  # (groups, G), or (groups, G, longest)
+    if advantages.shape[:2] != rewards.shape:
+        raise ValueError(f"--advantage {args.advantage} gives {tuple(advantages.shape)} numbers for the "
+                         f"{tuple(rewards.shape)} responses")
     # A group of equal rewards has nothing to learn from. If all groups are like that, there is no update: the
     # step is logged ("nothing to learn from"), the weights stay, and the next step asks other prompts.
     is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
@@ -303,21 +306,25 @@ def value_advantages(critic, rollouts, block_size, args):
     """The same with values: sets value_old, returns and advantage by GAE over trace
     steps -> figures for the log."""
     # Dealt out longest first, so that processes have about the same number of tokens.
-    ordered, sums = longest_first(rollouts), torch.zeros(6, dtype=torch.float64)
+    ordered = longest_first(rollouts)
     own = parallel.share(ordered)  # this process's part
     parts = own_rows(critic, own, rollout.trace_views, block_size, args)
     with torch.no_grad():
-        write_back(own, "value_old", parts, [critic(rows) for rows in parts])
+        packing.write_back(own, "value_old", parts, [critic(rows) for rows in parts])
     for r in own:
         # time of each token: its trace step
         steps = value.trace_steps(r, critic.config, block_size, args.shrink, args.post_num)
-        sums += value.estimate(r, steps, args.gamma, args.gae_lambda)
+        value.estimate(r, steps, args.gamma, args.gae_lambda)
     # Every process then holds the same records.
     for r, fields in zip(ordered, parallel.gather([(r.value_old, r.returns, r.advantage) for r in own])):
         r.value_old, r.returns, r.advantage = fields
-    sums = parallel.add_up(sums.to(critic.device)).cpu()
-    return dict(explained_variance=value.explained_variance(sums[:5]),
-                advantage_rms=float((sums[5] / sums[0]) ** 0.5))
+    # (3, N) of all trained tokens
+    values, returns, advantages = torch.tensor(
+        [column for r in rollouts
+         for column in list(zip(r.value_old, r.returns, r.advantage))[:r.trained_end(args.post_num)]],
+        dtype=torch.float64).T
+    return dict(explained_variance=value.explained_variance(values, returns),
+                advantage_rms=float(advantages.square().mean().sqrt()))
 
 
 # ----------------------------------------------------------------------------- what is dealt to this process
@@ -346,6 +353,8 @@ def own_rows(model, own, views, block_size, args):
     """The micro-batches of this process's rollouts, as many on every process."""
     # trained_only: targets up to eos
     built = rollout.build_rows(own, model.config, block_size, views, args.shrink, True, args.post_num)
+    if args.loss not in LOSSES:
+        packing.warn_of_cuts(built, args.tokens_per_micro_batch)
     parts = packing.micro_batches(built, args.tokens_per_micro_batch, model.config.pad_id, model.device)
     return packing.with_dummies(parts, model.config.pad_id, model.device)
 
@@ -372,16 +381,6 @@ def make_batches(kept, trainers, plan, args, step):
     return batches
 
 
-def write_back(rollouts, name, parts, numbers):
-    """Gives rollouts their numbers: a list `name` over the response, 0 where a token is no target."""
-    for r in rollouts:
-        setattr(r, name, [0.0] * len(r.response))
-    for rows, column in zip(parts, numbers):
-        places = zip(rows.targets.rollout_index.tolist(), rows.targets.response_index.tolist())
-        for (i, j), number in zip(places, column.tolist()):
-            getattr(rollouts[i], name)[j] = number
-
-
 # ------------------------------------------------------------------------------------------------ 4 old logp
 
 
@@ -393,17 +392,24 @@ def old_logprobs(model, batches, plan, args):
     The recorded log-probabilities would do for the trace itself; but other views are other states, and on a
     GPU decoding and training use different kernels.
     """
-    for rows in [rows for batch in batches[1:] if plan.updates_policy for rows in batch.rows]:
-        logp, _ = rollout.forward_rows(model, rows, args.temperature)
-        rows.targets.logp_old.copy_(logp)
+    for batch in batches[1:] if plan.updates_policy else []:
+        for rows in batch.rows:
+            logp, _ = rollout.forward_rows(model, rows, args.temperature)
+            rows.targets.logp_old.copy_(logp)
 
 
 def sampled_gap(model, batches, rollouts, plan, args):
-    """The replay gap of a sixteenth of the rollouts, before the updates -> figures for the log; {} where the
+    """The replay gap of a sample of the rollouts, before the updates -> figures for the log; {} where the
     rows of the updates are the trace itself: then `update` measures the gap on all trained tokens."""
     is_measured_there = bool(batches) and plan.updates_policy and plan.is_replayed
     return {} if is_measured_there else rollout.replay_gap(
-        model, rollouts[::16], plan.rollout_block_size, args.temperature, args.tokens_per_micro_batch)
+        model, sample(rollouts, model), plan.rollout_block_size, args.temperature,
+        args.tokens_per_micro_batch)
+
+
+def sample(rollouts, model):
+    """A sixteenth of the rollouts; with full attention, where every state is a row, a sixty-fourth."""
+    return rollouts[::64 if model.config.is_full else 16]
 
 
 def drift(model, rollouts, plan, args):
@@ -414,9 +420,9 @@ def drift(model, rollouts, plan, args):
     moves the weights, so that they are 1 whatever comes of it.
     """
     # after the updates
-    differences = rollout.replayed_minus_recorded(
+    log_ratio = rollout.replayed_minus_recorded(
         model, rollouts, plan.rollout_block_size, args.temperature, args.tokens_per_micro_batch)
-    log_ratio = differences.clamp(-10, 10)
+    log_ratio.clamp_(-10, 10)
     k3 = log_ratio.exp() - 1 - log_ratio  # as in policy_loss
     return dict(drift_kl=parallel.mean_of(k3), drift_ratio_max=parallel.largest_of(log_ratio.exp()))
 
@@ -448,9 +454,9 @@ def update(model, optimizer, batch, loss, is_first, args):
     is_first: no update has come before in this RL step, so that the old policy is the present one, and its
     log-probabilities are those of this very forward.
     """
-    own_size = [packing.count_targets(batch.rows), len(batch.rollouts)]  # of this process
-    size = parallel.add_up(torch.tensor(own_size, device=model.device))  # of all processes
-    num_tokens, num_responses = size.tolist()  # of the whole update, before it is split
+    own_size = torch.tensor([packing.count_targets(batch.rows), len(batch.rollouts)], device=model.device)
+    # Of the whole update, over all processes, before any loss is made.
+    num_tokens, num_responses = parallel.add_up(own_size).tolist()
     total, sums, maxima = (torch.zeros(n, dtype=torch.float64, device=model.device) for n in (1, 4, 2))
     ratios = []
     for rows in batch.rows:
@@ -474,15 +480,15 @@ def update(model, optimizer, batch, loss, is_first, args):
         total, sums, maxima = total + part.detach(), sums + part_sums, torch.maximum(maxima, part_maxima)
         ratios.append((logp.detach() - rows.targets.logp_old).exp())  # pi_new / pi_old
     # For trace.html.
-    write_back(batch.rollouts, "ratio", batch.rows, ratios)
+    packing.write_back(batch.rollouts, "ratio", batch.rows, ratios)
     # NaN or inf: skipped, counted, said
     norm, is_finite = parallel.optimizer_step(model, optimizer, args.max_grad_norm)
     loss_value, *sums = parallel.add_up(torch.cat([total, sums])).tolist()
-    figures = dict(loss=loss_value, trained_tokens=num_tokens, gradient_norm=norm,
-                   skipped_updates=int(not is_finite))
-    means = [number / max(num_tokens, 1) for number in sums]
-    figures |= zip(("kl", "clip_fraction", "entropy", "gap"), means)
-    return figures | dict(zip(("ratio_max", "gap_max"), parallel.largest(maxima).tolist()))
+    kl, clip_fraction, entropy, gap = (number / max(num_tokens, 1) for number in sums)
+    ratio_max, gap_max = parallel.largest(maxima).tolist()
+    return dict(loss=loss_value, trained_tokens=num_tokens, gradient_norm=norm,
+                skipped_updates=int(not is_finite), kl=kl, clip_fraction=clip_fraction, entropy=entropy,
+                ratio_max=ratio_max, gap=gap, gap_max=gap_max)
 
 
 def update_value(critic, optimizer, batch, args):
@@ -509,9 +515,8 @@ def finish_step(
     """
     step, model = line["step"], trainers.model
     line |= dict(rollout_seconds=times[1] - times[0], update_seconds=times[2] - times[1])
-    # On one sixteenth of the rollouts, if the policy has moved at all.
-    if "kl" in line:
-        line |= drift(model, rollouts[::16], plan, args)
+    if "kl" in line:  # else the policy has not moved
+        line |= drift(model, sample(rollouts, model), plan, args)
     if dev_problems and args.eval_every and step % args.eval_every == 0:
         found = eval_math.evaluate(
             model, tokenizer, dev_problems, seed=args.seed, reward=reward, **runs.decoding_settings(args))
@@ -525,14 +530,13 @@ def finish_step(
         # A value model is saved beside the policy, in value/.
         save_more = trainers.critic and functools.partial(checkpoints.save_value_model, trainers.critic)
         run.save(tokenizer, trainers.pairs(), progress, args.keep_checkpoints, save_more)
-        # Ratios are there for this process's own share only. Where nothing was learnt (all rewards equal),
-        # an earlier page, with right and wrong responses side by side, shows more.
-        shown = [r for r in kept if r.ratio or r.value_old]
+        # Where nothing was learnt (all rewards equal), an earlier page, with right and wrong responses side
+        # by side, shows more. (Ratios are there for this process's own share only.)
         path = os.path.join(run.folder, "trace.html")
-        if run.is_writer and (shown or not os.path.exists(path)):
+        if run.is_writer and (kept or not os.path.exists(path)):
             with runs.writing(path):
                 K = 0 if model.config.is_full else plan.block_sizes[0]
-                show.write_page(show.best_and_worst(shown or rollouts)[:8], K, tokenizer, path, step)
+                show.write_page(show.best_and_worst(kept or rollouts)[:8], K, tokenizer, path, step)
 
 
 def self_check(model, args):
@@ -545,7 +549,8 @@ def self_check(model, args):
     rollouts = rollout.generate_everywhere(model, prompts, [*range(4)], block_size=K, **settings)
     # On a GPU both ways to lay out rows, with their kernels: packed, and one padded row each.
     for is_packed in {False, model.device.type == "cuda"}:
-        figures = rollout.replay_gap(model, rollouts, K, args.temperature, is_packed=is_packed)
+        figures = rollout.replay_gap(
+            model, rollouts, K, args.temperature, args.tokens_per_micro_batch, is_packed)
         show.check_gap(figures, args, dict(gap_steps=2))  # as if two steps had missed: this one stops
     parallel.say(f"self-check: replayed and recorded log-probabilities differ by {figures['gap']:.1e} "
                  f"({time.perf_counter() - started:.1f} s)")
@@ -693,9 +698,6 @@ def load_start(args):
         if args.adapt_steps >= args.steps:
             raise ValueError(f"--adapt_steps {args.adapt_steps} leaves nothing of --steps {args.steps}: "
                              "raise --steps")
-    if (args.denoising_steps or 1) > smallest:
-        raise ValueError(f"--denoising_steps {args.denoising_steps} must be between 1 "
-                         f"and the block size, {smallest}")
     # Optimizer states live as long as the run: moments thrown away every step would make AdamW a sign update.
     optimizer, critic_optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.95)), None
     if critic is not None:
@@ -724,6 +726,7 @@ def main(argv=None):
         # Before and after: the same problems, the same draws.
         evaluate = functools.partial(eval_math.evaluate_all, model, tokenizer, test_problems, reward, args)
         # A resumed run has its "before" from the first time.
+        run.begin()
         progress = run.restore(trainers.pairs()) if args.resume else None
         if progress is not None:
             parallel.say(f"resuming {run.folder} after step {progress['step']}")

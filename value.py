@@ -120,19 +120,13 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
 
 
 def estimate(r, steps, gamma, lam):
-    """Sets a Rollout's returns and advantage, from its value_old and its rewards -> sums for the log.
-
-    steps: `trace_steps` of it. Sums, float64 (6,): the five of `variance_sums`, and the squares of the
-    advantages.
-    """
+    """Sets a Rollout's returns and advantage, from its value_old, its rewards and its `trace_steps`."""
     steps, values = torch.tensor([steps]), torch.tensor([r.value_old])  # (1, R): a batch of one
     rewards = place_rewards(torch.tensor([r.reward]), steps)
     if r.token_rewards:  # process rewards take its place: each token's own
         rewards.zero_()[0, :len(r.token_rewards)] = torch.tensor(r.token_rewards)
     returns, advantages = returns_and_advantages(rewards, values, steps, gamma, lam)
     r.returns, r.advantage = returns[0].tolist(), advantages[0].tolist()
-    sums = variance_sums(values[steps > 0], returns[steps > 0])
-    return torch.cat([sums, advantages.double().square().sum()[None]])
 
 
 def value_loss(values, values_old, returns, num_tokens, clip=None):
@@ -150,19 +144,8 @@ def value_loss(values, values_old, returns, num_tokens, clip=None):
     return 0.5 * error.sum() / num_tokens
 
 
-def variance_sums(values, returns):
-    """What explained_variance needs, of two float (N,): five sums, float64 (5,),
-    that add up over processes."""
-    returns, error = returns.double(), (returns - values).double()
-    count = torch.tensor(len(returns), dtype=torch.float64)
-    return torch.stack([count, returns.sum(), (returns**2).sum(), error.sum(), (error**2).sum()])
-
-
-def explained_variance(sums):
-    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant; 0 where all returns are equal."""
-    count, total, squares, error, error_squares = sums.tolist()
-    # Var = E x^2 - (E x)^2, of sums that were added up over processes.
-    variance = squares / count - (total / count) ** 2
-    if variance < 1e-9:
-        return 0.0
-    return 1 - (error_squares / count - (error / count) ** 2) / variance
+def explained_variance(values, returns):
+    """1 - Var(R - V) / Var(R), of float64 (N,) each: 1 is perfect, 0 no better than a constant (or all
+    returns are equal)."""
+    variance = returns.var(unbiased=False)
+    return 1 - float((returns - values).var(unbiased=False) / variance) if variance > 1e-9 else 0.0

@@ -347,7 +347,7 @@ def load_to_train(path, args, make_critic=None):
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
     if args.model is not None:
-        cuda.plan(config, args, make_critic is not None)
+        cuda.plan_memory(config, args, make_critic is not None)
     dtype, model = getattr(torch, args.dtype), empty_model(config)
     for layer in model.layers:  # and so of the value model, a copy
         layer.has_gradient_checkpointing = args.gradient_checkpointing

@@ -15,6 +15,10 @@ from model import BlockDiffusionLM, flash_attn_error, flash_attn_with_kvcache
 from plumbing import parallel
 
 
+# torch's own switch turns off compiled kernels; ours go with them, where one of them does not work.
+IS_EAGER = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Decoding steps as CUDA graphs.
 
@@ -128,7 +132,7 @@ def fit_slots(asked, number, per_slot, config, device):
     return most
 
 
-def plan(config, args, has_critic):
+def plan_memory(config, args, has_critic):
     """Says what training takes of this process's memory, before the weights are read, and sets
     args.tokens_per_micro_batch if it is None. ValueError where it cannot fit, with what would."""
     device, wide = parallel.default_device(), 2 if args.dtype == "bfloat16" else 4

@@ -418,8 +418,11 @@ class Workers:
             if self.started < self.NUMBER:
                 self.started += 1
                 self.idle.put(None)
-        process = self.idle.get()
+        process, reply = self.idle.get(), ""
         try:
+            if process is not None and process.poll() is not None:  # it died while idle: no verdict on anyone
+                self.bury(process)
+                process = None
             process = process or self.start()
             timer = threading.Timer(self.WALL_SECONDS, process.kill)
             timer.start()
@@ -428,18 +431,20 @@ class Workers:
                 process.stdin.flush()
                 reply = process.stdout.readline()
             except BrokenPipeError:
-                reply = ""
+                pass
             finally:
                 timer.cancel()
-            if reply:
-                return json.loads(reply), "expression"
-            self.bury(process)
-            process = None
-            print(f"grading: a check was killed by its limits, and counts as wrong: {answer!r}",
-                  file=sys.stderr)
-            return False, "killed"
         finally:
+            # Dead, or interrupted: with its reply unread it would answer the next question with this verdict.
+            if process is not None and not reply:
+                process.kill()
+                self.bury(process)
+                process = None
             self.idle.put(process)
+        if reply:
+            return json.loads(reply), "expression"
+        print(f"grading: a check was killed by its limits, and counts as wrong: {answer!r}", file=sys.stderr)
+        return False, "killed"
 
     def start(self):
         """A new worker, ready."""
@@ -477,7 +482,9 @@ def work():
     sys.setrecursionlimit(2000)
     resource.setrlimit(resource.RLIMIT_AS, (Workers.MEMORY, Workers.MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    print("ready", flush=True)
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no reply
+    print("ready", file=replies)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(used.ru_utime + used.ru_stime) + 1 + Workers.CPU_SECONDS
@@ -486,7 +493,7 @@ def work():
             same = is_same_expression(*json.loads(line))
         except Exception:  # whatever a parser or sympy throws at text by a model: it is not the right answer
             same = False
-        print(json.dumps(bool(same)), flush=True)
+        print(json.dumps(bool(same)), file=replies)
 
 
 DIGITS = 250

@@ -90,6 +90,25 @@ def count_targets(parts):
     return sum(len(rows.targets.token) for rows in parts)
 
 
+def write_back(rollouts, name, parts, numbers):
+    """Gives rollouts their numbers: a list `name` over the response, 0 where a token is no target."""
+    for r in rollouts:
+        setattr(r, name, [0.0] * len(r.response))
+    for rows, column in zip(parts, numbers):
+        places = zip(rows.targets.rollout_index.tolist(), rows.targets.response_index.tolist())
+        for (i, j), number in zip(places, column.tolist()):
+            getattr(rollouts[i], name)[j] = number
+
+
+def warn_of_cuts(built, max_tokens):
+    """Says so where a response's rows (full attention) do not fit into one micro-batch: a loss of the user's
+    own might look at whole responses."""
+    longest = max((len(rows) * len(rows[0].tokens) for rows in built if rows), default=0)
+    if longest > max_tokens and len(max(built, key=len)) > 1:
+        parallel.say(f"WARNING: the rows of a response ({longest} tokens) go into several micro-batches: a "
+                     f"--loss that looks at whole responses needs --tokens_per_micro_batch {longest}")
+
+
 def with_dummies(parts, pad_id, device):
     """This process's micro-batches, and dummies, so that every process has as many.
 

@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from plumbing import parallel
 from plumbing.checkpoints import read_json, save_checkpoint, write_json
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 # ------------------------------------------------------------------------------------------------------------
 # Flags.
 
@@ -175,7 +177,9 @@ def check_same(saved, settings, path):
 
 
 def run_command(main):
-    """main() of a script, for people: an error of the user's is one line, with exit status 2."""
+    """main() of a script, for people: an error of the user's is one line, with exit status 2. (It is one if
+    this project's own code raised it; what torch raises, out of memory or a bug, comes with its
+    traceback.)"""
     program, status = os.path.basename(sys.argv[0]), 0
     try:
         main()
@@ -186,7 +190,8 @@ def run_command(main):
             print(f"{program}: stopped. To go on: the same command with --resume (eval_math.py: without)",
                   file=sys.stderr)
     except Exception as error:  # any: whoever fails must say so and leave, or the others wait for ever
-        is_users = isinstance(error, (ValueError, OSError, RuntimeError))
+        is_ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(ROOT)
+        is_users = is_ours and isinstance(error, (ValueError, OSError, RuntimeError))
         status = 2 if is_users else 1
         if not is_users or "--debug" in sys.argv:
             traceback.print_exc()
@@ -283,17 +288,20 @@ def checksums(folder):
 class Run:
     """runs/<name>/ while a command works in it. To be used in a `with`; only the first process writes.
 
-    resume: what is there is kept. overwrite: what is there goes. Neither: a name that holds a run is an
-    error.
+    resume: what is there is kept. overwrite: what is there goes, once `begin` is called: when the settings,
+    the model and the data have proved good. Neither: a name that holds a run is an error.
     """
 
     def __init__(self, name, settings, resume=False, overwrite=False, log="metrics.jsonl"):
         self.folder, self.is_writer, self.lock = os.path.join("runs", name), parallel.is_first(), None
         self.save_dtype = getattr(torch, settings.get("save_dtype") or settings.get("dtype") or "float32")
-        self.report = None  # of metrics to another program
-        self.path, settings_path = os.path.join(self.folder, log), os.path.join(self.folder, "args.json")
+        self.report = self.end_report = None  # of metrics to another program
+        self.path, self.settings = os.path.join(self.folder, log), dict(settings)
+        kind = settings.get("report_to")
+        if kind is not None and importlib.util.find_spec(kind) is None:
+            raise ValueError(f"--report_to {kind}: it is not installed (pip install {kind})")
         if self.is_writer:
-            self.open(settings, settings_path, resume, overwrite)
+            self.open(resume, overwrite)
         # Every process reads checkpoints here and writes its part of them: say so now, not after hours.
         lock = os.path.join(self.folder, "lock")
         holder = parallel.from_first(read_text(lock))
@@ -301,27 +309,42 @@ class Run:
             raise ValueError(f"not all processes see the same {self.folder}: start the command where all "
                              "machines share a disk")
 
-    def open(self, settings, settings_path, resume, overwrite):
+    def open(self, resume, overwrite):
         """The first process's part: takes the folder, or says why not."""
         self.take()
         try:
+            settings_path = os.path.join(self.folder, "args.json")
             is_used = checkpoints_of(self.folder) or (
                 os.path.isfile(self.path) and os.path.getsize(self.path) > 0)
-            if resume and os.path.isfile(settings_path):
-                check_same(read_json(settings_path), settings, settings_path)
-            elif is_used:
-                if not overwrite:
-                    raise ValueError(f"{self.folder} holds a run: go on with it (--resume), replace it "
-                                     "(--overwrite), or choose another --name")
-                self.empty(settings.get("model"))
-            with writing(settings_path, f"{settings_path}.partial"):
-                write_json(settings_path, settings)
-            open(self.path, "a", encoding="utf-8").close()
-            self.keep_lines(self.own_lines())  # without half a line, if a crash left one
-            self.report = reporter(settings.get("report_to"), self.folder, settings)
+            self.replaces = bool(is_used and not (resume and os.path.isfile(settings_path)))
+            if not self.replaces and os.path.isfile(settings_path) and resume:
+                check_same(read_json(settings_path), self.settings, settings_path)
+            if self.replaces and not overwrite:
+                raise ValueError(f"{self.folder} holds a run: go on with it (--resume), replace it "
+                                 "(--overwrite), or choose another --name")
+            model = os.path.realpath(self.settings.get("model") or "/")
+            if self.replaces and model.startswith(os.path.realpath(self.folder) + os.sep):
+                raise ValueError(f"--model {self.settings['model']} lies inside {self.folder}, which "
+                                 "--overwrite would delete: choose another --name")
         except BaseException:
             self.lock.close()
             raise
+
+    def begin(self):
+        """From here on the run is under way: what it replaces goes, settings are written, the log opens."""
+        if not self.is_writer:
+            return
+        if self.replaces:
+            names = set(os.listdir(self.folder)) - {"lock"}
+            for name in sorted(names, key=lambda name: name != "checkpoints"):  # these first
+                path = os.path.join(self.folder, name)
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        path = os.path.join(self.folder, "args.json")
+        with writing(path, f"{path}.partial"):
+            write_json(path, self.settings)
+        open(self.path, "a", encoding="utf-8").close()
+        self.keep_lines(self.own_lines())  # without half a line, if a crash left one
+        self.report, self.end_report = reporter(self.settings.get("report_to"), self.folder, self.settings)
 
     def take(self):
         """Makes the folder this command's own, or says whose it is."""
@@ -346,16 +369,7 @@ class Run:
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self.lock.flush()
-
-    def empty(self, model):
-        """Removes an old run, unless the new one starts from it."""
-        if model is not None and os.path.realpath(model).startswith(os.path.realpath(self.folder) + os.sep):
-            raise ValueError(f"--model {model} lies inside {self.folder}, which --overwrite would delete: "
-                             "choose another --name")
-        names = set(os.listdir(self.folder)) - {"lock"}
-        for name in sorted(names, key=lambda name: name != "checkpoints"):  # these first
-            path = os.path.join(self.folder, name)
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+            os.fsync(self.lock.fileno())  # other machines look at it at once
 
     def __enter__(self):
         return self
@@ -364,6 +378,8 @@ class Run:
         if self.is_writer:
             if kind is KeyboardInterrupt:
                 self.plot()  # as far as it came
+            if self.end_report is not None:
+                self.end_report()  # the last lines are still on their way
             self.lock.close()  # lets go of the lock
 
     def write(self, line):
@@ -424,7 +440,8 @@ class Run:
                 os.rename(partial, path)
                 for old in checkpoints_of(self.folder)[:-keep]:
                     shutil.rmtree(old)
-                self.plot()
+        if self.is_writer:
+            self.plot()
         parallel.barrier()
 
     def save_model(self, model, tokenizer):
@@ -462,6 +479,8 @@ class Run:
             for (model, optimizer), part in zip(trainers, state.values()):
                 set_state_dict(model, optimizer, model_state_dict=part["model"],
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
+        except (torch.OutOfMemoryError, dist.DistError):  # RuntimeErrors, too, but not the checkpoint's fault
+            raise
         except (OSError, CheckpointException, RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{paths[-1]} cannot be resumed from ({reason}): it is of another model. "
@@ -500,19 +519,18 @@ class Run:
 
 
 def reporter(kind, folder, settings):
-    """A function that gives a line of metrics to Weights & Biases or TensorBoard (None: to nobody)."""
-    if kind is None:
-        return None
-    try:
-        if kind == "wandb":
-            import wandb
-            run = wandb.init(project="tracerl", name=os.path.basename(folder), config=settings, dir=folder)
-            return lambda line: run.log(line, step=line["step"])
+    """Two functions: one gives a line of metrics to Weights & Biases or TensorBoard, one ends that (None: to
+    nobody)."""
+    if kind == "wandb":
+        import wandb
+        run = wandb.init(project="tracerl", name=os.path.basename(folder), config=settings, dir=folder)
+        return lambda line: run.log(line, step=line["step"]), run.finish
+    if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(f"--report_to {kind}: it is not installed (pip install {kind})") from None
-    writer = SummaryWriter(folder)
-    return lambda line: [writer.add_scalar(name, x, line["step"]) for name, x in line.items()]
+        writer = SummaryWriter(folder)
+        report = lambda line: [writer.add_scalar(name, x, line["step"]) for name, x in line.items()]
+        return report, writer.close
+    return None, None
 
 
 def read_text(path):

@@ -1,12 +1,15 @@
 """pictures.py - draws the README's pictures of one decoding, with the project's own code.
 
-    python tests/pictures.py --model runs/tracerl/checkpoints/step-45 --prompt "894+396=" --max_new_tokens 20
+    python tests/pictures.py --model runs/warm-start-28d06fcd/checkpoint --prompt "894+396=" \
+        --max_new_tokens 20 --seed 20
 
-writes assets/decode.gif (the decoding, step by step) and assets/mask.png (its training row beside the
-attention mask). The flags are those of `python rollout.py`.
+writes assets/decode.gif (the decoding, step by step) and assets/mask.png (the training row of its first two
+blocks beside the attention mask). The flags are those of `python rollout.py`; the model is the warm start that
+`torchrun tracerl.py` makes.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +56,8 @@ def draw_mask(row, tokenizer, mask_id, path):
     size, figure = len(texts), Figure(figsize=(0.2 * len(texts),) * 2, layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(dense_mask(Layout(*fields))[0, 0], cmap="Blues", vmin=0, vmax=1.6)
-    axes.set_xticks(range(size), texts, fontsize=6, family="monospace")
-    axes.set_yticks(range(size), texts, fontsize=6, family="monospace")
+    axes.set_xticks(range(size), texts, fontsize=9, family="monospace")
+    axes.set_yticks(range(size), texts, fontsize=9, family="monospace")
     for target in row.targets:
         axes.get_xticklabels()[target[0]].set_color("C3")
         axes.get_yticklabels()[target[0]].set_color("C3")
@@ -72,7 +75,10 @@ def main(argv=None):
     r, model, tokenizer = player.main(rollout, argv)
     (ROOT / "assets").mkdir(exist_ok=True)
     draw_gif(r, tokenizer, ROOT / "assets/decode.gif")
-    row = rollout.build_rows([r], model.config, model.config.block_size)[0][0]
+    K = model.config.block_size
+    end = rollout.blocks_of(len(r.prompt), len(r.response), K)[1][-1] + 1  # of the second block
+    r = replace(r, response=r.response[:end], step_map=r.step_map[:end], logp=r.logp[:end])
+    row = rollout.build_rows([r], model.config, K)[0][0]
     draw_mask(row, tokenizer, model.config.mask_id, ROOT / "assets/mask.png")
 
 

@@ -284,6 +284,7 @@ def test_a_full_disk_a_foreign_checkpoint_and_a_taken_name_are_clear_errors(tmp_
     # another model's train state in the place of ours
     model = random_model()
     with runs.Run("other", {}) as other:
+        other.begin()
         other.save(None, [(model, parallel.make_optimizer(model, 0.1, (0.9, 0.95)))], dict(step=2), keep=1)
     shutil.rmtree("runs/full/checkpoints/step-2")
     shutil.copytree("runs/other/checkpoints/step-2", "runs/full/checkpoints/step-2")
@@ -387,4 +388,5 @@ def test_saving_changes_nothing_even_before_the_policy_has_moved(tmp_path, monke
     with pytest.raises(ValueError, match="runs/often holds a run"):
         runs.Run("often", {})
     with runs.Run("often", {}, overwrite=True) as run:  # a new run of the same name takes nothing over
+        run.begin()
         assert run.files() == ["args.json", "metrics.jsonl"] == sorted({*os.listdir("runs/often")} - {"lock"})

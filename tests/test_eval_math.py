@@ -317,18 +317,43 @@ def test_verdicts_do_not_depend_on_order_batch_or_thread():
 def test_a_check_that_is_killed_is_wrong_and_counted_and_the_next_one_works(monkeypatch):
     workers = grading.Workers()
     assert workers.ask("x+1", "1+x") == (True, "expression")
-    process = workers.idle.get()
-    process.kill()
-    workers.idle.put(process)
-    workers.idle.put(workers.idle.get())  # both kinds of slot come round
-    results = [workers.run("\\sqrt{3}", "\\sqrt{3}") for _ in range(4)]
-    assert sorted(results) == [(False, "killed")] + [(True, "expression")] * 3 and workers.killed == 1
     monkeypatch.setattr(grading.Workers, "WALL_SECONDS", 0.3)
     stuck = workers.idle.get() or workers.start()
     stuck.send_signal(19)  # SIGSTOP: a worker that sleeps uses no CPU time, so only the wall clock ends it
     workers.idle.put(stuck)
-    assert ((False, "killed") in [workers.run("\\sqrt{5}", "\\sqrt{5}") for _ in range(2)]
-            and workers.killed == 2)
+    results = [workers.run("\\sqrt{5}", "\\sqrt{5}") for _ in range(4)]
+    assert sorted(results) == [(False, "killed")] + [(True, "expression")] * 3 and workers.killed == 1
+
+
+def test_a_worker_that_dies_while_idle_costs_nobody_a_verdict():
+    workers = grading.Workers()
+    assert workers.run("x+1", "1+x") == (True, "expression")
+    for _ in range(2):  # both kinds of slot come round
+        process = workers.idle.get()
+        if process is not None:
+            process.kill()
+            process.wait()
+        workers.idle.put(process)
+    assert [workers.run("\\sqrt{3}", "\\sqrt{3}") for _ in range(3)] == [(True, "expression")] * 3
+
+
+def test_an_interrupted_check_leaves_no_verdict_for_the_next():
+    """An unread reply would be taken for the next question's."""
+    class Interrupted:
+        close = staticmethod(lambda: None)
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    workers = grading.Workers()
+    workers.started = workers.NUMBER  # one worker alone
+    process = workers.start()
+    process.stdout, pipe = Interrupted(), process.stdout
+    workers.idle.put(process)
+    with pytest.raises(KeyboardInterrupt):
+        workers.run("\\sqrt{7}", "\\sqrt{7}")
+    pipe.close()
+    assert workers.run("\\sqrt{5}", "\\sqrt{7}") == (False, "expression")
 
 
 def test_the_cpu_limit_ends_a_check_in_time():

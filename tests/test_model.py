@@ -517,7 +517,7 @@ def test_a_plan_is_said_and_what_cannot_fit_is_refused_with_what_would(monkeypat
     def plan(gib, *more):
         args = tracerl.parse_args([*flags, *more])
         monkeypatch.setattr(cuda, "free_bytes", lambda device: gib * 2**30)
-        cuda.plan(config, args, has_critic=False)
+        cuda.plan_memory(config, args, has_critic=False)
         return args.tokens_per_micro_batch
 
     assert plan(80, "--lora_rank=32") == 16384

@@ -1,6 +1,7 @@
 """Laws of a run: nothing is lost, nothing is wrong in silence."""
 
 import html
+import importlib.machinery
 import json
 import os
 import re
@@ -97,6 +98,7 @@ def test_two_copies_on_four_processes_make_the_updates_of_one(folder):
 
 def test_the_log_is_whole_at_every_moment(folder, monkeypatch):
     with runs.Run("r", {}) as run:
+        run.begin()
         for step in range(3):
             run.write(dict(step=step))
         lines = Path(run.path).read_text()
@@ -123,6 +125,16 @@ def test_two_commands_never_work_in_one_folder(folder):
         pass
 
 
+def test_a_command_that_cannot_start_replaces_nothing(folder):
+    with runs.Run("tracerl", {}) as run:
+        run.begin()
+        run.write(dict(step=1))
+    for model in ("nowhere", TINY):  # no such model; no such data
+        with pytest.raises(FileNotFoundError):
+            tracerl.main(["--model", model, "--train_data=x.jsonl", "--eval_data=x.jsonl", "--overwrite"])
+        assert Path("runs/tracerl/metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
 def test_a_graded_file_never_overwrites_its_input(folder):
     Path("answers.jsonl").write_text('{"gold": "1", "response": "\\\\boxed{1}"}\n')
     before = Path("answers.jsonl").read_text()
@@ -133,6 +145,7 @@ def test_a_graded_file_never_overwrites_its_input(folder):
 
 def test_a_full_disk_is_a_clear_error_wherever_it_strikes(folder, monkeypatch):
     with runs.Run("r", {}) as run:
+        run.begin()
         with file_size_limit(10), pytest.raises(RuntimeError, match="metrics.jsonl could not .*free some"):
             run.write(dict(step=1, text="longer than that"))
         with file_size_limit(10), pytest.raises(RuntimeError, match="summary.json could not be written"):
@@ -141,7 +154,7 @@ def test_a_full_disk_is_a_clear_error_wherever_it_strikes(folder, monkeypatch):
         with file_size_limit(20_000), pytest.raises(RuntimeError, match="runs/r/checkpoint could not be"):
             run.save_model(model, sft.tiny_tokenizer())
     with file_size_limit(100), pytest.raises(RuntimeError, match="args.json could not be written"):
-        runs.Run("s", dict(text="longer than that" * 10))
+        runs.Run("s", dict(text="longer than that" * 10)).begin()
     left = [str(path) for path in Path("runs").rglob("*.partial*")]
     assert not left and not os.path.exists("runs/r/checkpoint")
 
@@ -287,10 +300,12 @@ def test_killed_checks_leave_no_open_files():
         process = workers.idle.get() or workers.start()
         process.kill()
         workers.idle.put(process)
-        assert "killed" in {workers.run("\\sqrt{3}", "\\sqrt{3}")[1] for _ in range(workers.NUMBER)}
+        process.wait()
+        for _ in range(workers.NUMBER):
+            workers.run("\\sqrt{3}", "\\sqrt{3}")
         now = len(os.listdir("/proc/self/fd"))
         opened = opened or now
-    assert now <= opened + 4
+    assert now <= opened + 4 and workers.killed == 4
 
 
 def test_one_long_prompt_does_not_make_all_others_long(monkeypatch):
@@ -406,11 +421,14 @@ def test_metrics_go_to_other_programs_when_asked(folder, monkeypatch):
     with pytest.raises(ValueError, match="--report_to wandb: it is not installed"):
         runs.Run("r", dict(report_to="wandb"))
     logged, wandb = [], types.ModuleType("wandb")
-    wandb.init = lambda **settings: types.SimpleNamespace(log=lambda line, step: logged.append((step, line)))
+    wandb.init = lambda **settings: types.SimpleNamespace(
+        log=lambda line, step: logged.append((step, line)), finish=lambda: logged.append("finished"))
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with runs.Run("s", dict(report_to="wandb")) as run:
+        run.begin()
         run.write(dict(step=1, reward=0.5))
-    assert logged == [(1, dict(step=1, reward=0.5))]
+    assert logged == [(1, dict(step=1, reward=0.5)), "finished"]
 
 
 def test_the_page_plays(folder):
