@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from matplotlib.figure import Figure
 
+import forks
 import rollout
 import sft
 import tracerl
@@ -187,8 +188,7 @@ def with_equal_seconds(setting, table, args):
     cost = seconds_alone(setting, table, args)
     for arm, (lr, results) in table.items():
         steps = round(args.steps * cost[first] / cost[arm])
-        if arm == first or steps > 1.15 * args.steps:
-            steps = args.steps if arm == first else steps
+        if arm == first or steps > 1.15 * args.steps:  # others cost as much, and were compared before
             seeds = range(args.seeds)
             out[arm] = lr, run_all([command(setting, arm, lr, seed, args, steps) for seed in seeds])
     return out
@@ -196,15 +196,17 @@ def with_equal_seconds(setting, table, args):
 
 def quick(args):
     """Two seeds of two arms again, beside what evidence.json says of them."""
-    known, setting = json.loads(EVIDENCE.read_text()), "sudoku-k4"
+    known, setting, started = json.loads(EVIDENCE.read_text()), "sudoku-k4", time.perf_counter()
     print(f"{setting}: accuracy (dynamic) after {args.steps} RL steps")
     for arm in ("tracerl", "random"):
         lr, results = known[setting][arm]
         for seed, again in enumerate(run_all([command(setting, arm, lr, s, args) for s in range(2)])):
             before, after = results[seed]["before"]["dynamic"], results[seed]["dynamic"]
+            is_near = abs(again["dynamic"] - after) < 0.1  # standard errors are 0.025, and so is the table's
             print(f"  {arm:8s} seed {seed}: {again['before']['dynamic']:.3f} -> {again['dynamic']:.3f} here, "
-                  f"{before:.3f} -> {after:.3f} in the table")
-    print("(another processor rounds differently, which is like another seed: standard errors are 0.025)")
+                  f"{before:.3f} -> {after:.3f} in the table: {'agrees' if is_near else 'DIFFERS'}")
+    print(f"{time.perf_counter() - started:.0f} seconds (another processor rounds differently, which is like "
+          "another seed)")
 
 
 def print_table(setting, table):
@@ -368,11 +370,12 @@ def variance(setting, args):
         rollouts = rollout.generate_everywhere(
             model, [p.tokens for p in asked], seeds, **runs.decoding_settings(settings))
         give_rewards(rollouts, asked, tokenizer)
-        for name in ("group", "batch", "raw", "value", "random", "coupled"):
+        for name in ("group", "batch", "raw", "value", "random", "as-many-random", "coupled"):
             settings.advantage = name if name in ("batch", "raw", "value") else "group"
             plan = plan._replace(advantage=tracerl.ADVANTAGES[settings.advantage])
             kept, _ = tracerl.give_advantages(rollouts, critic if name == "value" else None, plan, settings)
-            views = rollout.VIEWS[name if name in ("random", "coupled") else "trace"]
+            views = dict(rollout.VIEWS, **{"as-many-random": forks.as_many_random}).get(
+                name, rollout.trace_views)
             found.setdefault(name, []).append(gradient(model, kept, views, settings))
     means = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}
     return {name: (*noise(gradients), float(torch.cosine_similarity(means[name], means["raw"], dim=0)))

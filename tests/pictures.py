@@ -4,8 +4,8 @@
         --max_new_tokens 20 --seed 20
 
 writes assets/decode.gif (the decoding, step by step) and assets/mask.png (the training row of its first two
-blocks beside the attention mask). The flags are those of `python rollout.py`; the model is the warm start that
-`torchrun tracerl.py` makes.
+blocks beside the attention mask). The flags are those of `python rollout.py`; the model is the warm start
+that `torchrun tracerl.py` makes.
 """
 
 import sys

@@ -312,9 +312,11 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
     assert "python tracerl.py --views=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
     # all done
     assert bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more]) == found
+    bench_methods.main(["--show", "--out", str(ROOT / "tests/evidence.json"), "--picture=q.png"])
+    assert "sudoku-full, 5 seeds" in capsys.readouterr().out and (tmp_path / "q.png").is_file()
     noise = bench_methods.main(
         ["--settings", "k4", "--variance", "--resamples=3", "--value_steps=1", *more])["k4"]
-    assert set(noise) == {"group", "batch", "raw", "value", "random", "coupled"}
+    assert set(noise) == {"group", "batch", "raw", "value", "random", "as-many-random", "coupled"}
     assert noise["raw"][2] == pytest.approx(1, abs=1e-4)
     assert all(abs(cosine) < 1.0001 for *_, cosine in noise.values())
 
