@@ -227,15 +227,14 @@ def plan_step(step, trainers, flags_plan, args):
     rollout_K = args.rollout_block_size if is_adapting else K
     if is_adapting and not is_full:  # (full attention: the same canvas whatever the blocks of its decoding)
         return Plan(raw_advantages, policy_loss, sft.noise_views, (K, rollout_K), rollout_K, args.adapt_lr)
-    head_start = 0  # RL steps before the ramp of the learning rate
-    if trainers.critic is not None:
-        head_start = args.value_warmup
-    elif args.rollout_block_size is not None and not is_full:
+    # RL steps before the ramp of the learning rate. (A value model and larger blocks exclude each other.)
+    head_start = args.value_warmup if trainers.critic is not None else 0
+    if args.rollout_block_size is not None and not is_full:
         head_start = args.adapt_steps
     ramp = min(1.0, max(step - head_start, 0) / max(args.warmup, 1))
-    return flags_plan._replace(block_sizes=(K,), rollout_block_size=rollout_K, lr=args.lr * ramp,
-                          updates_policy=step > head_start,
-                          is_replayed=flags_plan.views is rollout.trace_views and args.shrink == 1)
+    return flags_plan._replace(
+        block_sizes=(K,), rollout_block_size=rollout_K, lr=args.lr * ramp, updates_policy=step > head_start,
+        is_replayed=flags_plan.views is rollout.trace_views and args.shrink == 1)
 
 
 # ------------------------------------------------------------------------------------------------ 1 roll out
@@ -271,16 +270,17 @@ def give_advantages(rollouts, critic, plan, args):
     of prompts, rewards and step maps that are cut apart from each other are how a response gets its
     neighbour's reward. With values every group is kept, and raw rewards are used.
     """
-    # Reading the flat list as a table gives the groups back: row = prompt, column = response.
+    # Reading the flat list as a table gives the groups back: row = prompt, column = response. With G = 4,
+    # responses 0..3 are row 0, 4..7 row 1.
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32).view(-1, args.group_size)
     line = dict(reward=rewards.mean().item()) | eval_math.describe(rollouts)
     if critic is not None:
         # With values every group can teach: an equal reward may still be more or less than was expected.
         figures = value_advantages(critic, rollouts, plan.block_sizes[0], args)
         return rollouts, line | figures | dict(kept_groups=len(rewards))
-    if any(r.token_rewards for r in rollouts):
+    if args.advantage in ADVANTAGES and any(r.token_rewards for r in rollouts):
         raise ValueError(f"the reward function gives a reward per token, and --advantage {args.advantage} "
-                         "takes one per response: use --advantage value, or give their sum")
+                         "takes one per response: use --advantage value or a function of yours, or their sum")
     advantages = runs.call(plan.advantage, rewards, rollouts)  # (groups, G), or (groups, G, longest)
     if advantages.shape[:2] != rewards.shape:
         raise ValueError(f"--advantage {args.advantage} gives {tuple(advantages.shape)} numbers for the "
@@ -318,11 +318,11 @@ def value_advantages(critic, rollouts, block_size, args):
     # Every process then holds the same records.
     for r, fields in zip(ordered, parallel.gather([(r.value_old, r.returns, r.advantage) for r in own])):
         r.value_old, r.returns, r.advantage = fields
-    # (3, N) of all trained tokens
-    values, returns, advantages = torch.tensor(
-        [column for r in rollouts
-         for column in list(zip(r.value_old, r.returns, r.advantage))[:r.trained_end(args.post_num)]],
-        dtype=torch.float64).T
+    trained = []  # value, return and advantage of every trained token
+    for r in rollouts:
+        columns = list(zip(r.value_old, r.returns, r.advantage))
+        trained += columns[:r.trained_end(args.post_num)]
+    values, returns, advantages = torch.tensor(trained, dtype=torch.float64).T  # (N,) each
     return dict(explained_variance=value.explained_variance(values, returns),
                 advantage_rms=float(advantages.square().mean().sqrt()))
 
