@@ -253,7 +253,7 @@ def math_reward(problem, text, tokens, rollout):
 
 
 def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
-    """Sets Rollout.reward and token_rewards (step 2 of tracerl.py).
+    """Sets Rollout.reward and token_rewards (stage 2 of tracerl.py).
 
     Each process judges its share, and all then hold the same rewards: a verdict that a time limit decided, or
     a random reward, must not be another one elsewhere, or the processes would train on different groups.

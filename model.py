@@ -28,7 +28,8 @@ Left out on purpose:
   2. checkpoints, tokenizers and the families' weight names: plumbing/checkpoints.py;
   3. LoRA and sharding over GPUs: plumbing/parallel.py.
 
-Shapes are single capital letters (in formulas T is the temperature, R a return, A an advantage):
+Shapes are single capital letters. (In formulas, not in shapes, T is the temperature, R a return, A an
+advantage.)
   B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block
   S trace steps   V vocabulary   C channels   H heads   D channels of a head   G responses per prompt
   N items of a list: targets, masked places, rollouts
@@ -69,7 +70,7 @@ class ModelConfig:
     has_qk_norm: bool = True  # RMSNorm on every head of q and k, before the rotation (Qwen3, SDAR)
     has_qkv_bias: bool = False  # (Qwen2, Dream)
     # Dream: the output at position i predicts the token at i + 1. Whoever reads an output looks one place
-    # earlier: BlockDiffusionLM.forward, rollout.Decoder.full_states, rollout.build_rows; nobody else knows.
+    # earlier: BlockDiffusionLM.forward, rollout.Decoder.full_states, rollout.lay_out; nobody else knows.
     shifts_logits: bool = False
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
@@ -98,7 +99,8 @@ class Layout(NamedTuple):
     """Where each token of a batch of rows stands. All int64 (B, T).
 
     position  absolute position in prompt + response, for the rotary embedding
-    document  which text the token belongs to, if a row holds several; -1 is padding
+    document  which text the token belongs to, if a row holds several; -1 is padding: no text sees it, and it
+              sees itself, since a softmax over no key at all is NaN
     block     position // K; 0 everywhere for full attention
     view      0 for clean text; v > 0 for the v-th view of its text
     """
@@ -113,9 +115,10 @@ class Layout(NamedTuple):
         """The layout of plain text without views: ordinary block (or full) attention."""
         zero = torch.zeros_like(position)
         # With block attention, blocks are cut at ABSOLUTE positions 0, K, 2K, ..., never at the start of the
-        # response: with P = 9 and K = 4 the block of positions 8..11 holds one prompt token and three of the
-        # response. Code that cuts at the response start in training, and at 0 in decoding, trains a
-        # conditional that was never sampled from, for all prompts whose length K does not divide.
+        # response. (With full attention K only orders the decoding, and begins there.) With P = 9 and K = 4
+        # the block of positions 8..11 holds one prompt token and three of the response. Code that cuts at the
+        # response start in training, and at 0 in decoding, trains a conditional that was never sampled from,
+        # for all prompts whose length K does not divide.
         block = zero if is_full else position // block_size
         return cls(position, zero if document is None else document, block, zero)
 
@@ -126,7 +129,8 @@ def may_attend(query, key):
     Inside one document, a token sees the clean text of earlier blocks, and its own block in its own view:
     - prefill, plain text: every token is in view 0, so this is block-causal attention (K = 1: causal);
     - decoding: the block being decoded is one view, the cache is the clean text before it;
-    - replay, fine-tuning: many views of many blocks share one clean text, and none sees another;
+    - replay, fine-tuning: many views of many blocks share one clean text, and none sees another: the masks of
+      a view are seen by that view alone;
     - full attention: all is one block, so a view is a whole canvas (the prompt and every place that the
       response may fill, revealed or masked), which sees all of itself and nothing else.
     """
@@ -250,9 +254,9 @@ class KVCache:
     A forward first writes the keys and values of its tokens at their positions, then reads everything up to
     its block's own end. So a block lies in the cache while it is still noisy; that is harmless, since
     every forward overwrites its block before it reads. What must hold: once a block is whole, its CLEAN
-    keys and values are written before a later block reads them. So while block n is decoded, the cache holds
-    blocks 0 .. n - 1 clean and block n as it is now; block n - 1 is written once more, clean, in the first
-    forward of block n (rollout.Decoder.states: the commit).
+    keys and values are written before a later block reads them. When block n begins, block n - 1 is still in
+    the cache as it was in its last step, with masks. The first forward of block n writes it clean before
+    anything is read (rollout.Decoder.states: the commit). From then on: 0 .. n - 1 clean, n as it is now.
     """
 
     def __init__(self, config, num_slots, length, dtype, device):
@@ -461,8 +465,8 @@ class Targets(NamedTuple):
     response_index: torch.Tensor  # int64: its index in that rollout's response
     masked_share: torch.Tensor  # float32: t, the share of its block that its view hides (see sft_loss)
     logp: torch.Tensor  # float32: recorded when it was drawn
-    # float32: of the policy at the start of the RL step, on this very row. Set before the first update that
-    # needs it: in tracerl.update for the first one of a step, in tracerl.old_logprobs for the others.
+    # float32: of the policy at the start of the RL step, on this very row. The first update of a step sets it
+    # from its own forward; tracerl.old_logprobs sets it for all other mini-batches before any update.
     logp_old: torch.Tensor
     advantage: torch.Tensor  # float32
     value_old: torch.Tensor  # float32: for the value model's loss

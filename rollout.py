@@ -61,8 +61,9 @@ class Rollout:
     response holds whole blocks: tokens after the end of the answer are kept, because the tokens before them
     in the same block were drawn with them in sight.
 
-    Without an eos in the first max_new_tokens: is_truncated, math_reward gives 0, those max_new_tokens are
-    trained, and what the last block holds beyond them is only shown.
+    Without an eos in the first max_new_tokens (one that comes later, in the last block, is too late):
+    is_truncated, math_reward gives 0, those max_new_tokens are trained, and what the last block holds beyond
+    them is only shown.
     """
 
     prompt: list  # token ids
@@ -71,7 +72,7 @@ class Rollout:
     step_map: list  # denoising step that revealed each token, counted from 1 over the whole response
     confidence: list = field(default_factory=list)  # its probability in the distribution it was drawn from
     logp: list = field(default_factory=list)  # its log softmax(logits / T) then, before top-k and top-p
-    canvas: int = 0  # full attention: places of the response in view, decoded or not (max_new_tokens)
+    canvas: int = 0  # full attention: places of the response that every forward sees (max_new_tokens)
     is_truncated: bool = False  # no eos within max_new_tokens
     seed: int = 0  # of its draws
     # filled in on the way to the update (tracerl.py):
@@ -96,9 +97,12 @@ class DecodingSettings:
     block_size: int  # K
     eos_ids: tuple
     strategy: str = "dynamic"
-    # Per block: a step reveals K / denoising_steps tokens (dynamic: at least so many). None is K: one each.
+    # Per block: static reveals K / denoising_steps tokens in each (K = 8 in 3: 3, 3, 2), dynamic at least so
+    # many. None: K steps, one token in each.
     denoising_steps: int = None
     threshold: float = 0.9
+    # One number, here and in replay and training. One that varies from step to step would have to become a
+    # field of model.Targets, or the replay law breaks.
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -210,9 +214,11 @@ def sample(logits, draws, mask_id, temperature=1.0, top_k=0, top_p=1.0, with_ent
     return token, confidence, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
-# FORK HERE (decoding): what a denoising step reveals. Add a branch, and its name to STRATEGIES. Tensor
+# FORK HERE (decoding): what a denoising step reveals. Strategies differ here and nowhere else: they are given
+# the same draws until one keeps more than another. Add a branch, and its name to STRATEGIES. In every slot
+# that has a mask it must reveal at least one (or decoding never ends), and only masked places. Tensor
 # operations only: a value read by the host (`if x.any()`) cannot be part of a CUDA graph. Replay and training
-# need no change: all they know of the decoding is the step map.
+# need no change: they follow the step map.
 def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entropy_bound=ENTROPY_BOUND):
     """Which of the sampled tokens to keep, (B, K) -> bool (B, K). The others stay masked, and are drawn anew.
 
@@ -596,8 +602,9 @@ def trace_views(rollout, block, shrink, rng=None):
 
 
 def random_views(rollout, block, shrink, rng):
-    """A baseline of the paper: masks drawn at random in place of the trace. Their share is U(0.1, 0.9) per
-    block (full attention: per response); the masked tokens are the targets.
+    """A baseline, as in the paper: masks drawn at random in place of the trace. Their share is U(0.1, 0.9)
+    per block (full attention: per response); the masked tokens are the targets. (sft.noise_views, called
+    random there, is made for learning: it hides a whole block as often as a single token.)
 
     A policy gradient wants log pi(token | the state in which it was drawn). Under random masks it is another
     state, in which perhaps nobody would have drawn this token: the gradient is that of another policy."""
@@ -667,18 +674,20 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
         view       0  0  0  0    0  0  0  0    1  1  1  1    2  2  2  2
         target                                 1     1          0     ;
 
-    The row has P + R + K * (number of views) tokens, less the last clean block. The authors' layout has
+    The row has P + R + K * (number of views) tokens, less the last view's own clean block (R: whole blocks,
+    with what fills the last one). The authors' layout has
     one row [prompt | response | response as it was] per step number inside a block, padded to the
     longest prompt and response allowed: at P = 100, R = 500, K = 4, one token a step, padded to 300 and
     2000, that is 4 rows of 4,300 = 17,200 tokens instead of 100 + 500 + 4 * 500 - 4 = 2,596. One clean text
     serves all views, because no clean token and no other view sees the masks of a view.
 
     Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens. So
-    the cost is a whole canvas, P + max_new_tokens, per view: hence --shrink 8 for Dream and LLaDA.
+    the cost is a whole canvas, P + max_new_tokens, per view: hence --shrink 8 with --model (Dream, LLaDA).
     """
     rows_of_all = []  # a list of rows for every rollout
     for rollout_index, r in enumerate(rollouts):
-        # Targets stop at eos; what stands behind it is still shown, for it was in sight.
+        # What stands behind eos is shown, for it was in sight; it is not trained, for it is not part of the
+        # answer that earns the reward.
         end = r.trained_end(post_num) if trained_only else len(r.response)
         found = [(block, hidden, [j for j in targets if j < end], share)
                  for block, hidden, targets, share in views_of(r, config, block_size, views, shrink)]

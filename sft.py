@@ -9,6 +9,7 @@ and the loss is a plain log-likelihood.
     views              1 ? ? ;   ? ? ? ?   ...
 
 One view per block: k of its 4 tokens hidden, k uniform in 1..4. Loss: minus the log-probability of these.
+(In this file a step is an update.)
 
 From an autoregressive Qwen3 checkpoint this makes a block diffusion model (the recipe of SDAR, arXiv
 2510.06303); a trained model learns long chains of thought in the same way, from long examples.

@@ -27,9 +27,10 @@ can be replaced by a function in a file of your own, without editing.
 
 Left out:
   1. a frozen reference model: the KL is to the policy that made the rollout. A KL to a frozen one would be a
-     field more in model.Targets (and TARGET_DTYPES, build_rows), filled by a second model in a pass like
-     old_logprobs, over ALL batches, and one more term in policy_loss. As a penalty in the reward it needs no
-     change: the function gets the Rollout, with its logp, and may replay it under another model;
+     float field at the end of model.Targets, one more empty column in rollout.lay_out, filled by a second
+     model in a pass like old_logprobs (which skips the first batch: this must not), and one more term in
+     policy_loss. As a penalty in the reward it needs no change: the function gets the Rollout, with its logp,
+     and may replay it under another model;
   2. rollouts older than the policy, a second inference engine: the weights that train are those that decode;
   3. reward models.
 """
@@ -57,9 +58,9 @@ from plumbing import checkpoints, cuda, packing, parallel, runs, show
 # file.py:function, a function of
 #     rewards    float (groups, G)
 #     rollouts   the records, group by group (optional): step_map, confidence, logp, ... of every response
-# that gives an advantage per response, (groups, G), or per token, (groups, G, longest response). A group of
-# zeros is left out of the update. (So is, with --keep_range, one whose mean reward is out of that range; with
-# --model and the math reward that is 0.2 to 0.8 unless set.)
+# that gives an advantage per response, (groups, G), or per token, (groups, G, tokens of the longest response,
+# whole blocks with their filling). A group of zeros is left out of the update. So is one whose mean reward is
+# outside --keep_range (default with --model and the math reward: 0.2 to 0.8).
 def group_advantages(rewards):
     """Standard scores in the group: A = (r - mean) / population std, 0 where all rewards are equal.
 
@@ -101,19 +102,20 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
     gives tokens of short responses more weight.)
 
     Here all trained tokens weigh the same. The paper averages inside each trace step first, so that a step of
-    three tokens weighs as much as a step of one (as tests/forks.py:mean_per_step); the authors' code does
-    so with full attention, and with blocks divides by rows and padded length.
+    three tokens weighs as much as a step of one (as tests/forks.py:mean_per_step). The authors' code does
+    the same for full attention; for blocks it divides by the number of rows and the padded length.
 
     In the first update of an RL step the policy is still the one that made the rollouts: every ratio is 1,
     nothing is clipped, k3 and its gradient are 0, and the gradient is that of -A logp. Clip and KL act from
-    the second update on: with --minibatches or --epochs above 1 (with --model both are 1 by default).
+    the second update on: with --minibatches or --epochs above 1. (With --model both are 1 unless set, so that
+    clip and KL never act.)
 
     k3 = (ratio - 1) - log ratio, never negative, estimates KL(old || new) from samples of the OLD policy: the
     mean of -log ratio is that KL, and ratio - 1, of mean 0, only takes variance away. (The other common form,
-    exp(-d) - 1 + d with d = log ratio, is for samples of the new policy.) It is without bias where what is
-    kept does not depend on what was drawn (strategies sequential, entropy). Static and dynamic decoding keep
-    the draws that came out sure: a rare token is drawn, not kept, and drawn anew. Such tokens are missing
-    here, in k3 and in the policy gradient alike: a property of the method, not of this code.
+    exp(-d) - 1 + d with d = log ratio, is for samples of the new policy.) It has no bias if the choice of
+    which draws to keep does not look at the draws (strategies sequential, entropy). Static and dynamic look:
+    an unsure draw is thrown away and made anew, so rare tokens are too few in what is trained on, for k3 and
+    for the policy gradient alike. That is the method's, not this code's.
     """
     # A ratio of e^10 is a collapse; it must not become inf before it is seen. (Beyond that there is no
     # gradient: what guards against it is --max_grad_norm, and `drift_kl` in the log.)
@@ -187,7 +189,8 @@ def train(trainers, reward, flags_plan, tokenizer, problems, dev_problems, args,
         old_logprobs(model, batches, plan, args)  # 4
         gap = sampled_gap(model, batches, rollouts, plan, args)
         figures = learn(trainers, batches, plan, args)  # 5
-        # `line` becomes this step's line of metrics.jsonl.
+        # `line` becomes this step's line of metrics.jsonl. `gap` stands last: where views are not the trace,
+        # the update's own gap compares different states, and is replaced.
         line = dict(step=step) | line | figures | gap
         times.append(time.perf_counter())
         finish_step(line, times, rollouts, kept, trainers, plan, tokenizer, dev_problems, reward, args, run,
@@ -205,7 +208,7 @@ class Plan(NamedTuple):
     rollout_block_size: int = 0  # K of the rollouts
     lr: float = 0.0  # of the policy
     updates_policy: bool = True  # False while the value model has its head start
-    is_replayed: bool = False  # whether the rows of the update are the trace itself, states as sampled
+    is_replayed: bool = False  # whether the rows are the very states of decoding (views trace, shrink 1)
 
 
 def plan_step(step, trainers, flags_plan, args):
@@ -266,9 +269,9 @@ def give_advantages(rollouts, critic, plan, args):
     none), and figures for the log.
 
     With group advantages, groups that teach nothing are left out: rewards all equal, or, with --keep_range, a
-    mean outside it (the paper: 0.2 to 0.8). That is a normal event. Whole records are kept or dropped: lists
-    of prompts, rewards and step maps that are cut apart from each other are how a response gets its
-    neighbour's reward. With values every group is kept, and raw rewards are used.
+    mean outside it (the authors' code: 0.2 to 0.8). That is a normal event. Whole records are kept or
+    dropped: separate lists of prompts, rewards and step maps, filtered one by one, are how a response gets
+    its neighbour's reward. With values every group is kept, and raw rewards are used.
     """
     # Reading the flat list as a table gives the groups back: row = prompt, column = response. With G = 4,
     # responses 0..3 are row 0, 4..7 row 1.
@@ -330,7 +333,7 @@ def value_advantages(critic, rollouts, block_size, args):
 # ----------------------------------------------------------------------------- what is dealt to this process
 #
 # One process and eight make the same update, to rounding, because
-#   1. a draw depends on its response's seed, its step and its position, not on who decodes it beside whom;
+#   1. a draw depends on its response's seed, denoising step and position, not on who decodes it beside whom;
 #   2. every process holds all records of a step, and chooses from them by the same seeded rules;
 #   3. only forwards and backwards are dealt out, and each loss is a share of one sum, divided beforehand by
 #      the tokens of the WHOLE update: the sum over processes is the sum over micro-batches.
@@ -350,7 +353,9 @@ def longest_first(rollouts):
 
 
 def own_rows(model, own, views, block_size, args):
-    """The micro-batches of this process's rollouts, as many on every process."""
+    """The micro-batches of this process's rollouts, as many on every process: with sharded weights every
+    forward and backward is a meeting of all processes, and one that came less often would leave the others
+    waiting. (What is missing are dummies: a padding token, no targets, zero gradient.)"""
     # trained_only: targets up to eos
     built = rollout.build_rows(own, model.config, block_size, views, args.shrink, True, args.post_num)
     if args.loss not in LOSSES:
