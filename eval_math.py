@@ -53,22 +53,27 @@ class Problem:
 # The embedded tasks. First three-digit addition, worked out column by column, units first.
 
 
+def is_of(split, text):
+    """Whether a problem belongs to a split."""
+    # A hash of the text deals every problem to one of ten buckets, whatever the seed: no seed of the training
+    # data can ever contain a test problem.
+    buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]
+    return zlib.crc32(text.encode()) % 10 in buckets
+
+
 def arithmetic(split, number, seed=0, slip=0.0):
     """`number` distinct problems like 237+682= with solutions 090;111;090;\\boxed{919} -> list[Problem].
 
     split: "train", "dev" or "test"; every sum belongs to one split for good. slip: the probability with which
-    the pupil who writes the solutions forgets a carry, and carries on consistently. That is a bad habit for
-    reinforcement learning to remove: a model that imitates the pupil can add, and slips. The `answer` is
-    always the right one.
+    the pupil who writes the solutions forgets a carry, and goes on as if there had been none. That is a bad
+    habit for reinforcement learning to remove: a model that imitates the pupil can add, and slips. The
+    `answer` is always the right one.
     """
-    # A hash of the text deals every sum to one of ten buckets, whatever the seed: no seed of the training
-    # data can ever contain a test problem.
-    buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]  # of ten
     rng, seen = random.Random(f"{split} {seed}"), {}  # seen: text -> Problem
     while len(seen) < number:
         a, b = rng.randint(100, 999), rng.randint(100, 999)  # three digits each
         text = f"{a}+{b}="
-        if zlib.crc32(text.encode()) % 10 in buckets and text not in seen:
+        if is_of(split, text) and text not in seen:
             seen[text] = Problem(text, str(a + b), work_out(a, b, slip, rng))
     return list(seen.values())
 
@@ -77,14 +82,14 @@ def work_out(a, b, slip, rng):
     """The pupil's page: for each column, units first, its sum and the carry handed on; then the answer.
 
     237 + 682: 7 + 2 = 09, hand on 0; 3 + 8 = 11, hand on 1; 2 + 6 + 1 = 09, hand on 0. A pupil who slips
-    hands on 0 where a carry is due, so that the slip can be seen the moment it is written.
+    hands on 0 where a carry is due: 090;110;080;\\boxed{819}. The slip can be seen the moment it is written.
     """
-    page, digits, carry = "", "", 0
+    page, digits, carry = "", "", 0  # digits of the answer, found from the right
     for power in (1, 10, 100):
         # the digits of this column, and what was handed on to it
         column = a // power % 10 + b // power % 10 + carry
-        # The slip: no carry where one is due. In the last column there is nothing to hand on to, so
-        # that its sum is written in full.
+        # The slip: no carry where one is due. The last column has no next one: both digits of its sum go into
+        # the answer.
         carry = column // 10 if power == 100 or rng.random() >= slip else 0
         page += f"{column:02d}{carry};"  # 11 and 1 handed on: "111;"
         digits = f"{column % 10 if power < 100 else column}{digits}"
@@ -105,20 +110,21 @@ def sudoku_grids():
 
 
 def sudoku(split, number, seed=0, slip=0.0):
-    """`number` distinct puzzles like 0030100000010204= (0 is empty) with solutions \\boxed{4231...}.
+    """`number` distinct puzzles like 0030100434000040= (0 is empty) with solutions \\boxed{4231132434122143}.
 
     Every puzzle has one solution. slip: the probability with which the pupil is hasty in one row: its empty
     cells get the digits that it lacks in any order, whatever stands in their columns and boxes.
     """
-    buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]  # as above
     rng, seen, grids = random.Random(f"sudoku {split} {seed}"), {}, sudoku_grids()
     while len(seen) < number:
+        # With 4 clues 4 puzzles in 100 have one solution only, with 6 half of them, with 8 four of five.
         answer, clues = rng.choice(grids), rng.sample(range(16), rng.randint(6, 8))
         text = "".join(answer[i] if i in clues else "0" for i in range(16)) + "="
-        if zlib.crc32(text.encode()) % 10 not in buckets or text in seen:
+        if not is_of(split, text) or text in seen:
             continue
         if sum(all(grid[i] == answer[i] for i in clues) for grid in grids) > 1:
             continue  # more than one solution
+        # The hasty row: right digits for the row, in an order that may break columns and boxes.
         page, row = list(answer), 4 * rng.randrange(4)
         if rng.random() < slip:
             empty = [i for i in range(row, row + 4) if i not in clues]
@@ -145,8 +151,9 @@ def load_problems(source, problem_column=None, answer_column=None, needs_answer=
     row without one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the
     source and the row of what is broken, missing or empty.
     """
-    task, _, split = source.partition("-")
+    task, _, split = source.partition("-")  # "sudoku-dev" -> sudoku, dev; "sudoku" is for training
     if task in EMBEDDED and split in ("", "dev", "test"):
+        # The same 400 or 20,000 for everyone: seed 0, and no slips.
         return EMBEDDED[task](split or "train", 400 if split else 20000)
     rows = data.read_rows(source)  # dicts
     if not rows:
@@ -185,7 +192,6 @@ def encode_prompts(
     for p in problems:
         chat = p.problem
         if not isinstance(chat, list):
-            # a plain problem becomes a chat of one message
             chat = [{"role": "user", "content": p.problem + instruction}]
         if system is not None and chat[0]["role"] != "system":
             # A system message of the data's own replaces ours.
@@ -211,7 +217,7 @@ def encode_prompts(
 def encode(text, tokenizer):
     """Text -> token ids. ValueError where the tokenizer does not know a character: it would be lost."""
     tokens = tokenizer(text, add_special_tokens=False).input_ids
-    # Byte-level tokenizers (Qwen, LLaDA) know every character; the tiny one knows 18.
+    # Byte-level tokenizers (Qwen, LLaDA) know every character; the tiny one has 18 tokens.
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is not None and unknown in tokens:
         raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data for "
@@ -234,15 +240,15 @@ def load_prompts(source, tokenizer, args, needs_answer=True):
 
 
 # FORK HERE (reward): what a response earns. Without editing: --reward file.py:function. The function is
-# called for one response after the other, with as many of these as it takes:
+# called for one response after the other, with the first of these that it has parameters for:
 #     problem    the Problem; its answer is the text of the data's column, where a list is written as Python
 #                writes it (tests of a program, for example)
-#     text       the response up to eos
-#     tokens     the same as token ids
+#     text       the response before eos
+#     tokens     the same as token ids, with eos
 #     rollout    the record: step map, truncation (which is not punished unless the function does)
-# It gives a number; or, for --advantage value, a number per token: process rewards. Returns are then sums
-# over trace steps of their MEAN in the step: give every token of a step the reward of the step. (The log
-# shows the sum over tokens.) --instruction "" leaves out the request to box an answer.
+# It gives a number; or a number per token: process rewards, for --advantage value or an advantage of your
+# own. With values, returns are sums over trace steps of their MEAN in the step: give every token of a step
+# the reward of the step. (The log shows the sum over tokens.) --instruction "" does not ask for a box.
 def math_reward(problem, text, tokens, rollout):
     """1 if the last \\boxed{} is right and the response has ended, else 0.
 
@@ -256,7 +262,8 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     """Sets Rollout.reward and token_rewards (stage 2 of tracerl.py).
 
     Each process judges its share, and all then hold the same rewards: a verdict that a time limit decided, or
-    a random reward, must not be another one elsewhere, or the processes would train on different groups.
+    a random reward, must be the same on every process, or they would train on different groups. Raises
+    ValueError for a reward that is no finite number.
     """
     # the grader's checks run in two workers; a user's function may not like threads
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
@@ -288,7 +295,7 @@ def judge(r, problem, tokenizer, reward):
 
 
 def response_text(r, tokenizer):
-    """The trained part of a response as text, for the answer checker only: nothing is ever encoded again."""
+    """The trained part of a response as text, to be judged or read: nothing is ever encoded again."""
     return tokenizer.decode(r.response[:r.num_tokens], skip_special_tokens=True)
 
 
@@ -303,10 +310,10 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, reward=None, **s
     """
     # samples of one problem side by side, each with a seed of its own
     repeated = [p for p in problems for _ in range(num_samples)]
+    # Fixed seeds: before and after training the same draws meet another policy.
     seeds = [seed + i for i in range(len(repeated))]
     rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **settings)
     give_rewards(rollouts, repeated, tokenizer)  # accuracy is always the grader's
-    # Over problems, not over samples.
     found = accuracy(grouped([r.reward for r in rollouts], num_samples)) | describe(rollouts)
     if reward not in (None, math_reward):
         give_rewards(rollouts, repeated, tokenizer, reward)
@@ -315,8 +322,9 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, reward=None, **s
 
 
 def evaluate_all(model, tokenizer, problems, reward, args):
-    """Accuracy on the test problems: dynamic, static with one token per step, greedy, and --strategy."""
-    # Test problems are scored twice, before and after: no checkpoint is chosen by them.
+    """Test problems, decoded dynamic, static with one token per step, greedy (the most probable tokens,
+    revealed as --strategy says), and by --strategy -> {name: what `evaluate` gives}."""
+    # They are scored twice, before and after: no checkpoint is chosen by them.
     modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
                  greedy=dict(temperature=0.0))
     modes |= {} if args.strategy in modes else {args.strategy: {}}
@@ -336,7 +344,7 @@ def accuracy(rewards):
     The error is over problems: samples of one problem are alike, and count as one observation together. One
     problem alone says nothing about others: its standard error is None.
     """
-    # one number per problem
+    # Two problems, three samples each: [1, 1, 0] and [0, 0, 0] are the means .67 and 0, accuracy .33, n = 2.
     means = [fmean(samples) for samples in rewards]
     mean, n = fmean(means), len(means)
     # n - 1: the mean is estimated, too
@@ -368,7 +376,7 @@ def diffusion_responses(model, tokenizer, problems, seeds, strategy, args):
 
 def fingerprint(model, problems):
     """Short hashes of weights and data: an evaluation is continued only if both are still the same."""
-    # A sum per weight matrix: any training step changes them, and they are quick to make even for billions.
+    # A sum per weight matrix: a training step changes some of them, and they are quick even for billions.
     sums = [f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in model.parameters()]
     data = [(p.problem, p.answer, p.tokens) for p in problems]  # text, answer and prompt style
     return {name: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
@@ -399,24 +407,20 @@ def evaluate_command(args):
         run.begin()
         # What an earlier, interrupted call has answered is not asked again.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
-        # (strategy, problem, sample)
         work = list(itertools.product(strategies, range(len(problems)), range(args.n)))
-        todo = [key for key in work if key not in done]  # keys of `done`
+        todo = [key for key in work if key not in done]
         parallel.say(f"{len(work) - len(todo)} of {len(work)} responses were there already")
         # A chunk is what is lost when the command is stopped: two rounds of the slots of all processes.
         chunks, size = [], (args.slots or 64) * parallel.processes()[1] * 2
         for strategy in strategies:
-            # two rounds of slots, then grade and save
             chunks += grouped([key for key in todo if key[0] == strategy], size)
         for chunk in parallel.progress(chunks, "evaluate"):
             started = time.perf_counter()
             seeds = [args.seed + i * args.n + k for _, i, k in chunk]  # the same whatever was there already
-            # A chunk is of one strategy.
             asked, strategy = [problems[i] for _, i, _ in chunk], chunk[0][0]
             responses = respond(model, tokenizer, asked, seeds, strategy, args)
             # grading is not part of a model's speed
             seconds = (time.perf_counter() - started) / len(chunk)
-            # a truncated response is wrong
             answers = [None if r["truncated"] else extract_answer(r["response"]) for r in responses]
             pairs = [(answer, p.answer) for answer, p in zip(answers, asked)]
             # All processes hold the same responses; one judges, or a check that ran into its time limit on

@@ -21,7 +21,7 @@ on the left sees the token on top:
 (A training row leaves the last clean block, "101;", out: no later view looks back at it.)
 
 Read in this order: ModelConfig, Layout and may_attend, the masks, KVCache, Layer,
-BlockDiffusionLM, token_logprobs.
+BlockDiffusionLM, Targets, Row, Rows, token_logprobs.
 
 Left out on purpose:
   1. dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism;
@@ -30,8 +30,9 @@ Left out on purpose:
 
 Shapes are single capital letters. (In formulas, not in shapes, T is the temperature, R a return, A an
 advantage.)
-  B rows   T tokens in a row   P prompt   R response   L prompt + response   K tokens per block
-  S trace steps   V vocabulary   C channels   H heads   D channels of a head   G responses per prompt
+  B rows   T tokens in a row   P prompt   R response   K tokens per block
+  S trace steps   V vocabulary   C channels   H heads (H_kv: of keys and values)   D channels of a head
+  G responses per prompt   M blocks to commit (see rollout.Decoder)
   N items of a list: targets, masked places, rollouts
 """
 
@@ -141,12 +142,12 @@ def may_attend(query, key):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The rule in three forms, for three kinds of hardware and length. Tests hold each against a double loop.
+# The rule in three forms, for three kinds of hardware and length. Tests hold the first against a double loop,
+# and the others against the first.
 
 
 def dense_mask(layout):
-    """The rule as a boolean mask (B, 1, T, T): queries down, keys across. For short rows."""
-    # Broadcasting compares every token with every token of its row.
+    """The rule as a boolean mask (B, 1, T, T): queries down, keys across. For short rows, and for prompts."""
     query = Layout(*(t[:, :, None] for t in layout))  # (B, T, 1)
     key = Layout(*(t[:, None, :] for t in layout))  # (B, 1, T)
     return may_attend(query, key)[:, None]
@@ -196,7 +197,7 @@ def block_mask(layout):
     """The rule for FlexAttention on a GPU: only WHICH tiles of 128 x 128 are touched is stored.
 
     Views follow one another in the order of their blocks, so most tiles are empty and cost nothing. Its
-    making is compiled as well: the dense mask of a packed row of 16,384 tokens would take a gigabyte.
+    making is compiled as well: uncompiled it would pass through gigabytes for a packed row of 16,384 tokens.
     """
     _, document, block, view = layout
 
@@ -216,7 +217,7 @@ def block_mask(layout):
 #     attend_within(layout)              the tokens of each row see one another, by the rule
 #     cache.filling(slots, layout)       the same, and keys and values are kept           (prefill)
 #     cache.reading(slots, position, ...)  one block per row sees what the cache holds    (decoding)
-# With full attention and nothing padded it is masked_attention without a mask.
+# Full attention without padding needs none of them: there it is masked_attention with mask=None.
 
 
 def attend_within(layout, is_prefill=False):
@@ -282,7 +283,7 @@ class KVCache:
 
     def copy(self, source, target, length):
         """Copies the first `length` tokens of slots source to slots target: (M,) each, or a number each."""
-        for keys, values in zip(self.keys, self.values):  # layer by layer: a copy is made on the way
+        for keys, values in zip(self.keys, self.values):  # layer by layer: indexing makes a temporary copy
             keys[target, :length], values[target, :length] = keys[source, :length], values[source, :length]
 
     def reading(self, slots, position, end, longest, num_in_place=0):
@@ -306,8 +307,9 @@ class KVCache:
                 q.transpose(1, 2), self.keys[layer], self.values[layer], causal=False,
                 cache_seqlens=end.int(), cache_batch_idx=slots.int())
             return out.transpose(1, 2)
-        # All K queries of a block see the same keys, and H / H_kv heads share each key: so these heads can
-        # stand in line as further queries, and no key has to be copied for them.
+        # All K queries of a block see the same keys, and H / H_kv heads share each key: so these heads can be
+        # treated as additional queries, and no key has to be copied for them. H = 4, H_kv = 2, K = 4:
+        # q (B, 4, 4, D) becomes (B, 2, 8, D).
         folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (B, H_kv, H / H_kv * K, D)
         longest, out = is_seen.shape[-1], []
         for rows, where in ((slice(0, num_in_place), slice(0, num_in_place)),
@@ -352,8 +354,8 @@ class Linear(nn.Linear):
     """A linear layer that is fast for few rows on a CPU: decoding one sequence is K = 4 rows at a time.
 
     x W^T and (W x^T)^T are the same numbers, but for few rows torch's CPU kernels are faster in the second
-    form: 1.6 to 4.4 times for 4 rows of 34M parameters, up to 1.8 times for 8, not at all for more. (Rows in
-    training are many, so that it is for decoding only.)
+    form: 1.6 to 4.4 times for 4 rows (in a model of 34M parameters), up to 1.8 times for 8, not at all for
+    more. Rows in training are many, so it is for decoding only.
     """
 
     def forward(self, x):
@@ -429,7 +431,6 @@ class BlockDiffusionLM(nn.Module):
         attend: see "How the network attends". The head is not applied: it is by far the widest layer (152k
         outputs for Qwen), and its logits are wanted at few places only.
         """
-        # The same angles for all layers: made once.
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta)
         x = self.embed(tokens)  # (B, T, C)
         for layer in self.layers:
@@ -470,7 +471,7 @@ class Targets(NamedTuple):
     logp_old: torch.Tensor
     advantage: torch.Tensor  # float32
     value_old: torch.Tensor  # float32: for the value model's loss
-    returns: torch.Tensor  # float32: for the value model's loss
+    returns: torch.Tensor  # float32: the same
 
 
 TARGET_DTYPES = (torch.int64,) * 4 + (torch.float32,) * (len(Targets._fields) - 4)
@@ -519,14 +520,13 @@ def policy_logits(logits, mask_id):
     Left in, it can be drawn: then the text holds a mask token for good, which every later forward takes for a
     place that is still hidden.
     """
-    # A copy: what the head gives is left as it is.
     logits = logits.to(torch.float32, copy=True)
     logits[..., mask_id] = -math.inf
     return logits
 
 
 def float32_product(a, b):
-    """a (N, M) @ b (M, O) with a float32 result, also of bfloat16 factors.
+    """a @ b, two matrices, with a float32 result, also of bfloat16 factors.
 
     A bfloat16 logit between 16 and 32 is a multiple of 0.125: a ratio exp(logp - logp_old) would move in
     steps of about 13 percent, more than half of the clip range of 0.2. Sums inside the product are float32
@@ -538,8 +538,8 @@ def float32_product(a, b):
 
 
 def head_logits(model, h):
-    """Logits, float32 (N, V), of final states h (N, C), in decoding. Replay computes the same numbers, up to
-    rounding, in scaled_logits."""
+    """Logits, float32 (N, V), of final states h (N, C), in decoding. Replay computes the same product in
+    scaled_logits."""
     return model.head(h) if h.dtype == torch.float32 else float32_product(h, model.head.weight.T)
 
 

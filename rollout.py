@@ -18,12 +18,12 @@ The trace of this block is the three states on the left. The token 0 was drawn w
 probability "in general", or under random masks, is another number, and a policy gradient with that number is
 the gradient of some other policy. (One forward per state would be slow; `build_rows` does all states in one.)
 
-THE REPLAY LAW. On the trace's own states (one view per denoising step), the replayed log-probability of
-every token equals the recorded one, to float32 rounding. If it does not, then masks, positions, blocks, cache
-or step map differ between sampling and training. Every RL step prints this `gap`. How far off a mistake is,
-on tiny models: cutting blocks at the start of the response in training but at position 0 in decoding, 0.16 to
-1.1 nats per token; cutting the last block at eos, 0.06 to 0.56 for its tokens. A training loss shows none of
-this: both sides of its ratio are wrong in the same way.
+THE REPLAY LAW. On the trace's own states (one view per denoising step), the replayed log-probability of every
+token equals the recorded one, to float32 rounding. If it does not, then masks, positions, blocks, cache or
+step map differ between sampling and training. Every RL step prints this `gap`. How far off a mistake is, with
+the authors' code and small models, random or briefly trained: cutting blocks at the start of the response in
+training but at position 0 in decoding, 0.16 to 1.1 nats per token; cutting the last block at eos, 0.06 to
+0.56 for its tokens. A training loss shows none of this: both sides of its ratio are wrong in the same way.
 
 Read in this order: Rollout; sample, reveal, Decoder, generate; then the views, build_rows, lay_out, replay.
 
@@ -91,16 +91,16 @@ class Rollout:
 
 @dataclass
 class DecodingSettings:
-    """How tokens are drawn and revealed, checked once, at the door."""
+    """How tokens are drawn and revealed. ValueError, when it is made, for what is out of range."""
 
     max_new_tokens: int
     block_size: int  # K
     eos_ids: tuple
     strategy: str = "dynamic"
-    # Per block: static reveals K / denoising_steps tokens in each (K = 8 in 3: 3, 3, 2), dynamic at least so
-    # many. None: K steps, one token in each.
+    # Steps per block: static reveals K / denoising_steps tokens in each step (K = 8 in 3: 3, 3, 2), dynamic
+    # at least so many. None: K steps, one token in each. (The strategy "entropy" does not look at it.)
     denoising_steps: int = None
-    threshold: float = 0.9
+    threshold: float = 0.9  # of the strategy "dynamic"
     # One number, here and in replay and training. One that varies from step to step would have to become a
     # field of model.Targets, or the replay law breaks.
     temperature: float = 1.0
@@ -148,7 +148,7 @@ def filter_probabilities(logp, top_k, top_p):
     """Probabilities (N, V) after top-k, then top-p, renormalised. top_k 0 and top_p 1 keep everything.
 
     Top-k keeps every token at least as probable as the k-th, top-p the most probable until their sum exceeds
-    top_p.
+    top_p: of .5 .3 .2, top_p .6 keeps .5 and .3, which become .625 and .375.
     """
     if 0 < top_k < logp.shape[-1]:
         # Ties with the k-th stay in.
@@ -165,13 +165,16 @@ def filter_probabilities(logp, top_k, top_p):
 
 
 def inverse_cdf(p, draws, size=256):
-    """The smallest v whose cumulative probability exceeds the draw: p (N, V), draws float64 (N,) -> (N,).
+    """The smallest v whose cumulative probability exceeds the draw.
+
+    p (N, V), draws float64 (N,) -> int64 (N,).
 
     Sums are float64, since 152k rounded terms must not sum to less than a draw close to 1; and they are made
     in two levels, since a float64 copy of (N, V) would cost more than the softmax: sums of groups of `size`
     tokens first, then the cumulative sum inside the one group in which the draw falls.
     """
-    # V = 152k, size 256: 594 groups. Sum them in float64, find the group, then the token in it.
+    # p = .1 .2 | .3 .1 | .2 .1, size 2, draw .65: sums of groups .3 .7 1.0, so group 1, and in it the first
+    # to exceed .65 - .3 = .35 is the second: token 3. (V = 152k, size 256: 594 groups.)
     groups = F.pad(p, (0, -p.shape[1] % size)).unflatten(1, (-1, size))  # (N, groups, size)
     sums = groups.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, groups)
     target = below(draws[:, None] * sums[:, -1:], sums[:, -1:])  # (N, 1) the cumulative sum to exceed
@@ -250,7 +253,7 @@ def reveal(confidence, entropy, is_masked, quota, strategy, threshold=0.9, entro
 
 # ------------------------------------------------------------------------------------------------------------
 # Decoding. Every slot holds one sequence, and each forward advances each slot by one denoising step. A
-# sequence that has ended makes room for the next prompt, so that batches are ragged throughout.
+# sequence that has ended makes room for the next prompt, so batches are of mixed lengths all the time.
 
 
 @dataclass
@@ -269,7 +272,7 @@ class Lane:
 
 
 class Decoder:
-    """The sequences being decoded. Tables are (slots, length) by absolute position.
+    """The sequences being decoded. Tables are (slots + 1, length) by absolute position.
 
     The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each; when a sequence ends, a
     later one takes its slot. So a batch is a slice of every table, and nothing is copied to be read.
@@ -340,8 +343,8 @@ class Decoder:
                 self.cache.copy(source, target, longest // K * K)
 
     def prefill(self, slots, lengths, max_tokens=16384):
-        """Writes the keys and values of the first `lengths` tokens of slots: like lengths in one forward,
-        since one long prompt among 256 short ones would make all of them long."""
+        """Writes the keys and values of the first `lengths` tokens of slots. Prompts of similar length share
+        a forward: otherwise one long prompt would pad 256 short ones to its length."""
         for group in by_length([(length, 1) for length in lengths], max_tokens):
             chosen = torch.tensor([slots[i] for i in group], device=self.device)
             longest = max(lengths[i] for i in group)
@@ -358,8 +361,8 @@ class Decoder:
         # the block of positions 8..11, one token a step, seed 7: (8, 3, 1, 7).
         numbers = [(lane.start, lane.step, each + (lane.step_in_block < remainder), lane.seed)
                    for lane in lanes]
-        # Slot 1 has just gone on to the block of positions 4..7. The cache still holds the block before it,
-        # 0..3, as it was in its last step, with masks. (1, 0): write it once more, clean.
+        # Slot 1 has just gone on to the block of positions 12..15. The cache still holds the block before it,
+        # 8..11, as it was in its last step, with masks. (1, 8): write it once more, clean.
         commits = [(slot, lane.start - K) for slot, lane in enumerate(lanes) if not lane.is_committed]
         found = self.denoise(
             torch.tensor(numbers, device=self.device).T,  # (4, B)
@@ -381,19 +384,19 @@ class Decoder:
         return ended
 
     def denoise(self, numbers, commits, num_masked, longest):
-        """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): how many places of its block are still
-        masked, and whether there is an eos in it.
+        """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): how many places of each slot's block are
+        still masked, and whether there is an eos in it.
 
         numbers (4, B): start, step, quota (see `reveal`), seed of each slot. commits (2, M): see `states`.
         num_masked (N), longest: ints, how many places of these blocks are masked, and how far the blocks
-        reach; more than that does no harm. So no shape depends on what the device computes.
+        reach; larger numbers do no harm. So no shape depends on what the device computes.
         """
-        # Shapes below: B busy slots, K places of the block of each.
         s, (start, step, quota, seed), B = self.settings, numbers, numbers.shape[1]
         columns = start[:, None] + self.offset  # (B, K) absolute positions of the blocks
         is_masked = self.is_masked[:B].gather(1, columns)  # (B, K)
         h = self.states(columns, commits, longest)  # (B, K, C)
-        # The head and the sampler see masked places only, on average half of them: sorted to the front.
+        # The head and the sampler see masked places only: at one token a step five of eight, with K = 4. They
+        # are sorted to the front. Masks 0 1 0 1 | 1 1 1 1 of slots 0 and 1: places 1 3 4 5 6 7.
         places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
         slot = places // s.block_size  # (N,) whose place it is
         draws = uniform(seed[slot], step[slot], columns.flatten()[places])
@@ -428,9 +431,9 @@ class Decoder:
         first, then all rows attend. So the commit costs no forward of its own (only K more tokens in one that
         runs anyhow), and no later block ever reads a noisy one:
 
-            slots    0  block 8..11  0 ? 0 ?   denoising
-                     1  block 4..7   ? ? ? ?   denoising, sees the row below: the clean block 0..3
-            commit   1  block 0..3   8 9 4 +
+            slots    0  block 8..11   0 ? 0 ?   denoising
+                     1  block 12..15  ? ? ? ?   denoising, sees the row below: the clean block 8..11
+            commit   1  block 8..11   1 0 1 ;
         """
         if self.config.is_full:
             return self.full_states(columns)
@@ -448,6 +451,9 @@ class Decoder:
         and keeps its keys and values; its other steps compute the block (dual), or all from the block on
         (prefix), and see the rest as it was at that first step. They break the replay law: they are for
         evaluation.
+
+        P = 9, room for 8 tokens, K = 4, the second step of the first block: positions 0..16 are computed
+        without a cache, 9..16 with prefix, 9..12 with dual; Dream begins one earlier, at 8.
         """
         K, kind, shift = self.settings.block_size, self.settings.cache, int(self.config.shifts_logits)
         groups = {}  # (first and last place to compute, end of the canvas) -> slots
@@ -485,7 +491,7 @@ class Decoder:
             source, target = torch.tensor([movers, gaps], device=self.device)
             for table in self.tables:
                 table[target] = table[source]
-            self.is_masked[n:len(self.lanes)] = False  # nothing is masked in an idle slot
+            self.is_masked[n:len(self.lanes)] = False  # of an idle slot, which may fill up a batch
             if self.cache is not None:
                 self.cache.copy(source, target, max(self.lanes[slot].end for slot in movers))
         for gap, mover in zip(gaps, movers):
@@ -495,7 +501,6 @@ class Decoder:
 
     def record(self, lane, tokens, steps, confidence, logp):
         """The Rollout of a complete sequence; the four columns are lists of floats, by absolute position."""
-        # Whole blocks: also what stands behind eos, or beyond max_new_tokens, in the last one.
         s, P = self.settings, len(lane.prompt)
         cut = slice(P, min(lane.start + s.block_size, lane.end))
         response, logp = list(map(int, tokens[cut])), logp[cut]
@@ -518,10 +523,10 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
     or an int s for s, s + 1, ... slots: sequences decoded together (default as many as fit); memory grows
     with it, results do not depend on it. block_size: K (default the model's). eos_ids: what ends a response
     (default the model's); an eos inside the prompt ends nothing. more: see DecodingSettings. Raises
-    ValueError for an empty prompt, a setting out of range, or more slots than memory.
+    ValueError for an empty prompt, a wrong number of seeds, a setting out of range, more slots than memory,
+    and logits that are not finite.
     """
     config, prompts = model.config, [list(prompt) for prompt in prompts]
-    # A seed per response: its draws do not depend on who else is in the batch.
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     seeds = [(s + 2**63) % 2**64 - 2**63 for s in seeds]  # into the range of int64
     settings = DecodingSettings(max_new_tokens, block_size or config.block_size,
@@ -563,7 +568,7 @@ def generate_everywhere(model, prompts, seeds, **settings):
     with parallel.unsharded(model) as whole:
         own = generate(whole, parallel.share(prompts), seed=parallel.share(seeds), **settings)
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # of the KV cache: NCCL allocates beside torch's own pool
+        torch.cuda.empty_cache()  # gives the KV cache's memory back: NCCL cannot use what torch keeps
     return parallel.gather(own)
 
 
@@ -585,7 +590,8 @@ def trace_views(rollout, block, shrink, rng=None):
 
     A trace step is `shrink` neighbouring denoising steps merged into one: fewer views, so less to compute,
     but the tokens of the later steps are then predicted without those of the earlier ones in sight: states
-    the policy was not in (which moves their log-probabilities by 0.2 to 0.3 nats on tiny models).
+    the policy was not in. (With the authors' code and small random models, shrink 2 moves log-probabilities
+    by 0.2 to 0.3 nats on average; with a trained model that is sure of itself, hardly.)
 
     step_map 1 3 1 2 of the block 1 0 1 ; with indices 0 to 3:
         shrink 1   ([0, 1, 2, 3], [0, 2])   ([1, 3], [3])   ([1], [1])
@@ -603,8 +609,10 @@ def trace_views(rollout, block, shrink, rng=None):
 
 def random_views(rollout, block, shrink, rng):
     """A baseline, as in the paper: masks drawn at random in place of the trace. Their share is U(0.1, 0.9)
-    per block (full attention: per response); the masked tokens are the targets. (sft.noise_views, called
-    random there, is made for learning: it hides a whole block as often as a single token.)
+    per block (full attention: per response); the masked tokens are the targets. The authors' code draws 35
+    such masks per response with full attention: for that, see tests/forks.py:as_many_random.
+    (sft.noise_views, called random there, is made for learning: it hides a whole block as often as a single
+    token.)
 
     A policy gradient wants log pi(token | the state in which it was drawn). Under random masks it is another
     state, in which perhaps nobody would have drawn this token: the gradient is that of another policy."""
@@ -615,9 +623,9 @@ def random_views(rollout, block, shrink, rng):
 
 
 def coupled_views(rollout, block, shrink, rng):
-    """Another one: random masks and their complement, so that every token is a target exactly once."""
+    """A second baseline: random masks and their complement, so that every token is a target exactly once."""
     (hidden, _), = random_views(rollout, block, shrink, rng)
-    others = [j for j in block if j not in set(hidden)]  # the complement
+    others = [j for j in block if j not in set(hidden)]
     return [(hidden, hidden), (others, others)]
 
 
@@ -659,7 +667,8 @@ def views_of(rollout, config, block_size, views=trace_views, shrink=1):
 
 
 def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, trained_only=False, post_num=0):
-    """The training rows of rollouts -> a list for each: one row, or with full attention one row per view.
+    """The training rows of rollouts -> a list for each: one row, or with full attention one row per view
+    (none if no view has a target). ValueError for a view that predicts what it shows.
 
     trained_only: only the first num_tokens (+ post_num) tokens of a response are targets; the
     others are still seen. A view without targets is left out; of the clean text, only the blocks
@@ -675,16 +684,16 @@ def build_rows(rollouts, config, block_size, views=trace_views, shrink=1, traine
         target                                 1     1          0     ;
 
     The row has P + R + K * (number of views) tokens, less the last view's own clean block (R: whole blocks,
-    with what fills the last one). The authors' layout has
-    one row [prompt | response | response as it was] per step number inside a block, padded to the
-    longest prompt and response allowed: at P = 100, R = 500, K = 4, one token a step, padded to 300 and
-    2000, that is 4 rows of 4,300 = 17,200 tokens instead of 100 + 500 + 4 * 500 - 4 = 2,596. One clean text
-    serves all views, because no clean token and no other view sees the masks of a view.
+    with what fills the last one). The authors' layout has one row [prompt | response | response as it was]
+    per step number inside a block, padded to the longest prompt and response allowed: at P = 100, R = 500,
+    K = 4, one token a step, padded to 300 and 2000, that is 4 rows of 4,300 = 17,200 tokens instead of
+    100 + 500 + 4 * 500 - 4 = 2,596. One clean text serves all views, because no clean token and no other view
+    sees the masks of a view.
 
     Full attention has no clean text to share: there, whatever a step reveals is seen by all other tokens. So
     the cost is a whole canvas, P + max_new_tokens, per view: hence --shrink 8 with --model (Dream, LLaDA).
     """
-    rows_of_all = []  # a list of rows for every rollout
+    rows_of_all = []
     for rollout_index, r in enumerate(rollouts):
         # What stands behind eos is shown, for it was in sight; it is not trained, for it is not part of the
         # answer that earns the reward.
@@ -722,7 +731,9 @@ def lay_out(r, rollout_index, found, config, block_size):
             shown[P + j - block * size] = config.mask_id
         rows[-1].add(shown, block, view)
         for j in targets:
-            place = view_start + P + j - block * size  # in this row; packing adds where the row begins
+            # In this row (packing adds where the row begins). In the picture, j = 1 in the second view:
+            # 12 + 8 + 1 - 2 * 4 = 13.
+            place = view_start + P + j - block * size
             # Dream predicts a token one place before it; a prompt has a token, so that the place exists.
             logit_index = place - int(config.shifts_logits)
             rows[-1].targets.append(  # in the order of model.Targets
@@ -754,7 +765,7 @@ def replay(model, rollouts, shrink=1, temperature=1.0, block_size=None, max_toke
     built = build_rows(rollouts, model.config, block_size or model.config.block_size, shrink=shrink)
     for rows in micro_batches(built, max_tokens, model.config.pad_id, model.device, is_packed):
         logp, _ = forward_rows(model, rows, temperature)
-        # Targets come sorted by row length; each knows whose token it is, so that it finds its way home.
+        # Targets come sorted by row length; each knows whose token it is, and so its place in the table.
         place = rows.targets.rollout_index * longest + rows.targets.response_index
         flat = flat.index_put((place,), logp)
     return [part[:len(r.response)] for part, r in zip(flat.view(len(rollouts), longest), rollouts)]

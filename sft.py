@@ -106,15 +106,16 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
 def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
     """One update on a batch of examples, the same for any number of processes -> (loss, gradient norm)."""
-    # Every process has the same batch, builds the rows of its share of it, and runs as
-    # many micro-batches as the others.
+    # Every process has the same batch, builds the rows of its share of it, and runs as many micro-batches as
+    # the others (see tracerl.own_rows).
     config = model.config
     built = rollout.build_rows(parallel.share(examples), config, config.block_size, views)
     parts = packing.micro_batches(built, max_tokens, config.pad_id, model.device)
     parts = packing.with_dummies(parts, config.pad_id, model.device)
-    hidden = torch.tensor(packing.count_targets(parts), device=model.device)  # of this process
-    hidden = int(parallel.add_up(hidden))  # of all processes
-    # One number for the whole update, taken before the split: else the gradient would depend on the split.
+    hidden = torch.tensor(packing.count_targets(parts), device=model.device)
+    hidden = int(parallel.add_up(hidden))
+    # One number for the whole update, taken before the split: a mean per micro-batch or per process would
+    # make the gradient depend on how the batch was cut.
     normalizer = sum(len(r.response) for r in examples) if is_weighted else hidden
     total = torch.zeros((), device=model.device)
     for part in parts:
@@ -133,7 +134,8 @@ def train_step(model, optimizer, examples, views, is_weighted, max_tokens):
 
 def learning_rate(step, peak, warmup, cooldown, decay_start):
     """Up over `warmup` steps, level, from decay_start on down to a tenth over `cooldown` steps."""
-    # The last, small steps average out the noise of masks and batches.
+    # The last, small steps average out the noise of masks and batches. warmup 30, cooldown 200, decay_start
+    # 500: full size from step 29 to 499, 0.55 of it at step 599, a tenth from step 699 on.
     cooled = max(0, step - decay_start + 1) / cooldown
     return peak * min((step + 1) / warmup, 1 - 0.9 * min(1.0, cooled))
 
@@ -146,7 +148,8 @@ def shuffled(number, seed):
 
 def draw_batch(examples, step, args):
     """The examples of an update, every epoch in an order of its own, each with the seed of its masks."""
-    # The last examples of an epoch that do not fill a batch wait for another epoch, with another order.
+    # 130 examples in batches of 64: two updates an epoch; the two that are left over wait for another epoch,
+    # with another order.
     epoch, turn = divmod(step, len(examples) // args.batch_size)
     order = shuffled(len(examples), args.seed * 1_000_003 + epoch)
     batch = [examples[i] for i in order[turn * args.batch_size:(turn + 1) * args.batch_size]]
@@ -161,14 +164,14 @@ def train(model, tokenizer, examples, dev_problems, args, run):
     """The loop. Stops after args.steps, or earlier: once accuracy on the development problems reaches
     args.stop_accuracy, the learning rate goes down over args.cooldown steps and training ends.
 
-    Order, masks and learning rate are functions of the step, so that a run resumes from any checkpoint."""
+    Order and masks follow from the step, the learning rate from the step and `decay_start`: so a run resumes
+    from any checkpoint."""
     # betas of AdamW: the tiny model was tuned with these; reinforcement learning uses its own.
     optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay)
     # FORK HERE (what is hidden): --views file.py:function, with the signature of noise_views.
     views = runs.load_function(args.views, VIEWS, "--views")
+    # What a checkpoint holds: weights and moments of these, and `progress`. All else follows from the step.
     trainers, line = [(model, optimizer)], {}
-    # Order, masks and learning rate follow from `step`; weights, moments and
-    # `progress` are all there is to save.
     progress = run.restore(trainers) if args.resume else None
     progress = progress or dict(step=0, decay_start=None)
     end = max(1, args.steps - args.cooldown)  # where the learning rate goes down at the latest
@@ -177,10 +180,9 @@ def train(model, tokenizer, examples, dev_problems, args, run):
         decay_start = min(progress["decay_start"] or end, end)  # by accuracy, or by the number of steps
         if step >= decay_start + args.cooldown:
             break
-        # depends on the step alone
         lr = learning_rate(step, args.lr, args.warmup, args.cooldown, decay_start)
         parallel.set_learning_rate(optimizer, lr)
-        # One update; every process sees the same batch and takes its share of it.
+        # The same batch on every process, which takes its share of it.
         loss, norm = train_step(model, optimizer, draw_batch(examples, step, args), views, args.weighted,
                                 args.tokens_per_micro_batch)
         line = dict(step=step + 1, loss=loss, gradient_norm=norm, lr=lr)  # one line of metrics.jsonl
@@ -189,7 +191,7 @@ def train(model, tokenizer, examples, dev_problems, args, run):
             found = eval_math.evaluate(
                 model, tokenizer, dev_problems, max_new_tokens=args.max_new_tokens, seed=args.seed)
             line["accuracy"] = found["accuracy"]
-        # The embedded task stops on accuracy, not on a number of updates: the skill comes
+        # The warm start stops on accuracy, not on a number of updates: the skill comes
         # suddenly, at another time from each seed, and a warm start that is too good leaves
         # reinforcement learning nothing to do.
         is_reached = args.stop_accuracy is not None and line.get("accuracy", 0) >= args.stop_accuracy
@@ -219,7 +221,9 @@ def describe_line(line):
     return f"sft: update {line['step']}, loss {line['loss']:.3f}{accuracy}"
 
 
-TINY = dict(  # defaults of the tiny model
+# Defaults of the tiny model. 2,700 updates of 64 examples are 8.6 epochs; the learning rate is large because
+# the model is small; a canvas of 20 tokens holds every solution.
+TINY = dict(
     data="arithmetic", steps=2700, lr=6e-3, weight_decay=0.2, max_new_tokens=20,
     save_every=0, tokens_per_micro_batch=4096, dtype="float32", attention="block")
 REAL = dict(  # defaults with --model
@@ -295,8 +299,7 @@ def main(argv=None):
 
 
 def load_examples(tokenizer, config, args):
-    """The training data, by the flags -> list[Rollout]."""
-    # The embedded data are made here, with slips; files and hub ids are read.
+    """The training data, by the flags -> list[Rollout]. ValueError if they are fewer than a batch."""
     if args.data in eval_math.EMBEDDED:
         problems = eval_math.EMBEDDED[args.data]("train", 20000, args.seed, args.slip)
         problems, _ = eval_math.encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction)

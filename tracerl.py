@@ -10,8 +10,9 @@ One RL step has six stages, numbered as in the README and in `train`:
   2 reward      1 if the boxed answer is right and the response has ended, else 0 eval_math.give_rewards
   3 advantage   how much better than the other responses to the same prompt,      give_advantages
                 or than the value model expected, step by step
-  4 old logp    replay the traces with the policy that made them                  old_logprobs
-  5 update      clipped policy gradient on the states of the trace, with a KL     policy_loss, update
+  4 old logp    replay the traces with the policy that made them (not for the     old_logprobs
+                first mini-batch: its own forward in stage 5 gives that)
+  5 update      clipped policy gradient on the states of the trace, with a KL     learn, update, policy_loss
   6 log         metrics, evaluation, checkpoint                                   finish_step
 
 Four words to keep apart: a *denoising step* is one forward that reveals tokens; a *trace step* is --shrink of
@@ -22,8 +23,9 @@ optimizer, of which an RL step makes --minibatches times --epochs.
     torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data gsm8k-train --eval_data math500
 
 Read in this order: group_advantages, policy_loss, train, and then what `train` calls. To change the method
-for a paper, look for FORK HERE: advantage and loss here, views in rollout.py, reward in eval_math.py. Each
-can be replaced by a function in a file of your own, without editing.
+for a paper, look for FORK HERE: advantage and loss here, views in rollout.py, reward in eval_math.py can be
+replaced by a function in a file of your own, without editing; decoding (rollout.py) and prompts (here) by a
+few lines.
 
 Left out:
   1. a frozen reference model: the KL is to the policy that made the rollout. A KL to a frozen one would be a
@@ -115,7 +117,7 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
     exp(-d) - 1 + d with d = log ratio, is for samples of the new policy.) It has no bias if the choice of
     which draws to keep does not look at the draws (strategies sequential, entropy). Static and dynamic look:
     an unsure draw is thrown away and made anew, so rare tokens are too few in what is trained on, for k3 and
-    for the policy gradient alike. That is the method's, not this code's.
+    for the policy gradient alike. This is a property of the method, not of this code.
     """
     # A ratio of e^10 is a collapse; it must not become inf before it is seen. (Beyond that there is no
     # gradient: what guards against it is --max_grad_norm, and `drift_kl` in the log.)
@@ -172,11 +174,11 @@ def train(trainers, reward, flags_plan, tokenizer, problems, dev_problems, args,
 
     All randomness is a function of (seed, step), so that weights, optimizer states and progress are the whole
     state of a run. Every process runs this same code on the same records; only forwards and backwards are
-    dealt out (see `own_rows`).
+    dealt out (see "what is dealt to this process"). RuntimeError when the replay law is broken, or when five
+    gradients in a row are not finite.
     """
     model = trainers.model
     for step in parallel.progress(range(progress["step"] + 1, args.steps + 1), "tracerl"):
-        # Functions, block sizes and learning rate of this step.
         plan, times = plan_step(step, trainers, flags_plan, args), [time.perf_counter()]
         # Rollouts: one record per response, in groups of G to a prompt, the same on every process.
         rollouts, asked = roll_out(model, problems, plan.rollout_block_size, args, step)  # 1
@@ -199,7 +201,7 @@ def train(trainers, reward, flags_plan, tokenizer, problems, dev_problems, args,
 
 
 class Plan(NamedTuple):
-    """How a step is done. Most are done alike: by the functions that the flags name, in one block size."""
+    """What may differ between RL steps. In most: the functions that the flags name, one block size."""
 
     advantage: object  # functions: --advantage, --loss, --views
     loss: object
@@ -214,10 +216,10 @@ class Plan(NamedTuple):
 def plan_step(step, trainers, flags_plan, args):
     """The Plan of a step; flags_plan: one with the functions that the flags name.
 
-    Value model: for --value_warmup steps it learns alone, since the advantages of a new one are noise.
+    Value model: for --value_warmup steps it learns alone, since one that has only begun is a poor baseline.
 
     Larger blocks (the paper goes from 4 to 8; the recipe is ours): a model that has only seen blocks of 4 is
-    helpless in blocks of 8, so that its rollouts there earn nothing and teach nothing. For --adapt_steps
+    helpless in blocks of 8, so its rollouts there earn nothing and teach nothing. For --adapt_steps
     steps it rolls out in the smaller blocks that it knows, and imitates its own right responses (advantage =
     reward) with random tokens hidden, in blocks of BOTH sizes: in the larger ones to learn them, in the
     smaller ones because the rollouts need them. Then TraceRL goes on in the larger blocks. The traces of the
@@ -225,7 +227,6 @@ def plan_step(step, trainers, flags_plan, args):
     anywhere in it.
     """
     K, is_full = trainers.model.config.block_size, trainers.model.config.is_full
-    # Towards larger blocks.
     is_adapting = args.rollout_block_size is not None and step <= args.adapt_steps
     rollout_K = args.rollout_block_size if is_adapting else K
     if is_adapting and not is_full:  # (full attention: the same canvas whatever the blocks of its decoding)
@@ -306,16 +307,15 @@ def give_advantages(rollouts, critic, plan, args):
 
 
 def value_advantages(critic, rollouts, block_size, args):
-    """The same with values: sets value_old, returns and advantage by GAE over trace
-    steps -> figures for the log."""
+    """Advantages from the value model: sets value_old, returns and advantage by GAE over trace steps ->
+    figures for the log. (Its rows are of the trace, whatever --views is.)"""
     # Dealt out longest first, so that processes have about the same number of tokens.
     ordered = longest_first(rollouts)
-    own = parallel.share(ordered)  # this process's part
+    own = parallel.share(ordered)
     parts = own_rows(critic, own, rollout.trace_views, block_size, args)
     with torch.no_grad():
         packing.write_back(own, "value_old", parts, [critic(rows) for rows in parts])
     for r in own:
-        # time of each token: its trace step
         steps = value.trace_steps(r, critic.config, block_size, args.shrink, args.post_num)
         value.estimate(r, steps, args.gamma, args.gae_lambda)
     # Every process then holds the same records.
@@ -355,7 +355,7 @@ def longest_first(rollouts):
 def own_rows(model, own, views, block_size, args):
     """The micro-batches of this process's rollouts, as many on every process: with sharded weights every
     forward and backward is a meeting of all processes, and one that came less often would leave the others
-    waiting. (What is missing are dummies: a padding token, no targets, zero gradient.)"""
+    waiting. (Dummies fill the gap: a padding token, no targets, zero gradient.)"""
     # trained_only: targets up to eos
     built = rollout.build_rows(own, model.config, block_size, views, args.shrink, True, args.post_num)
     if args.loss not in LOSSES:
@@ -367,15 +367,16 @@ def own_rows(model, own, views, block_size, args):
 def make_batches(kept, trainers, plan, args, step):
     """Deals whole groups, in a seeded order, into at most args.minibatches updates
     -> this process's part of each."""
-    groups = [kept[i:i + args.group_size] for i in range(0, len(kept), args.group_size)]  # back to groups
-    # Groups stay whole, so that every mini-batch has positive and negative advantages.
+    groups = [kept[i:i + args.group_size] for i in range(0, len(kept), args.group_size)]
+    # Groups stay whole: so every mini-batch has positive and negative advantages (of group scores). Five
+    # groups in two mini-batches: 0 2 4 and 1 3.
     groups = [groups[i] for i in sft.shuffled(len(groups), args.seed * 1_000_003 + step)]
     batches = []
     for start in range(min(args.minibatches, len(groups))):
-        chosen = [r for group in groups[start::args.minibatches] for r in group]  # rollouts of this update
+        chosen = [r for group in groups[start::args.minibatches] for r in group]
         # The same rule deals out every kind of work: item i goes to process i modulo their number.
         own = parallel.share(longest_first(chosen))
-        rows, value_rows = [], []  # micro-batches
+        rows, value_rows = [], []
         for K in plan.block_sizes:
             rows += own_rows(trainers.model, own, plan.views, K, args)
         if trainers.critic is not None and plan.views is rollout.trace_views:
@@ -422,9 +423,8 @@ def drift(model, rollouts, plan, args):
     largest ratio on a few rollouts, beside what was recorded (in bfloat16 the gap is part of it).
 
     With one update per step nothing else shows a collapse: the update's own ratios are measured BEFORE it
-    moves the weights, so that they are 1 whatever comes of it.
+    moves the weights, so they are 1 whatever comes of it.
     """
-    # after the updates
     log_ratio = rollout.replayed_minus_recorded(
         model, rollouts, plan.rollout_block_size, args.temperature, args.tokens_per_micro_batch)
     log_ratio.clamp_(-10, 10)
@@ -444,19 +444,17 @@ def learn(trainers, batches, plan, args):
         for batch in batches * args.value_epochs:
             value_updates.append(update_value(critic, critic_optimizer, batch, args))
     if plan.updates_policy:
-        # Learning rate: a ramp at the start, then constant, as in the paper.
+        # Constant, as in the paper; the ramp at the start (--warmup, 0 with --model) is ours.
         parallel.set_learning_rate(optimizer, plan.lr)
-        # All mini-batches once, then all again for each further epoch.
         for number, batch in enumerate(batches * args.epochs):
             updates.append(update(model, optimizer, batch, plan.loss, number == 0, args))
-    # One line of figures from all updates of the step.
     return show.summarize(updates, value_updates)
 
 
 def update(model, optimizer, batch, loss, is_first, args):
     """One optimizer step of the policy on one mini-batch -> its figures, over all processes.
 
-    is_first: no update has come before in this RL step, so that the old policy is the present one, and its
+    is_first: no update has come before in this RL step, so the old policy is the present one, and its
     log-probabilities are those of this very forward.
     """
     own_size = torch.tensor([packing.count_targets(batch.rows), len(batch.rollouts)], device=model.device)
@@ -479,14 +477,12 @@ def update(model, optimizer, batch, loss, is_first, args):
             part = loss(logp, targets, num_tokens, num_responses, args.clip_eps, args.kl_coef)
         else:
             part = logp.sum()  # a dummy: 0, but with a backward like everybody's
-        # Gradients add up over micro-batches; nothing is averaged.
         parallel.backward(part, model, rows is batch.rows[-1])
         part_sums, part_maxima = diagnose(logp, entropy, rows.targets, args.clip_eps)
         total, sums, maxima = total + part.detach(), sums + part_sums, torch.maximum(maxima, part_maxima)
         ratios.append((logp.detach() - rows.targets.logp_old).exp())  # pi_new / pi_old
-    # For trace.html.
-    packing.write_back(batch.rollouts, "ratio", batch.rows, ratios)
-    # NaN or inf: skipped, counted, said
+    packing.write_back(batch.rollouts, "ratio", batch.rows, ratios)  # for trace.html
+    # A gradient with NaN or inf: the update is skipped, counted and reported.
     norm, is_finite = parallel.optimizer_step(model, optimizer, args.max_grad_norm)
     loss_value, *sums = parallel.add_up(torch.cat([total, sums])).tolist()
     kl, clip_fraction, entropy, gap = (number / max(num_tokens, 1) for number in sums)
@@ -703,7 +699,8 @@ def load_start(args):
         if args.adapt_steps >= args.steps:
             raise ValueError(f"--adapt_steps {args.adapt_steps} leaves nothing of --steps {args.steps}: "
                              "raise --steps")
-    # Optimizer states live as long as the run: moments thrown away every step would make AdamW a sign update.
+    # Optimizer states live as long as the run: with moments thrown away every step, each step of AdamW would
+    # be its first, which uses little but the sign of the gradient.
     optimizer, critic_optimizer = parallel.make_optimizer(model, args.lr, (0.9, 0.95)), None
     if critic is not None:
         # a long memory: once failures are rare, one of them must not throw the value model off its path
@@ -743,7 +740,7 @@ def main(argv=None):
         run.finish(summary)
     show.print_table(before, after, len(test_problems))
     parallel.say(f"{summary['seconds']:.0f} seconds; the run is in {run.folder}: {', '.join(run.files())}")
-    parallel.barrier()  # a process that left early would take the others' connections with it
+    parallel.barrier()  # a process that left early would break the others' connections
     parallel.end_processes()
     return summary
 

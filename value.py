@@ -1,9 +1,10 @@
 """value.py - a baseline per trace step.
 
 The diffusion value model (arXiv 2509.06949, section on the diffusion value model): a copy of the policy's
-backbone with a linear head to one number. It reads the very rows the policy is trained on, at the very places
-where the policy predicts. So V_j is the value of the state just BEFORE the denoising step that reveals token
-j: what a baseline must be, since it may know the state but not the token that is about to be drawn.
+backbone with a linear head to one number. It reads rows of the trace, those that the policy is trained on, at
+the very places where the policy predicts. So V_j is the value of the state just BEFORE the denoising step
+that reveals token j: what a baseline must be, since it may know the state but not the token that is about to
+be drawn.
 
 Tokens revealed at one step are drawn from one state. So time runs over trace steps, not over tokens: rewards
 and values are averaged over the trained tokens of a step (a star marks these means), GAE runs over steps, and
@@ -16,7 +17,7 @@ each token then gets its own share back:
     gamma = lambda = 1:  A_j   .5  .3  .4  .1  .3          = 1 - V_j: what the value model did not expect
     gamma 1, lambda 0:   A_j   .1 -.1  .2  .1  .3          = r_j - V_j + V* of the next step
 
-Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, value_loss.
+Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, estimate, value_loss.
 
 Left out:
   1. a value model smaller than the policy, or one that shares its trunk (LoRA: the frozen part is shared);
@@ -52,7 +53,6 @@ class ValueModel(nn.Module):
 
     def forward(self, rows):
         """Values, float32 (N,), at the targets of one micro-batch of model.Rows, in their order."""
-        # The same rows, the same places as the policy's logits: the state before the token is revealed.
         # Dream's shift by one is in the rows' logit_index, and holds here as well.
         h = rows.states(self.backbone)  # (N, C)
         return h.float() @ self.value_head.weight[0].float()
@@ -77,7 +77,8 @@ def trace_steps(r, config, block_size, shrink=1, post_num=0):
 
 
 def place_rewards(rewards, steps):
-    """Sequence rewards, float (N,), as token rewards on the trained tokens of the last step; steps (N, R)."""
+    """Sequence rewards, float (N,), as token rewards on the trained tokens of the last step; steps (N, R) ->
+    float (N, R)."""
     # Each trained token of that step gets the whole reward; the step's mean r* is then the
     # reward once, not a multiple of it.
     is_last = (steps == steps.amax(-1, keepdim=True)) & (steps > 0)

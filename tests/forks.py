@@ -4,8 +4,10 @@
     python tracerl.py --advantage tests/forks.py:centered --loss tests/forks.py:constant_length
     python tracerl.py --strategy sequential    # left to right, with its trace: JustGRPO, arXiv 2601.15165
 
-What each function is given, and gives, stands at the FORK HERE marks of tracerl.py and rollout.py. These are
-the estimators alone; a paper's other choices (sampler, data, learning rate) are not part of them. """
+What each function is given, and gives, stands at the FORK HERE marks of tracerl.py, rollout.py and
+eval_math.py. These are the estimators alone; a paper's other choices (sampler, data, learning rate) are not
+part of them.
+"""
 
 import torch
 
@@ -37,8 +39,9 @@ def centered(rewards):
 
 
 def mean_per_step(rewards, rollouts):
-    """--advantage: every trace step weighs the same, however many tokens it revealed, as in the objective of
-    the paper (arXiv 2509.06949): A / (tokens of the step)."""
+    """--advantage: every denoising step weighs the same, however many tokens it revealed, as in the objective
+    of the paper (arXiv 2509.06949): A / (tokens of the step). (The loss still divides by tokens, not by
+    steps: the gradient is smaller, by the tokens per step.)"""
     out = torch.zeros(len(rollouts), max(len(r.response) for r in rollouts))
     for row, A, r in zip(out, group_advantages(rewards).flatten(), rollouts):
         steps = r.step_map[:r.num_tokens]
