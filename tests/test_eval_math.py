@@ -376,13 +376,11 @@ def test_the_interpreter_exits_promptly_with_workers_running():
     assert threading.active_count() < 50
 
 
-def test_the_grader_is_a_command(tmp_path):
+def test_the_grader_is_a_command(tmp_path, capsys):
     rows = [{"gold": p["gold"], "response": p["response"]} for p in pairs()[:40]]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "eval_math.py"), "--grade", "in.jsonl", "--out", "out.jsonl"],
-        cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "checks per second" in done.stdout, done.stderr
+    eval_math.main(["--grade", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+    assert "checks per second" in capsys.readouterr().out
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(out) == 40 and all(set(line) == {"correct", "answer", "how"} for line in out)
     (tmp_path / "in.jsonl").write_text('{"gold": "1"}\n')
