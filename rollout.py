@@ -67,7 +67,7 @@ class Rollout:
     """
 
     prompt: list  # token ids
-    response: list  # token ids of every decoded block, the last one whole
+    response: list  # token ids of every decoded block, whole (full attention: up to max_new_tokens)
     num_tokens: int  # up to and including eos, or max_new_tokens: what earns the reward, and is trained
     step_map: list  # denoising step that revealed each token, counted from 1 over the whole response
     confidence: list = field(default_factory=list)  # its probability in the distribution it was drawn from
@@ -325,9 +325,9 @@ class Decoder:
         self.token[rows, longest:] = mask_id
         self.token[rows, :longest] = torch.tensor(padded, device=self.device)
         position = torch.arange(self.token.shape[1], device=self.device)
-        # (n, 1) each, beside position (length,): from the end of the prompt to the end of the response
-        from_here, to_here = torch.tensor(ends, device=self.device).T[..., None]
-        self.is_masked[rows] = (position >= from_here) & (position < to_here)
+        # (n, 1) each, compared with position (length,): masked is what lies between the two.
+        prompt_end, response_end = torch.tensor(ends, device=self.device).T[..., None]
+        self.is_masked[rows] = (position >= prompt_end) & (position < response_end)
         # A group's prompt is prefilled once, in the first of its slots; the other slots get a copy of its
         # keys and values (as long as the longest prompt: what is too much is overwritten before it is read).
         if not self.config.is_full:
