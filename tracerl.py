@@ -584,8 +584,8 @@ def parse_args(argv=None):
             "lr", "warmup", "minibatches", "value_lr", "value_epochs", "max_new_tokens")))
     flag = parser.add_argument_group("most used").add_argument
     flag("--model", help="checkpoint folder or hub id; without it, a tiny model is made and warm-started")
-    flag("--train_data", help="problems to train on: embedded arithmetic or sudoku, a file (JSON lines, JSON, "
-         "parquet), gsm8k-train, math500, gsm8k, aime2024, or a hub id")
+    flag("--train_data", help="problems to train on: embedded arithmetic or sudoku, a file (JSON lines, "
+         "JSON, parquet), gsm8k-train, math500, gsm8k, aime2024, or a hub id")
     flag("--dev_data", help="problems for --eval_every; test problems never guide a run")
     flag("--eval_data", help="test problems, scored before and after training only")
     flag("--steps", type=runs.positive_int, help="RL steps")
