@@ -260,8 +260,8 @@ def draw(found, path):
 
 
 def draw_differences(table, equal_seconds, axes):
-    """A line for every arm but the first."""
-    first, *others = table
+    """A line for every arm but the first, and the control, which is far off."""
+    first, *others = (arm for arm in table if arm != "no-reward")
     for row, arm in enumerate(others):
         for one, shift, colour in ((table, 0, "C0"), (equal_seconds, 0.3, "white")):
             if arm in one:
@@ -270,6 +270,8 @@ def draw_differences(table, equal_seconds, axes):
                               markerfacecolor=colour, linewidth=1)
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_yticks(range(len(others)), others, fontsize=8)
+    axes.set_xlim(-0.16, 0.08)  # the same everywhere
+    axes.locator_params(axis="x", nbins=6)
     axes.invert_yaxis()
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel(f"accuracy minus {first}'s", fontsize=8)
