@@ -435,7 +435,7 @@ def main(argv=None):
     known = json.loads(Path(path).read_text()) if os.path.isfile(path) else {}
     known.update(json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 4)))
     if found:
-        checkpoints.write_json(path, known)
+        Path(path).write_text(json.dumps(known))
     if args.show:
         for setting, table in known.items():
             print_table(setting, table)
