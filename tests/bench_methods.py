@@ -15,9 +15,9 @@ which 800 answers cannot tell apart at 95 percent, the one that earned most on t
 nothing. Several of these commands may run side by side: a run belongs to whoever made its folder under runs/
 first, until it is silent for ten minutes.
 
-Two budgets. Equal steps: as above. --equal_seconds: arms whose steps are cheaper than the first arm's run
-more of them, so that they take as long, by the seconds of a step in six further steps of each (run --seconds
-before, with nothing else on the machine).
+Two budgets. Equal steps: as above. --equal_seconds: arms whose steps are over 15 percent cheaper than the
+first one's run more of them, so that they take as long, by the seconds of a step in six further steps of each
+(run --seconds before, with nothing else on the machine).
 
 Tables and --out: after training, mean over the seeds +- half of a 95 percent confidence interval (Student's
 t); "reward" is the mean over all RL steps, so it shows speed (of arms that decode alike: not of static);
@@ -433,7 +433,8 @@ def main(argv=None):
     os.makedirs("runs", exist_ok=True)
     path = args.out or f"runs/{'variance' if args.variance else 'methods'}.json"
     known = json.loads(Path(path).read_text()) if os.path.isfile(path) else {}
-    known.update(json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 4)))
+    for name, table in json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 4)).items():
+        known[name] = known.get(name, {}) | table  # other arms stay
     if found:
         Path(path).write_text(json.dumps(known))
     if args.show:
