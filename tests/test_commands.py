@@ -47,12 +47,12 @@ def two_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     rows = [json.dumps(dict(problem=p.problem, answer=p.answer)) for p in eval_math.arithmetic("test", 100)]
     (folder / "hundred.jsonl").write_text("\n".join(rows))
+    few = small_data(folder)  # of test problems: what is evaluated changes nothing else
     output, home = io.StringIO(), os.getcwd()
     os.chdir(folder)
     with contextlib.redirect_stdout(output):
-        tracerl.main(["--model", TINY, *DATA[:2], "--eval_data=hundred.jsonl", *SMALL, "--name=one"])
+        tracerl.main(["--model", TINY, few[0], DATA[1], "--eval_data=hundred.jsonl", *SMALL, "--name=one"])
     os.chdir(home)
-    few = ["--train_data=arithmetic", small_data(folder)[1]]  # what is evaluated changes nothing else
     run("tracerl.py", "--model", TINY, *few, *SMALL, "--name=two", cwd=folder, processes=2)
     return folder / "runs", output.getvalue()
 
@@ -303,8 +303,8 @@ def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, mo
              "--value_warmup=0"]
     more = [f"--more={flag}" for flag in flags] + ["--steps=1", "--seeds=2"]
     arms = ["--arms", "tracerl", "coupled"]
-    found = bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more, "--picture=p.png"])
-    assert set(found["k4"]) == {"tracerl", "coupled"} and (tmp_path / "p.png").is_file()
+    found = bench_methods.main(["--settings", "k4", *arms, "--lrs", "1e-3", "1e-4", *more])
+    assert set(found["k4"]) == {"tracerl", "coupled"}
     for lr, results in found["k4"].values():
         assert lr in ("1e-3", "1e-4") and len(results) == 2 and all(0 <= r["dynamic"] <= 1 for r in results)
     assert json.loads((tmp_path / "runs/methods.json").read_text()).keys() == {"k4"}
