@@ -177,9 +177,8 @@ def check_same(saved, settings, path):
 
 
 def run_command(main):
-    """main() of a script, for people: an error of the user's is one line, with exit status 2. (It is one if
-    this project's own code raised it; what torch raises, out of memory or a bug, comes with its
-    traceback.)"""
+    """main() of a script, for people: an error of the user's is one line, with exit status 2. (A RuntimeError
+    is one only if this project raised it: torch's, out of memory or a bug, come with their traceback.)"""
     program, status = os.path.basename(sys.argv[0]), 0
     try:
         main()
@@ -190,8 +189,10 @@ def run_command(main):
             print(f"{program}: stopped. To go on: the same command with --resume (eval_math.py: without)",
                   file=sys.stderr)
     except Exception as error:  # any: whoever fails must say so and leave, or the others wait for ever
-        is_ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(ROOT)
-        is_users = is_ours and isinstance(error, (ValueError, OSError, RuntimeError))
+        # Not whatever lies under ROOT: the README's own virtual environment does, and torch with it.
+        raised_in = os.path.dirname(traceback.extract_tb(error.__traceback__)[-1].filename)
+        is_ours = raised_in in (ROOT, os.path.join(ROOT, "plumbing"))
+        is_users = isinstance(error, (ValueError, OSError)) or is_ours and isinstance(error, RuntimeError)
         status = 2 if is_users else 1
         if not is_users or "--debug" in sys.argv:
             traceback.print_exc()
@@ -376,8 +377,8 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         if self.is_writer:
-            if kind is KeyboardInterrupt:
-                self.plot()  # as far as it came
+            if kind is KeyboardInterrupt and os.path.isfile(self.path):
+                self.plot()  # as far as it came, if it had begun
             if self.end_report is not None:
                 self.end_report()  # the last lines are still on their way
             self.lock.close()  # lets go of the lock

@@ -347,6 +347,23 @@ def test_a_mistake_is_one_line_with_status_2(folder, monkeypatch, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_an_error_of_a_library_comes_with_its_traceback(monkeypatch, capsys):
+    """Also where the library lies in a virtual environment inside the project."""
+    monkeypatch.setattr(sys, "argv", ["tracerl.py"])
+    code = compile("raise RuntimeError('CUDA out of memory')", str(ROOT / ".venv/lib/torch/x.py"), "exec")
+    with pytest.raises(SystemExit, match="1"):
+        runs.run_command(lambda: exec(code))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_run_stopped_before_it_began_lets_go_of_its_name(folder):
+    with pytest.raises(KeyboardInterrupt):
+        with runs.Run("r", {}):
+            raise KeyboardInterrupt
+    with runs.Run("r", {}) as run:
+        run.begin()
+
+
 def test_the_last_words_under_torchrun_are_the_cause(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "tracerl.py"), "--model", "nowhere", *SMALL[2:]]
