@@ -38,6 +38,7 @@ advantage.)
 
 import functools
 import math
+import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -154,7 +155,7 @@ def dense_mask(layout):
 
 
 def tile_mask(layout, size=128):
-    """The rule for long rows on a CPU: for every `size` queries, the keys that any of them sees.
+    """The rule for long rows without FlexAttention: for every `size` queries, the keys that any of them sees.
 
     -> list of (queries: slice, keys int64 (n,), mask bool (B, 1, size, n)). A view sees the clean text before
     its block and itself, a small part of a long row: no score is computed of the rest.
@@ -167,6 +168,8 @@ def tile_mask(layout, size=128):
     return tiles
 
 
+# torch's own switch to go without compiled kernels, where one does not work; CUDA graphs go with them.
+IS_EAGER = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
 compile_once = functools.cache(torch.compile)
 
 
@@ -224,9 +227,10 @@ def attend_within(layout, is_prefill=False):
     """An `attend` in which the tokens of each row see one another by the rule."""
     B, T = layout.block.shape
     # Packed rows have few lengths. Prompts have many, and FlexAttention would be compiled for each.
-    if layout.block.is_cuda and B == 1 and T % 128 == 0 and not is_prefill:
+    # (Uncompiled it would make every score of a row, a hundred gigabytes: so never without a compiler.)
+    if layout.block.is_cuda and B == 1 and T % 128 == 0 and not is_prefill and not IS_EAGER:
         mask = block_mask(layout)
-    elif T > 512 and not layout.block.is_cuda:
+    elif T > 512 and (IS_EAGER or not layout.block.is_cuda):
         mask = tile_mask(layout)
     else:
         mask = dense_mask(layout)
@@ -598,9 +602,10 @@ def token_logprobs(model, h, tokens, temperature=1.0, max_logits=None):
     """Log-probabilities of `tokens` (N,) and entropies of their distributions, at final states h (N, C).
 
     Float32 (N,) both, whatever the weights are. Logits are made for a chunk of positions at a time, at most
-    max_logits numbers (default 2**23, 32 MiB a copy; on a GPU four times as many). All at once, those of
+    max_logits numbers (default 2**23, 32 MiB a copy; on a GPU 2**27: the head's gradient is read and
+    written once per chunk, which takes longer than a small chunk's own work). All at once, those of
     4,000 positions over V = 152k took 9 GiB, forward and backward: logits, log-softmax, their gradients.
     Temperature 0 stands for 1, as in decoding.
     """
-    chunk = max(1, (max_logits or (2**25 if h.is_cuda else 2**23)) // model.config.vocab_size)
+    chunk = max(1, (max_logits or (2**27 if h.is_cuda else 2**23)) // model.config.vocab_size)
     return TokenLogprobs.apply(h, model.head.weight, tokens, model.config.mask_id, temperature or 1.0, chunk)

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from model import (
-    KVCache, Layout, Row, flash_attn_with_kvcache, head_logits, masked_attention, policy_logits,
+    IS_EAGER, KVCache, Layout, Row, flash_attn_with_kvcache, head_logits, masked_attention, policy_logits,
     token_logprobs)
 from plumbing import cuda, parallel, player, runs
 from plumbing.packing import by_length, micro_batches
@@ -300,7 +300,7 @@ class Decoder:
         if not self.config.is_full or settings.cache != "none":
             self.cache = KVCache(
                 self.config, num_slots + 1, length, model.embed.weight.dtype, self.device)
-        if self.device.type == "cuda" and not self.config.is_full and not cuda.IS_EAGER:
+        if self.device.type == "cuda" and not self.config.is_full and not IS_EAGER:
             is_flash = flash_attn_with_kvcache is not None and self.cache.keys.dtype != torch.float32
             self.denoise = cuda.Captured(
                 self.denoise, num_slots, K, length, length if is_flash else 512)

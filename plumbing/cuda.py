@@ -5,6 +5,7 @@ are tested on the CPU.
 """
 
 import os
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,10 @@ from model import BlockDiffusionLM, flash_attn_error, flash_attn_with_kvcache
 from plumbing import parallel
 
 
-# torch's own switch turns off compiled kernels; ours go with them, where one of them does not work.
-IS_EAGER = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+# On Hopper torch prefers cuDNN's attention where there is a mask. That makes a plan for every new shape (0.44 s
+# each was reported, on a B200), and ours change with every batch of prompts. Other kernels serve all shapes.
+torch.backends.cuda.enable_cudnn_sdp(False)
+RECORD_AT = 8  # the call at which a graph is recorded: half of all sizes come up fewer times than ten
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -31,30 +34,31 @@ class Captured:
     recorded with. So sequences, commits, masked places and reach are rounded up: what is too much computes on
     idle slots, on the spare slot, or on places that are not masked, and changes nothing.
 
-    The first call of each sizes runs as it is, so that kernels are compiled and chosen; the second is
-    recorded; from then on it is replayed.
+    The first calls of each sizes run as they are, so that kernels are compiled and chosen; call RECORD_AT is
+    recorded, which takes longer than a call; from then on it is replayed.
     """
 
     def __init__(self, denoise, num_slots, block_size, length, reach=256):
         self.denoise, self.num_slots, self.block_size, self.length = denoise, num_slots, block_size, length
         self.reach = reach  # keys are read up to a multiple of it; graphs are few where it is large
-        self.recorded, self.pool = {}, None  # sizes -> None (called once), or the replay; all graphs' memory
+        self.calls, self.recorded = Counter(), {}  # of each sizes: how often it ran as it is; its replay
+        self.pool = None  # the memory of all graphs
 
     def __call__(self, numbers, commits, num_masked, longest):
         """As denoise."""
         (_, B), (_, M) = numbers.shape, commits.shape
         lanes = min(power_of(2, B), self.num_slots)
-        extra = power_of(4, M) if M else 0
+        extra = min(power_of(4, M), lanes) if M else 0
         quarter = -(-lanes * self.block_size // 4)
         reach = min(-(-longest // self.reach) * self.reach, self.length)
         sizes = (-(-num_masked // quarter) * quarter, reach)
         numbers, commits = F.pad(numbers, (0, lanes - B)), F.pad(commits, (0, extra - M))
         commits[0, M:] = self.num_slots  # the spare slot, whose first block may be overwritten
         key = (lanes, extra, *sizes)
-        if key not in self.recorded:
-            self.recorded[key] = None
+        self.calls[key] += 1
+        if self.calls[key] < RECORD_AT:
             return self.denoise(numbers, commits, *sizes)[:, :B]
-        if self.recorded[key] is None:
+        if key not in self.recorded:
             self.recorded[key] = self.record(numbers, commits, *sizes)
         return self.recorded[key](numbers, commits)[:, :B]
 
@@ -147,7 +151,7 @@ def plan_memory(config, args, has_critic):
     layer, C = layer_bytes(config, wide), config.hidden_size
     per_token = 3 * layer + config.num_layers * (C * wide if args.gradient_checkpointing else layer)
     # Logits of a chunk; the head's gradient in float32, twice; embedding, head and a gradient are whole.
-    head = 3 * 4 * 2**(25 if device.type == "cuda" else 23) + config.vocab_size * C * (8 + 3 * wide)
+    head = 3 * 4 * 2**(27 if device.type == "cuda" else 23) + config.vocab_size * C * (8 + 3 * wide)
     sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), states=own * 12, head=head)
     free = free_bytes(device)
     room = 0.85 * free - sum(sizes.values())

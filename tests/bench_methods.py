@@ -233,6 +233,26 @@ def print_table(setting, table):
             print(f"{arm}: explained variance, mean over the steps from 5 on: {mean:.2f} +- {half:.2f}")
 
 
+def print_overview(found):
+    """Every arm in every setting, in accuracy (dynamic): the first arm's, and the others' difference to it,
+    bold where the interval leaves zero out."""
+    first = next(iter(next(iter(found.values()))))
+    print("\n| |" + "|".join(f" {setting} " for setting in found) + "|\n" + "|---" * (len(found) + 1) + "|")
+    for arm in dict.fromkeys(arm for table in found.values() for arm in table):
+        cells = []
+        for table in found.values():
+            if arm == first:
+                before = fmean(r["before"]["dynamic"] for r in table[arm][1])
+                cells.append(f"{before:.3f} -> {fmean(r['dynamic'] for r in table[arm][1]):.3f}")
+            elif arm in table:
+                mean, half = difference(table, arm)
+                text = f"{mean:+.3f} +- {half:.3f}"
+                cells.append(f"**{text}**" if abs(mean) > half else text)
+            else:
+                cells.append("")
+        print(f"| {arm} | " + " | ".join(cells) + " |", flush=True)
+
+
 def difference(table, arm, name="dynamic"):
     """A figure of an arm minus that of the first arm, paired by seed: mean, and half of its interval."""
     first = next(iter(table))
@@ -438,6 +458,7 @@ def main(argv=None):
     if found:
         Path(path).write_text(json.dumps(known))
     if args.show:
+        print_overview(known)
         for setting, table in known.items():
             print_table(setting, table)
     if args.picture:

@@ -132,6 +132,9 @@ def per_forward(function, forwards, device):
     counts, tolist = [0], torch.Tensor.tolist
 
     class Reads(TorchDispatchMode):
+        # Else torch would run compiled functions uncompiled in here, and ever after.
+        ignore_compile_internals = classmethod(lambda cls: True)
+
         def __torch_dispatch__(self, call, types, args=(), kwargs=None):
             names = ("_local_scalar_dense", "nonzero", "masked_select")
             counts[0] += call.overloadpacket.__name__.removeprefix("aten::") in names

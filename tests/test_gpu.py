@@ -43,6 +43,7 @@ def test_the_replay_law(kind, dtype, bound):
 @pytest.mark.parametrize("strategy", rollout.STRATEGIES)
 def test_recorded_steps_decode_what_plain_ones_do(strategy, monkeypatch):
     model, prompts = wide_model("sdar"), random_prompts([5, 9, 30, 64] * 8)
+    monkeypatch.setattr(cuda, "RECORD_AT", 2)
     graphs = rollout.generate(model, prompts, strategy=strategy, slots=12, **SETTINGS)
     monkeypatch.setattr(cuda.Captured, "__call__", lambda self, *inputs: self.denoise(*inputs))
     plain = rollout.generate(model, prompts, strategy=strategy, slots=12, **SETTINGS)
