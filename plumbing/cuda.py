@@ -16,8 +16,8 @@ from model import BlockDiffusionLM, flash_attn_error, flash_attn_with_kvcache
 from plumbing import parallel
 
 
-# On Hopper torch prefers cuDNN's attention where there is a mask. That makes a plan for every new shape (0.44 s
-# each was reported, on a B200), and ours change with every batch of prompts. Other kernels serve all shapes.
+# On Hopper torch prefers cuDNN's attention where there is a mask. That makes a plan for every new shape (0.44
+# s each, as reported for a B200), and ours change with every batch of prompts. Other kernels serve all.
 torch.backends.cuda.enable_cudnn_sdp(False)
 RECORD_AT = 8  # the call at which a graph is recorded: half of all sizes come up fewer times than ten
 
@@ -41,7 +41,7 @@ class Captured:
     def __init__(self, denoise, num_slots, block_size, length, reach=256):
         self.denoise, self.num_slots, self.block_size, self.length = denoise, num_slots, block_size, length
         self.reach = reach  # keys are read up to a multiple of it; graphs are few where it is large
-        self.calls, self.recorded = Counter(), {}  # of each sizes: how often it ran as it is; its replay
+        self.calls, self.recorded = Counter(), {}  # by sizes: how often they came up; the replay
         self.pool = None  # the memory of all graphs
 
     def __call__(self, numbers, commits, num_masked, longest):

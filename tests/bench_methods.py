@@ -235,22 +235,28 @@ def print_table(setting, table):
 
 def print_overview(found):
     """Every arm in every setting, in accuracy (dynamic): the first arm's, and the others' difference to it,
-    bold where the interval leaves zero out."""
-    first = next(iter(next(iter(found.values()))))
-    print("\n| |" + "|".join(f" {setting} " for setting in found) + "|\n" + "|---" * (len(found) + 1) + "|")
+    bold where the interval leaves zero out. Last, the mean over all settings, of arms that ran in all (its
+    interval: those of the settings, which are independent, added as squares; a little too wide)."""
+    print("\n| | " + " | ".join(found) + " | mean |\n" + "|---" * (len(found) + 2) + "|")
     for arm in dict.fromkeys(arm for table in found.values() for arm in table):
-        cells = []
+        cells, gains = [], []
         for table in found.values():
-            if arm == first:
+            if arm == next(iter(table)):
                 before = fmean(r["before"]["dynamic"] for r in table[arm][1])
                 cells.append(f"{before:.3f} -> {fmean(r['dynamic'] for r in table[arm][1]):.3f}")
-            elif arm in table:
-                mean, half = difference(table, arm)
-                text = f"{mean:+.3f} +- {half:.3f}"
-                cells.append(f"**{text}**" if abs(mean) > half else text)
             else:
-                cells.append("")
+                gains += [difference(table, arm)] if arm in table else []
+                cells.append(bold(*gains[-1]) if arm in table else "")
+        if len(gains) == len(found):
+            cells.append(bold(fmean(mean for mean, _ in gains),
+                              sum(half ** 2 for _, half in gains) ** 0.5 / len(gains)))
         print(f"| {arm} | " + " | ".join(cells) + " |", flush=True)
+
+
+def bold(mean, half):
+    """A difference as text, bold where its interval leaves zero out."""
+    text = f"{mean:+.3f} +- {half:.3f}"
+    return f"**{text}**" if abs(mean) > half else text
 
 
 def difference(table, arm, name="dynamic"):
@@ -458,7 +464,8 @@ def main(argv=None):
     if found:
         Path(path).write_text(json.dumps(known))
     if args.show:
-        print_overview(known)
+        for is_equal in (False, True):
+            print_overview({name: table for name, table in known.items() if name.endswith(EQUAL) == is_equal})
         for setting, table in known.items():
             print_table(setting, table)
     if args.picture:
