@@ -20,7 +20,7 @@ the gradient of some other policy. (One forward per state would be slow; `build_
 
 THE REPLAY LAW. On the trace's own states (one view per denoising step), the replayed log-probability of every
 token equals the recorded one, to float32 rounding. If it does not, then masks, positions, blocks, cache or
-step map differ between sampling and training. Every RL step prints this `gap`. How far off a mistake is, with
+step map differ between sampling and training. Every RL step prints this gap. How far off a mistake is, with
 the authors' code and small models, random or briefly trained: cutting blocks at the start of the response in
 training but at position 0 in decoding, 0.16 to 1.1 nats per token; cutting the last block at eos, 0.06 to
 0.56 for its tokens. A training loss shows none of this: both sides of its ratio are wrong in the same way.
@@ -70,7 +70,7 @@ class Rollout:
     response: list  # token ids of every decoded block, whole (full attention: up to max_new_tokens)
     num_tokens: int  # up to and including eos, or max_new_tokens: what earns the reward, and is trained
     step_map: list  # denoising step that revealed each token, counted from 1 over the whole response
-    confidence: list = field(default_factory=list)  # its probability in the distribution it was drawn from
+    confidence: list = field(default_factory=list)  # its probability in what it was drawn from (see `sample`)
     logp: list = field(default_factory=list)  # its log softmax(logits / T) then, before top-k and top-p
     canvas: int = 0  # full attention: places of the response that every forward sees (max_new_tokens)
     is_truncated: bool = False  # no eos within max_new_tokens
@@ -109,11 +109,13 @@ class DecodingSettings:
     cache: str = "none"  # full attention: see Decoder.full_states
 
     def __post_init__(self):
-        self.denoising_steps = self.denoising_steps or self.block_size
+        if self.denoising_steps is None:
+            self.denoising_steps = self.block_size
         for name, is_good, wanted in (
                 ("strategy", self.strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
                 ("cache", self.cache in CACHES, f"one of {', '.join(CACHES)}"),
                 ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+                ("block_size", self.block_size >= 1, "at least 1"),
                 ("denoising_steps", 1 <= self.denoising_steps <= self.block_size,
                  f"from 1 to the block size, {self.block_size}"),
                 ("threshold", 0 <= self.threshold <= 1, "from 0 to 1"),
@@ -529,7 +531,7 @@ def generate(model, prompts, *, max_new_tokens, seed=0, slots=None, block_size=N
     config, prompts = model.config, [list(prompt) for prompt in prompts]
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     seeds = [(s + 2**63) % 2**64 - 2**63 for s in seeds]  # into the range of int64
-    settings = DecodingSettings(max_new_tokens, block_size or config.block_size,
+    settings = DecodingSettings(max_new_tokens, config.block_size if block_size is None else block_size,
                                 tuple(config.eos_ids if eos_ids is None else eos_ids), **more)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each, or a single int")

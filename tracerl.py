@@ -119,10 +119,10 @@ def policy_loss(logp, targets, num_tokens, num_responses, clip_eps=0.2, kl_coef=
     an unsure draw is thrown away and made anew, so rare tokens are too few in what is trained on, for k3 and
     for the policy gradient alike. This is a property of the method, not of this code.
     """
-    # A ratio of e^10 is a collapse; it must not become inf before it is seen. (Beyond that there is no
-    # gradient: what guards against it is --max_grad_norm, and `drift_kl` in the log.)
-    log_ratio = (logp - targets.logp_old).clamp(-10, 10)
-    ratio = log_ratio.exp()
+    # A ratio of e^10 is a collapse; it must not become inf before it is seen. (Beyond that only the linear
+    # part of k3 has a gradient: what guards against it is --max_grad_norm, and `drift_kl` in the log.)
+    log_ratio = logp - targets.logp_old
+    ratio = log_ratio.clamp(-10, 10).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (n,)
     # The smaller of the two: once a ratio has left the clip range in the direction its advantage
     # asks for, the gain is constant and its gradient 0. In the other direction it is not
@@ -143,8 +143,8 @@ def diagnose(logp, entropy, targets, clip_eps):
     logp|: 0 up to rounding on the trace's own states (the replay law).
     """
     # float64: sums over a whole update, and a gap of 1e-6 that should not drown in rounding.
-    log_ratio = (logp - targets.logp_old).clamp(-10, 10).double()
-    ratio, gap = log_ratio.exp(), (targets.logp_old - targets.logp).abs().double()
+    log_ratio = (logp - targets.logp_old).double()
+    ratio, gap = log_ratio.clamp(-10, 10).exp(), (targets.logp_old - targets.logp).abs().double()
     is_clipped = ((ratio - 1).abs() > clip_eps).double()
     sums = torch.stack([(ratio - 1 - log_ratio).sum(), is_clipped.sum(), entropy.double().sum(), gap.sum()])
     nothing = ratio.new_zeros(1)  # a dummy micro-batch has no targets
@@ -427,9 +427,9 @@ def drift(model, rollouts, plan, args):
     """
     log_ratio = rollout.replayed_minus_recorded(
         model, rollouts, plan.rollout_block_size, args.temperature, args.tokens_per_micro_batch)
-    log_ratio.clamp_(-10, 10)
-    k3 = log_ratio.exp() - 1 - log_ratio  # as in policy_loss
-    return dict(drift_kl=parallel.mean_of(k3), drift_ratio_max=parallel.largest_of(log_ratio.exp()))
+    ratio = log_ratio.clamp(-10, 10).exp()
+    k3 = ratio - 1 - log_ratio  # as in policy_loss
+    return dict(drift_kl=parallel.mean_of(k3), drift_ratio_max=parallel.largest_of(ratio))
 
 
 # -------------------------------------------------------------------------------------------------- 5 update
@@ -566,8 +566,9 @@ TINY = dict(  # defaults of the tiny model
     minibatches=2, lr=1e-4, adapt_lr=1e-3, warmup=10, value_lr=4e-3, value_warmup=10, value_epochs=4,
     value_clip=None, max_new_tokens=20, slots=64, eval_every=20, save_every=20,
     tokens_per_micro_batch=4096, dtype="float32", gradient_checkpointing=False)
-# Defaults with --model: the paper's for SDAR, for billions of parameters. Two of ours: one update per RL step
-# (the authors' code makes several), and beta2 = 0.95 of AdamW (theirs: 0.999).
+# Defaults with --model: the paper's for SDAR, for billions of parameters. Ours: one update per RL step (the
+# authors' code makes several), beta2 = 0.95 of AdamW (theirs: 0.999), the value model's head start of 5 steps
+# (theirs: none), adapt_lr.
 REAL = dict(
     steps=80, prompts=64, minibatches=1, adapt_lr=1e-5, warmup=0, value_lr=5e-6, value_warmup=5,
     value_epochs=1, value_clip=0.2, max_new_tokens=2000, eval_every=10, save_every=20,

@@ -1,10 +1,10 @@
 """value.py - a baseline per trace step.
 
 The diffusion value model (arXiv 2509.06949, section on the diffusion value model): a copy of the policy's
-backbone with a linear head to one number. It reads rows of the trace, those that the policy is trained on, at
-the very places where the policy predicts. So V_j is the value of the state just BEFORE the denoising step
-that reveals token j: what a baseline must be, since it may know the state but not the token that is about to
-be drawn.
+backbone with a linear head to one number. It reads rows of the trace, whatever views the policy is trained
+on, at the very places where the policy predicts. So V_j is the value of the state just BEFORE the denoising
+step that reveals token j: what a baseline must be, since it may know the state but not the token that is
+about to be drawn.
 
 Tokens revealed at one step are drawn from one state. So time runs over trace steps, not over tokens: rewards
 and values are averaged over the trained tokens of a step (a star marks these means), GAE runs over steps, and
@@ -88,9 +88,9 @@ def place_rewards(rewards, steps):
 def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     """Returns and GAE advantages over trace steps -> two float (N, R), 0 where nothing is trained.
 
-    rewards, values: per token, float (N, R). steps: int64 (N, R), 0 = not trained. For token j
-    of step t, with means over the trained tokens of a step marked *, and everything after the
-    last step 0 (paper, value model):
+    rewards, values: per token, float (N, R). steps: int64 (N, R), from 1 up without gaps (a gap would be a
+    step more of discount), 0 = not trained. For token j of step t, with means over the trained tokens of a
+    step marked *, and everything after the last step 0 (paper, value model):
 
         R*_t = r*_t + gamma R*_{t+1}
         A*_t = delta_t + gamma lam A*_{t+1}     with delta_t = r*_t - V*_t + gamma V*_{t+1}

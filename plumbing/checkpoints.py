@@ -213,6 +213,9 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     config = read_config(read_json(os.path.join(path, "config.json")), block_size, attention, name)
     tokenizer = load_tokenizer(path, config)
     config.eos_ids = find_eos_ids(path, config, tokenizer)
+    pad_id = generation_config(path).get("pad_token_id")
+    if config.source.get("pad_token_id") is None and pad_id is not None:  # as in Qwen3
+        config.pad_id = pad_id
     return path, config, tokenizer
 
 
@@ -320,6 +323,12 @@ def load_tokenizer(path, config):
     return None
 
 
+def generation_config(path):
+    """What the folder's generation_config.json says, {} where there is none."""
+    path = os.path.join(path, "generation_config.json")
+    return read_json(path) if os.path.isfile(path) else {}
+
+
 def find_eos_ids(path, config, tokenizer):
     """Every id that ends a response, from the tokenizer, config.json and generation_config.json.
 
@@ -328,9 +337,7 @@ def find_eos_ids(path, config, tokenizer):
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     ids = [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>") if token in vocabulary]
     ids += config.eos_ids
-    generation = os.path.join(path, "generation_config.json")
-    if os.path.isfile(generation):
-        ids += as_list(read_json(generation).get("eos_token_id"))
+    ids += as_list(generation_config(path).get("eos_token_id"))
     if tokenizer is not None:
         ids += [vocabulary[token] for token in (tokenizer.eos_token, "<|endoftext|>") if token in vocabulary]
     return tuple(dict.fromkeys(ids))

@@ -67,7 +67,8 @@ UNITS = (
     "degrees?|miles?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|cents?|dollars?|inch(?:es)?|feet|"
     "foot|yards?|meters?|metres?|cm|mm|km|m|kg|grams?|g|pounds?|lbs?|ounces?|liters?|units?|square|cubic|"
     "per|mph|percent|people|ways")
-NOT_UNITS = (r"\s*(?:or|and|not|wrong|plus|minus|million|billion|trillion|thousand|hundred|dozen|"
+NOT_UNITS = (r"\s*(?:or|and|not|is|are|does|do|wrong|plus|minus|squared|cubed|divided|factorial|halves|"
+             r"thirds|quarters|tenths|million|billion|trillion|thousand|hundred|dozen|"
              r"[a-fi-ln-rt-zA-Z](?![a-zA-Z.]))\b")  # text behind a number that changes it
 AFTER_NUMBER = r"(?:(?<=[\d})])|(?<=\\pi)|(?<=\\pi ))\s*"
 SQUARED = r"(?:\s*\^\s*(?:\d|\{\d\}))?"
@@ -343,7 +344,7 @@ WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}
 COSTLY = re.compile("|".join((
     r"\^\s*(?:\{[^{}]*\^|\([^()]*\^|(?:\d+|\w|\{[^{}]*\})\s*\^)",  # towers of powers
     r"\^\s*\{?\s*[-+]?\s*\d{3,}|\d{41,}|!\s*!|\d{4,}\s*!|_\s*\{?\s*\d{3,}",
-    r"\\(?:sum|prod|int|lim|gcd|lcm|binom|begin)")))
+    r"\\(?:sum|prod|int|lim|gcd|lcm|begin)")))
 # What the parser would drop or misread: unknown signs, subscripts of numbers, tails that say "about".
 STRANGE = re.compile(
     r"[^\w\s\\{}()\[\]+\-*/^.|!]|[^\x00-\x7f]|\d[)}]?\s*_|[!_^] \d|\\(?:approx|[lc]?dots|sim|phantom)|\.\.")

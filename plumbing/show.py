@@ -37,7 +37,7 @@ def describe_line(line):
         parts += ["value model only" if "value_loss" in line else "nothing to learn from: no update"]
     if "value_loss" in line:
         parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
-    parts += [f"gap max {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s",
+    parts += [f"gap {line['gap']:.1e} max {line['gap_max']:.1e}", f"rollout {line['rollout_seconds']:.1f}s",
               f"update {line['update_seconds']:.1f}s"]
     if line.get("skipped_updates"):
         parts.append(f"SKIPPED {line['skipped_updates']} updates")

@@ -168,6 +168,11 @@ def test_save_then_load_gives_every_bit_back(kind, tmp_path):
         assert torch.equal(p, q), name
     assert tokenizer.encode("12+3=") == sft.tiny_tokenizer().encode("12+3=")
     assert (again.config.mask_id, again.config.block_size, again.config.eos_ids) == (2, 4, (1,))
+    source = json.loads((tmp_path / "one/config.json").read_text())
+    (tmp_path / "one/config.json").write_text(json.dumps(source | dict(pad_token_id=None)))
+    (tmp_path / "one/generation_config.json").write_text('{"eos_token_id": [3], "pad_token_id": 7}')
+    config = checkpoints.find_checkpoint(tmp_path / "one")[1]
+    assert config.eos_ids[-1] == 3 and config.pad_id == 7
 
 
 def test_the_tiny_tokenizer_gives_its_text_back():

@@ -395,6 +395,7 @@ def test_the_hash_is_uniform_and_its_words_do_not_mix():
     (dict(strategy="best"), "strategy 'best' is not possible: it must be one of static"),
     (dict(temperature=-1.0), "temperature -1.0"), (dict(top_p=0.0), "top_p 0.0"),
     (dict(top_k=-3), "top_k -3"), (dict(denoising_steps=5), "denoising_steps 5"),
+    (dict(denoising_steps=0), "denoising_steps 0"), (dict(block_size=0), "block_size 0"),
     (dict(seed=[1, 2]), "2 seeds for 1 prompts"), (dict(slots=0), "slots"),
 ])
 def test_bad_settings_are_refused_by_name(settings, message):

@@ -157,6 +157,9 @@ def test_beyond_the_clip_there_is_no_gradient_and_k3_is_never_negative():
         targets = targets_of(torch.zeros(1), torch.ones(1))
         assert tracerl.diagnose(x[None], torch.zeros(1), targets, 0.2)[0][0] >= 0
         assert policy_loss(x[None], targets, 1, 1).isfinite()
+    far = torch.tensor([-12.0], requires_grad=True)  # the KL pulls back however far the policy has gone
+    policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, 1, kl_coef=1.0).backward()
+    assert far.grad.item() == pytest.approx(-1, abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- the update
