@@ -279,7 +279,7 @@ def draw(found, path):
                 setting = columns[column]
                 draw_differences(found[setting], found.get(setting + EQUAL, {}), upper)
                 draw_curves(found[setting], lower)
-                upper.set_title(setting, fontsize=10)
+                upper.set_title(setting if "sudoku" in setting else f"arithmetic-{setting}", fontsize=10)
             else:
                 upper.remove(), lower.remove()
     figure.savefig(path, dpi=100)
@@ -296,7 +296,7 @@ def draw_differences(table, equal_seconds, axes):
                               markerfacecolor=colour, linewidth=1)
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_yticks(range(len(others)), others, fontsize=8)
-    axes.set_xlim(-0.16, 0.08)  # the same everywhere
+    axes.set_xlim(-0.2, 0.12)  # the same everywhere
     axes.locator_params(axis="x", nbins=6)
     axes.invert_yaxis()
     axes.tick_params(axis="x", labelsize=8)
