@@ -603,7 +603,7 @@ def token_logprobs(model, h, tokens, temperature=1.0, max_logits=None):
 
     Float32 (N,) both, whatever the weights are. Logits are made for a chunk of positions at a time, at most
     max_logits numbers (default 2**23, 32 MiB a copy; on a GPU 2**27: the head's gradient is read and
-    written once per chunk, which takes longer than a small chunk's own work). All at once, those of
+    written once per chunk, by count more memory traffic than a small chunk's own). All at once, those of
     4,000 positions over V = 152k took 9 GiB, forward and backward: logits, log-softmax, their gradients.
     Temperature 0 stands for 1, as in decoding.
     """

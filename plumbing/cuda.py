@@ -35,7 +35,7 @@ class Captured:
     idle slots, on the spare slot, or on places that are not masked, and changes nothing.
 
     The first calls of each sizes run as they are, so that kernels are compiled and chosen; call RECORD_AT is
-    recorded, which takes longer than a call; from then on it is replayed.
+    recorded; from then on it is replayed.
     """
 
     def __init__(self, denoise, num_slots, block_size, length, reach=256):
