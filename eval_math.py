@@ -240,7 +240,8 @@ def load_prompts(source, tokenizer, args, needs_answer=True):
 
 
 # FORK HERE (reward): what a response earns. Without editing: --reward file.py:function. The function is
-# called for one response after the other, with the first of these that it has parameters for:
+# called for one response after the other, with as many of these, in this order, as it has parameters
+# without a default:
 #     problem    the Problem; its answer is the text of the data's column, where a list is written as Python
 #                writes it (tests of a program, for example)
 #     text       the response before eos
@@ -315,6 +316,8 @@ def evaluate(model, tokenizer, problems, num_samples=1, seed=0, reward=None, **s
     rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **settings)
     give_rewards(rollouts, repeated, tokenizer)  # accuracy is always the grader's
     found = accuracy(grouped([r.reward for r in rollouts], num_samples)) | describe(rollouts)
+    if not any(p.answer for p in problems):  # with a reward of one's own: nothing is right or wrong
+        found |= dict(accuracy=None, standard_error=None, pass_at_k=None)
     if reward not in (None, math_reward):
         give_rewards(rollouts, repeated, tokenizer, reward)
         found["reward"] = fmean(r.reward for r in rollouts)

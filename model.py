@@ -6,9 +6,9 @@ A block diffusion language model is an ordinary decoder-only transformer with th
   2. attention looks back by whole blocks of K tokens, not by single tokens (Dream and LLaDA: everywhere);
   3. beside the clean text, a training row holds *views*: copies of a block as it was while it was decoded.
 
-Changes 2 and 3 are one rule over three small integers per token. The same rule is prefill,
-decoding, replay and fine-tuning, for both kinds of attention. With K = 4, "x" where the token
-on the left sees the token on top:
+Changes 2 and 3 are one rule over three small integers per token (document, block, view). The same
+rule is prefill, decoding, replay and fine-tuning, for both kinds of attention. With K = 4, "?" the mask
+token, and "x" where the token on the left sees the token on top:
 
                      clean text          views of the last block
                      894+ 396= 101;      ????  1?1?
@@ -33,7 +33,7 @@ advantage.)
   B rows   T tokens in a row   P prompt   R response   K tokens per block
   S trace steps   V vocabulary   C channels   H heads (H_kv: of keys and values)   D channels of a head
   G responses per prompt   M blocks to commit (see rollout.Decoder)
-  N items of a list: targets, masked places, rollouts
+  N items of a list: targets, masked places, rollouts   n a part of such a list
 """
 
 import functools
@@ -130,7 +130,8 @@ def may_attend(query, key):
 
     Inside one document, a token sees the clean text of earlier blocks, and its own block in its own view:
     - prefill, plain text: every token is in view 0, so this is block-causal attention (K = 1: causal);
-    - decoding: the block being decoded is one view, the cache is the clean text before it;
+    - decoding: the block being decoded is one view, the cache is the clean text before it (so the rule
+      becomes "every place before the block's own end": KVCache.reading);
     - replay, fine-tuning: many views of many blocks share one clean text, and none sees another: the masks of
       a view are seen by that view alone;
     - full attention: all is one block, so a view is a whole canvas (the prompt and every place that the
@@ -168,13 +169,14 @@ def tile_mask(layout, size=128):
     return tiles
 
 
-# torch's own switch to go without compiled kernels, where one does not work; CUDA graphs go with them.
+# torch's own switch to go without compiled kernels, where one does not work. It turns CUDA graphs off, too.
 IS_EAGER = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
 compile_once = functools.cache(torch.compile)
 
 
 def compiled(function, dynamic=False):
-    """torch.compile, once for each function; one compilation for every length of row, or one for all lengths.
+    """torch.compile, once for each function. dynamic False: one compilation for every length of row;
+    True: one for all lengths.
 
     Lengths are few (see plumbing/packing.py), but more than torch's usual limit of recompilations. Beyond
     that limit torch would silently go back to the dense scores, which do not fit: hence the error instead.
@@ -316,6 +318,7 @@ class KVCache:
         # q (B, 4, 4, D) becomes (B, 2, 8, D).
         folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # (B, H_kv, H / H_kv * K, D)
         longest, out = is_seen.shape[-1], []
+        # First the rows whose keys are read where they are, then the others.
         for rows, where in ((slice(0, num_in_place), slice(0, num_in_place)),
                             (slice(num_in_place, len(q)), slots[num_in_place:])):
             if len(slots[rows]):
@@ -461,8 +464,8 @@ class BlockDiffusionLM(nn.Module):
 
 
 class Targets(NamedTuple):
-    """What a loss needs to know of every predicted token, copied from the records
-    when rows are built. All (N,)."""
+    """What a loss needs to know of every predicted token, taken from the records
+    when rows are built (logp_old is filled in later). All (N,)."""
 
     logit_index: torch.Tensor  # int64: which of the batch's flattened (B * T) outputs predicts it
     token: torch.Tensor  # int64: the token to predict
@@ -603,8 +606,9 @@ def token_logprobs(model, h, tokens, temperature=1.0, max_logits=None):
 
     Float32 (N,) both, whatever the weights are. Logits are made for a chunk of positions at a time, at most
     max_logits numbers (default 2**23, 32 MiB a copy; on a GPU 2**27: the head's gradient is read and
-    written once per chunk, by count more memory traffic than a small chunk's own). All at once, those of
-    4,000 positions over V = 152k took 9 GiB, forward and backward: logits, log-softmax, their gradients.
+    written once per chunk, which would be most of the memory traffic of small chunks: counted, not
+    measured). All at once, those of 4,000 positions over V = 152k took 9 GiB, forward and backward: logits,
+    log-softmax, their gradients.
     Temperature 0 stands for 1, as in decoding.
     """
     chunk = max(1, (max_logits or (2**27 if h.is_cuda else 2**23)) // model.config.vocab_size)

@@ -277,7 +277,7 @@ class Decoder:
     """The sequences being decoded. Tables are (slots + 1, length) by absolute position.
 
     The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each; when a sequence ends, a
-    later one takes its slot. So a batch is a slice of every table, and nothing is copied to be read.
+    later one takes its slot. So a batch is a slice of every table, and is read without being copied.
 
     Device and host meet once per forward: `denoise` is a function of tensors whose shapes the host knows
     beforehand, and gives two small numbers per slot, which the host reads. Every further question (how many
@@ -288,8 +288,8 @@ class Decoder:
         self.model, self.config, self.settings, self.device = model, model.config, settings, model.device
         # the decoding's own: rollouts may have smaller blocks than the model trains in
         K = settings.block_size
-        # One slot more, in which nothing is masked: CUDA graphs are recorded for few sizes of batch, and it
-        # stands in for the missing sequences.
+        # One slot more: CUDA graphs are recorded for few sizes of batch. Idle slots stand in for the missing
+        # sequences, and this one for the missing commits.
         table = (num_slots + 1, length)
         self.token = torch.full(table, self.config.mask_id, device=self.device)
         self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
@@ -338,8 +338,8 @@ class Decoder:
                 if len(prompt) >= K:  # a shorter one has no whole block
                     first.setdefault(tuple(prompt), slot)
             self.prefill(list(first.values()), [len(prompt) // K * K for prompt in first])
-            others = [(first[tuple(prompt)], slot) for slot, prompt in zip(slots, prompts)
-                      if first.get(tuple(prompt), slot) != slot]
+            others = [(first[key], slot) for slot, key in zip(slots, map(tuple, prompts))
+                      if key in first and first[key] != slot]
             if others:
                 source, target = torch.tensor(others, device=self.device).T
                 self.cache.copy(source, target, longest // K * K)
@@ -420,6 +420,7 @@ class Decoder:
         """Draws tokens for masked places, by their states (N, C) -> token, confidence, logp, entropy (N,)."""
         s, parts = self.settings, []
         chunk = max(1, cuda.MOST_LOGITS // self.config.vocab_size)  # V = 152k: logits of 220 places at a time
+        # Entropies are one more pass over all logits: for the strategies that look at them.
         for states, u in zip(h.split(chunk), draws.split(chunk)):
             parts.append(sample(head_logits(self.model, states), u, self.config.mask_id, s.temperature,
                                 s.top_k, s.top_p, s.strategy not in ("static", "dynamic", "sequential")))
@@ -458,7 +459,7 @@ class Decoder:
         without a cache, 9..16 with prefix, 9..12 with dual; Dream begins one earlier, at 8.
         """
         K, kind, shift = self.settings.block_size, self.settings.cache, int(self.config.shifts_logits)
-        groups = {}  # (first and last place to compute, end of the canvas) -> slots
+        groups = {}  # (first place to compute, the one behind the last, end of the canvas) -> slots
         for slot, lane in enumerate(self.lanes):
             is_whole = kind == "none" or lane.step_in_block == 0
             first = 0 if is_whole else lane.start - shift
@@ -472,7 +473,8 @@ class Decoder:
             if kind != "none":
                 attend = self.cache.reading(slots, position, torch.full_like(slots, end), end)
             h = self.model.hidden(self.token[slots, first:stop], position, attend)
-            # Dream: the output at i - 1 predicts token i (so `first` is one place earlier, too).
+            # Dream: the output at i - 1 predicts token i (so `first` is one place earlier, too). clamp: the
+            # last block may stick out of the canvas; no place there is masked, so what is read is not used.
             source = (columns[slots] - shift - first).clamp(0, stop - first - 1)
             out[slots] = h.gather(1, source[..., None].expand(-1, -1, h.shape[-1]))
         return out

@@ -9,7 +9,7 @@ and the loss is a plain log-likelihood.
     views              1 ? ? ;   ? ? ? ?   ...
 
 One view per block: k of its 4 tokens hidden, k uniform in 1..4. Loss: minus the log-probability of these.
-(In this file a step is an update.)
+(In this file a step is an update; but those of a step map are denoising steps, as everywhere.)
 
 From an autoregressive Qwen3 checkpoint this makes a block diffusion model (the recipe of SDAR, arXiv
 2510.06303); a trained model learns long chains of thought in the same way, from long examples.
@@ -44,7 +44,7 @@ from rollout import Rollout
 
 def to_examples(problems, tokenizer, config, max_new_tokens):
     """Worked problems -> list[Rollout], the record that training rows are made
-    from. Longer ones are left out.
+    from. Responses of more than max_new_tokens, eos included, are left out.
 
     The response is filled up with eos: to its block's end, or (full attention) to the end of the canvas. The
     filling is trained as well: in decoding it is context for the tokens before it, and may be revealed
@@ -321,9 +321,9 @@ def warm_start(seed, block_size=4, attention="block", task="arithmetic"):
     """The embedded default's starting model -> checkpoint folder; made once for each seed and setting."""
     # stop_accuracy, by trying: high enough that most groups hold right and wrong responses, low enough to
     # leave room. lr: full attention learns this more slowly, and at 6e-3 not from every seed.
-    stop_accuracy, lr = (0.4 if task == "arithmetic" else 0.3, 6e-3) if attention == "block" else (0.2, 2e-3)
+    stop_accuracy = 0.2 if attention == "full" else 0.4 if task == "arithmetic" else 0.3
     settings = dict(data=task, seed=seed, block_size=block_size, attention=attention,
-                    stop_accuracy=stop_accuracy, lr=lr)
+                    stop_accuracy=stop_accuracy, lr=2e-3 if attention == "full" else 6e-3)
     flags = [f"--{name}={value}" for name, value in settings.items()]
     # The name holds a hash of all settings: other settings or defaults make another warm start.
     everything = json.dumps(vars(parse_args(flags)), sort_keys=True)

@@ -17,7 +17,8 @@ One RL step has six stages, numbered as in the README and in `train`:
 
 Four words to keep apart: a *denoising step* is one forward that reveals tokens; a *trace step* is --shrink of
 them taken together (1: the same); an *RL step* is the six stages above; an *update* is one step of the
-optimizer, of which an RL step makes --minibatches times --epochs.
+optimizer, of which an RL step makes --minibatches times --epochs (fewer where few groups are kept; the value
+model makes its own).
 
     torchrun tracerl.py                           # everything on a laptop: a tiny model, embedded arithmetic
     torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data gsm8k-train --eval_data math500
@@ -59,7 +60,8 @@ from plumbing import checkpoints, cuda, packing, parallel, runs, show
 # FORK HERE (advantage): from rewards to the A of the loss. Without editing: --advantage
 # file.py:function, a function of
 #     rewards    float (groups, G)
-#     rollouts   the records, group by group (optional): step_map, confidence, logp, ... of every response
+#     rollouts   the records, group by group: step_map, confidence, logp, ... of every response (only if the
+#                function has a second parameter without a default)
 # that gives an advantage per response, (groups, G), or per token, (groups, G, tokens of the longest response,
 # whole blocks with their filling). A group of zeros is left out of the update. So is one whose mean reward is
 # outside --keep_range (default with --model and the math reward: 0.2 to 0.8).
@@ -285,10 +287,11 @@ def give_advantages(rollouts, critic, plan, args):
     if args.advantage in ADVANTAGES and any(r.token_rewards for r in rollouts):
         raise ValueError(f"the reward function gives a reward per token, and --advantage {args.advantage} "
                          "takes one per response: use --advantage value or a function of yours, or their sum")
-    advantages = runs.call(plan.advantage, rewards, rollouts)  # (groups, G), or (groups, G, longest)
-    if advantages.shape[:2] != rewards.shape:
+    # (groups, G), or (groups, G, longest). A function of yours may draw: all processes take the first's.
+    advantages = parallel.from_first(runs.call(plan.advantage, rewards, rollouts))
+    if advantages.shape[:2] != rewards.shape or not advantages.isfinite().all():
         raise ValueError(f"--advantage {args.advantage} gives {tuple(advantages.shape)} numbers for the "
-                         f"{tuple(rewards.shape)} responses")
+                         f"{tuple(rewards.shape)} responses, or some that are not finite (0 / 0?)")
     # A group of equal rewards has nothing to learn from. If all groups are like that, there is no update: the
     # step is logged ("nothing to learn from"), the weights stay, and the next step asks other prompts.
     is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
@@ -521,7 +524,7 @@ def finish_step(
     if dev_problems and args.eval_every and step % args.eval_every == 0:
         found = eval_math.evaluate(
             model, tokenizer, dev_problems, seed=args.seed, reward=reward, **runs.decoding_settings(args))
-        line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if name in found}
+        line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if found.get(name) is not None}
     run.write(line)
     parallel.say(show.describe_line(line))
     show.warn(line, progress)
@@ -675,7 +678,8 @@ def check_args(args, parser):
 def load_start(args):
     """The policy to start from, and the value model if there is one, by the flags -> Trainers, tokenizer."""
     saved = parallel.from_first(runs.checkpoints_of(os.path.join("runs", args.name)))
-    if args.resume and saved and args.model is None:
+    # With LoRA they are merged: the adapters that are restored would count twice.
+    if args.resume and saved and args.model is None and not args.lora_rank:
         path = saved[-1]  # its weights are about to be restored anyway
     else:
         smallest = args.rollout_block_size or args.block_size or 4
@@ -736,12 +740,12 @@ def main(argv=None):
             parallel.say(f"resuming {run.folder} after step {progress['step']}")
         progress = progress or dict(step=0, gap_max=0.0, before=evaluate())
         progress = train(trainers, reward, flags_plan, tokenizer, problems, dev_problems, args, run, progress)
-        before, after = progress["before"], evaluate()
-        summary = dict(before=before, after=after, seconds=time.perf_counter() - started,
+        summary = dict(before=progress["before"], after=evaluate(), seconds=time.perf_counter() - started,
                        replay_gap_max=progress["gap_max"], seed=args.seed)
         run.finish(summary)
-    show.print_table(before, after, len(test_problems))
-    parallel.say(f"{summary['seconds']:.0f} seconds; the run is in {run.folder}: {', '.join(run.files())}")
+    show.print_table(summary["before"], summary["after"], len(test_problems))
+    since, files = " since --resume" * args.resume, ", ".join(run.files())
+    parallel.say(f"{summary['seconds']:.0f} seconds{since}; the run is in {run.folder}: {files}")
     parallel.barrier()  # a process that left early would break the others' connections
     parallel.end_processes()
     return summary

@@ -2,11 +2,11 @@
 
 The diffusion value model (arXiv 2509.06949, section on the diffusion value model): a copy of the policy's
 backbone with a linear head to one number. It reads rows of the trace, whatever views the policy is trained
-on, at the very places where the policy predicts. So V_j is the value of the state just BEFORE the denoising
-step that reveals token j: what a baseline must be, since it may know the state but not the token that is
-about to be drawn.
+on, at the very places where the policy predicts. So V_j is the value of the state just BEFORE the trace
+step (one denoising step, or --shrink of them taken as one) that reveals token j: what a baseline must be,
+since it may know the state but not the token that is about to be drawn.
 
-Tokens revealed at one step are drawn from one state. So time runs over trace steps, not over tokens: rewards
+Tokens of one trace step are predicted from one state. So time runs over trace steps, not over tokens: rewards
 and values are averaged over the trained tokens of a step (a star marks these means), GAE runs over steps, and
 each token then gets its own share back:
 

@@ -194,6 +194,8 @@ def write_json(path, value):
     """Writes JSON under a temporary name, then renames: a reader never sees half a file."""
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before anything older is deleted
     os.replace(f"{path}.partial", path)
 
 
@@ -400,7 +402,7 @@ def save_checkpoint(model, tokenizer, path, dtype=None, max_shard_size="5GB"):
     try:
         if rank:
             save_adapter(config, state, rank, os.path.join(partial, "adapter"))
-        state = {name: p.to(dtype or p.dtype) for name, p in merge_lora(state, rank).items()}
+        state = {name: p.to(dtype or p.dtype) for name, p in merge_lora(state, rank, dtype).items()}
         if config.tie_word_embeddings:
             del state["head.weight"]
         save_torch_state_dict({family_name(config, name): p for name, p in state.items()}, partial,
@@ -428,12 +430,14 @@ def save_config(config, dtype, folder):
                {"eos_token_id": list(config.eos_ids), "pad_token_id": config.pad_id})
 
 
-def merge_lora(state, rank):
-    """Adds each B A of a state to its W and drops A and B, in place -> the state of a plain model."""
+def merge_lora(state, rank, dtype=None):
+    """Adds each B A of a state to its W, in dtype (None: that of W), and drops A and B, in place -> the state
+    of a plain model."""
     for name in [name for name in state if rank and name.endswith("lora_A")]:
         A, B = state.pop(name), state.pop(name.removesuffix("A") + "B")
         W = state[name.removesuffix("lora_A") + "weight"]
-        state[name.removesuffix("lora_A") + "weight"] = (W.float() + parallel.LORA_ALPHA * B @ A).to(W.dtype)
+        merged = W.float() + parallel.LORA_ALPHA * B @ A
+        state[name.removesuffix("lora_A") + "weight"] = merged.to(dtype or W.dtype)
     return state
 
 
@@ -462,7 +466,7 @@ def save_value_model(critic, folder, dtype=None):
         return
     head = state.pop("value_head.weight")
     state = {name.removeprefix("backbone."): p for name, p in state.items()}
-    merged = merge_lora(state, parallel.lora_rank(critic))
+    merged = merge_lora(state, parallel.lora_rank(critic), dtype)
     state = {family_name(critic.config, name): p.to(dtype or p.dtype) for name, p in merged.items()}
     os.makedirs(os.path.join(folder, "value"), exist_ok=True)
     save_file({**state, "value_head.weight": head}, os.path.join(folder, "value", "model.safetensors"))

@@ -58,6 +58,9 @@ def read_fields(row, where, given, needs_answer):
         answer = answer.rsplit("####", 1)[1].strip()  # "... #### 18" -> "18"
     elif (boxed := extract_answer(answer)) is not None:
         answer = boxed
+    elif needs_answer and answer == solution and not given["answer"] and len(answer) > 200:
+        raise ValueError(f"{where}: the only answer is a text of {len(answer)} characters without a "
+                         "\\boxed{}: name the column of the bare answer (--answer_column)")
     # Empty is as bad as absent: it would be an answer that no response can match.
     for name, value, is_needed in (("problem", problem, True), ("answer", answer.strip(), needs_answer)):
         if is_needed and not value:

@@ -7,6 +7,7 @@ renamed: killed at any moment, what lies under a proper name is whole.
 
 import argparse
 import fcntl
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -89,8 +90,9 @@ def add_training_flags(parser, name):
     flag("--dtype", choices=("float32", "bfloat16"),
          help="what layers compute in; weights, optimizer states, gradients and losses are float32 anyhow")
     flag("--save_dtype", choices=("float32", "bfloat16"),
-         help="of the weights in a checkpoint; None is --dtype: the policy as it decoded. (What --resume "
-         "needs is float32 anyhow)")
+         help="of the weights in a checkpoint; None is --dtype, the policy as it decoded; with --lora_rank "
+         "float32, since bfloat16 would round small changes away (evaluate such a checkpoint with --dtype "
+         "float32, too). What --resume needs is float32 anyhow")
     flag("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="keep one activation per "
          "layer and compute the others again in the backward pass: slower by a third, fits far longer rows")
     flag("--no_self_check", action="store_true", help="do not replay a few short rollouts before training")
@@ -295,7 +297,9 @@ class Run:
 
     def __init__(self, name, settings, resume=False, overwrite=False, log="metrics.jsonl"):
         self.folder, self.is_writer, self.lock = os.path.join("runs", name), parallel.is_first(), None
-        self.save_dtype = getattr(torch, settings.get("save_dtype") or settings.get("dtype") or "float32")
+        # In bfloat16 the small changes of an adapter would be rounded away when they join the weights.
+        dtype = "float32" if settings.get("lora_rank") else settings.get("dtype") or "float32"
+        self.save_dtype = getattr(torch, settings.get("save_dtype") or dtype)
         self.report = self.end_report = None  # of metrics to another program
         self.path, self.settings = os.path.join(self.folder, log), dict(settings)
         kind = settings.get("report_to")
@@ -305,7 +309,8 @@ class Run:
             self.open(resume, overwrite)
         # Every process reads checkpoints here and writes its part of them: say so now, not after hours.
         lock = os.path.join(self.folder, "lock")
-        holder = parallel.from_first(read_text(lock))
+        # The others look once it is there: a network disk remembers for seconds that there was no such file.
+        holder = parallel.from_first(read_text(lock) if self.is_writer else None)
         if not all(parallel.gather([read_text(lock) == holder])):
             raise ValueError(f"not all processes see the same {self.folder}: start the command where all "
                              "machines share a disk")
@@ -317,8 +322,10 @@ class Run:
             settings_path = os.path.join(self.folder, "args.json")
             is_used = checkpoints_of(self.folder) or (
                 os.path.isfile(self.path) and os.path.getsize(self.path) > 0)
-            self.replaces = bool(is_used and not (resume and os.path.isfile(settings_path)))
-            if not self.replaces and os.path.isfile(settings_path) and resume:
+            if is_used and resume and not os.path.isfile(settings_path):
+                raise ValueError(f"{self.folder} holds a run without its args.json: put it back to go on")
+            self.replaces = bool(is_used and not resume)
+            if resume and os.path.isfile(settings_path):
                 check_same(read_json(settings_path), self.settings, settings_path)
             if self.replaces and not overwrite:
                 raise ValueError(f"{self.folder} holds a run: go on with it (--resume), replace it "
@@ -343,6 +350,9 @@ class Run:
         path = os.path.join(self.folder, "args.json")
         with writing(path, f"{path}.partial"):
             write_json(path, self.settings)
+        # Of a command that was killed while it saved, or deleted an old checkpoint.
+        for left in glob.glob(os.path.join(glob.escape(self.folder), "checkpoints", "*.partial*")):
+            shutil.rmtree(left, ignore_errors=True)
         open(self.path, "a", encoding="utf-8").close()
         self.keep_lines(self.own_lines())  # without half a line, if a crash left one
         self.report, self.end_report = reporter(self.settings.get("report_to"), self.folder, self.settings)
@@ -426,6 +436,7 @@ class Run:
         partial = f"{path}.partial"
         with writing(path, partial):
             save_checkpoint(trainers[0][0], tokenizer, partial, self.save_dtype)
+            parallel.barrier()  # it waits for hours, the groups of --replicas for minutes
             if write_more is not None:
                 write_more(partial, self.save_dtype)
             parallel.barrier()
@@ -439,9 +450,11 @@ class Run:
                 write_json(os.path.join(state_folder, "progress.json"), progress)
                 shutil.rmtree(path, ignore_errors=True)
                 os.rename(partial, path)
-                for old in checkpoints_of(self.folder)[:-keep]:
-                    shutil.rmtree(old)
         if self.is_writer:
+            for old in checkpoints_of(self.folder)[:-keep]:
+                # Renamed first: what is half deleted has no proper name. What cannot go yet may stay.
+                os.rename(old, f"{old}.partial")
+                shutil.rmtree(f"{old}.partial", ignore_errors=True)
             self.plot()
         parallel.barrier()
 

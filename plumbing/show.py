@@ -87,7 +87,9 @@ def check_gap(line, args, progress):
 
 
 def plus_minus(found):
-    """An accuracy with its standard error, as text."""
+    """An accuracy with its standard error, as text (None: the data have no answers)."""
+    if found["accuracy"] is None:
+        return "no answers"
     error = found["standard_error"]
     return f"{found['accuracy']:.3f} +- " + ("?" if error is None else f"{error:.3f}")
 

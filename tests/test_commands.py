@@ -245,7 +245,7 @@ def test_bfloat16_computes_and_float32_keeps(more, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs.Run, "plot", lambda self: None)
     tracerl.main(["--model", TINY, *small_data(tmp_path), *SMALL,
-                  "--dtype=bfloat16", "--save_dtype=float32", "--lr=1e-6", *more])
+                  "--dtype=bfloat16", "--lr=1e-6", *(more or ["--save_dtype=float32"])])
     assert all(0 < line["gap"] < 0.1 and 1 <= line["ratio_max"] < 2 and line["skipped_updates"] == 0
                for line in lines(tmp_path / "runs/tracerl"))
     start, saved = (load_file(f"{TINY}/model.safetensors"),

@@ -121,6 +121,7 @@ def test_long_prompts_are_skipped_and_counted():
     ('{"problem": "1+1=", "answer": "2"}\n{"text": "1", "answer": "2"}\n',
      "row 2: no problem; columns are text, answer"),
     ('{"problem": "1+1=", "answer": ""}\n', "row 1: no answer"),
+    (json.dumps({"problem": "1+1=", "solution": "One and one " * 20 + "is 2."}), "is a text of 245 char"),
 ])
 def test_a_broken_data_file_is_named_with_its_row(content, message, tmp_path):
     path = tmp_path / "data.jsonl"

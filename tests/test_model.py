@@ -447,6 +447,15 @@ def test_adapters_start_as_nothing_and_are_all_that_learns(kind, tmp_path):
     assert torch.equal(adapter[f"base_model.model.{name}.weight"], model.layers[1].down_proj.lora_A)
 
 
+def test_small_changes_of_adapters_outlive_a_bfloat16_trunk():
+    """W = 1, where half a step of bfloat16 is 2e-3, and B A = 1e-4: doubled (alpha is 2), and all there."""
+    state = lambda: {"x.weight": torch.ones(4, 4, dtype=torch.bfloat16),
+                     "x.lora_A": torch.full((1, 4), 1e-2), "x.lora_B": torch.full((4, 1), 1e-2)}
+    assert torch.equal(checkpoints.merge_lora(state(), 1)["x.weight"], state()["x.weight"])
+    merged = checkpoints.merge_lora(state(), 1, torch.float32)["x.weight"]
+    torch.testing.assert_close(merged, torch.full((4, 4), 1 + 2e-4), atol=1e-7, rtol=0)
+
+
 def test_policy_and_value_model_share_the_frozen_trunk():
     policy = random_model()
     parallel.add_lora(policy, 2)

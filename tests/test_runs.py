@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FIXTURES, ROOT, random_model, random_prompts, small_data
 from safetensors.torch import load_file
 
@@ -66,6 +67,13 @@ def test_a_run_is_never_deleted_without_being_asked(folder):
         tracerl.main([*start, "--name=mine", "--overwrite"])
     assert os.path.isdir(saved)
     tracerl.main([*start, "--name=other"])
+    os.rename("runs/mine/args.json", "args.json")
+    with pytest.raises(ValueError, match="runs/mine holds a run without its args.json: put it back"):
+        tracerl.main([*SMALL, "--name=mine", "--resume"])
+    os.rename("args.json", "runs/mine/args.json")
+    os.makedirs("runs/mine/checkpoints/step-7.partial/adapter")  # killed while it saved: this only may go
+    tracerl.main([*SMALL, "--name=mine", "--resume"])
+    assert os.listdir("runs/mine/checkpoints") == ["step-1"]
     tracerl.main([*SMALL, "--name=mine", "--overwrite"])
 
 
@@ -262,6 +270,17 @@ def test_the_trained_strategy_and_the_own_reward_are_evaluated(folder, capsys):
     assert "mean of your reward, entropy" in capsys.readouterr().out
 
 
+def test_data_without_answers_have_a_reward_and_no_accuracy(folder, capsys):
+    Path("mine.py").write_text("def short(problem, text, tokens):\n    return -float(len(tokens))\n")
+    Path("plain.jsonl").write_text('{"problem": "12+3="}\n' * 4)
+    summary = tracerl.main([*SMALL, "--reward=mine.py:short", "--eval_data=plain.jsonl", "--eval_every=1",
+                            "--dev_data=plain.jsonl", "--keep_range", "-99", "0"])
+    assert {found["accuracy"] for found in summary["after"].values()} == {None}
+    assert summary["after"]["dynamic"]["reward"] < 0 and "no answers" in capsys.readouterr().out
+    line = json.loads(Path("runs/tracerl/metrics.jsonl").read_text())
+    assert line["dev_reward"] < 0 and "dev_accuracy" not in line
+
+
 # --------------------------------------------------------------------------------------- ways that are open
 
 
@@ -278,6 +297,19 @@ def test_resume_takes_its_settings_from_the_run(folder, monkeypatch):
     assert len(Path("runs/tracerl/metrics.jsonl").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="other settings: lr was 0.0001, is 0.5. Say what the run says"):
         tracerl.main(["--resume", "--steps=2", "--lr=0.5"])
+
+
+def test_adapters_of_the_tiny_model_count_once_after_a_resume(folder, monkeypatch):
+    """Their checkpoints hold merged weights: the restored adapters, added to those, would count twice."""
+    monkeypatch.setattr(sft, "warm_start", lambda *_: TINY)
+    flags = ["--train_data=train.jsonl", "--eval_data=test.jsonl", "--prompts=4", "--group_size=4",
+             "--eval_every=0", "--keep_range", "0", "1", "--lora_rank=2", "--lr=1e-2", "--warmup=0"]
+    tracerl.main([*flags, "--steps=2", "--name=whole"])
+    tracerl.main([*flags, "--steps=1", "--name=parts"])
+    tracerl.main(["--name=parts", "--resume", "--steps=2"])
+    whole, parts = (load_file(f"runs/{name}/checkpoints/step-2/model.safetensors")
+                    for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_text_files_of_every_kind_are_read_or_named(folder):

@@ -103,6 +103,14 @@ def test_batch_and_raw_advantages_keep_every_group_unless_nothing_differs():
     assert keep(make([1] * 4), "batch", 2) == [] == keep(make([0] * 4), "raw", 2)
 
 
+def test_an_advantage_that_is_not_finite_is_refused():
+    """The textbook's (r - mean) / std is 0 / 0 where all rewards of a group are equal."""
+    textbook = lambda rewards: (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)
+    rollouts = [Rollout([1], [2, 3], 2, [1, 2], reward=1.0) for _ in range(4)]
+    with pytest.raises(ValueError, match="some that are not finite"):
+        give_advantages(rollouts, None, plan_of(settings())._replace(advantage=textbook), settings())
+
+
 def test_process_rewards_without_a_value_model_are_refused():
     rollouts = [Rollout([1], [2, 3], 2, [1, 2], reward=1.0, token_rewards=[0.5, 0.5]) for _ in range(4)]
     with pytest.raises(ValueError, match="--advantage group takes one per response: use --advantage value"):
