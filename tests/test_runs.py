@@ -35,6 +35,7 @@ SMALL = ["--model", TINY, "--train_data=train.jsonl", "--eval_data=test.jsonl", 
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with small data."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)  # slow, and seen in test_commands.py
     small_data(tmp_path)
     return tmp_path
 
@@ -285,7 +286,8 @@ def test_data_without_answers_have_a_reward_and_no_accuracy(folder, capsys):
 
 
 def test_resume_takes_its_settings_from_the_run(folder, monkeypatch):
-    """Steps may differ; nothing else has to be said again, and no warm start is made."""
+    """Steps may differ; nothing else has to be said again, and no warm start is made. (But with adapters:
+    checkpoints hold merged weights, and the restored adapters, added to those, would count twice.)"""
     monkeypatch.setattr(sft, "warm_start", lambda *_: TINY)
     data = ["--train_data=train.jsonl", "--eval_data=test.jsonl", "--prompts=4", "--group_size=4",
             "--eval_every=0"]
@@ -297,15 +299,10 @@ def test_resume_takes_its_settings_from_the_run(folder, monkeypatch):
     assert len(Path("runs/tracerl/metrics.jsonl").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="other settings: lr was 0.0001, is 0.5. Say what the run says"):
         tracerl.main(["--resume", "--steps=2", "--lr=0.5"])
-
-
-def test_adapters_of_the_tiny_model_count_once_after_a_resume(folder, monkeypatch):
-    """Their checkpoints hold merged weights: the restored adapters, added to those, would count twice."""
     monkeypatch.setattr(sft, "warm_start", lambda *_: TINY)
-    flags = ["--train_data=train.jsonl", "--eval_data=test.jsonl", "--prompts=4", "--group_size=4",
-             "--eval_every=0", "--keep_range", "0", "1", "--lora_rank=2", "--lr=1e-2", "--warmup=0"]
-    tracerl.main([*flags, "--steps=2", "--name=whole"])
-    tracerl.main([*flags, "--steps=1", "--name=parts"])
+    data += ["--keep_range", "0", "1", "--lora_rank=2", "--lr=1e-2", "--warmup=0"]
+    tracerl.main([*data, "--steps=2", "--name=whole"])
+    tracerl.main([*data, "--steps=1", "--name=parts"])
     tracerl.main(["--name=parts", "--resume", "--steps=2"])
     whole, parts = (load_file(f"runs/{name}/checkpoints/step-2/model.safetensors")
                     for name in ("whole", "parts"))
