@@ -678,7 +678,7 @@ def check_args(args, parser):
 def load_start(args):
     """The policy to start from, and the value model if there is one, by the flags -> Trainers, tokenizer."""
     saved = parallel.from_first(runs.checkpoints_of(os.path.join("runs", args.name)))
-    # With LoRA they are merged: the adapters that are restored would count twice.
+    # (Not with LoRA: a checkpoint holds merged weights, and the restored adapters would count twice.)
     if args.resume and saved and args.model is None and not args.lora_rank:
         path = saved[-1]  # its weights are about to be restored anyway
     else:
