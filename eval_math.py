@@ -1,29 +1,27 @@
 """eval_math.py - what is asked, and what counts as right.
 
-Problems (an embedded task, local files, the hub), the prompt around them, the reward of a response, and
-accuracy with its standard error.
+    Problem("894+396=", "1290") -> prompt tokens -> Rollout -> "...\\boxed{1290}" -> "1290" -> reward 1
 
-    Problem("237+682=", "919") -> prompt tokens -> Rollout -> "090;111;090;\\boxed{919}" -> "919" -> reward 1
+Problems come from an embedded task, a local file or the hub. A prompt is put around each. A response is right
+if its last \\boxed{} equals the answer. Accuracy is the mean over problems, with its standard error.
 
-    python eval_math.py --model runs/tracerl/checkpoints/step-45 --max_new_tokens 20 --n 3
-    python eval_math.py --grade answers.jsonl --out verdicts.jsonl
+    python eval_math.py                                                # the tiny model on its 400 test problems
+    python eval_math.py --model JetLM/SDAR-4B-Chat --data math500 --n 3
+    python eval_math.py --grade answers.jsonl --out verdicts.jsonl     # grade a file, without a model
 
-Read in this order: Problem, arithmetic, load_problems, encode_prompts, math_reward, give_rewards, evaluate.
-The last part, from "The evaluation command" on, is a program around `evaluate`: skip it.
+Read in this order: Problem, load_problems, encode_prompts; math_reward, give_rewards; ask, evaluate, accuracy.
 
 Left out:
-  1. the comparison of two answers, "1/2" and "0.5": plumbing/grading.py;
-  2. few-shot prompts, majority votes.
+  1. the embedded tasks, arithmetic and Sudoku: plumbing/tasks.py;
+  2. reading data files: plumbing/data.py; comparing two answers, "1/2" and "0.5": plumbing/grading/;
+  3. few-shot prompts, majority votes.
 """
 
+import dataclasses
 import functools
-import hashlib
-import itertools
-import json
-import random
+import math
 import re
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -31,192 +29,103 @@ from statistics import fmean
 import torch
 
 import rollout
-from plumbing import autoregressive, cuda, data, grading, parallel, runs, show
-from plumbing.checkpoints import load_model
-from plumbing.grading import extract_answer, is_correct
+from plumbing import autoregressive, checkpoints, data, flags, grading, machine, parallel, runs, show
+from plumbing.flags import setting
+from plumbing.tasks import EMBEDDED
+from rollout import Decoding, mix
 
-INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+# ------------------------------------------------------------------------------------------------------------
+# What is asked.
 
 
 @dataclass
 class Problem:
-    """A question, its answer, and, where the data have one, a worked solution (used by sft.py only)."""
+    """A question and its answer."""
 
     problem: str  # or a list of chat messages
     answer: str
-    solution: str = ""
-    step_map: list = None  # of the solution's tokens, for fine-tuning on a trace
+    solution: str = ""  # a worked solution, where the data have one; sft.py learns from it
+    step_map: list = None  # of the solution's tokens, where the data have one
     tokens: list = field(default_factory=list)  # the prompt, once encode_prompts has made it
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The embedded tasks. First three-digit addition, worked out column by column, units first.
-
-
-def is_of(split, text):
-    """Whether a problem belongs to a split."""
-    # A hash of the text deals every problem to one of ten buckets, whatever the seed: no seed of the training
-    # data can ever contain a test problem.
-    buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]
-    return zlib.crc32(text.encode()) % 10 in buckets
-
-
-def arithmetic(split, number, seed=0, slip=0.0):
-    """`number` distinct problems like 237+682= with solutions 090;111;090;\\boxed{919} -> list[Problem].
-
-    split: "train", "dev" or "test"; every sum belongs to one split for good. slip: the probability with which
-    the pupil who writes the solutions forgets a carry, and goes on as if there had been none. That is a bad
-    habit for reinforcement learning to remove: a model that imitates the pupil can add, and slips. The
-    `answer` is always the right one.
-    """
-    rng, seen = random.Random(f"{split} {seed}"), {}  # seen: text -> Problem
-    while len(seen) < number:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)  # three digits each
-        text = f"{a}+{b}="
-        if is_of(split, text) and text not in seen:
-            seen[text] = Problem(text, str(a + b), work_out(a, b, slip, rng))
-    return list(seen.values())
-
-
-def work_out(a, b, slip, rng):
-    """The pupil's page: for each column, units first, its sum and the carry handed on; then the answer.
-
-    237 + 682: 7 + 2 = 09, hand on 0; 3 + 8 = 11, hand on 1; 2 + 6 + 1 = 09, hand on 0. A pupil who slips
-    hands on 0 where a carry is due: 090;110;080;\\boxed{819}. The slip can be seen the moment it is written.
-    """
-    page, digits, carry = "", "", 0  # digits of the answer, found from the right
-    for power in (1, 10, 100):
-        # the digits of this column, and what was handed on to it
-        column = a // power % 10 + b // power % 10 + carry
-        # The slip: no carry where one is due. The last column has no next one: both digits of its sum go into
-        # the answer.
-        carry = column // 10 if power == 100 or rng.random() >= slip else 0
-        page += f"{column:02d}{carry};"  # 11 and 1 handed on: "111;"
-        digits = f"{column % 10 if power < 100 else column}{digits}"
-    return f"{page}\\boxed{{{digits}}}"
-
-
-# A second task, in which tokens depend on each other in any order: 4 x 4 Sudoku.
-
-
-@functools.cache
-def sudoku_grids():
-    """All 288 grids of 4 x 4 in which every row, column and 2 x 2 box holds 1 2 3 4, as strings of 16."""
-    rows = list(itertools.permutations("1234"))
-    # two rows whose boxes are right, then two such bands whose columns are right
-    bands = [(a, b) for a in rows for b in rows if not {*a[:2]} & {*b[:2]} and not {*a[2:]} & {*b[2:]}]
-    return ["".join(map("".join, (*top, *low))) for top in bands for low in bands
-            if all(len({*column}) == 4 for column in zip(*top, *low))]
-
-
-def sudoku(split, number, seed=0, slip=0.0):
-    """`number` distinct puzzles like 0030100434000040= (0 is empty) with solutions \\boxed{4231132434122143}.
-
-    Every puzzle has one solution. slip: the probability with which the pupil is hasty in one row: its empty
-    cells get the digits that it lacks in any order, whatever stands in their columns and boxes.
-    """
-    rng, seen, grids = random.Random(f"sudoku {split} {seed}"), {}, sudoku_grids()
-    while len(seen) < number:
-        # With 4 clues 4 puzzles in 100 have one solution only, with 6 half of them, with 8 four of five.
-        answer, clues = rng.choice(grids), rng.sample(range(16), rng.randint(6, 8))
-        text = "".join(answer[i] if i in clues else "0" for i in range(16)) + "="
-        if not is_of(split, text) or text in seen:
-            continue
-        if sum(all(grid[i] == answer[i] for i in clues) for grid in grids) > 1:
-            continue  # more than one solution
-        # The hasty row: right digits for the row, in an order that may break columns and boxes.
-        page, row = list(answer), 4 * rng.randrange(4)
-        if rng.random() < slip:
-            empty = [i for i in range(row, row + 4) if i not in clues]
-            for i, digit in zip(empty, rng.sample([answer[i] for i in empty], len(empty))):
-                page[i] = digit
-        seen[text] = Problem(text, answer, f"\\boxed{{{''.join(page)}}}")
-    return list(seen.values())
-
-
-EMBEDDED = dict(arithmetic=arithmetic, sudoku=sudoku)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Problems from files and from the hub.
-
-
-def load_problems(source, problem_column=None, answer_column=None, needs_answer=True):
-    """Problems from any source -> list[Problem].
-
-    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local .jsonl, .json or .parquet file; a name
-    (math500, gsm8k, gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. Columns are found by
-    name (problem, question, prompt or messages; answer; solution or response), or given. In GSM8K's style the
-    answer stands behind ####; in a solution without an answer, in the last \\boxed{}. needs_answer: whether a
-    row without one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the
-    source and the row of what is broken, missing or empty.
-    """
-    task, _, split = source.partition("-")  # "sudoku-dev" -> sudoku, dev; "sudoku" is for training
-    if task in EMBEDDED and split in ("", "dev", "test"):
-        # The same 400 or 20,000 for everyone: seed 0, and no slips.
-        return EMBEDDED[task](split or "train", 400 if split else 20000)
-    rows = data.read_rows(source)  # dicts
-    if not rows:
-        raise ValueError(f"{source} holds no problems")
-    # The solution's column cannot be named: it is for fine-tuning, whose data have the usual names.
-    given = dict(problem=problem_column, answer=answer_column, solution=None)
-    return [Problem(**data.read_fields(row, f"{source}, row {number}", given, needs_answer))
-            for number, row in enumerate(rows, 1)]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The prompt.
 
 
 PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
 
 
-def encode_prompts(
-        problems, tokenizer, max_prompt_tokens, instruction=INSTRUCTION, style="chat", system=None):
-    """Sets Problem.tokens -> (problems that fit, number of others). system: a message, for chats without one.
+@dataclass
+class Prompting:
+    """How problems become prompts. A model must be trained and tested on the same kind of prompt."""
 
-    style: how the chat template's text is used. A model is good at prompts like those it was trained on; one
-    newline too many can cost points.
-      chat      as the template gives it
-      trado     without white space after the last "assistant": TraDo was trained on prompts that end there
-      think     followed by <think> and a newline (once), the opening of long chains of thought
-      no_think  the template's own switch enable_thinking=False (Qwen3: an empty <think></think> follows)
-      plain     no template: the problem and the instruction alone, for base models
+    max_prompt_tokens: int = setting(784, "longer prompts are skipped and counted", low=1)
+    prompt_style: str = setting(
+        "chat", "chat: the chat template; trado: without its last newline; think: followed by <think>; "
+        "no_think: the template's own switch; plain: no template, for base models", choices=PROMPT_STYLES)
+    instruction: str = setting(
+        "\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        "text after each problem; empty for data with whole prompts")
+    system: str = setting(None, "a system message before each problem")
+    problem_column: str = setting(None, "column of the problem, if it has an uncommon name")
+    answer_column: str = setting(None, "column of the answer, if it has an uncommon name")
+
+    def __post_init__(self):
+        flags.check(self)
+
+
+def load_problems(source, prompting=Prompting(), needs_answer=True):
+    """Problems from any source -> list[Problem].
+
+    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local file (JSON lines, JSON, parquet); a name
+    (math500, gsm8k, gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. needs_answer: whether a
+    row without an answer is of no use; for fine-tuning it is. Errors name the source and the row.
     """
-    if style not in PROMPT_STYLES:
-        raise ValueError(f"unknown prompt style {style!r}: choose one of {', '.join(PROMPT_STYLES)}")
+    task, _, split = source.partition("-")  # "sudoku-dev" -> sudoku, dev; "sudoku" alone is for training
+    if task in EMBEDDED and split in ("", "dev", "test"):
+        # The same 400 or 20,000 problems for everyone: seed 0, and a pupil who never slips.
+        rows = EMBEDDED[task](split or "train", 400 if split else 20000)
+        return [Problem(**row) for row in rows]
+    rows = data.read_rows(source)  # dicts
+    if not rows:
+        raise ValueError(f"{source} holds no problems")
+    given = dict(problem=prompting.problem_column, answer=prompting.answer_column, solution=None)
+    return [Problem(**data.read_fields(row, f"{source}, row {number}", given, needs_answer))
+            for number, row in enumerate(rows, 1)]
+
+
+def encode_prompts(problems, tokenizer, prompting=Prompting()):
+    """Sets Problem.tokens -> (problems that fit, how many do not).
+
+    A model is good at prompts like those it was trained on; one newline too many can cost points. TraDo was
+    trained on prompts that end with the word "assistant", hence the style of that name.
+    """
+    style = prompting.prompt_style
     if style != "plain" and not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
-    # Templates without such a switch ignore it.
-    switch = dict(enable_thinking=False) if style == "no_think" else {}
+    switch = dict(enable_thinking=False) if style == "no_think" else {}  # templates without it ignore it
     for p in problems:
         chat = p.problem
         if not isinstance(chat, list):
-            chat = [{"role": "user", "content": p.problem + instruction}]
-        if system is not None and chat[0]["role"] != "system":
-            # A system message of the data's own replaces ours.
-            chat = [{"role": "system", "content": system}, *chat]
+            chat = [dict(role="user", content=p.problem + prompting.instruction)]
+        if prompting.system is not None and chat[0]["role"] != "system":  # the data's own message wins
+            chat = [dict(role="system", content=prompting.system), *chat]
         if style == "plain":
-            # A base model has seen no chat markup: it would only be noise to it.
             text = "\n".join(message["content"] for message in chat)
         else:
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **switch)
         if style == "trado":
-            text = text.rstrip()  # no newline after the last "assistant"
+            text = text.rstrip()
         if style == "think" and not text.rstrip().endswith("<think>"):
             text += "<think>\n"
-        # add_special_tokens is off: the template has written all special tokens that belong there.
         p.tokens = encode(text, tokenizer)
-    fitting = [p for p in problems if len(p.tokens) <= max_prompt_tokens]  # the others are counted and said
+    fitting = [p for p in problems if len(p.tokens) <= prompting.max_prompt_tokens]
     if not fitting:
-        raise ValueError(f"none of {len(problems)} prompts has at most {max_prompt_tokens} tokens: "
+        raise ValueError(f"none of {len(problems)} prompts has at most {prompting.max_prompt_tokens} tokens: "
                          "raise --max_prompt_tokens")
     return fitting, len(problems) - len(fitting)
 
 
 def encode(text, tokenizer):
     """Text -> token ids. ValueError where the tokenizer does not know a character: it would be lost."""
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    tokens = tokenizer(text, add_special_tokens=False).input_ids  # a template has written the special ones
     # Byte-level tokenizers (Qwen, LLaDA) know every character; the tiny one has 18 tokens.
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is not None and unknown in tokens:
@@ -225,68 +134,64 @@ def encode(text, tokenizer):
     return tokens
 
 
-def load_prompts(source, tokenizer, args, needs_answer=True):
-    """load_problems and encode_prompts, by the flags -> list[Problem]; says how many there are."""
-    problems = load_problems(source, args.problem_column, args.answer_column, needs_answer)
-    problems, num_long = encode_prompts(problems, tokenizer, args.max_prompt_tokens, args.instruction,
-                                        args.prompt_style, args.system)
-    skipped = f"; skipped {num_long} with a prompt over {args.max_prompt_tokens} tokens" if num_long else ""
+def load_prompts(source, tokenizer, prompting, needs_answer=True):
+    """load_problems and encode_prompts -> list[Problem]; says how many there are."""
+    problems = load_problems(source, prompting, needs_answer)
+    problems, num_long = encode_prompts(problems, tokenizer, prompting)
+    skipped = f"; skipped {num_long} with a prompt over {prompting.max_prompt_tokens} tokens" if num_long else ""
     parallel.say(f"{source}: {len(problems)} problems{skipped}")
     return problems
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The reward.
+# What counts as right.
 
 
-# FORK HERE (reward): what a response earns. Without editing: --reward file.py:function. The function is
-# called for one response after the other, with as many of these, in this order, as it has parameters
-# without a default:
-#     problem    the Problem; its answer is the text of the data's column, where a list is written as Python
-#                writes it (tests of a program, for example)
-#     text       the response before eos
-#     tokens     the same as token ids, with eos
-#     rollout    the record: step map, truncation (which is not punished unless the function does)
-# It gives a number; or a number per token: process rewards, for --advantage value or an advantage of your
-# own. With values, returns are sums over trace steps of their MEAN in the step: give every token of a step
-# the reward of the step. (The log shows the sum over tokens.) --instruction "" does not ask for a box.
-def math_reward(problem, text, tokens, rollout):
+def math_reward(problem, text, rollout):
     """1 if the last \\boxed{} is right and the response has ended, else 0.
 
-    A truncated response is wrong whatever it says: otherwise a model learns to box a guess early and never to
+    A truncated response is wrong whatever it says. Otherwise a model learns to box a guess early, and never to
     stop.
+
+    FORK HERE. --reward file.py:function calls a function of yours for each response, by the names of its
+    parameters:
+        problem    the Problem
+        text       the response before eos
+        tokens     the same as token ids, with eos
+        rollout    the record: step_map, is_truncated, ... (truncation costs nothing unless you make it)
+    It gives a number, or a list with one number per token. The list is a process reward, for --advantage value
+    or an advantage of your own. Give every token of a denoising step the reward of that step: returns are sums
+    over trace steps of the MEAN in the step.
     """
-    return float(not rollout.is_truncated and is_correct(extract_answer(text), problem.answer))
+    return float(not rollout.is_truncated and grading.is_correct(grading.extract_answer(text), problem.answer))
 
 
 def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
-    """Sets Rollout.reward and token_rewards (stage 2 of tracerl.py).
+    """Sets Rollout.reward and token_rewards, on every process. ValueError for a reward that is not finite.
 
-    Each process judges its share, and all then hold the same rewards: a verdict that a time limit decided, or
-    a random reward, must be the same on every process, or they would train on different groups. Raises
-    ValueError for a reward that is no finite number.
+    Each process judges a part. A verdict that a time limit decided must be the same on every process: else
+    they would train on different groups.
     """
-    # the grader's checks run in two workers; a user's function may not like threads
+    # The grader's checks run in worker processes. A function of the user's may not like threads.
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
-    own = parallel.share(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
+    pairs = parallel.deal(list(zip(rollouts, problems)))
     with ThreadPoolExecutor(num_threads) as pool:
-        judged = list(pool.map(lambda pair: judge(*pair, tokenizer, reward), own))
+        judged = list(pool.map(lambda pair: judge(*pair, tokenizer, reward), pairs))
     for r, (sequence_reward, token_rewards) in zip(rollouts, parallel.gather(judged)):
-        r.reward, r.token_rewards = sequence_reward, token_rewards
+        r.reward = sequence_reward
+        r.token_rewards = token_rewards
 
 
 def judge(r, problem, tokenizer, reward):
-    """One response's reward, and process rewards if the function gives those -> (float, list of float)."""
-    # up to and including eos: what stands behind it is filling
-    tokens = r.response[:r.num_tokens]
-    got = runs.call(reward, problem, response_text(r, tokenizer), tokens, r)
-    try:  # numbers of any kind: Python's, numpy's, 0-d tensors
-        # One type for all of them; strings, None and lists of lists fail here.
-        values = torch.as_tensor(got, dtype=torch.float64)
+    """One response's reward, and its process rewards if the function gives those -> (float, list of float)."""
+    tokens = r.response[:r.num_tokens]  # up to and including eos: what stands behind it is filling
+    given = flags.call(reward, problem=problem, text=response_text(r, tokenizer), tokens=tokens, rollout=r)
+    try:
+        values = torch.as_tensor(given, dtype=torch.float64)  # numbers of any kind, or a list of them
     except (TypeError, ValueError, RuntimeError):
-        values = torch.tensor(torch.nan)  # not a number: refused below
+        values = torch.tensor(math.nan)  # not a number: refused below
     if not values.isfinite().all():  # one NaN would make the whole group's advantages NaN
-        raise ValueError(f"the reward function gave {got!r} for {problem.problem!r}: a reward is a finite "
+        raise ValueError(f"the reward function gave {given!r} for {problem.problem!r}: a reward is a finite "
                          "number, or a list with one for each token")
     if values.dim() == 0:
         return values.item(), []
@@ -296,146 +201,150 @@ def judge(r, problem, tokenizer, reward):
 
 
 def response_text(r, tokenizer):
-    """The trained part of a response as text, to be judged or read: nothing is ever encoded again."""
-    return tokenizer.decode(r.response[:r.num_tokens], skip_special_tokens=True)
+    """The response before eos as text, to be judged or read. Nothing is ever encoded again.
+
+    Special tokens stay, since a reward may look for one such as </think>.
+    """
+    return tokenizer.decode(r.response[:r.num_tokens - (not r.is_truncated)])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Accuracy.
 
 
-def evaluate(model, tokenizer, problems, num_samples=1, seed=0, reward=None, **settings):
-    """Samples and scores num_samples responses per problem -> dict with accuracy, standard_error, n and more.
+def ask(respond, tokenizer, problems, seeds, reward=None):
+    """One response to each problem, graded -> a dict for each.
 
-    settings go to rollout.generate. reward: a function of one's own, whose mean is added as "reward".
+    respond: a function of (prompts, seeds) that gives rollouts, such as generate_everywhere with its other
+    arguments filled in. reward: a function of one's own, whose value is added.
     """
-    # samples of one problem side by side, each with a seed of its own
-    repeated = [p for p in problems for _ in range(num_samples)]
-    # Fixed seeds: before and after training the same draws meet another policy.
-    seeds = [seed + i for i in range(len(repeated))]
-    rollouts = rollout.generate_everywhere(model, [p.tokens for p in repeated], seeds, **settings)
-    give_rewards(rollouts, repeated, tokenizer)  # accuracy is always the grader's
-    found = accuracy(grouped([r.reward for r in rollouts], num_samples)) | describe(rollouts)
-    if not any(p.answer for p in problems):  # with a reward of one's own: nothing is right or wrong
-        found |= dict(accuracy=None, standard_error=None, pass_at_k=None)
+    started = time.perf_counter()
+    rollouts = respond([p.tokens for p in problems], seeds)
+    seconds = (time.perf_counter() - started) / max(len(problems), 1)  # grading is not a model's speed
+    give_rewards(rollouts, problems, tokenizer)  # accuracy is always the grader's
+    lines = []
+    for r, p in zip(rollouts, problems):
+        text = response_text(r, tokenizer)
+        lines.append(dict(
+            text=p.problem, gold=p.answer, answer=grading.extract_answer(text), correct=bool(r.reward),
+            truncated=r.is_truncated, length=r.num_tokens, decoded=len(r.response), step_map=r.step_map,
+            seconds=seconds, response=text))
     if reward not in (None, math_reward):
-        give_rewards(rollouts, repeated, tokenizer, reward)
-        found["reward"] = fmean(r.reward for r in rollouts)
+        give_rewards(rollouts, problems, tokenizer, reward)
+        lines = [line | dict(reward=r.reward) for line, r in zip(lines, rollouts)]
+    return lines
+
+
+def evaluate(respond, tokenizer, problems, num_samples=1, seed=0, reward=None):
+    """Accuracy on problems -> a dict with accuracy, standard_error, n and more, see `summarize`."""
+    # Fixed seeds: before and after training, the same draws meet another policy.
+    keys = [(number, sample) for number in range(len(problems)) for sample in range(num_samples)]
+    seeds = [mix(seed, number, sample) for number, sample in keys]
+    return summarize(ask(respond, tokenizer, [problems[number] for number, _ in keys], seeds, reward))
+
+
+def summarize(lines):
+    """What a table shows of many responses: accuracy, lengths, speed."""
+    samples = {}  # by problem; a file may hold the same problem many times
+    for line in lines:
+        samples.setdefault(str(line["text"]), []).append(float(line["correct"]))
+    found = accuracy(list(samples.values()))
+    if not any(line["gold"] for line in lines):  # with a reward of one's own: nothing is right or wrong
+        found = dict.fromkeys(found)
+    if "reward" in lines[0]:
+        found["reward"] = fmean(line["reward"] for line in lines)
+    return found | dict(
+        length=fmean(line["length"] for line in lines),
+        truncated=fmean(line["truncated"] for line in lines),
+        unanswered=fmean(line["answer"] is None for line in lines),
+        # How fast it decodes: 1 is as slow as an autoregressive model, K is a block at once.
+        tokens_per_step=sum(line["decoded"] for line in lines) / sum(max(line["step_map"]) for line in lines),
+        tokens_per_second=sum(line["length"] for line in lines) / sum(line["seconds"] for line in lines))
+
+
+def accuracy(samples):
+    """Lists of each problem's samples (1 right, 0 wrong) -> accuracy, its standard error, n, and pass@k.
+
+    The error is over problems: samples of one problem are alike, and count as one observation together. Two
+    problems with the samples 1 1 0 and 0 0 0 have the means .67 and 0, so accuracy .33, n = 2.
+    """
+    means = [fmean(numbers) for numbers in samples]
+    mean = fmean(means)
+    n = len(means)
+    error = None  # one problem alone says nothing about others
+    if n > 1:
+        variance = sum((m - mean) ** 2 for m in means) / (n - 1)  # n - 1: the mean is estimated, too
+        error = (variance / n) ** 0.5
+    found = dict(accuracy=mean, standard_error=error, n=n)
+    fewest = min(len(numbers) for numbers in samples)
+    k = 2
+    while k <= fewest:
+        found[f"pass_at_{k}"] = fmean(pass_at(k, numbers) for numbers in samples)
+        k *= 2
     return found
 
 
-def evaluate_all(model, tokenizer, problems, reward, args):
-    """Test problems, decoded dynamic, static with one token per step, greedy (the most probable tokens,
-    revealed as --strategy says), and by --strategy -> {name: what `evaluate` gives}."""
-    # They are scored twice, before and after: no checkpoint is chosen by them.
-    modes = dict(dynamic=dict(strategy="dynamic"), static=dict(strategy="static", denoising_steps=None),
-                 greedy=dict(temperature=0.0))
-    modes |= {} if args.strategy in modes else {args.strategy: {}}
-    settings = runs.decoding_settings(args)
-    return {name: evaluate(model, tokenizer, problems, reward=reward, **settings | changes)
-            for name, changes in parallel.progress(modes.items(), "evaluate")}
+def pass_at(k, numbers):
+    """Probability that k of these samples, chosen at random, hold a right one (unbiased, arXiv 2107.03374).
 
-
-def grouped(numbers, size):
-    """A list cut into lists of `size`: the samples of each problem."""
-    return [numbers[i:i + size] for i in range(0, len(numbers), size)]
-
-
-def accuracy(rewards):
-    """Rewards of each problem's samples -> accuracy, its standard error over problems, n, pass@k (k: all).
-
-    The error is over problems: samples of one problem are alike, and count as one observation together. One
-    problem alone says nothing about others: its standard error is None.
+    Of four samples one is right: two of them hold it in 3 of 6 choices, so pass@2 is .5.
     """
-    # Two problems, three samples each: [1, 1, 0] and [0, 0, 0] are the means .67 and 0, accuracy .33, n = 2.
-    means = [fmean(samples) for samples in rewards]
-    mean, n = fmean(means), len(means)
-    # n - 1: the mean is estimated, too
-    variance = sum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else None
-    return dict(accuracy=mean, standard_error=(variance / n) ** 0.5 if n > 1 else None, n=n,
-                pass_at_k=fmean(max(samples) for samples in rewards))
+    num_wrong = sum(not number for number in numbers)
+    return 1 - math.comb(num_wrong, k) / math.comb(len(numbers), k)
 
 
-def describe(rollouts):
-    """Mean length (trained tokens), share of truncated responses, and tokens revealed per denoising step."""
-    return dict(
-        length=fmean(r.num_tokens for r in rollouts),
-        truncated=fmean(r.is_truncated for r in rollouts),
-        # How fast it decodes: 1 is as slow as an autoregressive model, K is a block at once.
-        tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
+def mode(name, decoding):
+    """The Decoding of an evaluation mode: a strategy, or "greedy", the most probable tokens."""
+    if name == "greedy":
+        return dataclasses.replace(decoding, temperature=0.0)
+    is_own = name == decoding.strategy
+    return dataclasses.replace(decoding, strategy=name,
+                               denoising_steps=decoding.denoising_steps if is_own else None)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The evaluation command. The method ends here.
-
-
-def diffusion_responses(model, tokenizer, problems, seeds, strategy, args):
-    """Responses of a diffusion model to problems, as dicts, on every process."""
-    rollouts = rollout.generate_everywhere(
-        model, [p.tokens for p in problems], seeds, **runs.decoding_settings(args) | dict(strategy=strategy))
-    return [dict(response=response_text(r, tokenizer), length=r.num_tokens, truncated=r.is_truncated,
-                 decoded=len(r.response), step_map=r.step_map) for r in rollouts]
-
-
-def fingerprint(model, problems):
-    """Short hashes of weights and data: an evaluation is continued only if both are still the same."""
-    # A sum per weight matrix: a training step changes some of them, and they are quick even for billions.
-    sums = [f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in model.parameters()]
-    data = [(p.problem, p.answer, p.tokens) for p in problems]  # text, answer and prompt style
-    return {name: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-            for name, content in (("weights", sums), ("problems", data))}
+# The command. The method ends here.
 
 
 def evaluate_command(args):
-    """Samples, grades, tabulates. Responses are in runs/<name>/responses.jsonl at once: a run can go on."""
+    """Samples, grades, tabulates. Each response is in runs/<name>/responses.jsonl at once: a run can go on."""
     parallel.start_processes(args.device)
-    if args.ar:
-        # The yardstick goes through the same prompts, the same grader and the same table.
+    settings = flags.read_flags(machine.Inference, args)
+    if args.ar:  # the yardstick goes through the same prompts, the same grader and the same table
         model, tokenizer = autoregressive.load(args.ar)
+        compute = rollout.PLAIN._replace(generate=autoregressive.generate)
     else:
-        dtype = args.dtype or ("bfloat16" if parallel.default_device().type == "cuda" else "float32")
-        model, tokenizer = load_model(
-            args.model, args.block_size, getattr(torch, dtype), attention=args.attention)
-        cuda.say_backend(model, args, dtype)
+        model, tokenizer = machine.load_model(args.model or machine.start_of(args.attention), settings)
+        compute = machine.choose_compute(settings, model)
     if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
-    problems = load_prompts(args.data, tokenizer, args)[:args.limit]
-    # Both take the same arguments, and give the same dicts.
-    respond = autoregressive.responses if args.ar else diffusion_responses
-    strategies = ["autoregressive"] if args.ar else args.strategy
+        raise ValueError(f"{args.model or args.ar} has no tokenizer: prompts cannot be encoded")
+    problems = load_prompts(args.data, tokenizer, flags.read_flags(Prompting, args))[:args.limit]
+    decoding = flags.read_flags(Decoding, args, strategy="dynamic")
     # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
     name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
-    # The settings in args.json hold the fingerprints: other weights under the same path are refused.
-    with runs.Run(name, vars(args) | fingerprint(model, problems), resume=True, log="responses.jsonl") as run:
+    # The settings in args.json hold fingerprints: other weights under the same path are refused.
+    marks = dict(weights=runs.weight_mark(model), problems=data_mark(problems))
+    with runs.Run(name, vars(args) | marks, resume=True, log="responses.jsonl", may_change={"n"}) as run:
         run.begin()
-        # What an earlier, interrupted call has answered is not asked again.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
-        work = list(itertools.product(strategies, range(len(problems)), range(args.n)))
-        todo = [key for key in work if key not in done]
-        parallel.say(f"{len(work) - len(todo)} of {len(work)} responses were there already")
-        # A chunk is what is lost when the command is stopped: two rounds of the slots of all processes.
-        chunks, size = [], (args.slots or 64) * parallel.processes()[1] * 2
-        for strategy in strategies:
-            chunks += grouped([key for key in todo if key[0] == strategy], size)
-        for chunk in parallel.progress(chunks, "evaluate"):
-            started = time.perf_counter()
-            seeds = [args.seed + i * args.n + k for _, i, k in chunk]  # the same whatever was there already
-            asked, strategy = [problems[i] for _, i, _ in chunk], chunk[0][0]
-            responses = respond(model, tokenizer, asked, seeds, strategy, args)
-            # grading is not part of a model's speed
-            seconds = (time.perf_counter() - started) / len(chunk)
-            answers = [None if r["truncated"] else extract_answer(r["response"]) for r in responses]
-            pairs = [(answer, p.answer) for answer, p in zip(answers, asked)]
-            # All processes hold the same responses; one judges, or a check that ran into its time limit on
-            # one machine alone would make their tables differ.
-            verdicts = parallel.from_first(grading.grade(pairs) if parallel.is_first() else None)
-            for key, p, r, answer, (is_right, how) in zip(chunk, asked, responses, answers, verdicts):
-                how = "truncated" if r["truncated"] else how
-                done[key] = dict(
-                    strategy=strategy, problem=key[1], sample=key[2], text=p.problem, gold=p.answer,
-                    answer=answer, correct=is_right, how=how, seconds=seconds, **r)
-                run.write(done[key])
-        summary = {strategy: summarize([done[key] for key in work if key[0] == strategy], args.n)
+        for strategy in args.strategy if not args.ar else ["autoregressive"]:
+            chosen = decoding if args.ar else mode(strategy, decoding)
+            respond = functools.partial(
+                rollout.generate_everywhere, model, decoding=chosen, compute=compute)
+            keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
+            todo = [key for key in keys if key not in done]
+            parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
+            # A chunk is what is lost when the command is stopped: two rounds of all slots.
+            size = (args.slots or 64) * parallel.processes()[1] * 2
+            chunks = [todo[start:start + size] for start in range(0, len(todo), size)]
+            for chunk in parallel.bar(chunks, strategy):
+                seeds = [mix(args.seed, number, sample) for _, number, sample in chunk]
+                lines = ask(respond, tokenizer, [problems[number] for _, number, _ in chunk], seeds)
+                for key, line in zip(chunk, lines):
+                    done[key] = dict(strategy=key[0], problem=key[1], sample=key[2]) | line
+                    run.write(done[key])
+        strategies = list(dict.fromkeys(key[0] for key in done))
+        summary = {strategy: summarize([line for key, line in done.items() if key[0] == strategy])
                    for strategy in strategies}
         run.finish(summary)
     parallel.say(f"{args.data}, n = {args.n}: responses and summary are in {run.folder}")
@@ -443,43 +352,33 @@ def evaluate_command(args):
     return summary
 
 
-def summarize(lines, n):
-    """The figures of one strategy's responses, n to a problem."""
-    return accuracy(grouped([float(line["correct"]) for line in lines], n)) | dict(
-        length=fmean(line["length"] for line in lines),
-        truncated=fmean(line["truncated"] for line in lines),
-        tokens_per_step=sum(line["decoded"] for line in lines) / sum(max(line["step_map"]) for line in lines),
-        tokens_per_second=sum(line["length"] for line in lines) / sum(line["seconds"] for line in lines),
-        unanswered=fmean(line["answer"] is None for line in lines),
-        killed=sum(line["how"] == "killed" for line in lines))
+def data_mark(problems):
+    """A short hash of what is asked."""
+    return runs.mark([(p.problem, p.answer, p.tokens) for p in problems])
 
 
 def parse_args(argv=None):
     """The flags of eval_math.py."""
-    parser = runs.make_parser("Evaluate a model on math problems, or grade a file.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="diffusion model: checkpoint folder or hub id")
-    what.add_argument("--ar", metavar="MODEL", help="autoregressive model, by transformers' generate, "
-                      "under the same prompts and grader")
-    what.add_argument("--grade", metavar="FILE",
-                      help="grade JSON lines of gold and response instead of sampling")
+    parser = flags.make_parser("Evaluate a model on math problems, or grade a file.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", help="diffusion model: checkpoint folder or hub id; None: the tiny model")
+    what.add_argument("--ar", metavar="MODEL", help="autoregressive model, by transformers' generate, under the "
+                      "same prompts and grader")
+    what.add_argument("--grade", metavar="FILE", help="grade JSON lines of gold and response")
     flag = parser.add_argument
     flag("--out", help="with --grade: where the verdicts go")
     flag("--data", default="arithmetic-test",
          help=f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id owner/name[:config[:split]]")
-    flag("--limit", type=runs.positive_int, help="only the first problems")
-    flag("--n", type=runs.positive_int, default=1, help="samples per problem; pass_at_k has k = n")
-    flag("--strategy", nargs="+", default=["static", "dynamic"], choices=rollout.STRATEGIES)
-    flag("--block_size", type=runs.positive_int, help="K, if not the checkpoint's own")
-    flag("--attention", choices=("block", "full"), help="of a checkpoint that leaves it open (a2d-qwen3)")
-    flag("--device", choices=("cpu", "cuda"), help="None: a GPU if there is one")
-    flag("--dtype", choices=("float32", "bfloat16"), help="None: bfloat16 on a GPU, float32 on the CPU")
-    flag("--seed", type=int, default=0, help="of the first sample")
-    flag("--name", type=runs.folder_name,
-         help="folder under runs/ (default: from model and data); the same name and flags go on with it")
+    flag("--limit", type=int, help="only the first problems")
+    flag("--n", type=int, default=1, help="samples per problem")
+    flag("--strategy", nargs="+", default=["static", "dynamic"], help="also greedy")
+    flag("--seed", type=int, default=0, help="of the samples")
+    flag("--name", type=runs.folder_name, help="folder under runs/; the same name and flags go on with it")
     flag("--debug", action="store_true", help="show the traceback of an error")
-    runs.add_prompt_flags(parser, PROMPT_STYLES, INSTRUCTION)
-    runs.add_decoding_flags(parser, rollout.CACHES)
+    is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
+    flags.add_flags(parser, "machine", machine.Inference, is_tiny)
+    flags.add_flags(parser, "prompts", Prompting, is_tiny)
+    flags.add_flags(parser, "decoding", Decoding, is_tiny, skip=("strategy",))
     args = parser.parse_args(argv)
     if args.grade and not args.out:
         parser.error("--grade needs --out")

@@ -1,27 +1,27 @@
 """value.py - a baseline per trace step.
 
-The diffusion value model (arXiv 2509.06949, section on the diffusion value model): a copy of the policy's
-backbone with a linear head to one number. It reads rows of the trace, whatever views the policy is trained
-on, at the very places where the policy predicts. So V_j is the value of the state just BEFORE the trace
-step (one denoising step, or --shrink of them taken as one) that reveals token j: what a baseline must be,
-since it may know the state but not the token that is about to be drawn.
+The diffusion value model (arXiv 2509.06949, section on the diffusion value model) is a copy of the policy's
+backbone with a linear head that gives one number. It reads the rows of the trace at the same outputs at which
+the policy predicts tokens. So V_j is the value of the state just BEFORE the trace step that reveals token j.
+That is what a baseline must be: it may know the state, but not the token that is about to be drawn.
 
-Tokens of one trace step are predicted from one state. So time runs over trace steps, not over tokens: rewards
-and values are averaged over the trained tokens of a step (a star marks these means), GAE runs over steps, and
-each token then gets its own share back:
+Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one state.
+The value model still says a number for each of these tokens, since it is read at their positions, and these
+numbers differ. Their mean V* stands for the step. Here are the response 1 0 1 ; with step_map 1 3 1 2, which
+is right and earns 1, and the advantages with the usual gamma = lambda = 1 and with lambda = 0:
 
-    step_map of a response      1   1   2   3   3          reward 1, all of it at the last step
-    token rewards r_j           0   0   0   1   1
-    values V_j                 .5  .7  .6  .9  .7
-    step means V*              .6      .6  .8              (steps 1, 2, 3)
-    gamma = lambda = 1:  A_j   .5  .3  .4  .1  .3          = 1 - V_j: what the value model did not expect
-    gamma 1, lambda 0:   A_j   .1 -.1  .2  .1  .3          = r_j - V_j + V* of the next step
+    token                  1    0    1    ;
+    step_map               1    3    1    2
+    token rewards r_j      0    1    0    0      the reward lies on the last step
+    values V_j            .5   .9   .7   .6
+    step means V*         .6   .9   .6   .6      step 1: (.5 + .7) / 2
+    lambda = 1:  A_j      .5   .1   .3   .4      1 - V_j: what the value model did not expect
+    lambda = 0:  A_j      .1   .1  -.1   .3      r_j - V_j + V* of the next step
 
-Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, estimate, value_loss.
+Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, value_advantages,
+value_loss.
 
-Left out:
-  1. a value model smaller than the policy, or one that shares its trunk (LoRA: the frozen part is shared);
-  2. saving and loading: plumbing/checkpoints.py.
+Left out: a value model that is smaller than the policy. (With LoRA the frozen part is shared with it.)
 """
 
 import copy
@@ -30,15 +30,16 @@ import torch
 from torch import nn
 
 import rollout
+from plumbing import packing, parallel
 
 
 class ValueModel(nn.Module):
-    """The policy's backbone, copied, and a head that starts at zero: before training, every value is 0."""
+    """A copy of the policy's backbone, and a head that starts at zero: before training every value is 0."""
 
     def __init__(self, policy):
         super().__init__()
         self.config = policy.config
-        # With LoRA the frozen trunk is shared with the policy, and only the adapters are copied.
+        # With LoRA the frozen weights are shared with the policy, and only the adapters are copied.
         shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
         self.backbone = copy.deepcopy(policy, shared)
         self.backbone.head = None  # a value model predicts no tokens
@@ -51,36 +52,35 @@ class ValueModel(nn.Module):
         """Where the weights are."""
         return self.backbone.device
 
-    def forward(self, rows):
-        """Values, float32 (N,), at the targets of one micro-batch of model.Rows, in their order."""
-        # Dream's shift by one is in the rows' logit_index, and holds here as well.
-        h = rows.states(self.backbone)  # (N, C)
-        return h.float() @ self.value_head.weight[0].float()
+    def forward(self, rows, compute):
+        """Values of the targets of a micro-batch, in their order: float32 (N,)."""
+        states = rollout.states_at(self.backbone, rows, compute)  # (N, C)
+        return states.float() @ self.value_head.weight[0].float()
 
 
-def trace_steps(r, config, block_size, shrink=1, post_num=0):
-    """The trace step of every trained token of a rollout, over the whole response
-    -> list of int, 0 if untrained.
+def trace_steps(r, config, shrink=1):
+    """The trace step of every response token, over the whole response -> list of int, 0 if not trained.
 
-    1, 2, ... in the order of decoding: blocks one after the other, inside a block the merged steps. A step
-    that revealed no trained token (only the filling after eos) is not counted: nothing waits for it.
+    1, 2, ... in the order of decoding: block after block, and inside a block the merged steps. A step that
+    revealed no trained token is not counted. Such a step revealed only tokens behind eos.
     """
-    # Tokens after eos were context and are in the views, but nothing is earned or learnt there.
-    end = r.trained_end(post_num)
-    steps, count = [0] * len(r.response), 0  # count: trace steps so far
-    for _, _, targets, _ in rollout.views_of(r, config, block_size, shrink=shrink):
-        trained = [j for j in targets if j < end]
-        count += bool(trained)
+    steps = [0] * len(r.response)
+    number = 0  # trace steps so far
+    for view in rollout.views_of(r, config, shrink=shrink):
+        trained = [j for j in view.targets if j < r.num_tokens]
+        if trained:
+            number += 1
         for j in trained:
-            steps[j] = count
+            steps[j] = number
     return steps
 
 
 def place_rewards(rewards, steps):
-    """Sequence rewards, float (N,), as token rewards on the trained tokens of the last step; steps (N, R) ->
-    float (N, R)."""
-    # Each trained token of that step gets the whole reward; the step's mean r* is then the
-    # reward once, not a multiple of it.
+    """Rewards of responses, float (N,), as token rewards on the trained tokens of the last step.
+
+    steps: int64 (N, R) -> float (N, R). Each of these tokens gets the whole reward. The mean over the step is
+    then the reward once, and not a multiple of it.
+    """
     is_last = (steps == steps.amax(-1, keepdim=True)) & (steps > 0)
     return torch.where(is_last, rewards[:, None], 0.0)
 
@@ -88,46 +88,68 @@ def place_rewards(rewards, steps):
 def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     """Returns and GAE advantages over trace steps -> two float (N, R), 0 where nothing is trained.
 
-    rewards, values: per token, float (N, R). steps: int64 (N, R), from 1 up without gaps (a gap would be a
-    step more of discount), 0 = not trained. For token j of step t, with means over the trained tokens of a
-    step marked *, and everything after the last step 0 (paper, value model):
+    rewards, values: per token, float (N, R). steps: int64 (N, R), from 1 up without gaps, 0 = not trained. For
+    token j of step t, with means over the trained tokens of a step marked *, and all 0 after the last step:
 
         R*_t = r*_t + gamma R*_{t+1}
         A*_t = delta_t + gamma lam A*_{t+1}     with delta_t = r*_t - V*_t + gamma V*_{t+1}
         R_j  = r_j + gamma R*_{t+1}
         A_j  = (r_j - V_j) + gamma V*_{t+1} + gamma lam A*_{t+1}
     """
-    N, S = len(steps), int(steps.max())
-    # Column t is step t. Column 0 collects untrained tokens, and column S + 1, after the last step, stays 0.
+    N = len(steps)
+    S = int(steps.max())
+    # Column t is step t. Column 0 collects the tokens that are not trained. Column S + 1 comes after the last
+    # step, and stays 0.
     zeros = rewards.new_zeros(N, S + 2)
-    # (N, S + 2) tokens of each step; 1 where none, to divide by
-    count = zeros.scatter_add(1, steps, torch.ones_like(rewards)).clamp(min=1)
-    r = zeros.scatter_add(1, steps, rewards) / count  # (N, S + 2) r*
+    count = zeros.scatter_add(1, steps, torch.ones_like(rewards)).clamp(min=1)  # (N, S + 2) tokens of a step
+    r = zeros.scatter_add(1, steps, rewards) / count  # r*
     v = zeros.scatter_add(1, steps, values) / count  # V*
-    returns, advantages = zeros.clone(), zeros.clone()
-    # From the last step to the first: each needs what comes after it.
-    for t in range(S, 0, -1):
+    returns = zeros.clone()
+    advantages = zeros.clone()
+    for t in range(S, 0, -1):  # from the last step to the first: each needs what comes after it
         returns[:, t] = r[:, t] + gamma * returns[:, t + 1]
         delta = r[:, t] - v[:, t] + gamma * v[:, t + 1]  # what this step alone brought beyond the expected
         advantages[:, t] = delta + gamma * lam * advantages[:, t + 1]
-    # Back from steps to tokens: what follows step t is the same for all tokens of it, only
-    # r_j and V_j are a token's own.
+    # Back from steps to tokens. What follows step t is the same for all its tokens; r_j and V_j are their own.
     following = steps + 1
     token_returns = rewards + gamma * returns.gather(1, following)
     token_advantages = (rewards - values + gamma * v.gather(1, following)
                         + gamma * lam * advantages.gather(1, following))
-    is_trained = steps > 0  # 0 after eos, and where rows are padded
+    is_trained = steps > 0
     return token_returns * is_trained, token_advantages * is_trained
 
 
-def estimate(r, steps, gamma, lam):
-    """Sets a Rollout's returns and advantage, from its value_old, its rewards and its `trace_steps`."""
-    steps, values = torch.tensor([steps]), torch.tensor([r.value_old])  # (1, R): a batch of one
+@torch.no_grad()
+def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
+    """Sets value_old, returns and advantage of all rollouts, on every process -> numbers for the log.
+
+    The value model reads the rows of the trace, whatever views the policy is trained on.
+    """
+    own = parallel.deal(rollouts)
+    config = value_model.config
+    built = rollout.build_rows(own, config, shrink=shrink, trained_only=True)
+    parts = packing.with_dummies(packing.micro_batches(built, compute, value_model), value_model)
+    values = rollout.per_response(own, parts, [value_model(rows, compute) for rows in parts])
+    found = [estimate(r, r_values.cpu(), trace_steps(r, config, shrink), gamma, lam)
+             for r, r_values in zip(own, values)]
+    for r, (value_old, returns, advantage) in zip(rollouts, parallel.gather(found)):
+        r.value_old = value_old
+        r.returns = returns
+        r.advantage = advantage
+    trained = [(r.value_old[j], r.returns[j], r.advantage[j]) for r in rollouts for j in range(r.num_tokens)]
+    values, returns, advantages = torch.tensor(trained, dtype=torch.float64).T  # (N,) each
+    return dict(explained_variance=explained_variance(values, returns),
+                advantage_rms=float(advantages.square().mean().sqrt()))
+
+
+def estimate(r, values, steps, gamma, lam):
+    """Values, returns and advantages of one response, as three lists with a number for each token."""
+    steps = torch.tensor([steps])  # (1, R): a batch of one
     rewards = place_rewards(torch.tensor([r.reward]), steps)
-    if r.token_rewards:  # process rewards take its place: each token's own
+    if r.token_rewards:  # process rewards: each token has its own
         rewards.zero_()[0, :len(r.token_rewards)] = torch.tensor(r.token_rewards)
-    returns, advantages = returns_and_advantages(rewards, values, steps, gamma, lam)
-    r.returns, r.advantage = returns[0].tolist(), advantages[0].tolist()
+    returns, advantages = returns_and_advantages(rewards, values[None], steps, gamma, lam)
+    return values.tolist(), returns[0].tolist(), advantages[0].tolist()
 
 
 def value_loss(values, values_old, returns, num_tokens, clip=None):
@@ -136,17 +158,15 @@ def value_loss(values, values_old, returns, num_tokens, clip=None):
     All float32 (N,). num_tokens: trained tokens of the WHOLE update, over all micro-batches and processes, so
     that their losses and gradients simply add. clip None: plain 0.5 (V - R)^2.
     """
-    # The clip works like PPO's for the policy: a value that has already moved by more than `clip` in this
-    # step gets no credit for moving on.
     error = (values - returns) ** 2
     if clip is not None:
+        # As in PPO's clip: a value that has already moved by more than `clip` gains nothing by moving on.
         clipped = values_old + (values - values_old).clamp(-clip, clip)
         error = torch.maximum(error, (clipped - returns) ** 2)
     return 0.5 * error.sum() / num_tokens
 
 
 def explained_variance(values, returns):
-    """1 - Var(R - V) / Var(R), of float64 (N,) each: 1 is perfect, 0 no better than a constant (or all
-    returns are equal)."""
+    """1 - Var(R - V) / Var(R), float64 (N,) each: 1 is perfect, 0 no better than a constant."""
     variance = returns.var(unbiased=False)
     return 1 - float((returns - values).var(unbiased=False) / variance) if variance > 1e-9 else 0.0

@@ -4,35 +4,40 @@ import torch
 import transformers
 
 from plumbing import parallel
-
-
-def responses(model, tokenizer, problems, seeds, strategy, args):
-    """Responses to problems, as dicts, on every process: left-padded batches, token by token."""
-    eos = model.generation_config.eos_token_id
-    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
-    settings = dict(do_sample=False) if args.temperature == 0 else dict(
-        do_sample=True, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    settings["repetition_penalty"] = 1.0  # a checkpoint's generation_config may hold another
-    own, own_seeds, out = parallel.share(problems), parallel.share(seeds), []
-    size = args.slots or 64
-    for start in range(0, len(own), size):
-        batch = [{"input_ids": p.tokens} for p in own[start:start + size]]
-        inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
-        torch.manual_seed(own_seeds[start])
-        tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens,
-                                pad_token_id=tokenizer.pad_token_id, **settings)
-        for row in tokens[:, inputs["input_ids"].shape[1]:].tolist():
-            end = next((i + 1 for i, token in enumerate(row) if token in eos), None)
-            length = end or len(row)
-            out.append(dict(
-                response=tokenizer.decode(row[:length], skip_special_tokens=True), length=length,
-                truncated=end is None, decoded=length, step_map=list(range(1, length + 1))))
-    return parallel.gather(out)
+from rollout import Rollout
 
 
 def load(path):
-    """A model and tokenizer for `responses`."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    """A model and tokenizer for `generate`."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    settings = model.generation_config
+    eos = settings.eos_token_id
+    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
+    settings.eos_token_id = sorted({token for token in ids if token is not None})
+    settings.pad_token_id = settings.eos_token_id[0]  # behind the end, where nobody looks
+    settings.repetition_penalty = 1.0  # the checkpoint may hold another
     return model.to(parallel.default_device()).eval(), tokenizer
+
+
+def generate(model, prompts, seeds, decoding):
+    """Rollouts of prompts, as rollout.generate_each gives them: left-padded batches, token by token."""
+    is_greedy = decoding.temperature == 0
+    sampling = dict(do_sample=False) if is_greedy else dict(
+        do_sample=True, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p)
+    eos = model.generation_config.eos_token_id
+    rollouts = []
+    for start in range(0, len(prompts), 64):
+        batch = prompts[start:start + 64]
+        longest = max(map(len, batch))
+        padding = [longest - len(prompt) for prompt in batch]
+        tokens = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, batch)], device=model.device)
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=model.device)
+        torch.manual_seed(seeds[start] % 2**63)
+        out = model.generate(tokens, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, **sampling)
+        for prompt, row in zip(batch, out[:, longest:].tolist()):
+            end = next((i + 1 for i, token in enumerate(row) if token in eos), None)
+            response = row[:end]
+            rollouts.append(Rollout(prompt, response, len(response), list(range(1, len(response) + 1)),
+                                    is_truncated=end is None))
+    return rollouts

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from model import BlockDiffusionLM, ModelConfig
-from plumbing import cuda, parallel
+from plumbing import parallel
 
 QWEN_NAMES = {  # ours -> theirs; "#" is the layer number
     "embed": "model.embed_tokens",
@@ -343,42 +343,6 @@ def find_eos_ids(path, config, tokenizer):
     if tokenizer is not None:
         ids += [vocabulary[token] for token in (tokenizer.eos_token, "<|endoftext|>") if token in vocabulary]
     return tuple(dict.fromkeys(ids))
-
-
-def load_to_train(path, args, make_critic=None):
-    """A checkpoint to train, by the flags -> (model, critic or None, tokenizer), sharded over all processes.
-
-    make_critic: from the policy, not yet filled, to a value model (value.ValueModel); its weights are those
-    of the policy, or the folder's own in value/. Without adapters each process reads its share of every
-    weight, as float32. With adapters the frozen trunk stays whole on every process, in --dtype.
-    """
-    folder, config, tokenizer = find_checkpoint(path, args.block_size, args.attention if args.model else None)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
-    if args.model is not None:
-        cuda.plan_memory(config, args, make_critic is not None)
-    dtype, model = getattr(torch, args.dtype), empty_model(config)
-    for layer in model.layers:  # and so of the value model, a copy
-        layer.has_gradient_checkpointing = args.gradient_checkpointing
-    if args.lora_rank:
-        load_weights(model, folder, dtype)
-        parallel.add_lora(model, args.lora_rank, args.seed)
-    critic = None if make_critic is None else make_critic(model)
-    parallel.shard(model, model.layers, dtype, args.replicas)
-    if critic is not None:
-        parallel.shard(critic, critic.backbone.layers, dtype, args.replicas)
-    saved = os.path.join(folder, "value")
-    if not args.lora_rank:
-        for part in [model] if critic is None else [model, critic]:
-            if dist.is_initialized():
-                part.to_empty(device=parallel.default_device())
-            has_own = part is critic and os.path.isdir(saved)
-            load_weights(part, saved if has_own else folder, torch.float32)
-        if critic is not None and os.path.isdir(saved):
-            parallel.say(f"value model: going on from {saved}")
-    elif critic is not None and os.path.isdir(saved):
-        parallel.say(f"value model: {saved} is not used; with --lora_rank it starts from the policy's trunk")
-    return model.eval(), critic, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """plumbing/parallel.py - many processes: the group, sharding (FSDP2), the optimizer step, LoRA layers.
 
-One process group from torchrun, nothing else. Work is dealt out by one rule, `share`: item i goes to process
+One process group from torchrun, nothing else. Work is dealt out by one rule, `deal`: item i goes to process
 i modulo the number of processes. Losses are sums over a process's own tokens, divided by the token count of
 ALL processes; so gradients are added up, never averaged, and one process or eight compute the same update.
 """
 
 import ctypes
+import functools
 import math
 import os
 import signal
@@ -84,14 +85,14 @@ def is_first():
     return processes()[0] == 0
 
 
-def share(items):
+def deal(items):
     """This process's part of a list that every process has: dealt like cards, one after the other."""
     rank, number = processes()
     return items[rank::number]
 
 
 def gather(own):
-    """Undoes `share`: every process's part -> the whole list, in its order, on every process."""
+    """Undoes `deal`: every process's part -> the whole list, in its order, on every process."""
     number = processes()[1]
     if number == 1:
         return own
@@ -126,6 +127,11 @@ def largest(tensor):
     return tensor
 
 
+def sum_of(number):
+    """Sum of a whole number over all processes."""
+    return int(add_up(torch.tensor(number, device=default_device())))
+
+
 def mean_of(numbers):
     """Mean over all processes' numbers, float64 (n,) each."""
     own = torch.stack([numbers.sum(), torch.tensor(float(len(numbers))).to(numbers)])
@@ -138,13 +144,19 @@ def largest_of(numbers):
     return float(largest(torch.cat([numbers, numbers.new_zeros(1)]).max()))
 
 
+@functools.lru_cache(maxsize=2)
+def shuffled(number, seed):
+    """A seeded order of range(number), the same on every process."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def barrier():
     """Waits for the other processes."""
     if processes()[1] > 1:
         dist.barrier()
 
 
-def progress(items, name):
+def bar(items, name):
     """A tqdm bar on the first process, if someone is watching a terminal."""
     return tqdm(items, desc=name, disable=None if is_first() else True, mininterval=1)
 
@@ -181,8 +193,8 @@ def shard(model, layers, dtype=torch.float32, replicas=1):
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=frozen)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    if hasattr(model, "hidden"):
-        register_fsdp_forward_method(model, "hidden")
+    if hasattr(model, "states"):
+        register_fsdp_forward_method(model, "states")
 
 
 def parts_of(replicas):
@@ -230,7 +242,7 @@ def without_hooks(module):
     plain = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
     twin = plain.__new__(plain)
     twin.__dict__.update(module.__dict__)
-    twin.__dict__.pop("hidden", None)  # `shard` has wrapped it; the class has the plain one
+    twin.__dict__.pop("states", None)  # `shard` has wrapped it; the class has the plain one
     twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
     twin._modules = {name: child and without_hooks(child) for name, child in module._modules.items()}
     return twin
@@ -270,7 +282,7 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr
 
 
-def optimizer_step(model, optimizer, max_grad_norm):
+def optimizer_step(model, optimizer, max_grad_norm=1.0):
     """Clips the gradient to a norm common to all processes and steps -> (norm, whether it stepped).
 
     A norm that is not finite skips the update, on every process alike; RuntimeError after MAX_SKIPPED in a

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from model import BlockDiffusionLM
-from plumbing import checkpoints
+from plumbing import checkpoints, parallel
 
 
 def tiny_tokenizer():
@@ -26,6 +26,14 @@ def tiny_tokenizer():
                                         eos_token="<eos>", mask_token="<mask>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('\\n')[0] }}{% endfor %}"
     return tokenizer
+
+
+def new_model(seed, block_size, attention):
+    """A new tiny model on this process's device, sharded if there are several, and its tokenizer."""
+    model = tiny_model(seed, block_size, attention)
+    model.to(parallel.default_device())
+    parallel.shard(model, model.layers)
+    return model, tiny_tokenizer()
 
 
 def tiny_model(seed=0, block_size=4, attention="block"):

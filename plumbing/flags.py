@@ -1,0 +1,183 @@
+"""plumbing/flags.py - settings: small dataclasses whose fields are also the flags of the commands.
+
+    @dataclass
+    class Decoding:
+        temperature: float = setting(1.0, "T; 0 is greedy", low=0)
+
+`add_flags` makes --temperature of it, and `read_flags` makes a Decoding of the parsed flags. So the default,
+the bounds and the help of a setting are written once. This file imports nothing of the project.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import sys
+
+SAME = object()  # the default of a setting for a tiny model is the one for all models
+
+
+def setting(default, help, *, tiny=SAME, low=-math.inf, above=-math.inf, high=math.inf, choices=None,
+            number=None, may_change=False):
+    """A dataclass field that is also a flag.
+
+    tiny: another default, for models as small as the embedded one. low, high: inclusive bounds; above: an
+    exclusive one. number: how many values the flag takes. may_change: whether a resumed run may change it.
+    """
+    details = dict(help=help, tiny=default if tiny is SAME else tiny, low=low, above=above, high=high,
+                   choices=choices, number=number, may_change=may_change)
+    return dataclasses.field(default=default, metadata=details)
+
+
+def fault(details, value):
+    """What is wrong with a value of a setting, as text; None if nothing is."""
+    if value is None or isinstance(value, (str, bool)) or details["number"] is not None:
+        if details["choices"] and value not in (None, *details["choices"]):
+            return f"must be one of {', '.join(details['choices'])}"
+        return None
+    if details["low"] <= value <= details["high"] and value > details["above"] and math.isfinite(value):
+        return None
+    bounds = "a finite number"
+    if details["above"] > -math.inf:
+        bounds = f"above {details['above']}"
+    elif details["low"] > -math.inf:
+        bounds = f"at least {details['low']}"
+    if details["high"] < math.inf:
+        bounds += f", at most {details['high']}"
+    return f"must be {bounds}"
+
+
+def check(settings):
+    """ValueError for a setting that is out of its bounds; for __post_init__."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        text = fault(field.metadata, value)
+        if text is not None:
+            raise ValueError(f"{field.name} {value!r} is not possible: it {text}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From settings to flags, and back.
+
+
+def make_parser(description, epilog=None):
+    """A parser whose help shows the defaults of the case at hand, and which takes no abbreviations."""
+    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def peek(argv, name, default=None):
+    """The value of one flag, before the others are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, default=default)
+    known, _ = parser.parse_known_args(argv)
+    return getattr(known, name.lstrip("-"))
+
+
+def add_flags(parser, title, settings, is_tiny=False, skip=()):
+    """Adds a group of flags: one for each field of a settings class."""
+    group = parser.add_argument_group(title)
+    for field in dataclasses.fields(settings):
+        if field.name in skip:
+            continue
+        details = field.metadata
+        default = details["tiny"] if is_tiny else field.default
+        more = dict(default=default, help=details["help"].replace("%", "%%"))
+        if field.type is bool:
+            more["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        else:
+            more.update(type=reader(field.type, details), nargs=details["number"], choices=details["choices"])
+        group.add_argument(f"--{field.name}", **more)
+
+
+def reader(kind, details):
+    """The type of a flag: reads a number or a text, and refuses what is out of bounds."""
+    def read(text):
+        """The value in a text."""
+        value = kind(text)
+        problem = fault(details, value)
+        if problem is not None:
+            raise argparse.ArgumentTypeError(f"{problem}, got {text}")
+        return value
+    read.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return read
+
+
+def read_flags(settings, args, **others):
+    """The settings object of a class, from parsed flags; others: fields that are no flags."""
+    names = [field.name for field in dataclasses.fields(settings) if field.name not in others]
+    return settings(**{name: getattr(args, name) for name in names}, **others)
+
+
+def changeable(*classes):
+    """Names of the settings that a resumed run may change."""
+    return {field.name for settings in classes for field in dataclasses.fields(settings)
+            if field.metadata["may_change"]}
+
+
+def check_same(saved, settings, may_change, path):
+    """Refuses to mix two settings in one run."""
+    settings = json.loads(json.dumps(settings))  # as they would come back from a file
+    changed = [f"{name} was {saved.get(name)!r}, is {settings.get(name)!r}"
+               for name in sorted({*saved, *settings} - may_change) if saved.get(name) != settings.get(name)]
+    if changed:
+        raise ValueError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
+                         "Say what the run says, or choose another --name")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Functions that a user plugs in.
+
+
+def load_function(spec, built_in, flag):
+    """What --reward, --advantage, --loss, --views and --strategy name: a function.
+
+    spec: a name among `built_in`, or file.py:function. ValueError that says what is missing.
+    """
+    if spec in built_in:
+        return built_in[spec]
+    path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        raise ValueError(f"{flag} {spec}: no file {path or spec!r}; give file.py:function, or one of "
+                         + ", ".join(built_in))
+    # A file is executed once, however many flags name it. Its module has a plain name, so that functions in
+    # it can be pickled for a pool of processes.
+    key = "plugin_" + hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:12]
+    if key not in sys.modules:
+        folder = os.path.dirname(os.path.realpath(path))
+        if folder not in sys.path:
+            sys.path.append(folder)  # the file may import its neighbours
+        module_spec = importlib.util.spec_from_file_location(key, path)
+        sys.modules[key] = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(sys.modules[key])
+    function = getattr(sys.modules[key], name, None)
+    if not callable(function):
+        raise ValueError(f"{flag} {spec}: {path} has no function {name!r}")
+    return function
+
+
+def call(function, **arguments):
+    """Calls a function by name, with those of the arguments that it declares.
+
+    So a function of the user's lists only what it needs, and a later addition here breaks nobody. (With
+    **more it is given everything.)
+    """
+    wanted = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values()):
+        return function(**arguments)
+    unknown = [name for name, parameter in wanted.items()
+               if name not in arguments and parameter.default is parameter.empty]
+    if unknown:
+        raise ValueError(f"{function.__name__} asks for {', '.join(unknown)}, which it cannot be given: "
+                         f"there are {', '.join(arguments)}")
+    return function(**{name: value for name, value in arguments.items() if name in wanted})
+
+
+def declares(function, name):
+    """Whether `call` would give a function this argument."""
+    wanted = inspect.signature(function).parameters
+    return name in wanted or any(p.kind is p.VAR_KEYWORD for p in wanted.values())

@@ -1,0 +1,123 @@
+"""plumbing/memory.py - what fits: sequences decoded together, and tokens of a micro-batch."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model import BlockDiffusionLM
+from plumbing import parallel
+
+MOST_LOGITS = 2**25  # that the sampler holds at a time
+
+
+def free_bytes(device):
+    """What this process may still take: of its GPU, or its part of the machine's main memory."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if os.path.exists("/proc/meminfo"):  # Linux says it exactly
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    available = min(available, container_rest())
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def container_rest(root="/sys/fs/cgroup"):
+    """What the limit of a container or a batch job leaves of main memory; infinite where there is none."""
+    for limit, used in (("memory.max", "memory.current"),  # cgroup v2, then v1
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            with open(os.path.join(root, limit), encoding="ascii") as file:
+                bound = file.read().strip()
+            with open(os.path.join(root, used), encoding="ascii") as file:
+                taken = int(file.read())
+        except OSError:
+            continue
+        return float("inf") if bound == "max" else max(0, int(bound) - taken)
+    return float("inf")
+
+
+def layer_bytes(config, itemsize):
+    """Bytes per token of what one layer computes, about: states, q, k, v, attention, feed-forward."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return (6 * config.hidden_size + heads + 3 * config.intermediate_size) * itemsize
+
+
+def slot_bytes(config, length, itemsize, has_cache):
+    """Bytes of one sequence of `length` tokens while it is decoded.
+
+    They are its cache and its tables, and with full attention what a layer computes for the whole canvas.
+    """
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    return length * (25 + cache * has_cache + layer_bytes(config, itemsize) * config.is_full)
+
+
+def fit_slots(asked, number, per_slot, config, device):
+    """How many of `number` sequences are decoded together: as many as asked (None: as fit).
+
+    ValueError, with the numbers, before anything is decoded.
+    """
+    if asked is not None and asked < 1:
+        raise ValueError(f"slots must be at least 1, got {asked}")
+    logits = max(MOST_LOGITS, config.vocab_size) * 4 * 6  # of the sampler, see engine.Decoder.draw
+    free = free_bytes(device)
+    most = max(0, int((0.8 * free - logits) // per_slot))  # the rest: prefill, and what fragments
+    wanted = min(asked or number, number)
+    if most >= wanted:
+        return wanted
+    if asked or not most:
+        remedy = f"--slots {most} would" if most else "lower --max_new_tokens"
+        raise ValueError(f"{wanted} slots of {per_slot / 2**20:,.0f} MiB each do not fit into the "
+                         f"{free / 2**30:.1f} GiB that are free: {remedy}")
+    return most
+
+
+def plan(config, args, num_models):
+    """Says what training takes of this process's memory, before the weights are read -> tokens per micro-batch.
+
+    num_models: 2 with a value model, else 1. ValueError where it cannot fit, with what would.
+    """
+    device = parallel.default_device()
+    wide = 2 if args.dtype == "bfloat16" else 4  # bytes of a number while layers compute
+    with torch.device("meta"):
+        model = BlockDiffusionLM(config)
+    total = sum(p.numel() for p in model.parameters())
+    trained = total
+    if args.lora_rank:
+        linears = [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
+        trained = sum(args.lora_rank * (m.in_features + m.out_features) for m in linears)
+    own = trained * num_models / parallel.processes()[1]
+    has_copy = dist.is_initialized() and not args.lora_rank  # of the whole weights, while decoding
+    layer = layer_bytes(config, wide)
+    kept = config.hidden_size * wide if args.gradient_checkpointing else layer  # per layer, until backward
+    per_token = 3 * layer + config.num_layers * kept
+    # Logits of a chunk; the head's gradient in float32, twice; embedding, head and a gradient are whole.
+    head = 3 * 4 * 2**(27 if device.type == "cuda" else 23) + config.vocab_size * config.hidden_size * (8 + 3 * wide)
+    sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), moments=own * 12, head=head)
+    free = free_bytes(device)
+    room = 0.85 * free - sum(sizes.values())
+    most = 2048 if args.plain else 16384  # the definition holds the logits of a whole micro-batch
+    tokens = args.tokens_per_micro_batch or max(1024, min(most, int(room / per_token) // 1024 * 1024))
+    sizes["activations"] = tokens * per_token
+    cached = 0.85 * free - sizes["weights"] - sizes["moments"] - has_copy * total * wide
+    GB = lambda size: f"{size / 2**30:.1f}"
+    parallel.say(
+        f"plan: {total / 1e9:.2f} billion parameters in {args.dtype}, {parallel.processes()[1]} processes; "
+        f"GiB on each: weights {GB(sizes['weights'])}, gradients and moments {GB(sizes['moments'])}, head "
+        f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch); while "
+        f"decoding {GB(max(cached, 0))} for sequences; free {GB(free)}")
+    if sum(sizes.values()) > 0.85 * free or cached < 0:
+        remedies = ["a smaller --tokens_per_micro_batch"] * (tokens > 1024)
+        remedies += ["--gradient_checkpointing"] * (not args.gradient_checkpointing)
+        remedies += ["--lora_rank 32"] * (not args.lora_rank) + ["more GPUs"] * (device.type == "cuda")
+        needed = max(sum(sizes.values()), 0.85 * free - cached)
+        raise ValueError(f"training needs {GB(needed)} GiB on each process, and may use 85 percent of the "
+                         f"{GB(free)} GiB that are free: try {', '.join(remedies) or 'a smaller model'}")
+    longest = args.max_prompt_tokens + args.max_new_tokens * (1 + config.block_size)  # one token a step
+    if not config.is_full and longest * per_token > room:
+        parallel.say(f"WARNING: {args.max_new_tokens} tokens decoded one token a step are a row of {longest} "
+                     f"tokens, and rows are never cut: {GB(longest * per_token)} GiB of activations")
+    return tokens

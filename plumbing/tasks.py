@@ -1,0 +1,91 @@
+"""plumbing/tasks.py - the two embedded tasks: three-digit addition worked out on a page, and 4 x 4 Sudoku."""
+
+import functools
+import itertools
+import random
+import zlib
+
+
+def is_of(split, text):
+    """Whether a problem belongs to a split: "train", "dev" or "test"."""
+    # A hash of the text deals every problem to one of ten buckets, whatever the seed. So no seed of the
+    # training data can ever contain a test problem.
+    buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]
+    return zlib.crc32(text.encode()) % 10 in buckets
+
+
+def arithmetic(split, number, seed=0, slip=0.0):
+    """`number` distinct problems like 237+682= with solutions 090;111;090;\\boxed{919} -> list of dicts.
+
+    slip: how often the pupil who writes the solutions forgets a carry, and goes on as if there were none. A
+    model that imitates this pupil can add, and slips: a bad habit for reinforcement learning to remove. The
+    `answer` is always the right one.
+    """
+    rng = random.Random(f"{split} {seed}")
+    rows = {}  # by text
+    while len(rows) < number:
+        a = rng.randint(100, 999)
+        b = rng.randint(100, 999)
+        text = f"{a}+{b}="
+        if is_of(split, text) and text not in rows:
+            rows[text] = dict(problem=text, answer=str(a + b), solution=work_out(a, b, slip, rng))
+    return list(rows.values())
+
+
+def work_out(a, b, slip, rng):
+    """The pupil's page: for each column, units first, its sum and the carry handed on; then the answer.
+
+    237 + 682: 7 + 2 = 09, hand on 0; 3 + 8 = 11, hand on 1; 2 + 6 + 1 = 09, hand on 0. A pupil who slips
+    hands on 0 where a carry is due: 090;110;080;\\boxed{819}. The slip can be seen the moment it is written.
+    """
+    page = ""
+    digits = ""  # of the answer, found from the right
+    carry = 0
+    for power in (1, 10, 100):
+        column = a // power % 10 + b // power % 10 + carry
+        # The last column has no next one: both digits of its sum go into the answer.
+        carry = column // 10 if power == 100 or rng.random() >= slip else 0
+        page += f"{column:02d}{carry};"  # 11 and 1 handed on: "111;"
+        digits = f"{column % 10 if power < 100 else column}{digits}"
+    return f"{page}\\boxed{{{digits}}}"
+
+
+@functools.cache
+def sudoku_grids():
+    """All 288 grids of 4 x 4 in which every row, column and 2 x 2 box holds 1 2 3 4, as strings of 16."""
+    rows = list(itertools.permutations("1234"))
+    # Two rows whose boxes are right, then two such bands whose columns are right.
+    bands = [(a, b) for a in rows for b in rows if not {*a[:2]} & {*b[:2]} and not {*a[2:]} & {*b[2:]}]
+    return ["".join(map("".join, (*top, *low))) for top in bands for low in bands
+            if all(len({*column}) == 4 for column in zip(*top, *low))]
+
+
+def sudoku(split, number, seed=0, slip=0.0):
+    """`number` distinct puzzles like 0030100434000040= (0 is empty) with solutions \\boxed{4231132434122143}.
+
+    Every puzzle has one solution. slip: how often the pupil is hasty in one row: its empty cells get the
+    digits that the row lacks in any order, whatever stands in their columns and boxes.
+    """
+    rng = random.Random(f"sudoku {split} {seed}")
+    grids = sudoku_grids()
+    rows = {}  # by text
+    while len(rows) < number:
+        # With 4 clues 4 puzzles in 100 have one solution only, with 6 half of them, with 8 four of five.
+        answer = rng.choice(grids)
+        clues = rng.sample(range(16), rng.randint(6, 8))
+        text = "".join(answer[i] if i in clues else "0" for i in range(16)) + "="
+        if not is_of(split, text) or text in rows:
+            continue
+        if sum(all(grid[i] == answer[i] for i in clues) for grid in grids) > 1:
+            continue  # more than one solution
+        page = list(answer)
+        row = 4 * rng.randrange(4)
+        if rng.random() < slip:
+            empty = [i for i in range(row, row + 4) if i not in clues]
+            for i, digit in zip(empty, rng.sample([answer[i] for i in empty], len(empty))):
+                page[i] = digit
+        rows[text] = dict(problem=text, answer=answer, solution=f"\\boxed{{{''.join(page)}}}")
+    return list(rows.values())
+
+
+EMBEDDED = dict(arithmetic=arithmetic, sudoku=sudoku)
