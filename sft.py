@@ -102,7 +102,7 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
 def train_step(learner, examples, views, is_weighted, compute):
     """One update on a batch of examples, the same for any number of processes -> loss, gradient norm."""
-    model, optimizer = learner
+    model = learner.model
     built = rollout.build_rows(parallel.deal(examples), model.config, views)
     parts = packing.with_dummies(packing.micro_batches(built, compute, model), model)
     # One number for the whole update, taken before it is split. A mean per micro-batch would make the gradient
@@ -116,7 +116,7 @@ def train_step(learner, examples, views, is_weighted, compute):
         loss = sft_loss(logp, part.targets.masked_share, normalizer, is_weighted)
         loss.backward()  # gradients of the parts add up
         total += loss.detach()
-    norm, _ = parallel.optimizer_step(model, optimizer)
+    norm, _ = parallel.optimizer_step(learner)
     return float(parallel.add_up(total)), norm
 
 
@@ -167,13 +167,12 @@ def draw_batch(examples, step, recipe):
             for number, i in enumerate(chosen)]
 
 
-def train(learner, task, examples, compute, recipe, run):
+def train(learner, examples, evaluate_dev, compute, recipe, run):
     """The loop. It ends after recipe.steps updates, or earlier once stop_accuracy has been reached.
 
     Order and masks follow from the step, the learning rate from the step and `decay_start`. So a run resumes
     from any checkpoint.
     """
-    tokenizer, evaluate_dev = task
     views = flags.load_function(recipe.views, VIEWS, "--views")
     end = max(1, recipe.steps - recipe.cooldown)  # where the learning rate goes down at the latest
     for number in run.steps(recipe.steps, "sft"):
@@ -202,7 +201,7 @@ def train(learner, task, examples, compute, recipe, run):
             parallel.say(f"sft: update {number}, loss {loss:.3f}{accuracy}")
         save_every = run.settings["save_every"]
         if save_every and number % save_every == 0:
-            run.save([learner], tokenizer)
+            run.save([learner])
 
 
 def parse_args(argv=None):
@@ -262,6 +261,7 @@ def main(argv=None):
             model, tokenizer = tiny.new_model(args.seed, args.block_size or 4, args.attention or "block")
         else:
             model, _, tokenizer = machine.load_to_train(args.model, args)
+        run.tokenizer = tokenizer
         compute = machine.choose_compute(args, model)
         examples = load_examples(tokenizer, model.config, args, prompting)
         evaluate_dev = None
@@ -271,14 +271,14 @@ def main(argv=None):
             dev = load_prompts(args.dev_data, tokenizer, prompting)[:200]
             evaluate_dev = functools.partial(evaluate, respond, tokenizer, dev, seed=args.seed)
         # betas of AdamW: the tiny model was tuned with these; reinforcement learning uses its own.
-        learner = (model, parallel.make_optimizer(model, args.lr, (0.9, 0.98), args.weight_decay))
+        learner = parallel.make_learner(model, args.lr, (0.9, 0.98), args.weight_decay)
         run.begin()
         if args.resume:
             run.restore([learner])
-        train(learner, (tokenizer, evaluate_dev), examples, compute, recipe, run)
+        train(learner, examples, evaluate_dev, compute, recipe, run)
         if not os.path.isdir(f"{run.folder}/checkpoints/step-{run.progress['step']}"):
-            run.save([learner], tokenizer)  # the end is always saved
-        path = run.save_model(model, tokenizer)
+            run.save([learner])  # the end is always saved
+        path = run.save_model(model)
     parallel.say(f"sft: the model is in {path}")
     return path
 

@@ -168,18 +168,11 @@ class Recipe:
         flags.check(self)
 
 
-class Learner(NamedTuple):
-    """A network that learns, and what moves its weights."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-
-
 class Learners(NamedTuple):
     """All that a checkpoint must hold: the policy, and the value model if there is one."""
 
-    policy: Learner
-    value: Learner = None
+    policy: parallel.Learner
+    value: parallel.Learner = None
 
     def pairs(self):
         """Those that are there."""
@@ -410,7 +403,7 @@ def update(policy, batch, method, is_first, recipe):
         sums += part
         ratio_max = torch.maximum(ratio_max, part_max)
     # A gradient with NaN or inf: the update is skipped, counted and reported.
-    norm, is_finite = parallel.optimizer_step(model, policy.optimizer)
+    norm, is_finite = parallel.optimizer_step(policy)
     loss, *sums = parallel.add_up(torch.cat([total[None], sums])).tolist()
     kl, clip_fraction, entropy = (number / max(batch.num_tokens, 1) for number in sums)
     return dict(loss=loss, trained_tokens=batch.num_tokens, gradient_norm=norm,
@@ -428,7 +421,7 @@ def update_value(learner, batch, compute, recipe):
                                 recipe.value_clip)
         loss.backward()
         total += loss.detach()
-    _, is_finite = parallel.optimizer_step(model, learner.optimizer)
+    _, is_finite = parallel.optimizer_step(learner)
     return dict(value_loss=float(parallel.add_up(total)), skipped_updates=int(not is_finite))
 
 
@@ -461,7 +454,7 @@ def finish_step(line, rollouts, learners, task, recipe, run):
     if step == recipe.steps or (save_every and step % save_every == 0):
         # A value model is saved beside the policy, in value/.
         value_model = learners.value and functools.partial(checkpoints.save_value_model, learners.value.model)
-        run.save(learners.pairs(), task.tokenizer, value_model)
+        run.save(learners.pairs(), value_model)
         show.write_trace(run, rollouts, learners.policy.model.config, task.tokenizer)
 
 
@@ -523,12 +516,11 @@ def load_start(args):
     model, value_model, tokenizer = machine.load_to_train(path, args, make_value)
     # Optimizer states live as long as the run. If they were thrown away every step, each step of AdamW would be
     # its first, which uses little but the sign of the gradient.
-    policy = Learner(model, parallel.make_optimizer(model, args.lr, (0.9, 0.95)))
+    policy = parallel.make_learner(model, args.lr, (0.9, 0.95))
     if value_model is None:
         return Learners(policy), tokenizer
     # A long memory (0.999): once failures are rare, one of them must not throw the value model off its path.
-    return Learners(policy, Learner(
-        value_model, parallel.make_optimizer(value_model, args.value_lr, (0.9, 0.999)))), tokenizer
+    return Learners(policy, parallel.make_learner(value_model, args.value_lr, (0.9, 0.999))), tokenizer
 
 
 def self_check(model, method):
@@ -556,6 +548,7 @@ def main(argv=None):
     machine.start(args)
     with runs.Run(args.name, vars(args), args.resume, args.overwrite, may_change=MAY_CHANGE) as run:
         learners, tokenizer = load_start(args)
+        run.tokenizer = tokenizer
         model = learners.policy.model
         recipe.shrink = recipe.shrink or (8 if model.config.is_full else 1)
         law = rollout.ReplayLaw(args.dtype == "float32", decoding.temperature, recipe.max_gap)

@@ -14,6 +14,7 @@ import sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -268,12 +269,19 @@ def whole_state(model):
 MAX_SKIPPED = 5  # updates in a row whose gradient is not finite, before the run stops
 
 
-def make_optimizer(model, lr, betas, weight_decay=0.0):
-    """AdamW on the trainable parameters; decay on matrices only."""
+class Learner(NamedTuple):
+    """A network that learns, and what moves its weights."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def make_learner(model, lr, betas, weight_decay=0.0):
+    """A model with AdamW on its trainable parameters; decay on matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return Learner(model, torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True))
 
 
 def set_learning_rate(optimizer, lr):
@@ -282,12 +290,13 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr
 
 
-def optimizer_step(model, optimizer, max_grad_norm=1.0):
+def optimizer_step(learner, max_grad_norm=1.0):
     """Clips the gradient to a norm common to all processes and steps -> (norm, whether it stepped).
 
     A norm that is not finite skips the update, on every process alike; RuntimeError after MAX_SKIPPED in a
     row.
     """
+    model, optimizer = learner
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     is_finite = bool(norm.isfinite())

@@ -200,6 +200,7 @@ class Run:
         self.settings = dict(settings)
         self.is_writer = parallel.is_first()
         self.progress = dict(step=0)  # beside weights and moments, all that a checkpoint must hold
+        self.tokenizer = None  # saved with every checkpoint
         self.report = None  # metrics to another program
         self.lock = filelock.FileLock(os.path.join(self.folder, "lock"))
         kind = self.settings.get("report_to")
@@ -312,16 +313,16 @@ class Run:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             os.replace(f"{self.path}.partial", self.path)
 
-    def save(self, learners, tokenizer, write_more=None):
+    def save(self, learners, write_more=None):
         """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, and in train_state/
         all that `restore` needs. All but the newest few are deleted after.
 
-        learners: (model, optimizer) pairs. write_more(folder, dtype) may add files of its own.
+        write_more(folder, dtype) may add files of its own.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{self.progress['step']}")
         partial = f"{path}.partial"
         with writing(path, partial):
-            save_checkpoint(learners[0][0], tokenizer, partial, self.save_dtype())
+            save_checkpoint(learners[0].model, self.tokenizer, partial, self.save_dtype())
             parallel.barrier()
             if write_more is not None:
                 write_more(partial, self.save_dtype())
@@ -351,11 +352,11 @@ class Run:
         is_float32 = self.settings.get("lora_rank") or self.settings.get("dtype") != "bfloat16"
         return torch.float32 if is_float32 else torch.bfloat16
 
-    def save_model(self, model, tokenizer):
+    def save_model(self, model):
         """Saves the model alone in checkpoint/ -> its path."""
         path = os.path.join(self.folder, "checkpoint")
         with writing(path):
-            save_checkpoint(model, tokenizer, path, self.save_dtype())
+            save_checkpoint(model, self.tokenizer, path, self.save_dtype())
         parallel.barrier()
         return path
 
