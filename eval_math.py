@@ -141,27 +141,22 @@ EMBEDDED = dict(arithmetic=arithmetic, sudoku=sudoku)
 # Problems from files and from the hub.
 
 
-def load_problems(source, problem_column=None, answer_column=None, needs_answer=True):
+def load_problems(source, problem_column=None, answer_column=None, needs_answer=True, strict=False):
     """Problems from any source -> list[Problem].
 
-    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local .jsonl, .json or .parquet file; a name
-    (math500, gsm8k, gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. Columns are found by
-    name (problem, question, prompt or messages; answer; solution or response), or given. In GSM8K's style the
-    answer stands behind ####; in a solution without an answer, in the last \\boxed{}. needs_answer: whether a
-    row without one is an error (for SFT it is not). Raises FileNotFoundError, or ValueError that names the
-    source and the row of what is broken, missing or empty.
+    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local file or folder; a name (math500, gsm8k,
+    gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. Columns are found by name, or given: see
+    plumbing/data.py. needs_answer: rows without an answer are skipped and counted, or refused if strict.
+    Raises FileNotFoundError, or ValueError that names source, row and column of what is broken.
     """
     task, _, split = source.partition("-")  # "sudoku-dev" -> sudoku, dev; "sudoku" is for training
     if task in EMBEDDED and split in ("", "dev", "test"):
         # The same 400 or 20,000 for everyone: seed 0, and no slips.
         return EMBEDDED[task](split or "train", 400 if split else 20000)
-    rows = data.read_rows(source)  # dicts
-    if not rows:
-        raise ValueError(f"{source} holds no problems")
-    # The solution's column cannot be named: it is for fine-tuning, whose data have the usual names.
-    given = dict(problem=problem_column, answer=answer_column, solution=None)
-    return [Problem(**data.read_fields(row, f"{source}, row {number}", given, needs_answer))
-            for number, row in enumerate(rows, 1)]
+    found, num_skipped = data.read_problems(source, problem_column, answer_column, needs_answer, strict)
+    if num_skipped:
+        parallel.say(f"{source}: skipped {num_skipped} rows without an answer")
+    return [Problem(**fields) for fields in found]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -190,9 +185,7 @@ def encode_prompts(
     # Templates without such a switch ignore it.
     switch = dict(enable_thinking=False) if style == "no_think" else {}
     for p in problems:
-        chat = p.problem
-        if not isinstance(chat, list):
-            chat = [{"role": "user", "content": p.problem + instruction}]
+        chat = data.as_chat(p.problem, instruction)
         if system is not None and chat[0]["role"] != "system":
             # A system message of the data's own replaces ours.
             chat = [{"role": "system", "content": system}, *chat]
