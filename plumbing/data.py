@@ -17,13 +17,11 @@ part serves prompts, solutions and tables. The last part turns a source into row
 import csv
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import numbers
 import os
 import re
-import sys
 import tempfile
 import zlib
 
@@ -43,7 +41,6 @@ COLUMNS = dict(
     answer=("answer", "final_answer", "ground_truth_answer", "expected_answer", "ground_truth",
             "reward_model.ground_truth"))
 # A chat message has a role and a content. ShareGPT calls them "from" and "value", and some roles otherwise.
-MESSAGE = dict(role=("role", "from"), content=("content", "value"))
 ROLES = dict(human="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant")
 
 # What announces the answer in a solution without a box. Three or five hashes are only headings.
@@ -51,7 +48,7 @@ MARKS = (r"(?<!#)####(?!#)", r"(?im)\bthe (?:final )?answer is:?|^\W*(?:final )?
 # A word has two letters or more. LaTeX commands, and what stands in \text{}, are no words.
 WORD = r"\\(?:text|mbox|mathrm)\w*\s*\{[^{}]*\}|\\[a-zA-Z]+|([a-zA-Z]{2,})"
 # Signs that a line is no answer: "So it is 5", "5 is even.", "Step 2", "2. Add", "2 Adding up", an empty box.
-PROSE = (r"(?i:\b(?:is|are|we|so|the|thus|hence|step|case|part|proof|solution|answer|conclusion|summary)\b)"
+PROSE = (r"(?i:\b(?:is|are|we|so|the|thus|hence|step|case|part|proof|answer|conclusion|summary)\b)"
          r"|[a-z][.:]$|^\d+[.):]?\s+[A-Z][a-z]|\\boxed|####")
 LIST_TEXT = r"(?s)\s*\[\s*(['\"])(.*)\1\s*\]\s*"  # a list that became a text: ["34"]
 MAX_BARE = 200  # characters: a longer text without a mark is a solution, and no answer
@@ -60,6 +57,9 @@ MAX_BARE = 200  # characters: a longer text without a mark is a solution, and no
 class MissingAnswer(ValueError):
     """A row that has no answer. Such rows are skipped and counted, unless that is forbidden."""
 
+
+# What a row without a problem, or without an answer, raises.
+ERRORS = dict(problem=ValueError, answer=MissingAnswer)
 
 # ------------------------------------------------------------------------------------------------------------
 # From rows to problems.
@@ -99,8 +99,7 @@ def read_fields(row, where, problem_column=None, answer_column=None, needs_answe
     for field, usual in COLUMNS.items():
         name = given.get(field) or next((name for name in usual if not is_empty(columns.get(name))), None)
         if name and name not in columns:
-            kind = MissingAnswer if field == "answer" else ValueError
-            raise kind(f"{where}: no column {name!r}; it has {', '.join(row)}")
+            raise ERRORS[field](f"{where}: no column {name!r}; it has {', '.join(row)}")
         cells[field] = columns.get(name), f"{where}, column {name}"
     problem, response = read_prompt(*cells["problem"])
     solution = read_solution(*cells["solution"]) or response
@@ -109,15 +108,12 @@ def read_fields(row, where, problem_column=None, answer_column=None, needs_answe
         answer = find_answer(solution) or bare_answer(solution) or ("" if needs_answer else solution.strip())
     elif not solution and isinstance(written, str) and len(written) > len(answer) + 20:
         solution = written  # GSM8K's column of the answer holds more than the answer and a box
-    has = f"columns are {', '.join(row)}, looked for "
-    if not problem:
-        raise ValueError(f"{where}: no problem; {has}{', '.join(COLUMNS['problem'])}: name the column "
-                         "(--problem_column)")
-    if needs_answer and not answer:
-        has += ", ".join(COLUMNS["answer"])
-        prose = f"the only answer is a text of {len(solution)} characters without a \\boxed{{}}"
-        raise MissingAnswer(f"{where}: no answer; {prose if solution else has}: name the column of the bare "
-                            "answer (--answer_column)")
+    prose = f"; the only answer is a text of {len(solution)} characters without a \\boxed{{}}"
+    for field, value, is_needed in (("problem", problem, True), ("answer", answer, needs_answer)):
+        if is_needed and not value:
+            raise ERRORS[field](f"{where}: no {field}; columns are {', '.join(row)}, looked for "
+                                f"{', '.join(COLUMNS[field])}{prose if solution else ''}: name the column "
+                                f"(--{field}_column)")
     return dict(problem=problem, answer=answer, solution=solution, step_map=row.get("step_map"))
 
 
@@ -163,13 +159,9 @@ def read_prompt(cell, place):
 
 
 def read_message(message, place):
-    """A chat message in any known spelling -> dict(role, content)."""
-    found = {key: next((message[name] for name in names if message.get(name) is not None), None)
-             for key, names in MESSAGE.items()} if isinstance(message, dict) else {}
-    role, content = found.get("role"), found.get("content")
-    if isinstance(content, list):  # in parts: [{"type": "text", "text": "3 + 4?"}]; a picture has no text
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = None if None in texts else "".join(texts)
+    """A chat message in either spelling -> dict(role, content)."""
+    found = message if isinstance(message, dict) else {}
+    role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"{place}: {str(message)[:80]!r} is neither a text nor a chat message: write one "
                          'problem per row, a text in quotes or [{"role": "user", "content": "..."}]')
@@ -276,41 +268,32 @@ def fingerprint(problems):
 
 def read_rows(source):
     """The rows of a local file, a local folder in the hub's layout, or a set on the hub -> list of dicts."""
-    if os.path.isfile(source):
-        return read_file(source)
+    try:
+        return read_file(source) if os.path.isfile(source) else read_set(source)
+    except ImportError as error:
+        raise ValueError(f"{source}: {error}: pip install datasets, or give JSON lines") from None
+
+
+def read_set(source):
+    """The rows of a local folder, or of a set on the hub. FileNotFoundError where there is neither."""
     name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
-    if source not in HUB and not os.path.isdir(name):
-        # "data/mistyped.csv" and "./mistyped" look like ids, and should not be looked for on the hub.
-        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source) and not re.search(FILE_NAME, name)
-        if not is_id or os.path.isdir(os.path.dirname(name)):
-            raise FileNotFoundError(
-                f"{source}: no such file or folder, and no hub id: those are {', '.join(HUB)}, or "
-                "owner/name[:config[:split]], where no folder here is called owner")
-    return read_set(source, name, config, split)
-
-
-def read_set(source, name, config, split):
-    """The rows of a set on the hub, or of a local folder in the hub's layout."""
-    datasets, is_folder = library("datasets"), os.path.isdir(name)
+    is_folder = os.path.isdir(name)
+    # "data/mistyped.csv" and "./mistyped" look like ids, and should not be looked for on the hub.
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source) and not re.search(FILE_NAME, name)
+    if source not in HUB and not is_folder and (not is_id or os.path.isdir(os.path.dirname(name))):
+        raise FileNotFoundError(f"{source}: no such file or folder, and no hub id: {', '.join(HUB)}, "
+                                "or owner/name[:config[:split]], where no folder here is called owner")
+    import datasets  # not at the top: JSON lines are read on machines without this library
     with tempfile.TemporaryDirectory() as cache:
         # A folder is read as it is now: the usual cache may be out of date, or on a disk that is read-only.
         settings = dict(streaming=True, cache_dir=cache) if is_folder else {}
         try:
             return list(datasets.load_dataset(name, config or None, split=split or "train", **settings))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            if is_folder or not isinstance(error, (FileNotFoundError, ConnectionError)):
-                raise ValueError(f"{source}: {error}: name configuration and split, as in "
-                                 f"{name}:main:train") from None
-            raise FileNotFoundError(
-                f"{source}: no such file or folder, and not on the hub ({error})") from None
-
-
-def library(name):
-    """A library that only some sources need. JSON lines are read on machines without it."""
-    try:
-        return importlib.import_module(name)  # here and not at the top, for that reason
-    except ImportError as error:
-        raise ValueError(f"{error}: pip install datasets, or give JSON lines") from None
+            is_missing = not is_folder and isinstance(error, (FileNotFoundError, ConnectionError))
+            kind = FileNotFoundError if is_missing else ValueError
+            reason = "no such file or folder, and not on the hub" if is_missing else "cannot be read"
+            raise kind(f"{source}: {reason} ({error})") from None
 
 
 def read_file(path):
@@ -322,10 +305,11 @@ def read_file(path):
         with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
             content = file.read()
         if kind == "parquet":  # from the file itself: `datasets` would first copy it to a cache
-            return library("pyarrow.parquet").ParquetFile(io.BytesIO(content)).read().to_pylist()
+            import pyarrow.parquet  # not at the top, as above
+            return pyarrow.parquet.ParquetFile(io.BytesIO(content)).read().to_pylist()
         text = content.decode("utf-8-sig")  # -sig: with or without a byte order mark
         if kind in ("csv", "tsv"):
-            csv.field_size_limit(sys.maxsize)  # solutions may be long
+            csv.field_size_limit(1 << 30)  # solutions may be long
             lines = io.StringIO(text, newline="")
             return list(csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True))
         return read_json(text, kind)
@@ -344,19 +328,14 @@ def read_json(text, kind):
         is_one_value = kind == "json" or text.lstrip().startswith("[")
         if is_one_value and getattr(error, "msg", "") != "Extra data":
             raise ValueError(f"broken JSON ({error})") from None
-        return read_json_lines(text)
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as fault:
+                raise ValueError(f"line {number}: broken JSON ({fault})") from None
+        return rows
     if isinstance(whole, dict) and not set(flatten(whole)) & set(COLUMNS["problem"]):
         arrays = [value for value in whole.values() if isinstance(value, list) and value]
-        whole = arrays[0] if len(arrays) == 1 else whole
+        whole = arrays[0] if len(arrays) == 1 and isinstance(arrays[0][0], dict) else whole
     return whole if isinstance(whole, list) else [whole]
-
-
-def read_json_lines(text):
-    """One row per line. ValueError that names the line of what is broken."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"line {number}: broken JSON ({error})") from None
-    return rows
