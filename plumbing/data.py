@@ -36,10 +36,11 @@ FILE_NAME = r"(?i)\.(jsonl?|ndjson|parquet|[ct]sv|txt|arrow|gz|zip|zst|xz|bz2|xl
 # The table of shapes: the columns in which public data keep the fields of a problem. The first that is not
 # empty counts. Case does not matter. "reward_model.ground_truth" is a column inside a column.
 COLUMNS = dict(
-    problem=("problem", "question", "query", "prompt", "messages", "conversations"),
+    problem=("problem", "question", "query", "prompt", "messages", "conversation", "conversations"),
     solution=("solution", "response", "completion", "generated_solution"),
     answer=("answer", "final_answer", "ground_truth_answer", "expected_answer", "ground_truth",
-            "reward_model.ground_truth"))
+            "reward_model.ground_truth"),
+    step_map=("step_map",))
 # A chat message has a role and a content. ShareGPT calls them "from" and "value", and some roles otherwise.
 ROLES = dict(human="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant")
 
@@ -49,7 +50,7 @@ MARKS = (r"(?<!#)####(?!#)", r"(?im)\bthe (?:final )?answer is:?|^\W*(?:final )?
 WORD = r"\\(?:text|mbox|mathrm)\w*\s*\{[^{}]*\}|\\[a-zA-Z]+|([a-zA-Z]{2,})"
 # Signs that a line is no answer: "So it is 5", "5 is even.", "Step 2", "2. Add", "2 Adding up", an empty box.
 PROSE = (r"(?i:\b(?:is|are|we|so|the|thus|hence|step|case|part|proof|answer|conclusion|summary)\b)"
-         r"|[a-z][.:]$|^\d+[.):]?\s+[A-Z][a-z]|\\boxed|####")
+         r"|[a-z]{2}[.:]$|^\d+[.):]?\s+[A-Z][a-z]|\\boxed|####")
 LIST_TEXT = r"(?s)\s*\[\s*(['\"])(.*)\1\s*\]\s*"  # a list that became a text: ["34"]
 MAX_BARE = 200  # characters: a longer text without a mark is a solution, and no answer
 
@@ -72,11 +73,11 @@ def read_problems(source, problem_column=None, answer_column=None, needs_answer=
     Without needs_answer, an answer may be "", and a list or an object is handed on as JSON text: a reward
     function of one's own can read it. Raises FileNotFoundError or ValueError.
     """
-    problems, missing = [], []
+    problems, missing, given = [], [], dict(problem=problem_column, answer=answer_column)
     for number, row in enumerate(read_rows(source), 1):
         where = f"{source}, row {number}"
         try:
-            problems.append(read_fields(row, where, problem_column, answer_column, needs_answer))
+            problems.append(read_fields(row, where, given, needs_answer))
         except MissingAnswer as error:
             missing.append(error)
     # A mistyped --answer_column is missing in every row. In MATH's training split a few rows have no answer.
@@ -87,15 +88,15 @@ def read_problems(source, problem_column=None, answer_column=None, needs_answer=
     return problems, len(missing)
 
 
-def read_fields(row, where, problem_column=None, answer_column=None, needs_answer=True):
-    """One row -> dict with problem, answer, solution, step_map. where: source and row, for messages.
+def read_fields(row, where, given, needs_answer):
+    """One row -> dict with problem, answer, solution, step_map.
 
+    where: source and row, for messages. given: the names of columns that the user has named, by field.
     Raises MissingAnswer where a needed answer is missing, and ValueError for every other fault.
     """
     if not isinstance(row, dict) or None in row:  # None: more cells in a line of a table than it has names
         raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}")
     columns, cells = flatten(row), {}
-    given = dict(problem=problem_column, answer=answer_column)
     for field, usual in COLUMNS.items():
         name = given.get(field) or next((name for name in usual if not is_empty(columns.get(name))), None)
         if name and name not in columns:
@@ -103,8 +104,9 @@ def read_fields(row, where, problem_column=None, answer_column=None, needs_answe
         cells[field] = columns.get(name), f"{where}, column {name}"
     problem, response = read_prompt(*cells["problem"])
     solution = read_solution(*cells["solution"]) or response
-    answer, written = read_answer(*cells["answer"], answer_column, needs_answer), cells["answer"][0]
-    if is_empty(written):  # the answer is then what the solution arrives at
+    answer = read_answer(*cells["answer"], given.get("answer"), needs_answer)
+    written = cells["answer"][0]
+    if is_empty(written):  # no column of its own: the answer is what the solution arrives at
         answer = find_answer(solution) or bare_answer(solution) or ("" if needs_answer else solution.strip())
     elif not solution and isinstance(written, str) and len(written) > len(answer) + 20:
         solution = written  # GSM8K's column of the answer holds more than the answer and a box
@@ -114,7 +116,8 @@ def read_fields(row, where, problem_column=None, answer_column=None, needs_answe
             raise ERRORS[field](f"{where}: no {field}; columns are {', '.join(row)}, looked for "
                                 f"{', '.join(COLUMNS[field])}{prose if solution else ''}: name the column "
                                 f"(--{field}_column)")
-    return dict(problem=problem, answer=answer, solution=solution, step_map=row.get("step_map"))
+    steps = read_step_map(*cells["step_map"])
+    return dict(problem=problem, answer=answer, solution=solution, step_map=steps)
 
 
 def flatten(row):
@@ -122,8 +125,8 @@ def flatten(row):
     columns = dict(row)
     for name, cell in row.items():
         columns.setdefault(name.lower(), cell)
-        for inner_name, inner_cell in cell.items() if isinstance(cell, dict) else ():
-            columns.setdefault(f"{name}.{inner_name}".lower(), inner_cell)
+        inner = cell if isinstance(cell, dict) else {}
+        columns |= {f"{name}.{inner_name}".lower(): inner_cell for inner_name, inner_cell in inner.items()}
     return columns
 
 
@@ -150,7 +153,8 @@ def read_prompt(cell, place):
         cell = cell[0]
     if isinstance(cell, str) or is_empty(cell):
         return as_text(cell, place), ""
-    chat = [read_message(message, place) for message in (cell if isinstance(cell, list) else [cell])]
+    messages = cell if isinstance(cell, list) else [cell]
+    chat = [read_message(message, place) for message in messages]
     # A chat that ends with a message of the assistant: that is the solution. Earlier ones stay in the prompt.
     response = chat.pop()["content"] if chat[-1]["role"] == "assistant" else ""
     if not any(message["role"] == "user" and message["content"].strip() for message in chat):
@@ -165,7 +169,7 @@ def read_message(message, place):
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"{place}: {str(message)[:80]!r} is neither a text nor a chat message: write one "
                          'problem per row, a text in quotes or [{"role": "user", "content": "..."}]')
-    return dict(role=ROLES.get(role, role), content=as_text(content, place))
+    return dict(role=ROLES.get(role.lower(), role.lower()), content=as_text(content, place))
 
 
 def read_solution(cell, place):
@@ -173,6 +177,15 @@ def read_solution(cell, place):
     while isinstance(cell, list) and cell:
         cell = cell[0]
     return as_text(read_message(cell, place)["content"] if isinstance(cell, dict) else cell, place)
+
+
+def read_step_map(cell, place):
+    """The cell of the step map -> list of int, or None if it is empty."""
+    is_step_map = isinstance(cell, list) and all(isinstance(step, int) for step in cell)
+    if not is_empty(cell) and not is_step_map:
+        raise ValueError(f"{place}: {str(cell)[:80]!r} is not a list of whole numbers: write one for each "
+                         "token of the solution, or leave the column out")
+    return None if is_empty(cell) else cell
 
 
 def read_answer(cell, place, is_given, needs_answer):
@@ -184,19 +197,20 @@ def read_answer(cell, place, is_given, needs_answer):
         cell = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\"))
     text = as_text(cell, place, "name a column of one answer (--answer_column, for example "
                    "reward_model.ground_truth), or use a reward of your own (--reward)").strip()
-    answer = find_answer(text)
-    if answer or not needs_answer:
-        return answer or text
-    is_solution = "\\boxed" in text or "####" in text or len(text) > MAX_BARE and not is_given
-    return "" if is_solution else text
+    is_marked = "\\boxed" in text or "####" in text
+    if not needs_answer and not is_marked:
+        return text
+    is_solution = is_marked or len(text) > MAX_BARE and not is_given
+    return find_answer(text) or ("" if needs_answer and is_solution else text)
 
 
 def find_answer(text):
     """The answer that a solution states, or "": in its last \\boxed{}; without one, behind the last mark."""
     answer = (extract_answer(text) or "").strip()
     for mark in MARKS:
-        before, *behind = re.split(mark, text)
-        answer = answer or bare_answer(behind[-1] if behind else "")
+        parts = re.split(mark, text)
+        if not answer and len(parts) > 1:
+            answer = bare_answer(parts[-1])
     return answer
 
 
@@ -208,9 +222,10 @@ def bare_answer(text):
     line, _, rest = text.strip().partition("\n")
     line = line.strip(" \t\r*")  # * is bold in Markdown
     num_words = sum(bool(word) for word in re.findall(WORD, line))
-    max_words = 3 if re.match(r"[-+.]?[\d$\\({\[]", line) or not rest.strip() else 0
+    # With something behind the line, words are allowed only behind a number: they are its unit.
+    max_words = 3 if re.match(r"[-+$.]*\d", line) or not rest.strip() else 0
     is_answer = num_words <= max_words and len(line) <= MAX_BARE and not re.search(PROSE, line)
-    return line.removesuffix(".") if is_answer else ""
+    return re.sub(r"(?<![a-zA-Z])\.$", "", line) if is_answer else ""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -291,18 +306,19 @@ def read_set(source):
             return list(datasets.load_dataset(name, config or None, split=split or "train", **settings))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             is_missing = not is_folder and isinstance(error, (FileNotFoundError, ConnectionError))
-            kind = FileNotFoundError if is_missing else ValueError
+            error_type = FileNotFoundError if is_missing else ValueError
             reason = "no such file or folder, and not on the hub" if is_missing else "cannot be read"
-            raise kind(f"{source}: {reason} ({error})") from None
+            raise error_type(f"{source}: {reason} ({error})") from None
 
 
 def read_file(path):
     """The rows of one file, by the end of its name. ValueError that names the file and what is broken."""
+    opener = gzip.open if path.lower().endswith(".gz") else open
     kind = path.lower().removesuffix(".gz").rpartition(".")[2]
     if kind not in FILES:
         raise ValueError(f"{path}: the name must end in .{', .'.join(FILES)}, or in one of these and .gz")
     try:
-        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
+        with opener(path, "rb") as file:
             content = file.read()
         if kind == "parquet":  # from the file itself: `datasets` would first copy it to a cache
             import pyarrow.parquet  # not at the top, as above
@@ -312,29 +328,27 @@ def read_file(path):
             csv.field_size_limit(1 << 30)  # solutions may be long
             lines = io.StringIO(text, newline="")
             return list(csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True))
-        return read_json(text, kind)
+        return read_json(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
     except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_json(text, kind):
+def read_json(text):
     """The rows of JSON lines, of one array, or of the one array in an object: {"data": [...]}."""
     try:
-        whole = json.loads(text) if text.strip() else []
-    except ValueError as error:
-        # "Extra data" is what stands behind a first whole value: the text is JSON lines.
-        is_one_value = kind == "json" or text.lstrip().startswith("[")
-        if is_one_value and getattr(error, "msg", "") != "Extra data":
-            raise ValueError(f"broken JSON ({error})") from None
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        whole = json.loads(text)
+    except ValueError:  # JSON lines, or broken
+        is_array, whole = text.lstrip().startswith("["), []
+        # not splitlines: JSON strings may hold U+2028
+        for number, part in enumerate([text] if is_array else text.split("\n"), 1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
-            except ValueError as fault:
-                raise ValueError(f"line {number}: broken JSON ({fault})") from None
-        return rows
+                if part.strip():
+                    whole.append(json.loads(part))
+            except ValueError as error:
+                place = "" if is_array else f"line {number}: "
+                raise ValueError(f"{place}broken JSON ({error})") from None
     if isinstance(whole, dict) and not set(flatten(whole)) & set(COLUMNS["problem"]):
         arrays = [value for value in whole.values() if isinstance(value, list) and value]
         whole = arrays[0] if len(arrays) == 1 and isinstance(arrays[0][0], dict) else whole

@@ -128,6 +128,8 @@ def test_every_published_gold_answer_is_read_as_it_is():
     ("So\n#### C\nBecause A is wrong.", "C"), ("Empty \\boxed{}.\n#### 7", "7"),
     ("So\n#### \\text{no solution}\nThe end.", "\\text{no solution}"), ("The answer is clear.", ""),
     ("So it holds.\nThe final answer is 12.", "12"), ("Work.\n**Answer:** 3", "3"),
+    ("#### $x$-intercept\nWe add.", ""), ("#### (a) Find x\nWe add.", ""), ("#### Answer: 7", "7"),
+    ("So\n#### 3:00 p.m.", "3:00 p.m."), ("#### The final answer is 7", "7"), ("So\r\n#### 7\r\nBye.", "7"),
     ("No mark at all, only text.", ""), ("Unclosed \\boxed{5", ""), ("", ""),
 ])
 def test_the_answer_of_a_solution(text, answer):
@@ -193,6 +195,14 @@ def test_a_list_or_an_object_is_no_answer_for_the_grader(answer, shown):
     assert text == answer if isinstance(answer, str) else json.loads(text) == answer
 
 
+def test_a_reward_of_ones_own_gets_the_text_of_its_column():
+    for text in ("assert f(1) == 2  # the answer is 5", "a long essay " * 99, "5"):
+        assert load_row({"problem": "f?", "answer": text}, needs_answer=False).answer == text.strip()
+    row = {"problem": "f?", "answer": ["assert f(1) == 2"]}
+    assert load_row(row, needs_answer=False).answer == '["assert f(1) == 2"]'
+    assert load_row({"problem": "f?"}, needs_answer=False).answer == ""
+
+
 def test_a_nested_column_can_be_named():
     row = {"problem": "2+3?", "Extra": {"Gold": "5", "other": "6"}}
     assert load_row(row, answer_column="extra.gold").answer == "5"
@@ -212,6 +222,13 @@ def test_a_problem_of_an_unknown_shape_is_refused_with_its_row(problem, column):
     rows = [{column: "1+1?", "answer": "2"}, {column: problem, "answer": "5"}]
     with pytest.raises(ValueError, match=rf"(?s)bad.jsonl, row 2, column {column}: .*(write|add|delete)"):
         load_problems(write("bad.jsonl", *rows))
+
+
+@pytest.mark.parametrize("steps", [5, "1 2", [1.5], {"a": 1}, ["1"]])
+def test_a_step_map_is_a_list_of_whole_numbers(steps):
+    with pytest.raises(ValueError, match="row 1, column step_map: .* is not a list of whole numbers"):
+        load_row({"problem": "1?", "answer": "1", "step_map": steps})
+    assert load_row({"problem": "1?", "answer": "1", "step_map": []}).step_map is None
 
 
 def test_half_a_character_is_refused_wherever_it_stands():
@@ -434,7 +451,7 @@ def test_solutions_of_gsm8k_end_in_a_box_for_fine_tuning():
     for text in GSM8K:
         assert data.find_answer(data.boxed_solution(text)) == data.find_answer(text)
     assert data.boxed_solution("We add.\n#### 7\nThe answer is: 7") == "We add.\nThe answer is \\boxed{7}."
-    for text in ("", "No mark.", f"#### Step 1\nSo {BOX}.", f"So {BOX}\n#### 5", "#### 1. Add\nA.\n#### Step 2"):
+    for text in ("", "No mark.", f"#### Step 1\nSo {BOX}.", f"So {BOX}\n#### 5", "#### Add\nA.\n#### Step 2"):
         assert data.boxed_solution(text) == text
 
 
