@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import numbers
 import os
 import re
@@ -131,8 +132,9 @@ def flatten(row):
 
 
 def is_empty(cell):
-    """Whether a cell says nothing. NaN, the number that differs from itself, is nothing in other programs."""
-    return cell is None or cell != cell or cell in ([], {}) or isinstance(cell, str) and not cell.strip()
+    """Whether a cell says nothing. NaN is what other programs write for nothing; no answer is infinite."""
+    is_nan = isinstance(cell, float) and not math.isfinite(cell)
+    return cell is None or is_nan or cell in ([], {}) or isinstance(cell, str) and not cell.strip()
 
 
 def as_text(cell, place, remedy="write one text"):
@@ -296,8 +298,8 @@ def read_set(source):
     # "data/mistyped.csv" and "./mistyped" look like ids, and should not be looked for on the hub.
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source) and not re.search(FILE_NAME, name)
     if source not in HUB and not is_folder and (not is_id or os.path.isdir(os.path.dirname(name))):
-        raise FileNotFoundError(f"{source}: no such file or folder, and no hub id: {', '.join(HUB)}, "
-                                "or owner/name[:config[:split]], where no folder here is called owner")
+        raise FileNotFoundError(f"no data file {source!r}: no such file or folder, and no hub id. Those are "
+                                f"{', '.join(HUB)}, and owner/name[:config[:split]] unless owner is a folder")
     import datasets  # not at the top: JSON lines are read on machines without this library
     with tempfile.TemporaryDirectory() as cache:
         # A folder is read as it is now: the usual cache may be out of date, or on a disk that is read-only.
@@ -306,9 +308,9 @@ def read_set(source):
             return list(datasets.load_dataset(name, config or None, split=split or "train", **settings))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             is_missing = not is_folder and isinstance(error, (FileNotFoundError, ConnectionError))
-            error_type = FileNotFoundError if is_missing else ValueError
-            reason = "no such file or folder, and not on the hub" if is_missing else "cannot be read"
-            raise error_type(f"{source}: {reason} ({error})") from None
+            if not is_missing:
+                raise ValueError(f"{source} cannot be read as name:config:split ({error})") from None
+            raise FileNotFoundError(f"{source}: no such file or folder, and not on the hub ({error})") from None
 
 
 def read_file(path):
@@ -339,14 +341,14 @@ def read_json(text):
     """The rows of JSON lines, of one array, or of the one array in an object: {"data": [...]}."""
     try:
         whole = json.loads(text)
-    except ValueError:  # JSON lines, or broken
+    except (ValueError, RecursionError):  # JSON lines, or broken
         is_array, whole = text.lstrip().startswith("["), []
         # not splitlines: JSON strings may hold U+2028
         for number, part in enumerate([text] if is_array else text.split("\n"), 1):
             try:
                 if part.strip():
                     whole.append(json.loads(part))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 place = "" if is_array else f"line {number}: "
                 raise ValueError(f"{place}broken JSON ({error})") from None
     if isinstance(whole, dict) and not set(flatten(whole)) & set(COLUMNS["problem"]):
