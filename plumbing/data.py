@@ -307,10 +307,10 @@ def read_set(source):
         try:
             return list(datasets.load_dataset(name, config or None, split=split or "train", **settings))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            is_missing = not is_folder and isinstance(error, (FileNotFoundError, ConnectionError))
-            if not is_missing:
+            if is_folder or not isinstance(error, (FileNotFoundError, ConnectionError)):
                 raise ValueError(f"{source} cannot be read as name:config:split ({error})") from None
-            raise FileNotFoundError(f"{source}: no such file or folder, and not on the hub ({error})") from None
+            raise FileNotFoundError(
+                f"{source}: no such file or folder, and not on the hub ({error})") from None
 
 
 def read_file(path):
