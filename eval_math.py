@@ -66,6 +66,7 @@ class Prompting:
     system: str = setting(None, "a system message before each problem")
     problem_column: str = setting(None, "column of the problem, if it has an uncommon name")
     answer_column: str = setting(None, "column of the answer, if it has an uncommon name")
+    strict: bool = setting(False, "refuse data that have rows without an answer")
 
     def __post_init__(self):
         flags.check(self)
@@ -74,21 +75,20 @@ class Prompting:
 def load_problems(source, prompting=Prompting(), needs_answer=True):
     """Problems from any source -> list[Problem].
 
-    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local file (JSON lines, JSON, parquet); a name
-    (math500, gsm8k, gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. needs_answer: whether a
-    row without an answer is of no use; for fine-tuning it is. Errors name the source and the row.
+    source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local file or folder; a name (math500, gsm8k,
+    gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. needs_answer: rows without an answer are
+    skipped and counted. Errors name the source, the row and the column.
     """
     task, _, split = source.partition("-")  # "sudoku-dev" -> sudoku, dev; "sudoku" alone is for training
     if task in EMBEDDED and split in ("", "dev", "test"):
         # The same 400 or 20,000 problems for everyone: seed 0, and a pupil who never slips.
         rows = EMBEDDED[task](split or "train", 400 if split else 20000)
         return [Problem(**row) for row in rows]
-    rows = data.read_rows(source)  # dicts
-    if not rows:
-        raise ValueError(f"{source} holds no problems")
-    given = dict(problem=prompting.problem_column, answer=prompting.answer_column, solution=None)
-    return [Problem(**data.read_fields(row, f"{source}, row {number}", given, needs_answer))
-            for number, row in enumerate(rows, 1)]
+    rows, num_skipped = data.read_problems(
+        source, prompting.problem_column, prompting.answer_column, needs_answer, prompting.strict)
+    if num_skipped:
+        parallel.say(f"{source}: skipped {num_skipped} rows without an answer")
+    return [Problem(**row) for row in rows]
 
 
 def encode_prompts(problems, tokenizer, prompting=Prompting()):
@@ -102,9 +102,7 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
     switch = dict(enable_thinking=False) if style == "no_think" else {}  # templates without it ignore it
     for p in problems:
-        chat = p.problem
-        if not isinstance(chat, list):
-            chat = [dict(role="user", content=p.problem + prompting.instruction)]
+        chat = data.as_chat(p.problem, prompting.instruction)  # ends with the user's message
         if prompting.system is not None and chat[0]["role"] != "system":  # the data's own message wins
             chat = [dict(role="system", content=prompting.system), *chat]
         if style == "plain":
@@ -140,6 +138,9 @@ def load_prompts(source, tokenizer, prompting, needs_answer=True):
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
     skipped = f"; skipped {num_long} with a prompt over {prompting.max_prompt_tokens} tokens" if num_long else ""
     parallel.say(f"{source}: {len(problems)} problems{skipped}")
+    num_different = len(data.group_repeats(problems))
+    if num_different < len(problems):
+        parallel.say(f"{source}: {len(problems)} rows are {num_different} problems; an error is over problems")
     return problems
 
 
@@ -323,7 +324,7 @@ def evaluate_command(args):
     # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
     name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
     # The settings in args.json hold fingerprints: other weights under the same path are refused.
-    marks = dict(weights=runs.weight_mark(model), problems=data_mark(problems))
+    marks = dict(weights=runs.weight_mark(model), problems=data.fingerprint(problems))
     with runs.Run(name, vars(args) | marks, resume=True, log="responses.jsonl", may_change={"n"}) as run:
         run.begin()
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
@@ -350,11 +351,6 @@ def evaluate_command(args):
     parallel.say(f"{args.data}, n = {args.n}: responses and summary are in {run.folder}")
     show.print_columns(summary)
     return summary
-
-
-def data_mark(problems):
-    """A short hash of what is asked."""
-    return runs.mark([(p.problem, p.answer, p.tokens) for p in problems])
 
 
 def parse_args(argv=None):

@@ -32,7 +32,7 @@ import torch
 
 import rollout
 from eval_math import Problem, Prompting, encode, encode_prompts, evaluate, load_prompts
-from plumbing import flags, machine, packing, parallel, runs, tiny
+from plumbing import data, flags, machine, packing, parallel, runs, tiny
 from plumbing.flags import setting
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, Rollout, mix
@@ -217,6 +217,8 @@ def parse_args(argv=None):
     flag("--slip", type=float, default=0.6, help="embedded data: how often the pupil makes a mistake")
     flag("--max_new_tokens", type=int, default=20 if is_tiny else 2000,
          help="longer responses are skipped and counted; full attention: length of the canvas")
+    flag("--raw_solutions", action="store_true", help="keep solutions as they are: GSM8K's end in #### 72, and "
+         "not in \\boxed{72}, which a reward looks for")
     flags.add_flags(parser, "recipe", Recipe, is_tiny)
     flags.add_flags(parser, "prompts", Prompting, is_tiny)
     flags.add_flags(parser, "machine", machine.Training, is_tiny)
@@ -242,6 +244,9 @@ def load_examples(tokenizer, config, args, prompting):
         problems, _ = encode_prompts(problems, tokenizer, prompting)
     else:
         problems = load_prompts(args.data, tokenizer, prompting, needs_answer=False)
+        for p in problems if not args.raw_solutions else []:
+            if p.step_map is None:  # GSM8K's "#### 72" becomes \\boxed{72}, which is what a reward looks for
+                p.solution = data.boxed_solution(p.solution)
     examples = to_examples(problems, tokenizer, config, args.max_new_tokens)
     if len(examples) < args.batch_size:
         raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "

@@ -114,61 +114,6 @@ def test_long_prompts_are_skipped_and_counted():
         eval_math.encode_prompts(problems, tokenizer, 2)
 
 
-@pytest.mark.parametrize("content, message", [
-    ('{"problem": "1+1=", "answer": "2"}\n{"problem": \n', "line 2: broken JSON"),
-    ('{"problem": "1+1="}\n', "row 1: no answer"), ("\n", "no problems"),
-    ('{"problem": "1+1=", "answer": "2"}\n[1]\n', "row 2: not an object"),
-    ('{"problem": "1+1=", "answer": "2"}\n{"text": "1", "answer": "2"}\n',
-     "row 2: no problem; columns are text, answer"),
-    ('{"problem": "1+1=", "answer": ""}\n', "row 1: no answer"),
-    (json.dumps({"problem": "1+1=", "solution": "One and one " * 20 + "is 2."}), "is a text of 245 char"),
-])
-def test_a_broken_data_file_is_named_with_its_row(content, message, tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=f"data.jsonl.*{message}"):
-        load_problems(str(path))
-
-
-def test_a_missing_source_or_column_is_named(tmp_path):
-    for source in ("nowhere.jsonl", "folder/nowhere.jsonl", "nowhere"):
-        with pytest.raises(FileNotFoundError, match=source):
-            load_problems(source)
-    with pytest.raises(ValueError, match="no column 'text'; it has problem, answer"):
-        load_problems(str(FIXTURES / "data/math500.jsonl"), problem_column="text")
-
-
-@pytest.mark.parametrize("name, answer", [
-    ("gsm8k", "18"), ("math500", "\\left( 3, \\frac{\\pi}{2} \\right)"), ("aime2024", "204"),
-])
-def test_the_public_sets_load_as_their_owners_publish_them(name, answer):
-    problems = load_problems(str(FIXTURES / f"data/{name}.jsonl"))
-    assert len(problems) == 5 and problems[0].answer == answer and len(problems[0].problem) > 50
-    assert name != "gsm8k" or "<<16-3-4=9>>" in problems[0].solution
-
-
-def test_other_shapes_of_data_load_as_well(tmp_path):
-    import datasets
-    rows = [{"question": "1+1", "answer": "2", "level": 3}, {"question": "2+2", "answer": "4", "level": 1}]
-    (tmp_path / "list.json").write_text(json.dumps(rows))
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
-    for name in ("list.json", "table.parquet"):
-        assert [(p.problem, p.answer) for p in load_problems(str(tmp_path / name))] == [
-            ("1+1", "2"), ("2+2", "4")]
-    assert load_problems(str(tmp_path / "list.json"), answer_column="level")[0].answer == "3"
-    talk = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
-                          {"role": "assistant", "content": "a"}]},
-            {"prompt": "u", "response": "so \\boxed{7}"}]
-    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, talk)))
-    chat, plain = load_problems(str(tmp_path / "talk.jsonl"), needs_answer=False)
-    assert [m["role"] for m in chat.problem] == ["system", "user"] and chat.solution == "a"
-    question = {"prompt": talk[0]["messages"][:2], "answer": "4"}  # a prompt as a chat, no response behind it
-    (tmp_path / "asked.jsonl").write_text(json.dumps(question))
-    asked, = load_problems(str(tmp_path / "asked.jsonl"))
-    assert asked.problem == question["prompt"] and asked.answer == "4" and asked.solution == ""
-    assert (plain.problem, plain.solution, plain.answer) == ("u", "so \\boxed{7}", "7")
-
-
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n"
           "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
