@@ -18,10 +18,13 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-import eval_math  # noqa: E402
 import model as lm  # noqa: E402
 import rollout  # noqa: E402
-from plumbing import checkpoints, packing  # noqa: E402
+from plumbing import checkpoints, engine, packing, tasks  # noqa: E402
+from rollout import PLAIN, Decoding  # noqa: E402
+
+FAST = engine.fast(torch.device("cpu"))
+COMPUTES = dict(plain=PLAIN, fast=FAST)  # the definitions, and their twins
 
 
 def random_model(kind="sdar", block_size=4, seed=0, std=0.25, vocab_size=18, head_dim=8):
@@ -49,19 +52,34 @@ def random_prompts(lengths, seed=0, vocab_size=18):
     return [torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
+def decode(model, prompts, compute=FAST, seed=0, eos_ids=None, slots=None, cache="none", **settings):
+    """Rollouts of prompts; seed: of the first, the others follow. eos_ids: instead of the model's own."""
+    if compute is FAST and (slots is not None or cache != "none"):
+        compute = engine.fast(model.device, slots=slots, cache=cache)
+    own = model.config.eos_ids
+    model.config.eos_ids = own if eos_ids is None else eos_ids
+    try:
+        return compute.generate(model, prompts, [seed + i for i in range(len(prompts))], Decoding(**settings))
+    finally:
+        model.config.eos_ids = own
+
+
 def small_data(folder, seed=0):
     """A train.jsonl of 60 problems and a test.jsonl of 4 in a folder -> the flags that name them."""
-    rows = [json.dumps(dict(problem=p.problem, answer=p.answer)) + "\n"
-            for p in eval_math.arithmetic("train", 64, seed)]
+    rows = [json.dumps(dict(problem=row["problem"], answer=row["answer"])) + "\n"
+            for row in tasks.arithmetic("train", 64, seed)]
     (folder / "train.jsonl").write_text("".join(rows[4:]))
     (folder / "test.jsonl").write_text("".join(rows[:4]))
     return ["--train_data=train.jsonl", "--eval_data=test.jsonl"]
 
 
-def all_rows(rollouts, config, block_size=None, multiple=None, **settings):
-    """All training rows of rollouts as one micro-batch on the CPU; settings: of rollout.build_rows."""
-    texts = rollout.build_rows(rollouts, config, block_size or config.block_size, **settings)
-    return packing.collate([row for rows in texts for row in rows], config.pad_id, multiple)
+def all_rows(rollouts, config, multiple=None, **settings):
+    """All training rows of rollouts as one micro-batch on the CPU; settings: of rollout.build_rows.
+
+    multiple: packed end to end, padded to a multiple of so many tokens; else padded row by row.
+    """
+    rows = [row for rows in rollout.build_rows(rollouts, config, **settings) for row in rows]
+    return packing.pad(rows, config.pad_id) if multiple is None else packing.pack(rows, config.pad_id, multiple)
 
 
 def seen(rows):
@@ -82,6 +100,7 @@ def fixture_tensors(name):
 
 @pytest.fixture
 def authors_policy(monkeypatch):
-    """The authors' policy may also say "mask": with this, ours may, too, and log-probabilities compare."""
+    """The authors' policy may also say "mask": with this, the definitions may, too, and numbers compare."""
+    with_mask = lambda model, states: states.float() @ model.head.weight.float().T
     for module in (lm, rollout):
-        monkeypatch.setattr(module, "policy_logits", lambda logits, mask_id: logits.float())
+        monkeypatch.setattr(module, "policy_logits", with_mask)
