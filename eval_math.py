@@ -9,7 +9,7 @@ if its last \\boxed{} equals the answer. Accuracy is the mean over problems, wit
     python eval_math.py --model JetLM/SDAR-4B-Chat --data math500 --n 3
     python eval_math.py --grade answers.jsonl --out verdicts.jsonl     # grade a file, without a model
 
-Read in this order: Problem, load_problems, encode_prompts; math_reward, give_rewards; ask, evaluate, accuracy.
+Read in this order: Problem, load_problems, encode_prompts; math_reward, give_rewards; Examinee, accuracy.
 
 Left out:
   1. the embedded tasks, arithmetic and Sudoku: plumbing/tasks.py;
@@ -18,10 +18,10 @@ Left out:
 """
 
 import dataclasses
-import functools
 import math
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -213,35 +213,49 @@ def response_text(r, tokenizer):
 # Accuracy.
 
 
-def ask(respond, tokenizer, problems, seeds, reward=None):
-    """One response to each problem, graded -> a dict for each.
+@dataclass
+class Examinee:
+    """A model that answers problems, and how: by which tokenizer, which decoding, which computation."""
 
-    respond: a function of (prompts, seeds) that gives rollouts, such as generate_everywhere with its other
-    arguments filled in. reward: a function of one's own, whose value is added.
-    """
-    started = time.perf_counter()
-    rollouts = respond([p.tokens for p in problems], seeds)
-    seconds = (time.perf_counter() - started) / max(len(problems), 1)  # grading is not a model's speed
-    give_rewards(rollouts, problems, tokenizer)  # accuracy is always the grader's
-    lines = []
-    for r, p in zip(rollouts, problems):
-        text = response_text(r, tokenizer)
-        lines.append(dict(
-            text=p.problem, gold=p.answer, answer=grading.extract_answer(text), correct=bool(r.reward),
-            truncated=r.is_truncated, length=r.num_tokens, decoded=len(r.response), step_map=r.step_map,
-            seconds=seconds, response=text))
-    if reward not in (None, math_reward):
-        give_rewards(rollouts, problems, tokenizer, reward)
-        lines = [line | dict(reward=r.reward) for line, r in zip(lines, rollouts)]
-    return lines
+    model: torch.nn.Module
+    tokenizer: object
+    decoding: Decoding
+    compute: rollout.Compute
+    reward: Callable = None  # a function of one's own, whose mean is reported beside the accuracy
 
+    def evaluate(self, problems, strategy=None, num_samples=1, seed=0):
+        """Accuracy on problems -> a dict with accuracy, standard_error, n and more, see `summarize`."""
+        # Fixed seeds: before and after training, the same draws meet another policy.
+        keys = [(number, sample) for number in range(len(problems)) for sample in range(num_samples)]
+        seeds = [mix(seed, number, sample) for number, sample in keys]
+        return summarize(self.ask([problems[number] for number, _ in keys], seeds, strategy))
 
-def evaluate(respond, tokenizer, problems, num_samples=1, seed=0, reward=None):
-    """Accuracy on problems -> a dict with accuracy, standard_error, n and more, see `summarize`."""
-    # Fixed seeds: before and after training, the same draws meet another policy.
-    keys = [(number, sample) for number in range(len(problems)) for sample in range(num_samples)]
-    seeds = [mix(seed, number, sample) for number, sample in keys]
-    return summarize(ask(respond, tokenizer, [problems[number] for number, _ in keys], seeds, reward))
+    def ask(self, problems, seeds, strategy=None):
+        """One response to each problem, graded -> a dict for each.
+
+        strategy: instead of that of the decoding; "greedy" takes the most probable tokens.
+        """
+        decoding = self.decoding
+        if strategy == "greedy":
+            decoding = dataclasses.replace(decoding, temperature=0.0)
+        elif strategy not in (None, decoding.strategy):
+            decoding = dataclasses.replace(decoding, strategy=strategy, denoising_steps=None)
+        started = time.perf_counter()
+        rollouts = rollout.generate_everywhere(
+            self.model, [p.tokens for p in problems], seeds, decoding, self.compute)
+        seconds = (time.perf_counter() - started) / max(len(problems), 1)  # grading is not a model's speed
+        give_rewards(rollouts, problems, self.tokenizer)  # accuracy is always the grader's
+        lines = []
+        for r, p in zip(rollouts, problems):
+            text = response_text(r, self.tokenizer)
+            lines.append(dict(
+                text=p.problem, gold=p.answer, answer=grading.extract_answer(text), correct=bool(r.reward),
+                truncated=r.is_truncated, length=r.num_tokens, decoded=len(r.response), step_map=r.step_map,
+                seconds=seconds, response=text))
+        if self.reward not in (None, math_reward):
+            give_rewards(rollouts, problems, self.tokenizer, self.reward)
+            lines = [line | dict(reward=r.reward) for line, r in zip(lines, rollouts)]
+        return lines
 
 
 def summarize(lines):
@@ -294,15 +308,6 @@ def pass_at(k, numbers):
     return 1 - math.comb(num_wrong, k) / math.comb(len(numbers), k)
 
 
-def mode(name, decoding):
-    """The Decoding of an evaluation mode: a strategy, or "greedy", the most probable tokens."""
-    if name == "greedy":
-        return dataclasses.replace(decoding, temperature=0.0)
-    is_own = name == decoding.strategy
-    return dataclasses.replace(decoding, strategy=name,
-                               denoising_steps=decoding.denoising_steps if is_own else None)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The command. The method ends here.
 
@@ -320,18 +325,15 @@ def evaluate_command(args):
     if tokenizer is None:
         raise ValueError(f"{args.model or args.ar} has no tokenizer: prompts cannot be encoded")
     problems = load_prompts(args.data, tokenizer, flags.read_flags(Prompting, args))[:args.limit]
-    decoding = flags.read_flags(Decoding, args, strategy="dynamic")
+    examinee = Examinee(model, tokenizer, flags.read_flags(Decoding, args, strategy="dynamic"), compute)
     # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
     name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
     # The settings in args.json hold fingerprints: other weights under the same path are refused.
     marks = dict(weights=runs.weight_mark(model), problems=data.fingerprint(problems))
-    with runs.Run(name, vars(args) | marks, resume=True, log="responses.jsonl", may_change={"n"}) as run:
+    with runs.Run(name, vars(args) | marks, resume=True, groups=GROUPS, log="responses.jsonl") as run:
         run.begin()
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
-        for strategy in args.strategy if not args.ar else ["autoregressive"]:
-            chosen = decoding if args.ar else mode(strategy, decoding)
-            respond = functools.partial(
-                rollout.generate_everywhere, model, decoding=chosen, compute=compute)
+        for strategy in ["autoregressive"] if args.ar else args.strategy:
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
@@ -340,7 +342,8 @@ def evaluate_command(args):
             chunks = [todo[start:start + size] for start in range(0, len(todo), size)]
             for chunk in parallel.bar(chunks, strategy):
                 seeds = [mix(args.seed, number, sample) for _, number, sample in chunk]
-                lines = ask(respond, tokenizer, [problems[number] for _, number, _ in chunk], seeds)
+                asked = [problems[number] for _, number, _ in chunk]
+                lines = examinee.ask(asked, seeds, None if args.ar else strategy)
                 for key, line in zip(chunk, lines):
                     done[key] = dict(strategy=key[0], problem=key[1], sample=key[2]) | line
                     run.write(done[key])
@@ -353,38 +356,37 @@ def evaluate_command(args):
     return summary
 
 
-def parse_args(argv=None):
-    """The flags of eval_math.py."""
-    parser = flags.make_parser("Evaluate a model on math problems, or grade a file.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", help="diffusion model: checkpoint folder or hub id; None: the tiny model")
-    what.add_argument("--ar", metavar="MODEL", help="autoregressive model, by transformers' generate, under the "
-                      "same prompts and grader")
-    what.add_argument("--grade", metavar="FILE", help="grade JSON lines of gold and response")
-    flag = parser.add_argument
-    flag("--out", help="with --grade: where the verdicts go")
-    flag("--data", default="arithmetic-test",
-         help=f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id owner/name[:config[:split]]")
-    flag("--limit", type=int, help="only the first problems")
-    flag("--n", type=int, default=1, help="samples per problem")
-    flag("--strategy", nargs="+", default=["static", "dynamic"], help="also greedy")
-    flag("--seed", type=int, default=0, help="of the samples")
-    flag("--name", type=runs.folder_name, help="folder under runs/; the same name and flags go on with it")
-    flag("--debug", action="store_true", help="show the traceback of an error")
-    is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
-    flags.add_flags(parser, "machine", machine.Inference, is_tiny)
-    flags.add_flags(parser, "prompts", Prompting, is_tiny)
-    flags.add_flags(parser, "decoding", Decoding, is_tiny, skip=("strategy",))
-    args = parser.parse_args(argv)
-    if args.grade and not args.out:
-        parser.error("--grade needs --out")
-    return args
+@dataclass
+class Evaluation:
+    """What the command does."""
+
+    model: str = setting(None, "diffusion model: checkpoint folder or hub id; None: the tiny model")
+    ar: str = setting(None, "an autoregressive model instead, by transformers' generate, under the same prompts")
+    data: str = setting("arithmetic-test", f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id")
+    limit: int = setting(None, "only the first problems", low=1)
+    n: int = setting(1, "samples per problem; a finished evaluation may be given more", low=1, may_change=True)
+    strategy: str = setting(("static", "dynamic"), "how to decode: any of --strategy in training, and greedy",
+                            number="+")
+    seed: int = setting(0, "of the samples")
+    name: str = setting(None, "folder under runs/; the same name and flags go on with it", may_change=True)
+    grade: str = setting(None, "instead of all this: JSON lines of gold and response to grade")
+    out: str = setting(None, "with --grade: where the verdicts go")
+    debug: bool = setting(False, "show the traceback of an error", may_change=True)
+
+
+GROUPS = {"evaluation": Evaluation, "decoding": Decoding, "prompts": Prompting, "machine": machine.Inference}
 
 
 def main(argv=None):
     """Evaluates or grades."""
-    args = parse_args(argv)
-    return grading.grade_file(args.grade, args.out) if args.grade else evaluate_command(args)
+    is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
+    parser = flags.make_parser("Evaluate a model on math problems, or grade a file.", GROUPS, is_tiny)
+    args = parser.parse_args(argv)
+    if args.grade is None:
+        return evaluate_command(args)
+    if args.out is None:
+        parser.error("--grade needs --out")
+    return grading.grade_file(args.grade, args.out)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 import rollout
-from eval_math import Problem, Prompting, encode, encode_prompts, evaluate, load_prompts
+from eval_math import Examinee, Problem, Prompting, encode, encode_prompts, load_prompts
 from plumbing import data, flags, machine, packing, parallel, runs, tiny
 from plumbing.flags import setting
 from plumbing.tasks import EMBEDDED
@@ -204,27 +204,31 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
             run.save([learner])
 
 
+@dataclass
+class Lesson:
+    """What is learnt."""
+
+    model: str = setting(None, "checkpoint folder or hub id; None: a new tiny model")
+    data: str = setting(None, "embedded arithmetic or sudoku, or a file or hub id with problem and solution, "
+                        "prompt and response, or messages; optionally step_map", tiny="arithmetic")
+    dev_data: str = setting(None, "problems with answers for --eval_every")
+    name: str = setting("sft", "of the folder under runs/", may_change=True)
+    max_new_tokens: int = setting(2000, "longer responses are skipped and counted; full attention: length of the "
+                                  "canvas", tiny=20, low=1)
+    slip: float = setting(0.6, "embedded data: how often the pupil makes a mistake", low=0, high=1)
+    raw_solutions: bool = setting(False, "keep solutions as they are: GSM8K's end in #### 72, and not in "
+                                  "\\boxed{72}, which a reward looks for")
+
+
+GROUPS = {"lesson": Lesson, "recipe": Recipe, "prompts": Prompting, "machine": machine.Training,
+          "run": runs.RunSettings}
+
+
 def parse_args(argv=None):
     """The flags of sft.py."""
-    is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
-    parser = flags.make_parser("Supervised fine-tuning of a block diffusion model.")
-    flag = parser.add_argument_group("most used").add_argument
-    flag("--model", help="checkpoint folder or hub id; None: a new tiny model")
-    flag("--data", default="arithmetic" if is_tiny else None, help="embedded arithmetic or sudoku, or a file or "
-         "hub id with problem and solution, prompt and response, or messages; optionally step_map")
-    flag("--dev_data", help="problems with answers for --eval_every")
-    flag("--name", type=runs.folder_name, default="sft", help="of the folder under runs/")
-    flag("--slip", type=float, default=0.6, help="embedded data: how often the pupil makes a mistake")
-    flag("--max_new_tokens", type=int, default=20 if is_tiny else 2000,
-         help="longer responses are skipped and counted; full attention: length of the canvas")
-    flag("--raw_solutions", action="store_true", help="keep solutions as they are: GSM8K's end in #### 72, and "
-         "not in \\boxed{72}, which a reward looks for")
-    flags.add_flags(parser, "recipe", Recipe, is_tiny)
-    flags.add_flags(parser, "prompts", Prompting, is_tiny)
-    flags.add_flags(parser, "machine", machine.Training, is_tiny)
-    flags.add_flags(parser, "run", runs.RunSettings, is_tiny)
-    parser.set_defaults(save_every=0 if is_tiny else 200)
-    args = runs.parse(parser, argv, MAY_CHANGE)
+    parser = flags.make_parser("Supervised fine-tuning of a block diffusion model.", GROUPS,
+                               machine.is_tiny(flags.peek(argv, "--model")))
+    args = runs.parse(parser, argv, GROUPS)
     if args.data is None:
         parser.error("--model needs --data")
     if args.dev_data is None and args.data in EMBEDDED:
@@ -232,9 +236,6 @@ def parse_args(argv=None):
     if args.stop_accuracy is not None and args.dev_data is None:
         parser.error("--stop_accuracy needs --dev_data")
     return args
-
-
-MAY_CHANGE = {"name"} | flags.changeable(Recipe, machine.Training, runs.RunSettings)
 
 
 def load_examples(tokenizer, config, args, prompting):
@@ -261,7 +262,7 @@ def main(argv=None):
     recipe = flags.read_flags(Recipe, args)
     prompting = flags.read_flags(Prompting, args)
     machine.start(args)
-    with runs.Run(args.name, vars(args), args.resume, args.overwrite, may_change=MAY_CHANGE) as run:
+    with runs.Run(args.name, vars(args), args.resume, args.overwrite, GROUPS) as run:
         if args.model is None:
             model, tokenizer = tiny.new_model(args.seed, args.block_size or 4, args.attention or "block")
         else:
@@ -271,10 +272,9 @@ def main(argv=None):
         examples = load_examples(tokenizer, model.config, args, prompting)
         evaluate_dev = None
         if args.dev_data:
-            respond = functools.partial(rollout.generate_everywhere, model, compute=compute,
-                                        decoding=Decoding(max_new_tokens=args.max_new_tokens))
+            examinee = Examinee(model, tokenizer, Decoding(max_new_tokens=args.max_new_tokens), compute)
             dev = load_prompts(args.dev_data, tokenizer, prompting)[:200]
-            evaluate_dev = functools.partial(evaluate, respond, tokenizer, dev, seed=args.seed)
+            evaluate_dev = functools.partial(examinee.evaluate, dev, seed=args.seed)
         # betas of AdamW: the tiny model was tuned with these; reinforcement learning uses its own.
         learner = parallel.make_learner(model, args.lr, (0.9, 0.98), args.weight_decay)
         run.begin()

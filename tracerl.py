@@ -30,10 +30,7 @@ Left out:
   3. reward models.
 """
 
-import dataclasses
 import functools
-import os
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,7 +39,7 @@ import torch
 
 import rollout
 import value
-from eval_math import Prompting, evaluate, give_rewards, load_prompts, math_reward, mode
+from eval_math import Examinee, Prompting, give_rewards, load_prompts, math_reward
 from plumbing import checkpoints, flags, machine, packing, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.tasks import EMBEDDED
@@ -196,7 +193,8 @@ class Task(NamedTuple):
 
     tokenizer: object
     problems: list
-    evaluate_dev: Callable = None  # gives the accuracy on development problems; None: there are none
+    dev_problems: list = None  # for --eval_every
+    examinee: Examinee = None  # evaluates the policy on them
 
 
 def train(learners, method, task, recipe, run):
@@ -443,8 +441,8 @@ def finish_step(line, rollouts, learners, task, recipe, run):
     """Development accuracy, the line of the log, checkpoint; line: the numbers of this RL step."""
     step = line["step"]
     line |= runs.take_seconds()
-    if task.evaluate_dev is not None and recipe.eval_every and step % recipe.eval_every == 0:
-        found = task.evaluate_dev()
+    if task.dev_problems and recipe.eval_every and step % recipe.eval_every == 0:
+        found = task.examinee.evaluate(task.dev_problems, seed=recipe.seed)
         line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if found.get(name) is not None}
     run.write(line)
     parallel.say(show.describe_line(line))
@@ -462,34 +460,37 @@ def finish_step(line, rollouts, learners, task, recipe, run):
 # Set-up. The method ends here.
 
 
+@dataclass
+class Choice:
+    """What is trained on what, by which functions. The last four: a built-in name, or file.py:function."""
+
+    model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
+    train_data: str = setting(None, "problems to train on: arithmetic, sudoku, a file, gsm8k-train, math500, "
+                              "gsm8k, aime2024, or a hub id", tiny="arithmetic")
+    dev_data: str = setting(None, "problems for --eval_every; test problems never guide a run")
+    eval_data: str = setting(None, "test problems, scored before and after training only")
+    eval_limit: int = setting(200, "only so many of the test problems", tiny=None, low=1, may_change=True)
+    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training", number="+",
+                                   tiny=("dynamic", "static", "greedy"))
+    name: str = setting("tracerl", "of the folder under runs/", may_change=True)
+    reward: str = setting("math", "math: 1 if the boxed answer is right")
+    advantage: str = setting("group", "group: standard score in the group; value: a value model with GAE; batch: "
+                             "minus the mean of the step; raw: the reward")
+    loss: str = setting("clip", "clip: the clipped policy gradient with a KL")
+    views: str = setting("trace", "trace, or masks drawn at random: random, coupled (with complement)")
+
+
+GROUPS = {"choice": Choice, "recipe": Recipe, "decoding": Decoding, "prompts": Prompting,
+          "machine": machine.Training, "run": runs.RunSettings}
+
+
 def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser(
-        "TraceRL: reinforcement learning of a diffusion language model on its traces.",
-        "Defaults are for billions of parameters where --model names such a checkpoint, else for the tiny model.")
-    flag = parser.add_argument_group("most used").add_argument
-    flag("--model", help="checkpoint folder or hub id; None: the tiny model in assets/")
-    flag("--train_data", default="arithmetic" if is_tiny else None, help="problems to train on: arithmetic, "
-         "sudoku, a file (JSON lines, JSON, parquet), gsm8k-train, math500, gsm8k, aime2024, or a hub id")
-    flag("--dev_data", help="problems for --eval_every; test problems never guide a run")
-    flag("--eval_data", help="test problems, scored before and after training only")
-    flag("--eval_limit", type=int, default=None if is_tiny else 200, help="only so many of the test problems")
-    flag("--eval_strategies", nargs="+", default=["dynamic", "static", "greedy"] if is_tiny else None,
-         help="how test problems are decoded; None: as in training")
-    flag("--name", type=runs.folder_name, default="tracerl", help="of the folder under runs/")
-    flag = parser.add_argument_group("method: each a built-in name, or file.py:function").add_argument
-    flag("--reward", default="math", help="math: 1 if the boxed answer is right")
-    flag("--advantage", default="group", help="group: standard score in the group; value: a value model with "
-         "GAE; batch: minus the mean of the step; raw: the reward")
-    flag("--loss", default="clip", help="clip: the clipped policy gradient with a KL")
-    flag("--views", default="trace", help="trace, or masks drawn at random: random, coupled (with complement)")
-    flags.add_flags(parser, "recipe", Recipe, is_tiny)
-    flags.add_flags(parser, "decoding", Decoding, is_tiny)
-    flags.add_flags(parser, "prompts", Prompting, is_tiny)
-    flags.add_flags(parser, "machine", machine.Training, is_tiny)
-    flags.add_flags(parser, "run", runs.RunSettings, is_tiny)
-    args = runs.parse(parser, argv, MAY_CHANGE)
+        "TraceRL: reinforcement learning of a diffusion language model on its traces. Defaults are for billions "
+        "of parameters where --model names such a checkpoint, else for the tiny model.", GROUPS, is_tiny)
+    args = runs.parse(parser, argv, GROUPS)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"
@@ -506,9 +507,6 @@ def parse_args(argv=None):
     return args
 
 
-MAY_CHANGE = {"name", "eval_limit"} | flags.changeable(Recipe, Decoding, machine.Training, runs.RunSettings)
-
-
 def load_start(args):
     """The policy to start from, and the value model if there is one -> Learners, tokenizer."""
     path = args.model or machine.start_of(args.attention)
@@ -523,54 +521,30 @@ def load_start(args):
     return Learners(policy, parallel.make_learner(value_model, args.value_lr, (0.9, 0.999))), tokenizer
 
 
-def self_check(model, method):
-    """The replay law on a few random prompts, before the first RL step, with the kernels of this run."""
-    config = model.config
-    rng = random.Random(0)
-    # K = 4 divides 64, but not 5, 9 and 30: only these show blocks that are cut in a wrong place.
-    prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
-    short = dataclasses.replace(
-        method.decoding, max_new_tokens=min(4 * config.block_size, method.decoding.max_new_tokens))
-    rollouts = rollout.generate_everywhere(model, prompts, range(4), short, method.compute)
-    gap = rollout.replay_gap(model, rollouts, method.compute, method.decoding.temperature)
-    method.law.enforce(**gap)
-    parallel.say(f"self-check: replayed and recorded log-probabilities differ by {gap['gap']:.1e}")
-
-
 def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args = parse_args(argv)
-    recipe = flags.read_flags(Recipe, args)
-    decoding = flags.read_flags(Decoding, args)
-    prompting = flags.read_flags(Prompting, args)
+    recipe, decoding, prompting = (flags.read_flags(group, args) for group in (Recipe, Decoding, Prompting))
     functions = [flags.load_function(getattr(args, name), known, f"--{name}") for name, known in (
         ("reward", dict(math=math_reward)), ("advantage", ADVANTAGES), ("loss", LOSSES), ("views", rollout.VIEWS))]
     machine.start(args)
-    with runs.Run(args.name, vars(args), args.resume, args.overwrite, may_change=MAY_CHANGE) as run:
+    with runs.Run(args.name, vars(args), args.resume, args.overwrite, GROUPS) as run:
         learners, tokenizer = load_start(args)
         run.tokenizer = tokenizer
         model = learners.policy.model
         recipe.shrink = recipe.shrink or (8 if model.config.is_full else 1)
         law = rollout.ReplayLaw(args.dtype == "float32", decoding.temperature, recipe.max_gap)
         method = Method(*functions, decoding, machine.choose_compute(args, model), law)
-        self_check(model, method)
+        machine.self_check(model, method)
         load = functools.partial(
             load_prompts, tokenizer=tokenizer, prompting=prompting, needs_answer=args.reward == "math")
-        respond = functools.partial(rollout.generate_everywhere, model, compute=method.compute)
-        check = functools.partial(evaluate, tokenizer=tokenizer, seed=args.seed, reward=method.reward)
-        task = Task(tokenizer, load(args.train_data))
-        if args.dev_data and args.eval_every:
-            dev = load(args.dev_data)
-            task = task._replace(evaluate_dev=lambda: check(
-                functools.partial(respond, decoding=decoding), problems=dev))
+        examinee = Examinee(model, tokenizer, decoding, method.compute, method.reward)
         test = load(args.eval_data)[:args.eval_limit]
-
-        def evaluate_test():
-            """Test problems in every mode: the same problems and draws before and after training."""
-            names = args.eval_strategies or [decoding.strategy]
-            return {name: check(functools.partial(respond, decoding=mode(name, decoding)), problems=test)
-                    for name in parallel.bar(names, "evaluate")}
-
+        dev = load(args.dev_data) if args.dev_data and args.eval_every else None
+        task = Task(tokenizer, load(args.train_data), dev, examinee)
+        # Before and after training: the same problems, and the same draws.
+        evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
+            args.eval_strategies or [decoding.strategy], "evaluate")}
         run.begin()
         if args.resume:
             run.restore(learners.pairs())

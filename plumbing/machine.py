@@ -1,6 +1,8 @@
 """plumbing/machine.py - the machine of a run: its flags, which functions compute, and what it loads."""
 
+import dataclasses
 import os
+import random
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +87,20 @@ def choose_compute(settings, model):
     if model.device.type == "cuda" or cache != "none":
         say_backend(model, cache)
     return engine.fast(model.device, tokens, settings.slots, cache)
+
+
+def self_check(model, method):
+    """The replay law on a few random prompts, before the first RL step, with the kernels of this run."""
+    config = model.config
+    rng = random.Random(0)
+    # K = 4 divides 64, but not 5, 9 and 30: only these show blocks that are cut in a wrong place.
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
+    short = dataclasses.replace(
+        method.decoding, max_new_tokens=min(4 * config.block_size, method.decoding.max_new_tokens))
+    rollouts = rollout.generate_everywhere(model, prompts, range(4), short, method.compute)
+    gap = rollout.replay_gap(model, rollouts, method.compute, method.decoding.temperature)
+    method.law.enforce(**gap)
+    parallel.say(f"self-check: replayed and recorded log-probabilities differ by {gap['gap']:.1e}")
 
 
 def say_backend(model, cache):
