@@ -9,12 +9,13 @@ if its last \\boxed{} equals the answer. Accuracy is the mean over problems, wit
     python eval_math.py --model JetLM/SDAR-4B-Chat --data math500 --n 3
     python eval_math.py --grade answers.jsonl --out verdicts.jsonl     # grade a file, without a model
 
-Read in this order: Problem, load_problems, encode_prompts; math_reward, give_rewards; Examinee, accuracy.
+Read in this order: Problem, load_problems; math_reward, give_rewards; Examinee, accuracy.
 
 Left out:
   1. the embedded tasks, arithmetic and Sudoku: plumbing/tasks.py;
-  2. reading data files: plumbing/data.py; comparing two answers, "1/2" and "0.5": plumbing/grading/;
-  3. few-shot prompts, majority votes.
+  2. reading data files: plumbing/data.py; chat templates: plumbing/prompts.py;
+  3. comparing two answers, "1/2" and "0.5": plumbing/grading/;
+  4. few-shot prompts, majority votes.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ import torch
 import rollout
 from plumbing import autoregressive, checkpoints, data, flags, grading, machine, parallel, runs, show
 from plumbing.flags import setting
+from plumbing.prompts import Prompting, encode_prompts
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, mix
 
@@ -46,30 +48,7 @@ class Problem:
     answer: str
     solution: str = ""  # a worked solution, where the data have one; sft.py learns from it
     step_map: list = None  # of the solution's tokens, where the data have one
-    tokens: list = field(default_factory=list)  # the prompt, once encode_prompts has made it
-
-
-PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
-
-
-@dataclass
-class Prompting:
-    """How problems become prompts. A model must be trained and tested on the same kind of prompt."""
-
-    max_prompt_tokens: int = setting(784, "longer prompts are skipped and counted", low=1)
-    prompt_style: str = setting(
-        "chat", "chat: the chat template; trado: without its last newline; think: followed by <think>; "
-        "no_think: the template's own switch; plain: no template, for base models", choices=PROMPT_STYLES)
-    instruction: str = setting(
-        "\nPlease reason step by step, and put your final answer within \\boxed{}.",
-        "text after each problem; empty for data with whole prompts")
-    system: str = setting(None, "a system message before each problem")
-    problem_column: str = setting(None, "column of the problem, if it has an uncommon name")
-    answer_column: str = setting(None, "column of the answer, if it has an uncommon name")
-    strict: bool = setting(False, "refuse data that have rows without an answer")
-
-    def __post_init__(self):
-        flags.check(self)
+    tokens: list = field(default_factory=list)  # the prompt, once load_prompts has made it
 
 
 def load_problems(source, prompting=Prompting(), needs_answer=True):
@@ -89,47 +68,6 @@ def load_problems(source, prompting=Prompting(), needs_answer=True):
     if num_skipped:
         parallel.say(f"{source}: skipped {num_skipped} rows without an answer")
     return [Problem(**row) for row in rows]
-
-
-def encode_prompts(problems, tokenizer, prompting=Prompting()):
-    """Sets Problem.tokens -> (problems that fit, how many do not).
-
-    A model is good at prompts like those it was trained on; one newline too many can cost points. TraDo was
-    trained on prompts that end with the word "assistant", hence the style of that name.
-    """
-    style = prompting.prompt_style
-    if style != "plain" and not tokenizer.chat_template:
-        raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
-    switch = dict(enable_thinking=False) if style == "no_think" else {}  # templates without it ignore it
-    for p in problems:
-        chat = data.as_chat(p.problem, prompting.instruction)  # ends with the user's message
-        if prompting.system is not None and chat[0]["role"] != "system":  # the data's own message wins
-            chat = [dict(role="system", content=prompting.system), *chat]
-        if style == "plain":
-            text = "\n".join(message["content"] for message in chat)
-        else:
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **switch)
-        if style == "trado":
-            text = text.rstrip()
-        if style == "think" and not text.rstrip().endswith("<think>"):
-            text += "<think>\n"
-        p.tokens = encode(text, tokenizer)
-    fitting = [p for p in problems if len(p.tokens) <= prompting.max_prompt_tokens]
-    if not fitting:
-        raise ValueError(f"none of {len(problems)} prompts has at most {prompting.max_prompt_tokens} tokens: "
-                         "raise --max_prompt_tokens")
-    return fitting, len(problems) - len(fitting)
-
-
-def encode(text, tokenizer):
-    """Text -> token ids. ValueError where the tokenizer does not know a character: it would be lost."""
-    tokens = tokenizer(text, add_special_tokens=False).input_ids  # a template has written the special ones
-    # Byte-level tokenizers (Qwen, LLaDA) know every character; the tiny one has 18 tokens.
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is not None and unknown in tokens:
-        raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data for "
-                         "another model")
-    return tokens
 
 
 def load_prompts(source, tokenizer, prompting, needs_answer=True):

@@ -587,6 +587,17 @@ def replay_gap(model, rollouts, compute, temperature):
     return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
 
 
+def drift(model, rollouts, compute, temperature):
+    """How far updates have moved the policy since it made these rollouts: KL(old || new), the largest ratio.
+
+    An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are 1
+    whatever comes of it, and nothing else would show a collapse.
+    """
+    log_ratio = replay_differences(model, rollouts, compute, temperature)
+    ratio = log_ratio.clamp(-10, 10).exp()
+    return dict(drift_kl=parallel.mean_of(ratio - 1 - log_ratio), drift_ratio_max=parallel.largest_of(ratio))
+
+
 def some(rollouts, config):
     """A part of the rollouts of an RL step that stands for all: a sixteenth, with full attention a 64th."""
     return rollouts[::64 if config.is_full else 16]

@@ -31,9 +31,10 @@ from dataclasses import dataclass
 import torch
 
 import rollout
-from eval_math import Examinee, Problem, Prompting, encode, encode_prompts, load_prompts
+from eval_math import Examinee, Problem, load_prompts
 from plumbing import data, flags, machine, packing, parallel, runs, tiny
 from plumbing.flags import setting
+from plumbing.prompts import Prompting, encode, encode_prompts
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, Rollout, mix
 

@@ -39,9 +39,10 @@ import torch
 
 import rollout
 import value
-from eval_math import Examinee, Prompting, give_rewards, load_prompts, math_reward
+from eval_math import Examinee, give_rewards, load_prompts, math_reward
 from plumbing import checkpoints, flags, machine, packing, parallel, runs, show
 from plumbing.flags import setting
+from plumbing.prompts import Prompting
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, mix
 
@@ -364,7 +365,8 @@ def learn(learners, batches, rollouts, method, recipe, step):
             updates.append(update(policy, batch, method, number == 0, recipe))
     line = show.means(updates, value_updates)
     if updates:
-        line |= drift(policy.model, rollout.some(rollouts, policy.model.config), method)
+        line |= rollout.drift(policy.model, rollout.some(rollouts, policy.model.config), method.compute,
+                              method.decoding.temperature)
     return line
 
 
@@ -421,17 +423,6 @@ def update_value(learner, batch, compute, recipe):
         total += loss.detach()
     _, is_finite = parallel.optimizer_step(learner)
     return dict(value_loss=float(parallel.add_up(total)), skipped_updates=int(not is_finite))
-
-
-def drift(model, rollouts, method):
-    """How far this step's updates have moved the policy: KL(old || new) and the largest ratio.
-
-    An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are 1
-    whatever comes of it, and nothing else would show a collapse.
-    """
-    log_ratio = rollout.replay_differences(model, rollouts, method.compute, method.decoding.temperature)
-    ratio = log_ratio.clamp(-10, 10).exp()
-    return dict(drift_kl=parallel.mean_of(ratio - 1 - log_ratio), drift_ratio_max=parallel.largest_of(ratio))
 
 
 # -------------------------------------------------------------------------------------------------- 6 finish
