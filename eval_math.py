@@ -58,7 +58,8 @@ def load_problems(source, prompting=Prompting(), needs_answer=True):
     gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. needs_answer: rows without an answer are
     skipped and counted. Errors name the source, the row and the column.
     """
-    task, _, split = source.partition("-")  # "sudoku-dev" -> sudoku, dev; "sudoku" alone is for training
+    # "sudoku-dev" -> sudoku, dev. "sudoku" alone is for training.
+    task, _, split = source.partition("-")
     if task in EMBEDDED and split in ("", "dev", "test"):
         # The same 400 or 20,000 problems for everyone: seed 0, and a pupil who never slips.
         rows = EMBEDDED[task](split or "train", 400 if split else 20000)
@@ -72,6 +73,7 @@ def load_problems(source, prompting=Prompting(), needs_answer=True):
 
 def load_prompts(source, tokenizer, prompting, needs_answer=True):
     """load_problems and encode_prompts -> list[Problem]; says how many there are."""
+    # Long prompts are left out, and counted aloud.
     problems = load_problems(source, prompting, needs_answer)
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
     skipped = f"; skipped {num_long} with a prompt over {prompting.max_prompt_tokens} tokens" if num_long else ""
@@ -102,6 +104,7 @@ def math_reward(problem, text, rollout):
     or an advantage of your own. Give every token of a denoising step the reward of that step: returns are sums
     over trace steps of the MEAN in the step.
     """
+    # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     return float(not rollout.is_truncated and grading.is_correct(grading.extract_answer(text), problem.answer))
 
 
@@ -113,7 +116,7 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     """
     # The grader's checks run in worker processes. A function of the user's may not like threads.
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
-    pairs = parallel.deal(list(zip(rollouts, problems)))
+    pairs = parallel.deal(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
     with ThreadPoolExecutor(num_threads) as pool:
         judged = list(pool.map(lambda pair: judge(*pair, tokenizer, reward), pairs))
     for r, (sequence_reward, token_rewards) in zip(rollouts, parallel.gather(judged)):
@@ -134,6 +137,7 @@ def judge(r, problem, tokenizer, reward):
                          "number, or a list with one for each token")
     if values.dim() == 0:
         return values.item(), []
+    # One number for each token up to eos: a process reward. The response as a whole earns their sum.
     if values.shape != (len(tokens),):
         raise ValueError(f"the reward function gave {values.numel()} numbers for {len(tokens)} tokens")
     return values.sum().item(), values.tolist()
@@ -174,6 +178,7 @@ class Examinee:
         strategy: instead of that of the decoding; "greedy" takes the most probable tokens.
         """
         decoding = self.decoding
+        # The same decoding as in training, or another one for comparison.
         if strategy == "greedy":
             decoding = dataclasses.replace(decoding, temperature=0.0)
         elif strategy not in (None, decoding.strategy):
@@ -183,7 +188,7 @@ class Examinee:
             self.model, [p.tokens for p in problems], seeds, decoding, self.compute)
         seconds = (time.perf_counter() - started) / max(len(problems), 1)  # grading is not a model's speed
         give_rewards(rollouts, problems, self.tokenizer)  # accuracy is always the grader's
-        lines = []
+        lines = []  # what responses.jsonl keeps of each response
         for r, p in zip(rollouts, problems):
             text = response_text(r, self.tokenizer)
             lines.append(dict(
@@ -201,6 +206,7 @@ def summarize(lines):
     samples = {}  # by problem; a file may hold the same problem many times
     for line in lines:
         samples.setdefault(str(line["text"]), []).append(float(line["correct"]))
+    # {"894+396=": [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
     found = accuracy(list(samples.values()))
     if not any(line["gold"] for line in lines):  # with a reward of one's own: nothing is right or wrong
         found = dict.fromkeys(found)
@@ -229,6 +235,7 @@ def accuracy(samples):
         variance = sum((m - mean) ** 2 for m in means) / (n - 1)  # n - 1: the mean is estimated, too
         error = (variance / n) ** 0.5
     found = dict(accuracy=mean, standard_error=error, n=n)
+    # pass@2, pass@4, ...: as far as every problem has so many samples.
     fewest = min(len(numbers) for numbers in samples)
     k = 2
     while k <= fewest:
@@ -242,6 +249,7 @@ def pass_at(k, numbers):
 
     Of four samples one is right: two of them hold it in 3 of 6 choices, so pass@2 is .5.
     """
+    # One minus the probability that all k of them are wrong.
     num_wrong = sum(not number for number in numbers)
     return 1 - math.comb(num_wrong, k) / math.comb(len(numbers), k)
 
@@ -262,6 +270,7 @@ def evaluate_command(args):
         compute = machine.choose_compute(settings, model)
     if tokenizer is None:
         raise ValueError(f"{args.model or args.ar} has no tokenizer: prompts cannot be encoded")
+    # The same problems, in the same order, whenever this command is called again.
     problems = load_prompts(args.data, tokenizer, flags.read_flags(Prompting, args))[:args.limit]
     examinee = Examinee(model, tokenizer, flags.read_flags(Decoding, args, strategy="dynamic"), compute)
     # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
@@ -270,6 +279,7 @@ def evaluate_command(args):
     marks = dict(weights=runs.weight_mark(model), problems=data.fingerprint(problems))
     with runs.Run(name, vars(args) | marks, resume=True, groups=GROUPS, log="responses.jsonl") as run:
         run.begin()
+        # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
         for strategy in ["autoregressive"] if args.ar else args.strategy:
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
@@ -279,13 +289,14 @@ def evaluate_command(args):
             size = (args.slots or 64) * parallel.processes()[1] * 2
             chunks = [todo[start:start + size] for start in range(0, len(todo), size)]
             for chunk in parallel.bar(chunks, strategy):
+                # A sample's draws follow from its problem and its number, whatever was there already.
                 seeds = [mix(args.seed, number, sample) for _, number, sample in chunk]
                 asked = [problems[number] for _, number, _ in chunk]
                 lines = examinee.ask(asked, seeds, None if args.ar else strategy)
                 for key, line in zip(chunk, lines):
                     done[key] = dict(strategy=key[0], problem=key[1], sample=key[2]) | line
                     run.write(done[key])
-        strategies = list(dict.fromkeys(key[0] for key in done))
+        strategies = list(dict.fromkeys(key[0] for key in done))  # in the order in which they were asked
         summary = {strategy: summarize([line for key, line in done.items() if key[0] == strategy])
                    for strategy in strategies}
         run.finish(summary)
@@ -320,6 +331,7 @@ def main(argv=None):
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser("Evaluate a model on math problems, or grade a file.", GROUPS, is_tiny)
     args = parser.parse_args(argv)
+    # Without --grade a model is asked. With it, a file of answers is graded, and no model is loaded.
     if args.grade is None:
         return evaluate_command(args)
     if args.out is None:
