@@ -1,0 +1,102 @@
+"""plumbing/grading/verdicts.py - is this answer right? For one answer, for many, for a file of them."""
+
+import json
+import os
+import re
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from plumbing.grading.compare import exact_or_none
+from plumbing.grading.extract import MAX_ANSWER, extract_answer
+from plumbing.grading.formula import FUNCTIONS
+from plumbing.grading.spelling import spell_pair
+from plumbing.grading.workers import WORKERS, Workers
+
+WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
+
+
+def verdict(answer, gold):
+    """Whether an answer equals the gold one, and how that was decided -> (bool, str).
+
+    how: "none" (no answer), "text" (by the spelling alone), "number" (exactly, by fractions), "expression" (in a
+    worker), "guard" (too long to try), "killed" (tried, and ended by a limit).
+    """
+    if answer is None or not answer.strip("$ \n\t"):
+        return False, "none"
+    gold = gold.rsplit("####", 1)[-1]
+    if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
+        return False, "guard"
+    answer, gold = spell_pair(answer, gold)
+    if not answer or not gold:
+        return False, "text"
+    if answer.replace(" ", "") == gold.replace(" ", ""):
+        return True, "text"
+    if re.search(r"\d", answer) and re.search(r"\d", gold):
+        numbers = exact_or_none(answer), exact_or_none(gold)
+        if None not in numbers:
+            return numbers[0] == numbers[1], "number"
+    elif not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold):  # words: "Even", "east"
+        return answer.casefold() == gold.casefold(), "text"
+    return WORKERS.ask(answer, gold)
+
+
+def is_correct(answer, gold):
+    """Whether an extracted answer (or None) equals the gold one; the same from any thread, under any load."""
+    return verdict(answer, gold)[0]
+
+
+def grade(pairs):
+    """`verdict` of many (answer, gold) pairs, in order. All workers are at it."""
+    with ThreadPoolExecutor(Workers.NUMBER) as pool:
+        return list(pool.map(lambda pair: verdict(*pair), pairs))
+
+
+def read_json_rows(path):
+    """The rows of a .json array or of JSON lines. ValueError that names the file,
+    and the line of what is broken."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # -sig: with or without a byte order mark
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
+    if path.endswith(".json") and text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: broken JSON ({error})") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: broken JSON ({error})") from None
+    return rows
+
+
+def grade_file(path, out):
+    """Rows of gold and response -> rows of correct, answer and how in the file `out`, and a summary with speed."""
+    if os.path.exists(out) and os.path.samefile(path, out):
+        raise ValueError(f"{out} is the file to be graded, and would be overwritten: give another name")
+    rows = read_json_rows(path)
+    for number, row in enumerate(rows, 1):
+        is_dict = isinstance(row, dict)
+        if not is_dict or not isinstance(row.get("gold"), str) or not isinstance(row.get("response"), str):
+            raise ValueError(f"{path}, row {number}: needs the texts gold and response, "
+                             f"has {str(row)[:80]!r}")
+    is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
+    started = time.perf_counter()
+    answers = [extract_answer(row["response"]) for row in rows]
+    verdicts = grade(list(zip(answers, (row["gold"] for row in rows))))
+    seconds = time.perf_counter() - started
+    with open(f"{out}.partial", "w", encoding="utf-8") as file:
+        for answer, (is_right, how) in zip(answers, verdicts):
+            file.write(json.dumps(dict(correct=is_right, answer=answer, how=how)) + "\n")
+    os.replace(f"{out}.partial", out)
+    hows = Counter(how for _, how in verdicts)
+    right = sum(is_right for is_right, _ in verdicts)
+    print(f"{right} of {len(rows)} right ({right / max(len(rows), 1):.1%}); decided by " +
+          ", ".join(f"{how} {count}" for how, count in hows.most_common()) +
+          f"; {len(rows) / seconds:.0f} checks per second; rows in {out}")
+    return verdicts
