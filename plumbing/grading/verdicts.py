@@ -6,14 +6,15 @@ import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
-from plumbing.grading.compare import exact_or_none
 from plumbing.grading.extract import MAX_ANSWER, extract_answer
 from plumbing.grading.formula import FUNCTIONS
 from plumbing.grading.spelling import spell_pair
 from plumbing.grading.workers import WORKERS, Workers
 
-WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
+PLAIN_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
+WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
 
 
 def verdict(answer, gold):
@@ -32,11 +33,9 @@ def verdict(answer, gold):
         return False, "text"
     if answer.replace(" ", "") == gold.replace(" ", ""):
         return True, "text"
-    if re.search(r"\d", answer) and re.search(r"\d", gold):
-        numbers = exact_or_none(answer), exact_or_none(gold)
-        if None not in numbers:
-            return numbers[0] == numbers[1], "number"
-    elif not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold):  # words: "Even", "east"
+    if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(gold):
+        return Fraction(answer) == Fraction(gold), "number"
+    if not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold):  # words: "Even", "east"
         return answer.casefold() == gold.casefold(), "text"
     return WORKERS.ask(answer, gold)
 
