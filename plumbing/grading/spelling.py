@@ -60,26 +60,22 @@ def periodic(match):
     return r"\frac{%d}{%d}" % (int(whole + start + period) - int(whole + start), nines)
 
 
-def read_lines(name):
-    """The lines of a table of this folder, without comments."""
-    lines = (Path(__file__).parent / name).read_text(encoding="utf-8").split("\n")
-    return [line for line in lines if line and not line.startswith("# ")]
+def read_table(name):
+    """The lines of a table in this folder, without comments; at "# ===" it falls into parts."""
+    parts = re.split("\n# ===.*", (Path(__file__).parent / name).read_text(encoding="utf-8"))
+    return [[line for line in part.split("\n") if line and not line.startswith("# ")] for part in parts]
 
 
-def read_forms():
-    """The table of forms.txt: patterns with replacements."""
-    forms = []
-    for line in read_lines("forms.txt"):
-        pattern, new = line.split("\t")
-        for name, value in (("TEXT", TEXT), ("ARGUMENT", ARGUMENT), ("FUNCTIONS", FUNCTIONS)):
-            pattern = pattern.replace(name, value)
-        forms.append((re.compile(pattern), globals()[new[1:]] if new[:1] == "@" else new))
-    return forms
+def form(line):
+    """A line of forms.txt as a pattern and its replacement."""
+    pattern, new = line.split("\t")
+    for name, value in (("TEXT", TEXT), ("ARGUMENT", ARGUMENT), ("FUNCTIONS", FUNCTIONS)):
+        pattern = pattern.replace(name, value)
+    return re.compile(pattern), globals()[new[1:]] if new[:1] == "@" else new
 
 
-UNITS = {word for line in read_lines("units.txt") for word in line.split()}
-FORMS = read_forms()
-NUM_BEFORE_UNITS = [new for _, new in FORMS].index("\\1")  # text is needed to tell units
+UNITS = {word for line in read_table("units.txt")[0] for word in line.split()}
+SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"))
 
 
 def spell_pair(answer, gold):
@@ -94,7 +90,7 @@ def spell_pair(answer, gold):
 
 def spell(text, nouns, min_letters):
     """One spelling of an answer. The nouns count as units. So do units without \\text and of min_letters."""
-    text = replace(text.strip(), FORMS[:NUM_BEFORE_UNITS])
+    text = replace(text.strip(), SIGNS)
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac for \frac; in a matrix it ends a row
     text = LARGE_NUMBER.sub(lambda m: rf"\cdot 10^{{{LARGE[m[2]]}}} {m[3]}", text)
@@ -102,7 +98,7 @@ def spell(text, nouns, min_letters):
     bare = BARE_UNIT.search(text)
     if bare and is_bare_unit(bare, nouns, min_letters):
         text = text[:bare.start()]
-    text = replace(text, FORMS[NUM_BEFORE_UNITS:])
+    text = replace(text, FORMS)
     if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
         text = text.replace("\\degree", "")  # as units are; in \sin 30^\circ it counts
     text = without_commas(re.sub(r"\s+", " ", text)).strip().rstrip("\\ ")
