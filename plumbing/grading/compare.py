@@ -90,8 +90,9 @@ def split_name(tree):
             letters = leaves(left)
             is_name = not letters[0][0].isdigit() and not any(
                 isinstance(node, (ast.Add, ast.Sub, ast.Div, ast.Pow)) for node in ast.walk(left))
-            if is_name and (len(letters) != 2 or letters[1][0].isdigit() or "".join(letters).isupper()):
-                return "".join(letters), value
+            name = "".join(letters)
+            if is_name and (len(letters) != 2 or letters[1][0].isdigit() or name.isupper() or name[0] in "fgh"):
+                return name, value
     return "", tree
 
 
@@ -149,7 +150,7 @@ def is_same_relation(answer, gold):
     (signs_a, sides_a), (signs_g, sides_g) = turned(answer), turned(gold)
     if not signs_g and set(signs_a) == {ast.Eq}:  # x = 2 + 3 = 5: all that is said to be equal must be
         values = sides_a[1:] if split_name(ast.Compare(sides_a[0], [ast.Eq()], [gold]))[0] else sides_a
-        return len(sides_a) > 2 and all(is_same_part(side, gold) for side in values)
+        return all(is_same_part(side, gold) for side in values)
     if signs_a != signs_g:
         return False
     if len(signs_a) > 1:

@@ -54,9 +54,9 @@ def to_python(text):
         while ends_argument and previous != "function" and opened and not opened[-1][0]:
             code.append(")" + opened.pop()[2])
             previous = "closing"
-        begins_factor = kind in ("letter", "function", "braced", "opening", "matrix")
+        begins_factor = kind in ("number", "letter", "function", "braced", "opening", "matrix")
         if previous in ("number", "letter", "closing", "mark", "end"):
-            if kind == "number" or kind == "mark" and previous == "mark":
+            if kind == "number" and previous != "mark" or kind == "mark" and previous == "mark":
                 raise ValueError("a number after a factor is a power, an index or a product")
             code.append("*" if begins_factor else "")
         if kind in ("number", "letter"):
@@ -211,12 +211,12 @@ def arguments(tree):
     return [*tree.func.args, *tree.args]
 
 
-def values_at(trees, letters, is_real):
+def values_at(trees, letters, is_real, num_digits=0):
     """The values of trees at one point, None for those undefined there; and the tolerance for a difference.
 
     The digits suffice for the smallest value beside the largest: 2^{1000} + 1 is not 2^{1000}.
     """
-    for digits in (150, 1500, 11_000):
+    for digits in (150 + num_digits, 1500, 11_000):
         values, needed = [], 0
         for tree in trees:
             calculator = Calculator(letters, is_real, digits)
@@ -225,7 +225,7 @@ def values_at(trees, letters, is_real):
             except (Undefined, ArithmeticError):
                 values.append(None)
             needed = max(needed, calculator.num_digits())
-        if needed < digits - 100:
+        if needed < digits - 100 - num_digits:
             break
     largest = max([1, *(abs(value) for value in values if value is not None)])
     return values, largest * calculator.mp.mpf(10) ** (50 - digits)
@@ -251,9 +251,10 @@ def is_same_function(answer, gold, factor=None):
         return False
     is_real = bool(letters) and "i" not in leaves(answer) + leaves(gold)
     has_bars = "'abs'" in ast.dump(answer) + ast.dump(gold)
+    num_digits = sum(map(len, leaves(answer) + leaves(gold)))  # 0.333...3 is not 1/3
     agreed, ratio = 0, None
     for point in points(letters) if letters else [{}]:
-        (x, y), tolerance = values_at((answer, gold), point, is_real)
+        (x, y), tolerance = values_at((answer, gold), point, is_real, num_digits)
         if x is None or y is None:
             # \ln(ab) is \ln a + \ln b where both are defined. But \ln|x| is more than \ln x.
             if has_bars and not x is y is None:

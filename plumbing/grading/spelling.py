@@ -22,7 +22,7 @@ UNIT = re.compile(rf"(?:[\s/]|\\cdot)*{TEXT}({GROUP}){EXPONENT}")
 UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*")
 BARE_UNIT = re.compile(rf"(?:(?<=[\d}}])|(?<=\\pi )) *([a-zA-Z][a-zA-Z /.]*){EXPONENT}\s*\.?$")
 BEFORE_UNITS = {"square", "cubic", "sq", "cu"}
-AMONG_UNITS = {"per", "of", "the", "squared", "cubed", "total", "left", "remaining", "cdot", *BEFORE_UNITS}
+AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "cdot", *BEFORE_UNITS}
 
 
 def vulgar(match):
@@ -82,21 +82,22 @@ def spell_pair(answer, gold):
     """An answer and the gold answer in one spelling. Nouns of the gold answer may stand in the answer, too."""
     texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
     nouns = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2} - {"and", "not"}
-    gold = spell(gold, nouns, 3)
+    gold = spell(gold, nouns, may_touch=False)
     # "5m" in mathematics may be a product. It is one where the gold answer has letters.
     has_letters = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", gold))
-    return spell(answer, nouns, 99 if has_letters else 2), gold
+    return spell(answer, nouns, may_touch=None if has_letters else True), gold
 
 
-def spell(text, nouns, min_letters):
-    """One spelling of an answer. The nouns count as units. So do units without \\text and of min_letters."""
+def spell(text, nouns, may_touch):
+    """One spelling of an answer. The nouns count as units. So do units without \\text at its end: "5cm" if they
+    may touch the number, "5 cm" if not, and none if may_touch is None."""
     text = replace(text.strip(), SIGNS)
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac for \frac; in a matrix it ends a row
     text = LARGE_NUMBER.sub(lambda m: rf"\cdot 10^{{{LARGE[m[2]]}}} {m[3]}", text)
     text = UNITS_IN_TEXT.sub(lambda m: without_units(m[0], nouns), text)
     bare = BARE_UNIT.search(text)
-    if bare and is_bare_unit(bare, nouns, min_letters):
+    if bare and may_touch is not None and is_bare_unit(bare, nouns, may_touch):
         text = text[:bare.start()]
     text = replace(text, FORMS)
     if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
@@ -117,7 +118,7 @@ def replace(text, forms):
 
 def is_unit(text, nouns):
     """Whether all words of a text are units, or nouns of the gold answer: "miles per hour", "kg\\cdot m"."""
-    words = WORD.findall(text)
+    words = WORD.findall(text.split(" of ")[0])
     while words and words[0] in BEFORE_UNITS:
         words = words[1:]
     if not words or re.search(r"(?<!\^)(?<!\^\{)(?<!-)\d", text):
@@ -134,14 +135,13 @@ def without_units(text, nouns):
     return " " + text
 
 
-def is_bare_unit(match, nouns, min_letters):
+def is_bare_unit(match, nouns, may_touch):
     """Whether the words that end an answer, as in "5 cm", are units. One letter needs a space before it."""
-    num_letters, has_space = len(WORD.match(match[1])[0]), match[0][0] == " "
-    if num_letters == 1:
-        is_long_enough = min_letters == 2 and has_space and match[1][0] in "mghsLJNWV"
-    else:
-        is_long_enough = num_letters >= min_letters and (has_space or min_letters == 2)
-    return is_long_enough and is_unit(match[1], nouns)
+    first, has_space = WORD.match(match[1])[0], match[0][0] == " "
+    is_fit = has_space or may_touch
+    if len(first) == 1:
+        is_fit = has_space and may_touch and first in "mghsLJNWV"
+    return is_fit and is_unit(match[1], nouns)
 
 
 def without_commas(text):

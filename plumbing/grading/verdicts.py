@@ -31,13 +31,18 @@ def verdict(answer, gold):
     answer, gold = spell_pair(answer, gold)
     if not answer or not gold:
         return False, "text"
-    if answer.replace(" ", "") == gold.replace(" ", ""):
+    if without_spaces(answer) == without_spaces(gold):
         return True, "text"
     if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(gold):
         return Fraction(answer) == Fraction(gold), "number"
     if not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold):  # words: "Even", "east"
         return answer.casefold() == gold.casefold(), "text"
     return WORKERS.ask(answer, gold)
+
+
+def without_spaces(text):
+    """The text without spaces, but for those between digits: 1 2 is not 12."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def is_correct(answer, gold):
