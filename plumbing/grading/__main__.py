@@ -5,18 +5,13 @@ import argparse
 from plumbing.grading.verdicts import grade_file
 
 
-def parse_args(argv=None):
-    """The flags of the command."""
+def main(argv=None):
+    """Grades a file."""
     parser = argparse.ArgumentParser(prog="python -m plumbing.grading", allow_abbrev=False,
                                      description="Grade a JSON Lines file of gold and response.")
     parser.add_argument("--grade", required=True, metavar="FILE", help="rows of gold and response")
     parser.add_argument("--out", required=True, metavar="FILE", help="where the verdicts go")
-    return parser, parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Grades a file."""
-    parser, args = parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         grade_file(args.grade, args.out)
     except (OSError, ValueError) as error:

@@ -15,7 +15,8 @@ import re
 from plumbing.grading.formula import Calculator, is_same_function, leaves, letters_of, parse
 
 NUMBERS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
-CLOSED = {"right_closed": (ast.Lt, ast.LtE), "left_closed": (ast.LtE, ast.Lt)}  # low < x <= high
+INTERVALS = {"Tuple": (ast.Lt, ast.Lt), "List": (ast.LtE, ast.LtE), "right_closed": (ast.Lt, ast.LtE),
+             "left_closed": (ast.LtE, ast.Lt)}  # low < x <= high
 TURNED = {ast.Gt: ast.Lt, ast.GtE: ast.LtE}
 INEQUALITIES = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.NotEq)
 
@@ -87,11 +88,10 @@ def split_name(tree):
     """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree."""
     match tree:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):
-            letters = leaves(left)
-            is_name = not letters[0][0].isdigit() and not any(
-                isinstance(node, (ast.Add, ast.Sub, ast.Div, ast.Pow)) for node in ast.walk(left))
-            name = "".join(letters)
-            if is_name and (len(letters) != 2 or letters[1][0].isdigit() or name.isupper() or name[0] in "fgh"):
+            letters, name = leaves(left), "".join(leaves(left))
+            is_product = not any(isinstance(node, (ast.Add, ast.Sub, ast.Div, ast.Pow)) for node in ast.walk(left))
+            is_short = len(letters) == 2 and name.islower() and name[0] not in "fgh"  # xy = 5 is no name
+            if is_product and not is_short and not name[0].isdigit():
                 return name, value
     return "", tree
 
@@ -111,11 +111,9 @@ def is_same_part(answer, gold):
     if isinstance(answer, ast.Compare) or isinstance(gold, ast.Compare):
         return is_same_relation(answer, gold)
     (kind_a, parts_a), (kind_g, parts_g) = structure(answer), structure(gold)
-    if kind_a != kind_g or len(parts_a) != len(parts_g):
-        return False
-    if kind_a == "formula":
+    if kind_a == kind_g == "formula":
         return is_same_function(answer, gold)
-    return all(is_same_part(a, g) for a, g in zip(parts_a, parts_g))
+    return kind_a == kind_g and len(parts_a) == len(parts_g) and all(map(is_same_part, parts_a, parts_g))
 
 
 def structure(tree):
@@ -175,24 +173,23 @@ def turned(tree):
 def compare_sets(answer, gold):
     """The verdict on two sets of real numbers of which one is surely a set, or None. (1,3) may be a point."""
     sets = RealSet(answer), RealSet(gold)
+    if not any(isinstance(tree, (ast.BoolOp, ast.BinOp, ast.Dict, ast.Compare))
+               or {"\\infty", "\\Reals"} & set(leaves(tree)) for tree in (answer, gold)):
+        return None
     try:
         for real_set in sets:
-            real_set.contains(0)
+            real_set.contains(0, real_set.tree)
     except ValueError:
         return None
-    if not any(isinstance(tree, (ast.BoolOp, ast.BinOp, ast.Dict, ast.Compare)) or "\\infty" in leaves(tree)
-               or "\\Reals" in leaves(tree) for tree in (answer, gold)):
-        return None
-    if len(sets[0].variables | sets[1].variables) > 1:
-        return False
     # Two sets that agree at all their ends, between them and beyond them are the same.
     ends = sorted(sets[0].ends + sets[1].ends) or [0]
     tests = [*ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[0] - 1, ends[-1] + 1]
-    return all(sets[0].contains(x) == sets[1].contains(x) for x in tests)
+    return len(sets[0].variables | sets[1].variables) < 2 and all(
+        sets[0].contains(x, answer) == sets[1].contains(x, gold) for x in tests)
 
 
 class RealSet:
-    """A set of real numbers: interval, inequality, union, {x : x > 3}."""
+    """A set of real numbers: interval, inequality, union, {x : x > 3}; with its ends and the name of its numbers."""
 
     def __init__(self, tree):
         self.tree, self.ends, self.variables = tree, [], set()
@@ -204,38 +201,34 @@ class RealSet:
         self.ends.append(Calculator({}, True, 150).value(tree))
         return self.ends[-1]
 
-    def contains(self, x, tree=None):
-        """Whether a number is in the set. ValueError if it is no set."""
-        match tree or self.tree:
+    def contains(self, x, tree):
+        """Whether a number is in a set. ValueError if it is no set."""
+        match tree:
             case ast.BoolOp(op=op, values=parts):
                 results = [self.contains(x, part) for part in parts]
                 return all(results) if isinstance(op, ast.And) else any(results)
-            case ast.BinOp(op=ast.BitOr() | ast.BitAnd() | ast.Sub() as op, left=left, right=right):
+            case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd() | ast.Sub() as op, right=right):
                 left, right = self.contains(x, left), self.contains(x, right)
-                return {ast.BitOr: left or right, ast.BitAnd: left and right}.get(type(op), left and not right)
-            case ast.Compare(left=ast.Constant(value=name), ops=[ast.In()], comparators=[inside]):
+                return left or right if isinstance(op, ast.BitOr) else left and right == isinstance(op, ast.BitAnd)
+            case (ast.Compare(left=ast.Constant(value=name), ops=[ast.In()], comparators=[inside])
+                  | ast.Dict(keys=[ast.Constant(value=name)], values=[inside])):
                 self.variables.add(name)
                 return self.contains(x, inside)
-            case ast.Dict(keys=[ast.Constant(value=name) | ast.Compare(left=ast.Constant(value=name)) as key],
-                          values=[condition]):
-                self.variables.add(name)
-                return self.contains(x, condition) and (key.__class__ is ast.Constant or self.contains(x, key))
+            case ast.Dict(keys=[ast.Compare(ops=[ast.In()]) as key], values=[condition]):
+                return self.contains(x, key) & self.contains(x, condition)
             case ast.Compare(left=left, ops=signs, comparators=others):
                 sides = [left, *others]
-                names = [letters_of(side) for side in sides]
-                if sum(map(bool, names)) != 1 or not all(isinstance(s, ast.Constant) for s, n in zip(sides, names) if n):
-                    raise ValueError("no variable alone")
-                self.variables |= set.union(*names)
-                values = [x if name else self.number(side) for side, name in zip(sides, names)]
+                names = {side.value for side in sides if isinstance(side, ast.Constant) and letters_of(side)}
+                self.variables |= names
+                values = [x if leaves(side) == [*names] else self.number(side) for side in sides]
                 return all(holds(a, type(sign), b) for a, sign, b in zip(values, signs, values[1:]))
             case ast.Set(elts=parts):
                 return any([holds(x, ast.Eq, self.number(part)) for part in parts])
             case ast.Constant(value="\\Reals" | "\\emptyset" as name):
                 return name == "\\Reals"
-            case ast.Tuple(elts=[low, high]) | ast.List(elts=[low, high]) | ast.Call(args=[low, high]) as interval:
-                is_list = isinstance(interval, ast.List)
-                name = interval.func.id if isinstance(interval, ast.Call) else ""
-                below, above = CLOSED.get(name, (ast.LtE, ast.LtE) if is_list else (ast.Lt, ast.Lt))
+            case ast.Tuple(elts=[low, high]) | ast.List(elts=[low, high]) | ast.Call(args=[low, high]):
+                kind = tree.func.id if isinstance(tree, ast.Call) else type(tree).__name__
+                below, above = INTERVALS[kind]
                 return holds(self.number(low), below, x) & holds(x, above, self.number(high))
         raise ValueError("no set of real numbers")
 

@@ -7,9 +7,8 @@ import re
 
 MAX_ANSWER = 1000  # characters of an answer worth reading
 BOX = re.compile(r"\\boxed(?=\s*\{)|\\boxed\s*(?=-?[\d.])|\\boxed\s+(?=-?[a-zA-Z]\b)")
-ANY_BRACE = re.compile(r"[{}]")
 # An escape is a backslash with the character behind it. It is matched first, so that the brace in \} is no brace.
-UNESCAPED_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+UNESCAPED_BRACE, ANY_BRACE = re.compile(r"\\.|[{}]", re.DOTALL), re.compile(r"[{}]")
 
 
 def extract_answer(response):
@@ -23,22 +22,15 @@ def extract_answer(response):
     if box is None:
         return None
     text = response[box.end():box.end() + MAX_ANSWER + 20].lstrip()
-    if not text.startswith("{"):  # "\boxed 5" or "\boxed 2$"
+    if text[0] != "{":  # "\boxed 5" or "\boxed 2$"
         return re.match(r"[^\s${}]*", text)[0].rstrip(".,;:!\\)") or None
     # In \boxed{\{1,2\}} the escaped braces are part of the answer. Some models close the box itself with an
     # escaped brace, as in \boxed{185\}. This reading is tried second.
     for braces in (UNESCAPED_BRACE, ANY_BRACE):
-        end = closing_brace(text, braces)
-        if end is not None:
-            return text[1:end] if text[1:end].strip() else None
-    return None
-
-
-def closing_brace(text, braces):
-    """Where the brace that opens `text` closes, or None. `braces` finds the characters that count."""
-    depth = 0
-    for match in braces.finditer(text):
-        depth += (match[0] == "{") - (match[0] == "}")
-        if depth == 0:
-            return match.start()
+        depth = 0
+        for match in braces.finditer(text):
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
+            if depth == 0:
+                answer = text[1:match.start()]
+                return answer if answer.strip() else None
     return None

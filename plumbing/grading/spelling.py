@@ -102,7 +102,9 @@ def spell(text, nouns, may_touch):
     text = replace(text, FORMS)
     if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
         text = text.replace("\\degree", "")  # as units are; in \sin 30^\circ it counts
-    text = without_commas(re.sub(r"\s+", " ", text)).strip().rstrip("\\ ")
+    text = re.sub(r"\s+", " ", text).strip().rstrip("\\ ")
+    if not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
+        text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"(?<![.,]) ?[.,;][\\ ]*$", "", text).strip()
     while re.fullmatch(GROUP, text):
         text = text[1:-1].strip()
@@ -142,13 +144,3 @@ def is_bare_unit(match, nouns, may_touch):
     if len(first) == 1:
         is_fit = has_space and may_touch and first in "mghsLJNWV"
     return is_fit and is_unit(match[1], nouns)
-
-
-def without_commas(text):
-    """1,234,567 as 1234567 where it stands in no bracket: (1,234) is a pair."""
-    depth, depths = 0, []
-    for i, c in enumerate(text):
-        depth += (c in "([" or text[i - 1:i + 1] == "\\{") - (c in ")]" or text[i - 1:i + 1] == "\\}")
-        depths.append(depth)
-    return re.sub(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?!\d|,\d)",
-                  lambda m: m[0] if depths[m.start()] else m[0].replace(",", ""), text)

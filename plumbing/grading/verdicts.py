@@ -57,25 +57,21 @@ def grade(pairs):
 
 
 def read_json_rows(path):
-    """The rows of a .json array or of JSON lines. ValueError that names the file,
-    and the line of what is broken."""
+    """The rows of a .json array or of JSON lines. ValueError that names the file, and the line of what is broken."""
+    rows, place = [], ""
     try:
         with open(path, encoding="utf-8-sig") as file:  # -sig: with or without a byte order mark
             text = file.read()
+        if path.endswith(".json") and text.lstrip().startswith("["):
+            return json.loads(text)
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+            place = f", line {number}"
+            if line.strip():
+                rows.append(json.loads(line))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-    if path.endswith(".json") and text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: broken JSON ({error})") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: broken JSON ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}{place}: broken JSON ({error})") from None
     return rows
 
 
@@ -85,10 +81,9 @@ def grade_file(path, out):
         raise ValueError(f"{out} is the file to be graded, and would be overwritten: give another name")
     rows = read_json_rows(path)
     for number, row in enumerate(rows, 1):
-        is_dict = isinstance(row, dict)
-        if not is_dict or not isinstance(row.get("gold"), str) or not isinstance(row.get("response"), str):
-            raise ValueError(f"{path}, row {number}: needs the texts gold and response, "
-                             f"has {str(row)[:80]!r}")
+        texts = (row.get("gold"), row.get("response")) if isinstance(row, dict) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}, row {number}: needs the texts gold and response, has {str(row)[:80]!r}")
     is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
     started = time.perf_counter()
     answers = [extract_answer(row["response"]) for row in rows]
