@@ -228,6 +228,8 @@ class RealSet:
                 return name == "\\Reals"
             case ast.Tuple(elts=[low, high]) | ast.List(elts=[low, high]) | ast.Call(args=[low, high]):
                 kind = tree.func.id if isinstance(tree, ast.Call) else type(tree).__name__
+                if kind not in INTERVALS:
+                    raise ValueError("a function")
                 below, above = INTERVALS[kind]
                 return holds(self.number(low), below, x) & holds(x, above, self.number(high))
         raise ValueError("no set of real numbers")
