@@ -162,6 +162,8 @@ class Calculator:
     def function(self, name, *values):
         """\\sin, \\frac, a factorial and others."""
         first, last = values[0], values[-1]
+        if (len(values) == 2) != (name in ("frac", "binom", "root")) or len(values) > 2:
+            raise ValueError("not its number of arguments")
         if name in ("!", "binom") and any(value != int(value.real) or not 0 <= value.real <= 5000 for value in values):
             raise ValueError("factorials are of small whole numbers")
         if name in ("exp", "sinh", "cosh", "tanh") and abs(first) > 30_000 or name == "ln" and not first:

@@ -5,52 +5,20 @@ it is the table of regular expressions in forms.txt. The words that may stand be
 """
 
 import re
-import unicodedata
 from pathlib import Path
 
 from plumbing.grading.formula import FUNCTIONS, GROUP
 
 TEXT = (r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|"
         r"mathtt|boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath)\s*")
-ARGUMENT = rf"(\d|[a-zA-Z]|\\pi(?![a-zA-Z])|{GROUP})"
+SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-n0123456789")
 WORD = re.compile("[a-zA-Z]+")
-LARGE = dict(hundred=2, thousand=3, million=6, billion=9, trillion=12)
-LARGE_NUMBER = re.compile(  # 15\text{ million dollars}
-    rf"(?<=[\d.])\s*({TEXT}\{{\s*)?({'|'.join(LARGE)})\b *([a-zA-Z ]*)(?(1)\}})")
 EXPONENT = r"(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
 UNIT = re.compile(rf"(?:[\s/]|\\cdot)*{TEXT}({GROUP}){EXPONENT}")
 UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*")
 BARE_UNIT = re.compile(rf"(?:(?<=[\d}}])|(?<=\\pi )) *([a-zA-Z][a-zA-Z /.]*){EXPONENT}\s*\.?$")
 BEFORE_UNITS = {"square", "cubic", "sq", "cu"}
 AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "cdot", *BEFORE_UNITS}
-
-
-def vulgar(match):
-    """½ as \\frac{1}{2}."""
-    return r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", match[0]).split("⁄"))
-
-
-def superscript(match):
-    """² as ^{2}."""
-    return "^{" + unicodedata.normalize("NFKC", match[0]).replace("−", "-") + "}"
-
-
-def subscript(match):
-    """₂ as _{2}."""
-    return "_{" + unicodedata.normalize("NFKC", match[0]) + "}"
-
-
-def braced(match):
-    """\\frac12 as \\frac{1}{2}."""
-    return "\\" + match[1] + "".join(x if x[0] == "{" else "{" + x + "}" for x in match.groups()[1:])
-
-
-def open_interval(match):
-    """]1,3] as (1,3], and [1,3[ as [1,3)."""
-    left, inside, right = match.groups()
-    if (left, right) == ("[", "]"):
-        return match[0]
-    return ("(" if left == "]" else "[") + inside + (")" if right == "[" else "]")
 
 
 def periodic(match):
@@ -69,7 +37,7 @@ def read_table(name):
 def form(line):
     """A line of forms.txt as a pattern and its replacement."""
     pattern, new = line.split("\t")
-    for name, value in (("TEXT", TEXT), ("ARGUMENT", ARGUMENT), ("FUNCTIONS", FUNCTIONS)):
+    for name, value in (("TEXT", TEXT), ("GROUP", GROUP), ("FUNCTIONS", FUNCTIONS)):
         pattern = pattern.replace(name, value)
     return re.compile(pattern), globals()[new[1:]] if new[:1] == "@" else new
 
@@ -91,10 +59,9 @@ def spell_pair(answer, gold):
 def spell(text, nouns, may_touch):
     """One spelling of an answer. The nouns count as units. So do units without \\text at its end: "5cm" if they
     may touch the number, "5 cm" if not, and none if may_touch is None."""
-    text = replace(text.strip(), SIGNS)
+    text = replace(text.strip(), SIGNS).translate(SCRIPTS)
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac for \frac; in a matrix it ends a row
-    text = LARGE_NUMBER.sub(lambda m: rf"\cdot 10^{{{LARGE[m[2]]}}} {m[3]}", text)
     text = UNITS_IN_TEXT.sub(lambda m: without_units(m[0], nouns), text)
     bare = BARE_UNIT.search(text)
     if bare and may_touch is not None and is_bare_unit(bare, nouns, may_touch):
