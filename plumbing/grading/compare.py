@@ -76,12 +76,14 @@ def is_same_list(answers, golds):
 def without_names(parts, others):
     """The values of named parts, if no other part has a name: as a list, or as one tuple."""
     named = [split_name(part) for part in parts]
-    if len(parts) < 2 or not all(name for name, _ in named) or any(split_name(part)[0] for part in others):
+    names = [name for name, _ in named]
+    has_names = all(names) or names[0] and not any(names[1:])  # x = 1, x = 2; or x = 1, 2
+    if not has_names or any(split_name(part)[0] for part in others):
         return parts
-    if len({name.split("_")[0] for name, _ in named}) > 1:
+    if len({name.split("_")[0] for name in names if name}) > 1:
         named.sort(key=lambda pair: pair[0].strip("\\"))
         return [ast.Tuple([value for _, value in named])]
-    return [value for _, value in named]
+    return [part for _, value in named for part in parts_of(value)]
 
 
 def split_name(tree):

@@ -38,6 +38,7 @@ PAIRS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 HALF_OPEN = {"(]": "right_closed(", "[)": "left_closed("}
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 MARKS = {"!": "factorial", "binom": "binomial", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+ROUNDED = {"sin", "cos", "tan", "cot", "ln"}  # functions that may be 0 where a rounded argument gives 1e-150
 CONSTANTS = {"e", "i", "\\pi", "\\infty", "degree"}
 
 
@@ -123,6 +124,11 @@ class Calculator:
             value = value.real
         if not self.mp.isfinite(value) or self.is_real and isinstance(value, self.mp.mpc):
             raise ValueError("not a real number")
+        # What is left of two equal numbers is 0, and not their last digits: \sqrt{2}^2 - 2, \sin\pi.
+        may_cancel = isinstance(tree, ast.BinOp) and type(tree.op) in (ast.Add, ast.Sub) or isinstance(
+            tree, ast.Call) and tree.func.id in ROUNDED
+        if value and may_cancel and self.mp.mag(value) < max(self.sizes) - 3.3 * (self.mp.dps - 50):
+            return self.mp.mpf(0)
         if value:
             self.sizes.append(int(self.mp.mag(value)))
         if self.num_digits() > 10_000:

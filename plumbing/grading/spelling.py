@@ -18,7 +18,7 @@ UNIT = re.compile(rf"(?:[\s/]|\\cdot)*{TEXT}({GROUP}){EXPONENT}")
 UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*")
 BARE_UNIT = re.compile(rf"(?:(?<=[\d}}])|(?<=\\pi )) *([a-zA-Z][a-zA-Z /.]*){EXPONENT}\s*\.?$")
 BEFORE_UNITS = {"square", "cubic", "sq", "cu"}
-AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "cdot", *BEFORE_UNITS}
+AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "old", "cdot", *BEFORE_UNITS}
 
 
 def periodic(match):
