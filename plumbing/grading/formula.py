@@ -29,6 +29,7 @@ TOKEN = re.compile("|".join((
     r"(?P<middle>\} ?\{)", r"(?P<opening>\\\{|[(\[{])", r"(?P<closing>\\\}|[)\]}])",
     rf"(?P<matrix>\\begin{MATRIX}(?: ?\{{[clr|]*\}})?)", rf"(?P<end>\\end{MATRIX})",
     r"(?P<mark>!|\\degree)", r"(?P<sign>\\[a-z]+|\\\\|[-+*/^<>=,;:&])", r"(?P<unknown>\S)")))
+TWO_WAYS = re.compile(rf"(?:\^ ?(?:\w|{GROUP})|!) ?\^")
 SIGNS = {sign: sign for sign in "+-*/<>,:"} | {
     "\\cdot": "*", "\\times": "*", "\\div": "/", "^": "**", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "=": "==",
     "\\in": " in ", "\\cup": "|", "\\cap": "&", "\\setminus": "-", ";": ",", "\\\\": "),(", "&": ",", "and": " and ",
@@ -48,6 +49,8 @@ def to_python(text):
     \\frac{1}{2} becomes frac('1','2'), \\sin^2 2x becomes (sin('2'*'x'))**('2'), and (1,2] becomes
     right_closed('1','2').
     """
+    if TWO_WAYS.search(text):
+        raise ValueError("2^3^4, n!^2: these can be read in two ways")
     code, opened, suffix, previous = [], [], "", "start"  # opened: (bracket, its place in code, what follows it)
     for token in TOKEN.finditer(text):
         kind, symbol = token.lastgroup, token[0]
@@ -59,7 +62,7 @@ def to_python(text):
             code.append(")" + opened.pop()[2])
             previous = "closing"
         if previous in ("number", "letter", "closing", "mark", "end"):
-            if kind == "number" and previous != "mark" or kind == "mark" == previous or (previous, symbol) == ("mark", "^"):
+            if kind == "number" and previous != "mark" or kind == "mark" == previous:
                 raise ValueError("a number behind a factor is a power, an index or a product")
             code.append("*" if kind in ("number", "letter", "function", "braced", "opening", "matrix") else "")
         if kind in ("number", "letter"):
@@ -82,7 +85,7 @@ def to_python(text):
         else:
             code.append({"middle": ",", "matrix": "matrix((", "end": "))"}.get(kind) or SIGNS[symbol])
         previous = kind
-    return "".join(code) + "".join(")" + after for _, _, after in reversed(opened))
+    return "".join(code) + "".join(")" + after for bracket, _, after in reversed(opened) if not bracket)
 
 
 def parse(text):

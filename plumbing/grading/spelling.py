@@ -5,6 +5,7 @@ it is the table of regular expressions in forms.txt. The words that may stand be
 """
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from plumbing.grading.formula import FUNCTIONS, GROUP
@@ -49,16 +50,20 @@ SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"
 def spell_pair(answer, gold):
     """An answer and the gold answer in one spelling. Nouns of the gold answer may stand in the answer, too."""
     texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
-    nouns = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2} - {"and", "not"}
+    words = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2}
+    nouns = frozenset(words - {"and", "not"})
     gold = spell(gold, nouns, may_touch=False)
     # "5m" in mathematics may be a product. It is one where the gold answer has letters.
     has_letters = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", gold))
     return spell(answer, nouns, may_touch=None if has_letters else True), gold
 
 
+@lru_cache(maxsize=10_000)
 def spell(text, nouns, may_touch):
     """One spelling of an answer. The nouns count as units. So do units without \\text at its end: "5cm" if they
     may touch the number, "5 cm" if not, and none if may_touch is None."""
+    if text.isdigit():
+        return text
     text = replace(text.strip(), SIGNS).translate(SCRIPTS)
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac for \frac; in a matrix it ends a row
