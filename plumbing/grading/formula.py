@@ -193,22 +193,24 @@ def values_at(trees, letters, is_real):
     """The values of trees at one point, None for those undefined there; and the tolerance for a difference.
 
     The digits suffice for the smallest value beside the largest: 2^{1000} + 1 is not 2^{1000}. They also suffice
-    for the digits in the text: 0.333333 is not 1/3.
+    for the digits in the text: 0.333333 is not 1/3. A point that needs thousands counts as undefined.
     """
     num_typed = sum(len(leaf) for tree in trees for leaf in leaves(tree))
-    for digits in (150 + num_typed, 1500 + num_typed, 11_000 + num_typed):
+    for digits in (150, 1500) if letters else (150, 1500, 11_000):
         values, needed = [], 0
         for tree in trees:
-            calculator = Calculator(letters, is_real, digits)
+            calculator = Calculator(letters, is_real, digits + num_typed)
             try:
                 values.append(calculator.value(tree))
             except (ValueError, ArithmeticError):
                 values.append(None)
             needed = max(needed, calculator.num_digits())
-        if needed < digits - 100 - num_typed:
+        if needed < digits - 100:
             break
+    else:
+        values = [None for _ in trees]
     largest = max([1, *(abs(value) for value in values if value is not None)])
-    return values, largest * calculator.mp.mpf(10) ** (50 - digits)
+    return values, largest * calculator.mp.mpf(10) ** (50 - digits - num_typed)
 
 
 def points(letters):
