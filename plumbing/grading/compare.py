@@ -149,8 +149,8 @@ def is_same_relation(answer, gold):
     """Equations and inequalities: the same signs, turned to point one way, and sides of equal difference."""
     (signs_a, sides_a), (signs_g, sides_g) = turned(answer), turned(gold)
     if not signs_g and set(signs_a) == {ast.Eq}:  # x = 2 + 3 = 5: all that is said to be equal must be
-        values = sides_a[1:] if split_name(ast.Compare(sides_a[0], [ast.Eq()], [gold]))[0] else sides_a
-        return all(is_same_part(side, gold) for side in values)
+        values = [side for side in sides_a if not split_name(ast.Compare(side, [ast.Eq()], [gold]))[0]]
+        return bool(values) and all(is_same_part(side, gold) for side in values)
     if signs_a != signs_g:
         return False
     if len(signs_a) > 1:

@@ -19,7 +19,7 @@ LETTERS = ("alpha|beta|gamma|delta|varepsilon|epsilon|zeta|eta|theta|vartheta|io
            "sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|ell|"
            "pi|infty|emptyset|Reals|Integers")
 GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-MATRIX = r" ?\{(?:[pbvB]?matrix|smallmatrix|array)\}"
+MATRIX = r" ?\{(?:[pbB]?matrix|smallmatrix|array)\}"
 TOKEN = re.compile("|".join((
     r"(?P<number>\d+\.?\d*|\.\d+)",
     rf"(?P<function>\\({FUNCTIONS})(?![a-zA-Z])(?: ?_ ?(?P<base>\w|{GROUP}))?(?: ?\^ ?(?P<power>\w|{GROUP}))?)",

@@ -1,7 +1,8 @@
 """plumbing/grading/spelling.py - one spelling for what is written in many ways.
 
-"\\dfrac{1}{2}", "½" and "\\frac12 \\text{ cm}" all become "\\frac{1}{2}". Everything here is text to text. Most of
-it is the table of regular expressions in forms.txt. The words that may stand behind a number are in units.txt.
+"\\dfrac{1}{2}", "½" and "\\frac12 \\text{ cm}" all become "\\frac{1}{2}". Everything here is text to text.
+Most of it is the table of regular expressions in forms.txt. The words that may stand behind a number are in
+units.txt.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from plumbing.grading.formula import FUNCTIONS, GROUP
 
 TEXT = (r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|"
-        r"mathtt|boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath)\s*")
+        r"mathtt|boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath|fbox)\s*")
 SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-n0123456789")
 WORD = re.compile("[a-zA-Z]+")
 EXPONENT = r"(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
