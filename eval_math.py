@@ -12,7 +12,7 @@ Read in this order: Problem, arithmetic, load_problems, encode_prompts, math_rew
 The last part, from "The evaluation command" on, is a program around `evaluate`: skip it.
 
 Left out:
-  1. the comparison of two answers, "1/2" and "0.5": plumbing/grading.py;
+  1. the comparison of two answers, "1/2" and "0.5": plumbing/grading/;
   2. few-shot prompts, majority votes.
 """
 

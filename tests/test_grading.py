@@ -24,11 +24,13 @@ from plumbing.grading import extract_answer, is_correct
     ("no box: 12", None), ("\\boxed{12", None), ("\\boxed{1} and \\boxed{2", None), ("", None),
     ("\\boxed{{a}{b}}", "{a}{b}"), ("\\boxed{ }", None), ("\\boxed{5} or \\boxed{}", None),
     # an escaped brace is no brace, unless the box would not close without it
-    ("\\boxed{\\sqrt{2} \\} 3}", "\\sqrt{2} \\} 3"), ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+    ("\\boxed{\\sqrt{2} \\} 3}", "\\sqrt{2} \\} 3"),
+    ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
     ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"), ("\\boxed{185\\}", "185\\"), ("\\boxed{\\{1,2\\}", None),
     ("\\boxed{1\\\\}", "1\\\\"),
     # without braces
-    ("is $\\boxed 5$.", "5"), ("so \\boxed 2$", "2"), ("\\boxed 12.", "12"), ("\\boxed -3 ", "-3"), ("\\boxed5", "5"),
+    ("is $\\boxed 5$.", "5"), ("so \\boxed 2$", "2"), ("\\boxed 12.", "12"), ("\\boxed -3 ", "-3"),
+    ("\\boxed5", "5"),
     ("\\boxed x$", "x"), ("in a \\boxed way", None), ("the answer is \\boxed", None),
 ])
 def test_the_answer_is_in_the_last_balanced_box(text, answer):
@@ -42,7 +44,8 @@ def test_equal_numbers_are_equal_and_nothing_else_is():
 
 def read(name):
     """The rows of a file of graded answers."""
-    return [json.loads(line) for line in (FIXTURES / "grading" / name).read_text(encoding="utf-8").splitlines()]
+    text = (FIXTURES / "grading" / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def wrong_verdicts(rows):
@@ -63,7 +66,7 @@ def test_our_own_answers_of_every_kind_are_graded_as_expected():
 
 
 def pairs():
-    """The older pairs, of which no wrong answer may be rewarded in the kinds that a model could learn to use."""
+    """Pairs of every category. Where a model could learn to exploit it, no wrong answer may be rewarded."""
     return read("pairs.jsonl")
 
 
@@ -272,10 +275,11 @@ def test_killed_checks_leave_no_open_files():
 
 def test_the_grader_needs_nothing_of_the_project_and_no_algebra_to_be_imported():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
-            "sys.modules.update(dict.fromkeys(['math_verify', 'latex2sympy2_extended', 'sympy', 'mpmath', 'torch'])); "
+            "sys.modules.update(dict.fromkeys(['math_verify', 'sympy', 'mpmath', 'torch'])); "
             "from plumbing import grading; assert grading.is_correct('1{,}000', '1000.0'); "
-            "print([name for name, module in sys.modules.items() if str(getattr(module, '__file__', '')).startswith("
-            f"{str(ROOT) + os.sep!r}) and not name.startswith('plumbing.grading')])")
+            "files = {name: str(getattr(module, '__file__', '')) for name, module in sys.modules.items()}; "
+            f"print([name for name, file in files.items() if file.startswith({str(ROOT) + os.sep!r}) "
+            "and not name.startswith('plumbing.grading')])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "['plumbing']", done.stderr
 
@@ -284,7 +288,7 @@ def test_checks_work_under_limits_that_may_not_be_raised():
     code = ("import resource, sys; sys.path.insert(0, sys.argv[1]); "
             "resource.setrlimit(resource.RLIMIT_CPU, (100, 100)); "
             "resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29)); "
-            "from plumbing import grading; print(grading.verdict('x+1', '1+x'), grading.verdict('x+2', '1+x'))")
+            "from plumbing.grading import verdict; print(verdict('x+1', '1+x'), verdict('x+2', '1+x'))")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
     assert done.stdout.strip() == "(True, 'expression') (False, 'expression')", done.stderr
 
@@ -295,13 +299,15 @@ def test_the_package_is_a_command(tmp_path):
     command = [sys.executable, "-m", "plumbing.grading", "--grade", str(tmp_path / "in.jsonl"), "--out"]
     done = subprocess.run([*command, str(tmp_path / "out.jsonl")], cwd=ROOT, capture_output=True, text=True)
     assert "1 of 1 right" in done.stdout, done.stderr
-    assert json.loads((tmp_path / "out.jsonl").read_text()) == dict(correct=True, answer="0.5", how="expression")
+    verdict = json.loads((tmp_path / "out.jsonl").read_text())
+    assert verdict == dict(correct=True, answer="0.5", how="expression")
     done = subprocess.run([*command, str(tmp_path / "in.jsonl")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "would be overwritten" in done.stderr
 
 
 @pytest.mark.parametrize("text", [
-    "1 2", "x 2", "\\frac{1}{2}3", "2^3^4", "n!^2", "\\unknown{x}", "x..y", "(1", "1)", "\\sum_{k=1}^n k", "5 # 3", "x @ y",
+    "1 2", "x 2", "\\frac{1}{2}3", "2^3^4", "n!^2", "\\unknown{x}", "x..y", "(1", "1)", "\\sum_{k=1}^n k",
+    "5 # 3", "x @ y",
     "__import__('os')", "\\int x dx", "x \\to 3",
 ])
 def test_what_is_not_understood_is_refused(text):

@@ -7,4 +7,5 @@ from plumbing.grading.extract import extract_answer
 from plumbing.grading.verdicts import grade, grade_file, is_correct, read_json_rows, verdict
 from plumbing.grading.workers import WORKERS, Workers
 
-__all__ = ["WORKERS", "Workers", "extract_answer", "grade", "grade_file", "is_correct", "read_json_rows", "verdict"]
+__all__ = ["WORKERS", "Workers", "extract_answer", "grade", "grade_file", "is_correct", "read_json_rows",
+           "verdict"]

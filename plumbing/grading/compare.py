@@ -1,4 +1,4 @@
-"""plumbing/grading/compare.py - the structure of an answer: names, lists, tuples, intervals, matrices, relations.
+"""plumbing/grading/compare.py - the structure of an answer: names, lists, tuples, sets, matrices, relations.
 
 `is_same` takes the trees of two answers apart, as far as they have parts, and compares the parts as formulas
 (formula.py). It runs in a worker only (workers.py). Both answers come in one spelling (spelling.py).
@@ -60,7 +60,7 @@ def parts_of(tree):
 def is_same_list(answers, golds):
     """Whether every part of one list equals another part of the other."""
     if len(answers) != len(golds) or len(golds) > 1:
-        # Names on one side alone: x=1, x=2 is the list 1, 2; and y=-4, x=3 is (3,-4), in the order of the names.
+        # Names on one side alone: x=1, x=2 is the list 1, 2; and y=-4, x=3 is (3,-4), in order of the names.
         answers, golds = without_names(answers, golds), without_names(golds, answers)
     if len(answers) != len(golds) or len(golds) > 100:
         return False
@@ -91,7 +91,8 @@ def split_name(tree):
     match tree:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):
             letters, name = leaves(left), "".join(leaves(left))
-            is_product = not any(isinstance(node, (ast.Add, ast.Sub, ast.Div, ast.Pow)) for node in ast.walk(left))
+            no_product = (ast.Add, ast.Sub, ast.Div, ast.Pow)
+            is_product = not any(isinstance(node, no_product) for node in ast.walk(left))
             is_short = len(letters) == 2 and name.islower() and name[0] not in "fgh"  # xy = 5 is no name
             if is_product and not is_short and not name[0].isdigit():
                 return name, value
@@ -105,7 +106,8 @@ def is_same_part(answer, gold):
         return is_same_part(value_a, value_g)
     if name_a and name_g and not letters_of(value_a):
         return False
-    if name_a and not isinstance(gold, (ast.Compare, ast.Dict)) or name_g and not isinstance(answer, ast.Compare):
+    lacks_gold_name = name_a and not isinstance(gold, (ast.Compare, ast.Dict))
+    if lacks_gold_name or name_g and not isinstance(answer, ast.Compare):
         return is_same_list(parts_of(value_a), parts_of(value_g))
     verdict = compare_sets(answer, gold)
     if verdict is not None:
@@ -136,8 +138,9 @@ def structure(tree):
             return ("matrix", *map(len, rows)), [cell for row in rows for cell in row]
         case ast.UnaryOp(op=sign, operand=operand):
             kind, cells = structure(operand)
-            return (kind, [ast.UnaryOp(sign, cell) for cell in cells]) if kind[0] == "matrix" else ("formula", [])
-        case ast.BinOp(op=ast.Mult() | ast.Div(), left=left, right=right):  # a factor before or behind a matrix
+            if kind[0] == "matrix":
+                return kind, [ast.UnaryOp(sign, cell) for cell in cells]
+        case ast.BinOp(op=ast.Mult() | ast.Div(), left=left, right=right):  # a matrix and a factor
             for matrix, factor in ((left, right), (right, left)):
                 kind, cells = structure(matrix)
                 if kind[0] == "matrix":
@@ -169,7 +172,7 @@ def turned(tree):
     return signs, sides
 
 
-# --------------------------------------------------------------------------------------------- sets of numbers
+# -------------------------------------------------------------------------------------------- sets of numbers
 
 
 def compare_sets(answer, gold):
@@ -191,7 +194,10 @@ def compare_sets(answer, gold):
 
 
 class RealSet:
-    """A set of real numbers: interval, inequality, union, {x : x > 3}; with its ends and the name of its numbers."""
+    """A set of real numbers: interval, inequality, union, {x : x > 3}.
+
+    ends: the ends and single points met so far. variables: the names of its numbers.
+    """
 
     def __init__(self, tree):
         self.tree, self.ends, self.variables = tree, [], set()
@@ -211,7 +217,9 @@ class RealSet:
                 return all(results) if isinstance(op, ast.And) else any(results)
             case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd() | ast.Sub() as op, right=right):
                 left, right = self.contains(x, left), self.contains(x, right)
-                return left or right if isinstance(op, ast.BitOr) else left and right == isinstance(op, ast.BitAnd)
+                if isinstance(op, ast.BitOr):
+                    return left or right
+                return left and right == isinstance(op, ast.BitAnd)  # a difference excludes the right one
             case (ast.Compare(left=ast.Constant(value=name), ops=[ast.In()], comparators=[inside])
                   | ast.Dict(keys=[ast.Constant(value=name)], values=[inside])):
                 self.variables.add(name)

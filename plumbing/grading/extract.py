@@ -1,13 +1,13 @@
 """plumbing/grading/extract.py - where the answer stands in a response.
 
-The instruction asks for the answer in \\boxed{}. Only the last box counts, so that a model may correct itself.
+The instruction asks for the answer in \\boxed{}. Only the last box counts, so a model may correct itself.
 """
 
 import re
 
 MAX_ANSWER = 1000  # characters of an answer worth reading
 BOX = re.compile(r"\\boxed(?=\s*\{)|\\boxed\s*(?=-?[\d.])|\\boxed\s+(?=-?[a-zA-Z]\b)")
-# An escape is a backslash with the character behind it. It is matched first, so that the brace in \} is no brace.
+# An escape is a backslash with the character behind it. It is matched first, so the brace in \} is no brace.
 UNESCAPED_BRACE, ANY_BRACE = re.compile(r"\\.|[{}]", re.DOTALL), re.compile(r"[{}]")
 
 

@@ -1,11 +1,11 @@
-"""plumbing/grading/formula.py - reads an answer in LaTeX, and says whether two formulas are the same function.
+"""plumbing/grading/formula.py - reads an answer in LaTeX, and says whether two formulas are one function.
 
 The spelled answer is translated, token by token, into an expression in Python's syntax. Python's parser then
 makes a tree of it, and nothing is ever executed. All leaves are texts: 2x^2 becomes "2"*"x"**"2". An unknown
 token is refused, for a misread formula may reward a wrong answer.
 
-Nothing is simplified. Two trees are compared by their values at many points, with so many digits that different
-values differ. Every operation has a bound on the size of its result, so no formula takes long.
+Nothing is simplified. Two trees are compared by their values at many points, with so many digits that
+different values differ. Every operation has a bound on the size of its result, so no formula takes long.
 """
 
 import ast
@@ -16,13 +16,14 @@ from fractions import Fraction
 
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|exp|ln|lg|log"
 LETTERS = ("alpha|beta|gamma|delta|varepsilon|epsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|"
-           "sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|ell|"
-           "pi|infty|emptyset|Reals|Integers")
+           "sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|"
+           "ell|pi|infty|emptyset|Reals|Integers")
 GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 MATRIX = r" ?\{(?:[pbB]?matrix|smallmatrix|array)\}"
 TOKEN = re.compile("|".join((
     r"(?P<number>\d+\.?\d*|\.\d+)",
-    rf"(?P<function>\\({FUNCTIONS})(?![a-zA-Z])(?: ?_ ?(?P<base>\w|{GROUP}))?(?: ?\^ ?(?P<power>\w|{GROUP}))?)",
+    rf"(?P<function>\\({FUNCTIONS})(?![a-zA-Z])"
+    rf"(?: ?_ ?(?P<base>\w|{GROUP}))?(?: ?\^ ?(?P<power>\w|{GROUP}))?)",
     r"\\(?P<braced>frac|binom|root|sqrt|abs|floor|ceil)(?![a-zA-Z])",
     r"(?P<word>(?:and|or)(?![a-zA-Z]))",
     rf"(?P<letter>(?:\\(?:{LETTERS})(?![a-zA-Z])|[a-zA-Z])'*(?: ?_ ?(?:\w|\{{[^{{}}]*\}}))?'*)",
@@ -31,9 +32,10 @@ TOKEN = re.compile("|".join((
     r"(?P<mark>!|\\degree)", r"(?P<sign>\\[a-z]+|\\\\|[-+*/^<>=,;:&])", r"(?P<unknown>\S)")))
 TWO_WAYS = re.compile(rf"(?:\^ ?(?:\w|{GROUP})|!) ?\^")
 SIGNS = {sign: sign for sign in "+-*/<>,:"} | {
-    "\\cdot": "*", "\\times": "*", "\\div": "/", "^": "**", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "=": "==",
-    "\\in": " in ", "\\cup": "|", "\\cap": "&", "\\setminus": "-", ";": ",", "\\\\": "),(", "&": ",", "and": " and ",
-    "or": " or ", "!": "**'!'", "\\degree": "**'degree'"}
+    "\\cdot": "*", "\\times": "*", "\\div": "/", "^": "**", "\\le": "<=", "\\ge": ">=", "\\ne": "!=",
+    "=": "==", "\\in": " in ", "\\cup": "|", "\\cap": "&", "\\setminus": "-", ";": ",", "\\\\": "),(",
+    "&": ",", "and": " and ", "or": " or ", "!": "**'!'", "\\degree": "**'degree'"}
+BEGINS_FACTOR = ("number", "letter", "function", "braced", "opening", "matrix")
 BRACKETS = {"(": "(", "[": "[", "{": "(", "\\{": "{", ")": ")", "]": "]", "}": ")", "\\}": "}"}
 PAIRS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 HALF_OPEN = {"(]": "right_closed(", "[)": "left_closed("}
@@ -51,27 +53,29 @@ def to_python(text):
     """
     if TWO_WAYS.search(text):
         raise ValueError("2^3^4, n!^2: these can be read in two ways")
-    code, opened, suffix, previous = [], [], "", "start"  # opened: (bracket, its place in code, what follows it)
+    code, suffix, previous = [], "", "start"
+    opened = []  # what is still open: (bracket, its place in code, what follows the closing one)
     for token in TOKEN.finditer(text):
         kind, symbol = token.lastgroup, token[0]
         if previous == "function" and kind != "opening":
             opened.append(("", len(code), suffix))  # \sin 2x: the argument ends at a sign or a function
             code.append("(")
-        ends_argument = kind in ("function", "closing", "middle", "word", "end") or kind == "sign" and symbol != "^"
+        ends_argument = kind in ("function", "closing", "middle", "word", "end", "sign") and symbol != "^"
         while ends_argument and previous != "function" and opened and not opened[-1][0]:
             code.append(")" + opened.pop()[2])
             previous = "closing"
         if previous in ("number", "letter", "closing", "mark", "end"):
             if kind == "number" and previous != "mark" or kind == "mark" == previous:
                 raise ValueError("a number behind a factor is a power, an index or a product")
-            code.append("*" if kind in ("number", "letter", "function", "braced", "opening", "matrix") else "")
+            code.append("*" if kind in BEGINS_FACTOR else "")
         if kind in ("number", "letter"):
             code.append(repr(re.sub("[ {}]", "", symbol)))
         elif kind == "function":
             name, base, power = token[3], token["base"], token["power"]
             base = base or ("10" if name in ("log", "lg") else "")
-            code.append("((ln" if base else f"(({name}")
-            suffix = (f"/ln({to_python(base)}))" if base else ")") + (f"**({to_python(power)}))" if power else ")")
+            code.append("((ln" if base else f"(({name}")  # one bracket for the base, one for the power
+            suffix = f"/ln({to_python(base)}))" if base else ")"
+            suffix += f"**({to_python(power)}))" if power else ")"
         elif kind == "braced":
             code.append(token["braced"])
         elif kind == "opening":
@@ -81,7 +85,8 @@ def to_python(text):
             bracket, place, after = opened.pop() if opened else ("", 0, "")
             if PAIRS.get(bracket) != symbol:
                 code[place] = HALF_OPEN[bracket + symbol]
-            code.append((BRACKETS[symbol] if PAIRS.get(bracket) == symbol else ")") + after)
+                symbol = ")"
+            code.append(BRACKETS[symbol] + after)
         else:
             code.append({"middle": ",", "matrix": "matrix((", "end": "))"}.get(kind) or SIGNS[symbol])
         previous = kind
@@ -117,8 +122,9 @@ class Calculator:
         self.mp, self.is_real = mpmath.mp, is_real
         self.mp.dps = digits
         self.sizes = [0]  # of all values so far, as powers of 2
-        self.letters = {name: self.mp.mpf(value.numerator) / value.denominator for name, value in letters.items()}
-        self.letters |= {"e": self.mp.e, "i": self.mp.mpc(0, 1), "\\pi": self.mp.pi}
+        self.letters = {"e": self.mp.e, "i": self.mp.mpc(0, 1), "\\pi": self.mp.pi}
+        for name, value in letters.items():
+            self.letters[name] = self.mp.mpf(value.numerator) / value.denominator
 
     def value(self, tree):
         """The value of a tree, a real or complex number of mpmath."""
@@ -173,7 +179,8 @@ class Calculator:
         first, last = values[0], values[-1]
         if (len(values) == 2) != (name in ("frac", "binom", "root")) or len(values) > 2:
             raise ValueError("not its number of arguments")
-        if name in ("!", "binom") and any(value != int(value.real) or not 0 <= value.real <= 5000 for value in values):
+        is_small_whole = all(0 <= value.real <= 5000 and value == int(value.real) for value in values)
+        if name in ("!", "binom") and not is_small_whole:
             raise ValueError("factorials are of small whole numbers")
         if name in ("exp", "sinh", "cosh", "tanh") and abs(first) > 30_000 or name == "ln" and not first:
             raise ValueError("too large")
@@ -192,8 +199,8 @@ class Calculator:
 def values_at(trees, letters, is_real):
     """The values of trees at one point, None for those undefined there; and the tolerance for a difference.
 
-    The digits suffice for the smallest value beside the largest: 2^{1000} + 1 is not 2^{1000}. They also suffice
-    for the digits in the text: 0.333333 is not 1/3. A point that needs thousands counts as undefined.
+    The digits suffice for the smallest value beside the largest: 2^{1000} + 1 is not 2^{1000}. They also
+    suffice for the digits in the text: 0.333333 is not 1/3. A point that needs thousands counts as undefined.
     """
     num_typed = sum(len(leaf) for tree in trees for leaf in leaves(tree))
     for digits in (150, 1500) if letters else (150, 1500, 11_000):

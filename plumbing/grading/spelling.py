@@ -49,7 +49,7 @@ SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"
 
 
 def spell_pair(answer, gold):
-    """An answer and the gold answer in one spelling. Nouns of the gold answer may stand in the answer, too."""
+    """An answer and the gold answer in one spelling. Nouns of the gold answer may stand in the answer."""
     texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
     words = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2}
     nouns = frozenset(words - {"and", "not"})
@@ -61,8 +61,11 @@ def spell_pair(answer, gold):
 
 @lru_cache(maxsize=10_000)
 def spell(text, nouns, may_touch):
-    """One spelling of an answer. The nouns count as units. So do units without \\text at its end: "5cm" if they
-    may touch the number, "5 cm" if not, and none if may_touch is None."""
+    """One spelling of an answer.
+
+    nouns: more words that count as units. may_touch: whether units without \\text may touch the number: "5cm"
+    if True, only "5 cm" if False; if None, there are none.
+    """
     if text.isdigit():
         return text
     text = replace(text.strip(), SIGNS).translate(SCRIPTS)
@@ -98,9 +101,14 @@ def is_unit(text, nouns):
         words = words[1:]
     if not words or re.search(r"(?<!\^)(?<!\^\{)(?<!-)\d", text):
         return False
-    known = [any(name in UNITS or name in nouns for name in (word, word.lower(), word.lower().removesuffix("s"))
-                 if len(word) > 2 or name == word) for word in words]
-    return known[0] and all(is_known or word in AMONG_UNITS for is_known, word in zip(known, words))
+    known = [is_known(word, nouns) for word in words]
+    return known[0] and all(known or word in AMONG_UNITS for known, word in zip(known, words))
+
+
+def is_known(word, nouns):
+    """Whether a word, or what it is the plural of, is a unit or a noun. Case counts in "m" and "Pa"."""
+    names = {word, word.lower(), word.lower().removesuffix("s")} if len(word) > 2 else {word}
+    return bool(names & UNITS or names & nouns)
 
 
 def without_units(text, nouns):

@@ -20,8 +20,8 @@ WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}
 def verdict(answer, gold):
     """Whether an answer equals the gold one, and how that was decided -> (bool, str).
 
-    how: "none" (no answer), "text" (by the spelling alone), "number" (exactly, by fractions), "expression" (in a
-    worker), "guard" (too long to try), "killed" (tried, and ended by a limit).
+    how: "none" (no answer), "text" (by the spelling alone), "number" (exactly, by fractions), "expression"
+    (in a worker), "guard" (too long to try), "killed" (tried, and ended by a limit).
     """
     if answer is None or not answer.strip("$ \n\t"):
         return False, "none"
@@ -57,7 +57,7 @@ def grade(pairs):
 
 
 def read_json_rows(path):
-    """The rows of a .json array or of JSON lines. ValueError that names the file, and the line of what is broken."""
+    """The rows of a .json array or of JSON lines. A ValueError names the file, and the line of a mistake."""
     rows, place = [], ""
     try:
         with open(path, encoding="utf-8-sig") as file:  # -sig: with or without a byte order mark
@@ -76,14 +76,15 @@ def read_json_rows(path):
 
 
 def grade_file(path, out):
-    """Rows of gold and response -> rows of correct, answer and how in the file `out`, and a summary with speed."""
+    """Rows of gold and response -> rows of correct, answer and how in the file `out`. Prints a summary."""
     if os.path.exists(out) and os.path.samefile(path, out):
         raise ValueError(f"{out} is the file to be graded, and would be overwritten: give another name")
     rows = read_json_rows(path)
     for number, row in enumerate(rows, 1):
         texts = (row.get("gold"), row.get("response")) if isinstance(row, dict) else (None,)
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{path}, row {number}: needs the texts gold and response, has {str(row)[:80]!r}")
+            raise ValueError(
+                f"{path}, row {number}: needs the texts gold and response, has {str(row)[:80]!r}")
     is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
     started = time.perf_counter()
     answers = [extract_answer(row["response"]) for row in rows]
