@@ -30,7 +30,7 @@ from plumbing.grading import extract_answer, is_correct
     ("\\boxed{1\\\\}", "1\\\\"),
     # without braces
     ("is $\\boxed 5$.", "5"), ("so \\boxed 2$", "2"), ("\\boxed 12.", "12"), ("\\boxed -3 ", "-3"),
-    ("\\boxed5", "5"),
+    ("\\boxed5", "5"), ("\\boxed" + 2000 * " " + "{5}", None),
     ("\\boxed x$", "x"), ("in a \\boxed way", None), ("the answer is \\boxed", None),
 ])
 def test_the_answer_is_in_the_last_balanced_box(text, answer):

@@ -22,7 +22,7 @@ def extract_answer(response):
     if box is None:
         return None
     text = response[box.end():box.end() + MAX_ANSWER + 20].lstrip()
-    if text[0] != "{":  # "\boxed 5" or "\boxed 2$"
+    if not text.startswith("{"):  # "\boxed 5" or "\boxed 2$"
         return re.match(r"[^\s${}]*", text)[0].rstrip(".,;:!\\)") or None
     # In \boxed{\{1,2\}} the escaped braces are part of the answer. Some models close the box itself with an
     # escaped brace, as in \boxed{185\}. This reading is tried second.
