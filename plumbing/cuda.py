@@ -146,7 +146,7 @@ def plan_memory(config, args, has_critic):
     if args.lora_rank:
         linears = [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
         trained = sum(args.lora_rank * (m.in_features + m.out_features) for m in linears)
-    own = trained * (1 + has_critic) / parallel.parts_of(args.replicas)  # with a value model, twice
+    own = trained * (1 + has_critic) / parallel.processes()[1]  # with a value model, twice
     has_copy = dist.is_initialized() and not args.lora_rank  # of the whole weights, while decoding
     layer, C = layer_bytes(config, wide), config.hidden_size
     per_token = 3 * layer + config.num_layers * (C * wide if args.gradient_checkpointing else layer)
