@@ -69,8 +69,8 @@ class Family(NamedTuple):
 # With K = 1 they are the autoregressive networks themselves.
 #
 # Which row is unused? Qwen's embedding is longer than its vocabulary, so the first row beyond it is free.
-# Llama 3 reserves tokens for such purposes. SmolLM2 reserves nothing, but its vocabulary has special tokens
-# that its training never met: `<reponame>` is one, beside `<repo_name>`, which was used.
+# Llama 3 reserves tokens for such purposes. SmolLM2 reserves none, but its vocabulary has special tokens that
+# its training never met. `<empty_output>` is one of eleven whose rows are still equal (in the 135M model).
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen
@@ -85,7 +85,7 @@ FAMILIES = {
     "stablediffcoderforcausallm": Family(QWEN_NAMES, masks=(5,)),  # its model_type is llama
     "qwen3": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,), architecture="Qwen3ForCausalLM"),
     "qwen2": Family(QWEN_NAMES, has_qkv_bias=True, masks=(151665,), architecture="Qwen2ForCausalLM"),
-    "llama": Family(QWEN_NAMES, masks=("<|reserved_special_token_0|>", "<reponame>"),
+    "llama": Family(QWEN_NAMES, masks=("<|reserved_special_token_0|>", "<empty_output>"),
                     architecture="LlamaForCausalLM"),
 }
 
@@ -524,20 +524,21 @@ def save_config(config, dtype, folder):
 
 
 def save_tokenizer(tokenizer, config, folder):
-    """Writes a tokenizer so that the model's other readers, transformers 4 among them, can load it.
-
-    If it came with the model, its files are copied as they are. Otherwise transformers writes them.
-    """
+    """Writes a tokenizer. If it came with the model, its files are copied as they are."""
     if config.folder and tokenizer.name_or_path == config.folder:
         for name in config.files.keys() & set(TOKENIZER_FILES):
             Path(folder, name).write_bytes(config.files[name])
     else:
         tokenizer.save_pretrained(folder)
-    path = os.path.join(folder, "tokenizer_config.json")
+    spell_for_old_readers(os.path.join(folder, "tokenizer_config.json"))
+
+
+def spell_for_old_readers(path):
+    """Changes a tokenizer_config.json that only transformers 5 can read, so that version 4 can, too."""
     settings = read_json(path) if os.path.isfile(path) else {}
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # a name that only transformers 5 knows
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # version 5's new name
         more = settings.pop("extra_special_tokens", None)
-        if isinstance(more, list):  # transformers 4 spells a list of them so
+        if isinstance(more, list):  # version 4 has a list of tokens under another name
             settings["additional_special_tokens"] = more
         write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 

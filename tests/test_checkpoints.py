@@ -9,14 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import FIXTURES, ROOT, fixture_tensors, random_model, random_prompts
+from conftest import FIXTURES, ROOT, fixture_tensors, random_model, random_prompts, side_environment
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -281,10 +280,10 @@ def test_the_tokenizer_names_the_mask_token_before_the_familys_usual_one(tmp_pat
 
 
 def test_a_usual_mask_token_must_be_a_row_that_no_text_uses(tmp_path):
-    """SmolLM2's <reponame> is a special token; Llama 3 reserves some; an ordinary token is never taken."""
+    """SmolLM2 has <empty_output>, a special token; Llama 3 reserves some; an ordinary token is never taken."""
     read = lambda kind, tokenizer, vocab_size=320: checkpoints.read_config(
         dict(FIELDS, model_type=kind, mask_token_id=None, vocab_size=vocab_size), tokenizer=tokenizer)
-    first = byte_tokenizer(tmp_path / "smol", ["<repo_name>", "<reponame>"])
+    first = byte_tokenizer(tmp_path / "smol", ["<repo_name>", "<empty_output>"])
     byte_tokenizer(tmp_path / "llama3", ["<|reserved_special_token_0|>"])
     byte_tokenizer(tmp_path / "none")
     smol, llama3, none = (checkpoints.load_tokenizer(tmp_path / name) for name in ("smol", "llama3", "none"))
@@ -644,11 +643,7 @@ def test_transformers_4_reads_what_is_saved(tmp_path):
         '    model_type = "sdar"\n')
     checkpoints.save_checkpoint(checkpoints.load_model(tmp_path / "code")[0], None, tmp_path / "remote")
 
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
-    (site / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # torch, and pip's packages
-    python = tmp_path / "venv/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "transformers==4.57.1"], check=True)
+    python = side_environment(tmp_path / "venv", "transformers==4.57.1")
     done = subprocess.run([python, "-c", OLD, tmp_path], capture_output=True, text=True,
                           env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
