@@ -1,7 +1,6 @@
 """plumbing/checkpoints.py - Hugging Face folders in and out.
 
-One network serves all families. A family is a row of FAMILIES: switches for model.ModelConfig and a table of
-weight names. A new family that fits the network is a new row.
+What a config.json means, and which weight has which name, is in plumbing/families.py.
 
 Weights are read from safetensors files only. Pickled files are never read, and code from a checkpoint is
 copied into what is saved, but never run.
@@ -9,11 +8,8 @@ copied into what is saved, but never run.
 
 import json
 import os
-import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,221 +22,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from model import BlockDiffusionLM, ModelConfig
+from model import BlockDiffusionLM
 from plumbing import cuda, parallel
-
-# ------------------------------------------------------------------------------------------------------------
-# The families.
-
-
-# Our name of a module -> its name in the files. Those of a layer stand behind `layers` and its number.
-QWEN_NAMES = dict(
-    embed="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head",
-    attention_norm="input_layernorm", mlp_norm="post_attention_layernorm",
-    q_proj="self_attn.q_proj", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj",
-    q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", o_proj="self_attn.o_proj",
-    gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
-LLADA_NAMES = dict(
-    embed="model.transformer.wte", layers="model.transformer.blocks", norm="model.transformer.ln_f",
-    head="model.transformer.ff_out", attention_norm="attn_norm", mlp_norm="ff_norm",
-    q_proj="q_proj", k_proj="k_proj", v_proj="v_proj", o_proj="attn_out",
-    gate_proj="ff_proj", up_proj="up_proj", down_proj="ff_out")
-
-
-class Family(NamedTuple):
-    """What all checkpoints of one family have in common. The first four are as in model.ModelConfig."""
-
-    names: dict
-    has_qk_norm: bool = False
-    has_qkv_bias: bool = False
-    shifts_logits: bool = False
-    attention: str = "block"  # or "full"; "" where only the checkpoint's name or --attention can tell
-    may_choose: bool = False  # whether --attention may ask for the other kind
-    block_size: int = 4  # K, where neither config.json nor the checkpoint's name says it
-    masks: tuple = ()  # mask tokens by id or by text, where neither config.json nor the tokenizer names one
-    architecture: str = ""  # the only one that fits; "" where the network is code beside the weights
-
-
-# By model_type of config.json, in lower case. A network of its own that borrows another's model_type stands
-# here under its architecture.
-#
-# The last three are autoregressive. sft.py makes block diffusion models of them: the weights are loaded as
-# they are, attention becomes block-wise, and a row of the embedding that no text uses becomes the mask token.
-# With K = 1 they are the autoregressive networks themselves.
-#
-# Which row is unused? Qwen's embedding is longer than its vocabulary, so the first row beyond it is free.
-# Llama 3 reserves tokens for such purposes. SmolLM2 reserves none, but its vocabulary has special tokens that
-# its training never met. `<empty_output>` is one of eleven whose rows are still equal (in the 135M model).
-FAMILIES = {
-    "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
-    "a2d-qwen3": Family(  # dllm's conversions of Qwen
-        QWEN_NAMES, has_qk_norm=True, attention="", may_choose=True, block_size=32, masks=(151669,)),
-    "a2d-qwen2": Family(
-        QWEN_NAMES, has_qkv_bias=True, attention="", may_choose=True, block_size=32, masks=(151665,)),
-    "dream": Family(  # Dream and DiffuCoder
-        QWEN_NAMES, has_qkv_bias=True, shifts_logits=True, attention="full", block_size=32, masks=(151666,)),
-    "llada": Family(LLADA_NAMES, attention="full", may_choose=True, block_size=32, masks=(126336,)),
-    "mmada": Family(  # its text part is LLaDA
-        LLADA_NAMES, attention="full", may_choose=True, block_size=32, masks=(126336,)),
-    "stablediffcoderforcausallm": Family(QWEN_NAMES, masks=(5,)),  # its model_type is llama
-    "qwen3": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,), architecture="Qwen3ForCausalLM"),
-    "qwen2": Family(QWEN_NAMES, has_qkv_bias=True, masks=(151665,), architecture="Qwen2ForCausalLM"),
-    "llama": Family(QWEN_NAMES, masks=("<|reserved_special_token_0|>", "<empty_output>"),
-                    architecture="LlamaForCausalLM"),
-}
-
-LLADA_FIELDS = dict(  # Qwen's spelling of a field -> LLaDA's
-    vocab_size="embedding_size", hidden_size="d_model", num_hidden_layers="n_layers",
-    num_attention_heads="n_heads", num_key_value_heads="n_kv_heads", intermediate_size="mlp_hidden_size",
-    tie_word_embeddings="weight_tying")
-
-
-@dataclass
-class CheckpointConfig(ModelConfig):
-    """A ModelConfig that remembers the folder it was read from."""
-
-    is_block_size_assumed: bool = False  # K is the family's usual one: nothing in the checkpoint says it
-    folder: str = ""
-    # The tokenizer's files and the code beside the weights: name -> content. Saving gives them back. They are
-    # kept here because the folder may be gone by then, as older checkpoints of a run are.
-    files: dict = field(default_factory=dict, repr=False)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# config.json.
-
-
-def read_config(source, block_size=None, attention=None, path="", tokenizer=None):
-    """The fields of a config.json (a dict), whichever family's spelling they have -> CheckpointConfig.
-
-    block_size, attention ("block" or "full"): what the user asks for. path: the checkpoint's name, which may
-    say both. tokenizer: may name the mask token. Raises ValueError for an unknown model_type, a missing
-    field, or a variant the network does not have.
-    """
-    name = str(source.get("model_type", "none")).lower()
-    architecture = (source.get("architectures") or [""])[0]
-    if architecture.lower() in FAMILIES:
-        name = architecture.lower()
-    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    refuse_other_networks(source, name, architecture, vocabulary)
-    family = FAMILIES[name]
-    is_llada = family.names is LLADA_NAMES
-    wanted = {ours: source.get(llada if is_llada else ours) for ours, llada in LLADA_FIELDS.items()}
-    wanted["vocab_size"] = wanted["vocab_size"] or source.get("vocab_size")
-    wanted["num_key_value_heads"] = wanted["num_key_value_heads"] or wanted["num_attention_heads"]
-    missing = [field for field, value in wanted.items() if value is None and field != "tie_word_embeddings"]
-    if missing:
-        raise ValueError(f"config.json of family {name!r} lacks {', '.join(missing)}")
-    highest = max(vocabulary.values(), default=0)
-    if highest >= wanted["vocab_size"]:
-        raise ValueError(f"{path}: the tokenizer has a token of id {highest}, and config.json has a vocabulary "
-                         f"of {wanted['vocab_size']}: take the tokenizer that belongs to these weights")
-    is_full = find_attention(source, family, attention, path) == "full"
-    own_size = source.get("block_size") or find_named_size(path, is_full)
-    eos, pad = as_list(source.get("eos_token_id")), source.get("pad_token_id")
-    rope = source.get("rope_parameters") or {}
-    theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # 1e4 is what an unnamed one means
-    return CheckpointConfig(
-        vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
-        num_layers=wanted["num_hidden_layers"], num_heads=wanted["num_attention_heads"],
-        num_kv_heads=wanted["num_key_value_heads"],
-        head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
-        intermediate_size=wanted["intermediate_size"], is_full=is_full,
-        mask_id=find_mask(source, name, wanted["vocab_size"], tokenizer),
-        block_size=block_size or own_size or family.block_size,
-        is_block_size_assumed=not (block_size or own_size),
-        has_qk_norm=family.has_qk_norm, has_qkv_bias=family.has_qkv_bias, shifts_logits=family.shifts_logits,
-        rms_norm_eps=source.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
-        tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
-        pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos),
-        family=name, source=dict(source))
-
-
-def refuse_other_networks(source, name, architecture, vocabulary):
-    """ValueError for a checkpoint whose network, or way of decoding, is not ours."""
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    has_experts = any(value and ("expert" in key or key.startswith("moe_")) for key, value in source.items())
-    usual = FAMILIES[name].architecture if name in FAMILIES else ""
-    is_other = usual and (architecture not in ("", usual) or "auto_map" in source)
-    reasons = {  # what it has -> whether it has that
-        "a mixture of experts": has_experts or "moe" in name,
-        "logits that are shifted by one, across the borders of its blocks": name == "fast_dllm_qwen",
-        f"code of its own: it is {architecture or 'unnamed'}, another network under a known name": is_other,
-        f"rope type {rope_type!r}, and only plain rotary positions are": rope_type != "default",
-        "sliding windows": source.get("use_sliding_window"),
-        f"the activation {source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
-        "biases beyond those of its family": source.get("attention_bias") or source.get("mlp_bias"),
-        "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
-            {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),
-    }
-    for reason, is_so in reasons.items():
-        if is_so:
-            raise ValueError(f"this {name} checkpoint is not supported: it has {reason}")
-    if name not in FAMILIES:
-        raise ValueError(f"unknown model_type {name!r} in config.json: known are {', '.join(FAMILIES)}")
-
-
-def find_attention(source, family, asked, path):
-    """"block" or "full": by family, by --attention, or by the checkpoint's name."""
-    if not family.may_choose:
-        if asked not in (None, family.attention):
-            raise ValueError(f"--attention {asked} does not fit a checkpoint of {source['model_type']}: "
-                             f"its attention is {family.attention}")
-        return family.attention
-    name = os.path.basename(os.path.normpath(path)).lower()
-    by_name = "block" if "bd3lm" in name else "full" if "mdlm" in name else ""
-    attention = asked or source.get("attention") or family.attention or by_name
-    if not attention:
-        raise ValueError(f"{source['model_type']} may be of block or of full attention, and the name "
-                         f"{name!r} does not say which: give --attention")
-    return attention
-
-
-def find_named_size(path, is_full):
-    """K as a checkpoint's name ends in it: JetLM/SDAR-8B-Chat-b32 -> 32. None where the name says nothing."""
-    named = re.search(r"-b(\d+)$", os.path.basename(os.path.normpath(path)))
-    return int(named[1]) if named and not is_full else None
-
-
-def find_mask(source, name, vocab_size, tokenizer):
-    """The mask token's id: by config.json, by the tokenizer, or the family's usual one.
-
-    The usual one is taken only if it is a row of the embedding, and no token that text is made of.
-    """
-    if source.get("mask_token_id") is not None:
-        return source["mask_token_id"]
-    vocabulary, special = {}, set()
-    if tokenizer is not None:
-        if tokenizer.mask_token_id is not None:
-            return tokenizer.mask_token_id
-        vocabulary = tokenizer.get_vocab()
-        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    ordinary = set(vocabulary.values()) - special
-    for usual in FAMILIES[name].masks:
-        token = vocabulary.get(usual) if isinstance(usual, str) else usual
-        if token is not None and token < vocab_size and token not in ordinary:
-            return token
-    raise ValueError(
-        f"this {name} checkpoint names no mask token, and none of the usual ones {FAMILIES[name].masks} is "
-        f"unused in its vocabulary of {vocab_size}: choose a token that no text holds, and write its id "
-        "into config.json as mask_token_id")
-
-
-def as_list(value):
-    """None -> [], 3 -> [3], [3, 4] -> [3, 4]: eos ids are written in all three ways."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def family_name(config, ours):
-    """Our name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight."""
-    parts, names = ours.split("."), FAMILIES[config.family].names
-    if parts[0] == "layers":
-        _, number, module, kind = parts
-        return f"{names['layers']}.{number}.{names[module]}.{kind}"
-    return f"{names[parts[0]]}.{parts[1]}"
+from plumbing.families import FAMILIES, LLADA_NAMES, as_list, family_name, read_config
 
 
 def read_json(path):
@@ -277,14 +61,19 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise FileNotFoundError(f"{path} has no config.json: not a checkpoint folder")
     source, tokenizer = read_json(os.path.join(path, "config.json")), load_tokenizer(path)
-    config = read_config(source, block_size, attention, name, tokenizer)
+    try:
+        config = read_config(source, block_size, attention, name, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if block_size is None and not source.get("block_size"):
         why = "is assumed" if config.is_block_size_assumed else "is taken from the checkpoint's name"
         parallel.say(f"config.json names no block size: {config.block_size} {why}; --block_size sets another")
-    config.eos_ids = find_eos_ids(path, config, tokenizer)
-    pad_id = generation_config(path).get("pad_token_id")
-    if source.get("pad_token_id") is None and pad_id is not None:  # as in Qwen3
-        config.pad_id = pad_id
+    # Qwen3 names its padding token here only.
+    generation_path = os.path.join(path, "generation_config.json")
+    generation = read_json(generation_path) if os.path.isfile(generation_path) else {}
+    if source.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
+        config.pad_id = generation["pad_token_id"]
+    config.eos_ids = find_eos_ids([*config.eos_ids, *as_list(generation.get("eos_token_id"))], tokenizer)
     config.folder = path
     config.files = {file_name: Path(path, file_name).read_bytes() for file_name in os.listdir(path)
                     if file_name in TOKENIZER_FILES or file_name.endswith(".py")}
@@ -314,24 +103,16 @@ def load_tokenizer(path):
     return None
 
 
-def generation_config(path):
-    """What the folder's generation_config.json says, {} where there is none."""
-    path = os.path.join(path, "generation_config.json")
-    return read_json(path) if os.path.isfile(path) else {}
-
-
-def find_eos_ids(path, config, tokenizer):
-    """Every id that ends a response, from the tokenizer, config.json and generation_config.json.
+def find_eos_ids(named, tokenizer):
+    """Every id that ends a response: those that config.json and generation_config.json name, and those of the
+    tokenizer.
 
     The first is the one that sft.py teaches: the end of a chat turn, where the tokenizer has such a token.
     """
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    ids = [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>") if token in vocabulary]
-    ids += config.eos_ids
-    ids += as_list(generation_config(path).get("eos_token_id"))
-    if tokenizer is not None:
-        ids += [vocabulary[token] for token in (tokenizer.eos_token, "<|endoftext|>") if token in vocabulary]
-    return tuple(dict.fromkeys(ids))
+    last = tokenizer.eos_token if tokenizer is not None else None
+    ids_of = lambda tokens: [vocabulary[token] for token in tokens if token in vocabulary]
+    return tuple(dict.fromkeys([*ids_of(["<|im_end|>", "<|eot_id|>"]), *named, *ids_of([last, "<|endoftext|>"])]))
 
 
 def load_model(path_or_id, block_size=None, dtype=None, device=None, attention=None):

@@ -157,8 +157,8 @@ def test_published_configurations_are_understood():
         model_type="llada", vocab_size=126464, embedding_size=126464, d_model=4096, n_layers=32, n_heads=32,
         n_kv_heads=32, mlp_hidden_size=12288, rope_theta=500000.0, weight_tying=False, pad_token_id=126081,
         mask_token_id=126336, eos_token_id=126081))
-    assert (llada.mask_id, llada.rope_theta, llada.num_kv_heads, llada.eos_ids) == (
-        126336, 5e5, 32, (126081,))
+    assert (llada.mask_id, llada.rope_theta, llada.num_kv_heads, llada.eos_ids, llada.pad_id) == (
+        126336, 5e5, 32, (126081,), 126081)
     new = checkpoints.read_config(
         {**sdar.source, "rope_parameters": dict(rope_type="default", rope_theta=123.0)})
     assert new.rope_theta == 123.0
@@ -408,8 +408,9 @@ def test_weights_keep_the_type_they_are_stored_in_unless_one_is_asked_for(tmp_pa
 def test_a_checkpoint_that_does_not_fit_says_why(change, message, tmp_path):
     checkpoints.save_checkpoint(random_model(), None, tmp_path)
     edit(tmp_path / "config.json", **change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         checkpoints.load_model(tmp_path)
+    assert str(error.value).startswith(str(tmp_path))
 
 
 def test_a_damaged_file_or_two_checkpoints_in_one_folder_are_named(tmp_path):
