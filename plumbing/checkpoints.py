@@ -60,7 +60,8 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     path = name if os.path.isdir(name) else download(name)
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise FileNotFoundError(f"{path} has no config.json: not a checkpoint folder")
-    source, tokenizer = read_json(os.path.join(path, "config.json")), load_tokenizer(path)
+    source = read_json(os.path.join(path, "config.json"))
+    tokenizer = load_tokenizer(path)
     try:
         config = read_config(source, block_size, attention, name, tokenizer)
     except ValueError as error:
@@ -74,7 +75,7 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     if source.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
         config.pad_id = generation["pad_token_id"]
     config.eos_ids = find_eos_ids([*config.eos_ids, *as_list(generation.get("eos_token_id"))], tokenizer)
-    config.folder = path
+    config.tokenizer_state = state_of(tokenizer)
     config.files = {file_name: Path(path, file_name).read_bytes() for file_name in os.listdir(path)
                     if file_name in TOKENIZER_FILES or file_name.endswith(".py")}
     return path, config, tokenizer
@@ -101,6 +102,13 @@ def load_tokenizer(path):
     if os.path.isfile(os.path.join(path, "vocab.json")) and os.path.isfile(os.path.join(path, "merges.txt")):
         return Qwen2Tokenizer.from_pretrained(path)
     return None
+
+
+def state_of(tokenizer):
+    """What differs if a tokenizer is not the one that was loaded, or has changed since."""
+    if tokenizer is None:
+        return ()
+    return tokenizer.name_or_path, len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map
 
 
 def find_eos_ids(named, tokenizer):
@@ -143,14 +151,16 @@ def load_weights(model, folder, dtype=None, device=None):
     Torch's own reader reads them, tensor by tensor. Of sharded weights (parallel.shard) each process reads
     its own part only. Weights on the meta device are made, on `device`, in `dtype` or as they are stored.
     """
-    device, reader = device or parallel.default_device(), HuggingFaceStorageReader(folder)
+    device = device or parallel.default_device()
+    reader = HuggingFaceStorageReader(folder)
     stored = stored_tensors(reader, folder)
     # A value model has the names of its backbone, and a head of its own.
     theirs_of = {name: name if name == VALUE_HEAD else family_name(model.config, name.removeprefix("backbone."))
                  for name, _ in model.named_parameters()}
-    head, is_policy = family_name(model.config, "head.weight"), VALUE_HEAD not in theirs_of
+    head = family_name(model.config, "head.weight")
+    is_policy = VALUE_HEAD not in theirs_of
     shapes = {theirs_of[name]: p.shape for name, p in model.named_parameters()}
-    # Some tied checkpoints hold the matrix twice, as embedding and as head: both must say the same.
+    # Some tied checkpoints hold the matrix twice, as embedding and as head. The two must be equal.
     has_two = is_policy and head in stored and head not in shapes
     if has_two:
         shapes[head] = shapes[theirs_of["embed.weight"]]
@@ -305,8 +315,8 @@ def save_config(config, dtype, folder):
 
 
 def save_tokenizer(tokenizer, config, folder):
-    """Writes a tokenizer. If it came with the model, its files are copied as they are."""
-    if config.folder and tokenizer.name_or_path == config.folder:
+    """Writes a tokenizer. If it is the one that came with the model, its files are copied as they are."""
+    if state_of(tokenizer) == config.tokenizer_state:
         for name in config.files.keys() & set(TOKENIZER_FILES):
             Path(folder, name).write_bytes(config.files[name])
     else:
@@ -325,8 +335,8 @@ def spell_for_old_readers(path):
 
 
 def give_usual_modes(folder):
-    """Makes the weights of a folder readable for whoever may read other new files: safetensors writes files
-    that only their owner may read."""
+    """Lets everybody read the weights who may read other new files. (safetensors makes files that only their
+    owner may read.)"""
     probe = os.path.join(folder, "probe.partial")
     Path(probe).touch()  # its mode is that of any new file
     for name in os.listdir(folder):

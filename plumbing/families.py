@@ -32,9 +32,9 @@ LLADA_NAMES = dict(
 
 
 class Family(NamedTuple):
-    """What all checkpoints of one family have in common. The first four are as in model.ModelConfig."""
+    """What all checkpoints of one family have in common. The has_ and shifts_ are those of ModelConfig."""
 
-    names: dict
+    names: dict  # of weights, see above
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
     shifts_logits: bool = False
@@ -45,16 +45,16 @@ class Family(NamedTuple):
     architecture: str = ""  # the only one that fits; "" where the network is code beside the weights
 
 
-# By model_type of config.json, in lower case. A network of its own that borrows another's model_type stands
-# here under its architecture.
+# The key is the model_type of config.json, in lower case. A family that borrows another's model_type has its
+# architecture as key.
 #
-# The last three are autoregressive. sft.py makes block diffusion models of them: the weights are loaded as
-# they are, attention becomes block-wise, and a row of the embedding that no text uses becomes the mask token.
-# With K = 1 they are the autoregressive networks themselves.
+# The last three are autoregressive, and sft.py makes block diffusion models of them. Their weights are loaded
+# as they are, and attention becomes block-wise. With K = 1 they are the autoregressive networks themselves.
 #
-# Which row is unused? Qwen's embedding is longer than its vocabulary, so the first row beyond it is free.
-# Llama 3 reserves tokens for such purposes. SmolLM2 reserves none, but its vocabulary has special tokens that
-# its training never met. `<empty_output>` is one of eleven whose rows are still equal (in the 135M model).
+# They have no mask token, so a row of the embedding that no text uses becomes one. Qwen's embedding is longer
+# than its vocabulary: the first row beyond the vocabulary is free. Llama 3 reserves tokens for such purposes.
+# SmolLM2 reserves none, but its vocabulary has special tokens that its training never met. `<empty_output>`
+# is one of eleven whose rows are still equal (in the model of 135M parameters).
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen
@@ -81,13 +81,13 @@ LLADA_FIELDS = dict(  # Qwen's spelling of a field -> LLaDA's
 
 @dataclass
 class CheckpointConfig(ModelConfig):
-    """A ModelConfig that remembers the folder it was read from."""
+    """A ModelConfig that remembers what came with it."""
 
     is_block_size_assumed: bool = False  # K is the family's usual one: nothing in the checkpoint says it
-    folder: str = ""
     # The tokenizer's files and the code beside the weights: name -> content. Saving gives them back. They are
     # kept here because the folder may be gone by then, as older checkpoints of a run are.
     files: dict = field(default_factory=dict, repr=False)
+    tokenizer_state: tuple = field(default=(), repr=False)  # of the tokenizer that these files hold
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     wanted = {ours: source.get(llada if is_llada else ours) for ours, llada in LLADA_FIELDS.items()}
     wanted["vocab_size"] = wanted["vocab_size"] or source.get("vocab_size")
     wanted["num_key_value_heads"] = wanted["num_key_value_heads"] or wanted["num_attention_heads"]
-    missing = [field for field, value in wanted.items() if value is None and field != "tie_word_embeddings"]
+    missing = [key for key, value in wanted.items() if value is None and key != "tie_word_embeddings"]
     if missing:
         raise ValueError(f"config.json of family {name!r} lacks {', '.join(missing)}")
     highest = max(vocabulary.values(), default=0)
@@ -121,9 +121,10 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
                          f"{wanted['vocab_size']}: take the tokenizer that belongs to these weights")
     is_full = find_attention(source, family, attention, path) == "full"
     own_size = source.get("block_size") or find_named_size(path, is_full)
-    eos, pad = as_list(source.get("eos_token_id")), source.get("pad_token_id")
-    rope = source.get("rope_parameters") or {}
-    theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # 1e4 is what an unnamed one means
+    eos = as_list(source.get("eos_token_id"))
+    pad = source.get("pad_token_id")
+    rope = source.get("rope_parameters") or {}  # of transformers 5
+    theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # the default of transformers
     return CheckpointConfig(
         vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
         num_layers=wanted["num_hidden_layers"], num_heads=wanted["num_attention_heads"],
@@ -146,11 +147,11 @@ def refuse_other_networks(source, name, architecture, vocabulary):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     has_experts = any(value and ("expert" in key or key.startswith("moe_")) for key, value in source.items())
     usual = FAMILIES[name].architecture if name in FAMILIES else ""
-    is_other = usual and (architecture not in ("", usual) or "auto_map" in source)
+    is_other = usual != "" and (architecture not in ("", usual) or "auto_map" in source)
     reasons = {  # what it has -> whether it has that
         "a mixture of experts": has_experts or "moe" in name,
         "logits that are shifted by one, across the borders of its blocks": name == "fast_dllm_qwen",
-        f"code of its own: it is {architecture or 'unnamed'}, another network under a known name": is_other,
+        f"code of its own ({architecture or 'unnamed'}): another network under a known name": is_other,
         f"rotary positions of rope type {rope_type!r}, and not the plain ones": rope_type != "default",
         "sliding windows": source.get("use_sliding_window"),
         f"the activation {source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
@@ -160,7 +161,7 @@ def refuse_other_networks(source, name, architecture, vocabulary):
     }
     for reason, is_so in reasons.items():
         if is_so:
-            raise ValueError(f"this {name} checkpoint is not supported: it has {reason}")
+            raise ValueError(f"this {name} checkpoint is not supported, since it has {reason}")
     if name not in FAMILIES:
         raise ValueError(f"unknown model_type {name!r} in config.json: known are {', '.join(FAMILIES)}")
 
@@ -188,9 +189,10 @@ def find_named_size(path, is_full):
 
 
 def find_mask(source, name, vocab_size, tokenizer):
-    """The mask token's id: by config.json, by the tokenizer, or the family's usual one.
+    """The mask token's id: what config.json says, else what the tokenizer says, else the family's usual one.
 
-    The usual one is taken only if it is a row of the embedding, and no token that text is made of.
+    The usual one must be a row of the embedding, and no token that text is made of. Raises ValueError if
+    there is none.
     """
     if source.get("mask_token_id") is not None:
         return source["mask_token_id"]

@@ -202,8 +202,8 @@ def test_llada_weights_may_have_block_attention_if_it_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model_type="qwen3", architectures=["ReFusionForCausalLM"]), "it is ReFusionForCausalLM"),
-    (dict(model_type="llama", architectures=["OtherForCausalLM"]), "it is OtherForCausalLM"),
+    (dict(model_type="qwen3", architectures=["ReFusionForCausalLM"]), "its own .ReFusionForCausalLM"),
+    (dict(model_type="llama", architectures=["OtherForCausalLM"]), "its own .OtherForCausalLM"),
     (dict(model_type="qwen3", auto_map={"AutoModel": "modeling.X"}), "code of its own"),
     (dict(model_type="Fast_dLLM_Qwen"), "logits that are shifted by one"),
     (dict(model_type="llada2_moe"), "a mixture of experts"),
@@ -250,7 +250,10 @@ def test_the_block_size_is_the_users_or_the_configs_or_the_names(name, own, aske
 
 
 def test_a_block_size_that_config_json_does_not_name_is_said_in_one_line(tmp_path, capsys):
-    said = lambda name, K=None: (checkpoints.find_checkpoint(tmp_path / name, K), capsys.readouterr().out)[1]
+    def said(name, K=None):
+        checkpoints.find_checkpoint(tmp_path / name, K)
+        return capsys.readouterr().out
+
     for kind in ("sdar", "qwen3", "qwen2", "llama"):
         checkpoints.save_checkpoint(random_model(kind), None, tmp_path / kind)
         assert said(kind) == ""
@@ -348,6 +351,18 @@ def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
         "AutoConfig": "configuration.Mine"}
     _, again = checkpoints.load_model(tmp_path / "again")
     assert again("<|im_start|>so the answer", add_special_tokens=False).input_ids == ids
+
+
+def test_a_tokenizer_that_was_changed_is_saved_as_it_is_now(tmp_path):
+    checkpoints.save_checkpoint(random_model(vocab_size=20), tiny.tiny_tokenizer(), tmp_path / "c")
+    model, tokenizer = checkpoints.load_model(tmp_path / "c")
+    tokenizer.add_tokens(["?"])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}?"
+    checkpoints.save_checkpoint(model, tokenizer, tmp_path / "changed")
+    _, again = checkpoints.load_model(tmp_path / "changed")
+    assert again.encode("1?") == [4, 18] and again.chat_template == tokenizer.chat_template
+    checkpoints.save_checkpoint(model, tiny.tiny_tokenizer(), tmp_path / "other")
+    assert len(checkpoints.load_model(tmp_path / "other")[1]) == 18
 
 
 def test_no_tokenizer_class_is_written_that_transformers_4_does_not_know(tmp_path):
