@@ -25,9 +25,7 @@ found.button.onclick();
 out.playing = found.button.textContent;
 for (let i = 0; i < 1000 && timers.at(-1); i++) timers.at(-1)();
 Object.assign(out, { played: found.button.textContent, hidden_at_end: hidden(), output: found.output.value });
-for (const kind of ["advantage", "ratio"]) {
-  found.select.value = kind;
-  found.select.onchange();
-  out["by_" + kind] = tokens()[0].style.background;
-}
+found.select.value = "advantage";
+found.select.onchange();
+out.by_advantage = tokens()[0].style.background;
 console.log(JSON.stringify(out));
