@@ -43,7 +43,7 @@ import torch
 import rollout
 import value
 from eval_math import Prompting, evaluate, give_rewards, load_prompts, math_reward, mode
-from plumbing import checkpoints, flags, machine, packing, parallel, runs, show
+from plumbing import checkpoints, data, flags, machine, packing, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, mix
@@ -474,9 +474,9 @@ def parse_args(argv=None):
          "sudoku, a file (JSON lines, JSON, parquet), gsm8k-train, math500, gsm8k, aime2024, or a hub id")
     flag("--dev_data", help="problems for --eval_every; test problems never guide a run")
     flag("--eval_data", help="test problems, scored before and after training only")
-    flag("--eval_limit", type=int, default=None if is_tiny else 200, help="only so many of the test problems")
-    flag("--eval_strategies", nargs="+", default=["dynamic", "static", "greedy"] if is_tiny else None,
-         help="how test problems are decoded; None: as in training")
+    flag("--eval_limit", type=flags.positive, default=None if is_tiny else 200, help="only so many of the test problems")
+    flag("--eval_strategies", nargs="+", help="how test problems are decoded; None: as in training, and the tiny "
+         "model also by dynamic, static and greedy")
     flag("--name", type=runs.folder_name, default="tracerl", help="of the folder under runs/")
     flag = parser.add_argument_group("method: each a built-in name, or file.py:function").add_argument
     flag("--reward", default="math", help="math: 1 if the boxed answer is right")
@@ -493,6 +493,9 @@ def parse_args(argv=None):
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"
+    if args.eval_strategies is None:
+        usual = ["dynamic", "static", "greedy"] if is_tiny else []
+        args.eval_strategies = list(dict.fromkeys([*usual, args.strategy]))
     if args.lr is None:  # adapters start at zero and are scaled: they want about ten times as much
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and args.reward == "math" and not is_tiny:
@@ -567,13 +570,17 @@ def main(argv=None):
 
         def evaluate_test():
             """Test problems in every mode: the same problems and draws before and after training."""
-            names = args.eval_strategies or [decoding.strategy]
             return {name: check(functools.partial(respond, decoding=mode(name, decoding)), problems=test)
-                    for name in parallel.bar(names, "evaluate")}
+                    for name in parallel.bar(args.eval_strategies, "evaluate")}
 
         run.begin()
         if args.resume:
             run.restore(learners.pairs())
+        mark = data.fingerprint(task.problems)  # of problems, answers and prompt tokens
+        if run.progress.setdefault("data", mark) != mark:
+            raise ValueError(f"--train_data {args.train_data} or its prompts have changed since {run.folder} "
+                             "began: bring the old ones back, or start a new run (--name, --model) from its "
+                             "newest checkpoint")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
         train(learners, method, task, recipe, run)
