@@ -309,8 +309,9 @@ def mode(name, decoding):
 
 def evaluate_command(args):
     """Samples, grades, tabulates. Each response is in runs/<name>/responses.jsonl at once: a run can go on."""
-    parallel.start_processes(args.device)
+    parallel.start_processes(args.device, is_tiny=args.ar is None and machine.is_tiny(args.model))
     settings = flags.read_flags(machine.Inference, args)
+    modes = read_modes(args)
     if args.ar:  # the yardstick goes through the same prompts, the same grader and the same table
         model, tokenizer = autoregressive.load(args.ar)
         compute = rollout.PLAIN._replace(generate=autoregressive.generate)
@@ -320,18 +321,20 @@ def evaluate_command(args):
     if tokenizer is None:
         raise ValueError(f"{args.model or args.ar} has no tokenizer: prompts cannot be encoded")
     problems = load_prompts(args.data, tokenizer, flags.read_flags(Prompting, args))[:args.limit]
-    decoding = flags.read_flags(Decoding, args, strategy="dynamic")
     # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
-    name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
+    name = f"eval-{args.ar or args.model or 'tiny'}-{args.data}"
+    name = args.name or re.sub(r"[^\w.-]+", "-", name).strip("-.")
     # The settings in args.json hold fingerprints: other weights under the same path are refused.
     marks = dict(weights=runs.weight_mark(model), problems=data.fingerprint(problems))
-    with runs.Run(name, vars(args) | marks, resume=True, log="responses.jsonl", may_change={"n"}) as run:
+    may_change = {"n", "debug"} | flags.changeable(machine.Inference)
+    with runs.Run(name, vars(args) | marks, resume=True, log="responses.jsonl", may_change=may_change) as run:
         run.begin()
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
-        for strategy in args.strategy if not args.ar else ["autoregressive"]:
-            chosen = decoding if args.ar else mode(strategy, decoding)
+        for strategy, decoding in modes.items():
+            if args.n > 1 and (decoding.temperature == 0 or decoding.top_k == 1):
+                parallel.say(f"WARNING: {strategy} is greedy: all {args.n} samples of a problem are the same")
             respond = functools.partial(
-                rollout.generate_everywhere, model, decoding=chosen, compute=compute)
+                rollout.generate_everywhere, model, decoding=decoding, compute=compute)
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
@@ -353,6 +356,17 @@ def evaluate_command(args):
     return summary
 
 
+def read_modes(args):
+    """The Decoding of every mode that is asked for, by name. The other flags hold in all of them."""
+    modes = {}
+    for name in args.strategy if not args.ar else ["autoregressive"]:
+        strategy = "dynamic" if name in ("greedy", "autoregressive") else name
+        modes[name] = flags.read_flags(Decoding, args, strategy=strategy)
+        if name == "greedy":
+            modes[name] = mode(name, modes[name])
+    return modes
+
+
 def parse_args(argv=None):
     """The flags of eval_math.py."""
     parser = flags.make_parser("Evaluate a model on math problems, or grade a file.")
@@ -365,8 +379,8 @@ def parse_args(argv=None):
     flag("--out", help="with --grade: where the verdicts go")
     flag("--data", default="arithmetic-test",
          help=f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id owner/name[:config[:split]]")
-    flag("--limit", type=int, help="only the first problems")
-    flag("--n", type=int, default=1, help="samples per problem")
+    flag("--limit", type=flags.positive, help="only the first problems")
+    flag("--n", type=flags.positive, default=1, help="samples per problem")
     flag("--strategy", nargs="+", default=["static", "dynamic"], help="also greedy")
     flag("--seed", type=int, default=0, help="of the samples")
     flag("--name", type=runs.folder_name, help="folder under runs/; the same name and flags go on with it")

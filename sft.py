@@ -215,7 +215,7 @@ def parse_args(argv=None):
     flag("--dev_data", help="problems with answers for --eval_every")
     flag("--name", type=runs.folder_name, default="sft", help="of the folder under runs/")
     flag("--slip", type=float, default=0.6, help="embedded data: how often the pupil makes a mistake")
-    flag("--max_new_tokens", type=int, default=20 if is_tiny else 2000,
+    flag("--max_new_tokens", type=flags.positive, default=20 if is_tiny else 2000,
          help="longer responses are skipped and counted; full attention: length of the canvas")
     flag("--raw_solutions", action="store_true", help="keep solutions as they are: GSM8K's end in #### 72, and "
          "not in \\boxed{72}, which a reward looks for")

@@ -107,6 +107,14 @@ def reader(kind, details):
     return read
 
 
+def positive(text):
+    """The type of a flag that is no setting: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
 def read_flags(settings, args, **others):
     """The settings object of a class, from parsed flags; others: fields that are no flags."""
     names = [field.name for field in dataclasses.fields(settings) if field.name not in others]
