@@ -4,7 +4,7 @@ import sys
 import time
 
 import rollout
-from plumbing import flags, machine, runs
+from plumbing import flags, machine, parallel, runs
 from rollout import Decoding
 
 MASK = "\u2591"
@@ -42,6 +42,7 @@ def main(argv=None):
     flags.add_flags(parser, "decoding", Decoding, is_tiny)
     flags.add_flags(parser, "machine", machine.Inference, is_tiny)
     args = parser.parse_args(argv)
+    parallel.start_processes(args.device, is_tiny)
     settings = flags.read_flags(machine.Inference, args)
     model, tokenizer = machine.load_model(args.model or machine.start_of(args.attention), settings)
     compute = machine.choose_compute(settings, model)
