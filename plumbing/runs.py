@@ -101,8 +101,11 @@ def run_command(main):
         text = f"{program}: error: {error} (--debug shows where)"
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's last words are what it finds there
         if path:
+            # Of several processes torchrun names the earliest, in whole seconds. Whoever only lost its connection
+            # to one that failed is a minute late: it is not the cause.
+            is_lost = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
             with open(path, "w", encoding="utf-8") as file:
-                json.dump(dict(message=text, timestamp=int(time.time())), file)
+                json.dump(dict(message=text, timestamp=int(time.time()) + 60 * is_lost), file)
         print(text, file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Leave without the interpreter's long goodbye. After a failure it would wait for the others, who wait

@@ -17,7 +17,8 @@ const all = element => [element, ...element.children.flatMap(all)];
 const tokens = () => all(found.main).filter(e => e.className.split(" ").includes("token"));
 const hidden = () => tokens().filter(e => e.textContent === "\u2591").length;
 const out = { tokens: tokens().length, hidden_at_start: hidden(),
-              blocks: all(found.main).filter(e => e.className === "block").length };
+              blocks: all(found.main).filter(e => e.className === "block").length,
+              rewards: all(found.main).filter(e => e.className === "prompt").map(e => e.textContent.split(/ +/)[1]) };
 found.input.value = 1;
 found.input.oninput();
 out.hidden_at_1 = hidden();
