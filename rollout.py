@@ -307,6 +307,9 @@ def check_prompt(prompt, decoding, config):
     """ValueError for what no decoding can begin with."""
     if not prompt:
         raise ValueError("a prompt is empty: a response needs at least one token before it")
+    if max(prompt) >= config.vocab_size:
+        raise ValueError(f"token id {max(prompt)} is outside the vocabulary of {config.vocab_size} tokens: is "
+                         "this the tokenizer of another model?")
     if decoding.denoising_steps is not None and decoding.denoising_steps > config.block_size:
         raise ValueError(f"denoising_steps {decoding.denoising_steps} is not possible: it must be from 1 to the "
                          f"block size, {config.block_size}")

@@ -4,7 +4,7 @@ import json
 import os
 from statistics import fmean
 
-from plumbing import parallel
+from plumbing import parallel, runs
 
 
 def lengths(rollouts):
@@ -132,8 +132,9 @@ def write_trace(run, rollouts, config, tokenizer):
     if run.is_writer:
         K = 0 if config.is_full else config.block_size
         path = os.path.join(run.folder, "trace.html")
-        write_page(pairs[:8], K, tokenizer, f"{path}.partial", run.progress["step"])
-        os.replace(f"{path}.partial", path)
+        with runs.writing(path, f"{path}.partial"):
+            write_page(pairs[:8], K, tokenizer, f"{path}.partial", run.progress["step"])
+            os.replace(f"{path}.partial", path)
 
 
 def write_page(pairs, block_size, tokenizer, path, step=0):
