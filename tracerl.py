@@ -100,9 +100,9 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch, by the names of its
     parameters: these, and entropy (n,), with gradient, of the policy at each target; num_responses and
-    num_groups of the whole update. targets (model.Targets) also holds step, group, rollout_index, logp, ... A
-    micro-batch holds whole responses where they fit. It holds whole groups for a loss that has a parameter
-    num_groups.
+    num_groups of the whole update. targets (model.Targets) also holds step, view, group, rollout_index, logp
+    and more. A micro-batch holds whole responses where they fit. It holds whole groups for a loss that has a
+    parameter num_groups.
     """
     log_ratio = logp - targets.logp_old
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf

@@ -50,7 +50,7 @@ def fill(rows, starts, shape, pad_id):
     return Rows(tokens, Layout(*layout), as_tensors(targets))
 
 
-WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "group")  # int64 fields
+WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "view", "group")  # int64 fields
 
 
 def as_tensors(targets):
