@@ -65,10 +65,18 @@ def check(settings):
 # From settings to flags, and back.
 
 
-def make_parser(description, epilog=None):
-    """A parser whose help shows the defaults of the case at hand, and which takes no abbreviations."""
-    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def make_parser(description, groups, is_tiny):
+    """A parser with the flags of settings classes; groups: title -> class.
+
+    Its help shows the defaults of the case at hand, and it takes no abbreviations. A setting that two classes
+    have is one flag, the first one's.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    known = set()
+    for title, settings in groups.items():
+        add_flags(parser.add_argument_group(title), settings, is_tiny, known)
+    return parser
 
 
 def peek(argv, name, default=None):
@@ -79,12 +87,12 @@ def peek(argv, name, default=None):
     return getattr(known, name.lstrip("-"))
 
 
-def add_flags(parser, title, settings, is_tiny=False, skip=()):
-    """Adds a group of flags: one for each field of a settings class."""
-    group = parser.add_argument_group(title)
+def add_flags(group, settings, is_tiny, known):
+    """Adds a flag for each field of a settings class whose name is not `known` yet."""
     for field in dataclasses.fields(settings):
-        if field.name in skip:
+        if field.name in known:
             continue
+        known.add(field.name)
         details = field.metadata
         default = details["tiny"] if is_tiny else field.default
         more = dict(default=default, help=details["help"].replace("%", "%%"))
@@ -114,9 +122,9 @@ def read_flags(settings, args, **others):
     return settings(**{name: getattr(args, name) for name in names}, **others)
 
 
-def changeable(*classes):
+def changeable(groups):
     """Names of the settings that a resumed run may change."""
-    return {field.name for settings in classes for field in dataclasses.fields(settings)
+    return {field.name for settings in groups.values() for field in dataclasses.fields(settings)
             if field.metadata["may_change"]}
 
 

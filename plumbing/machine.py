@@ -1,6 +1,8 @@
 """plumbing/machine.py - the machine of a run: its flags, which functions compute, and what it loads."""
 
+import dataclasses
 import os
+import random
 from dataclasses import dataclass
 
 import torch
@@ -15,26 +17,8 @@ BEST_DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 @dataclass
-class Inference:
-    """The machine of a command that only decodes."""
-
-    plain: bool = setting(False, "compute by the definitions of the six files, without their fast twins",
-                          may_change=True)
-    device: str = setting(None, "None: a GPU if there is one; for the tiny model the CPU", may_change=True,
-                          choices=("cpu", "cuda"))
-    dtype: str = setting(BEST_DTYPE, "what layers compute in", tiny="float32", choices=("float32", "bfloat16"))
-    attention: str = setting(None, "of the tiny model, or of a checkpoint that leaves it open",
-                             choices=("block", "full"))
-    block_size: int = setting(None, "K; None is the checkpoint's own", low=1)
-    slots: int = setting(None, "sequences decoded together on one process; None: as many as fit", tiny=64, low=1,
-                         may_change=True)
-    cache: str = setting("none", "full attention: keep keys and values outside the block (dual) or before it "
-                         "(prefix). Faster, and not the same policy", choices=engine.CACHES)
-
-
-@dataclass
-class Training:
-    """The machine of a command that trains."""
+class Machine:
+    """What every command may be told about the machine."""
 
     plain: bool = setting(False, "compute by the definitions of the six files, without their fast twins",
                           may_change=True)
@@ -47,6 +31,20 @@ class Training:
     block_size: int = setting(None, "K; None is the checkpoint's own", low=1)
     slots: int = setting(None, "sequences decoded together on one process; None: as many as fit", tiny=64, low=1,
                          may_change=True)
+
+
+@dataclass
+class Inference(Machine):
+    """The machine of a command that only decodes."""
+
+    cache: str = setting("none", "full attention: keep keys and values outside the block (dual) or before it "
+                         "(prefix). Faster, and not the same policy", choices=engine.CACHES)
+
+
+@dataclass
+class Training(Machine):
+    """The machine of a command that trains."""
+
     tokens_per_micro_batch: int = setting(None, "tokens of one forward and backward; None: as many as fit",
                                           tiny=4096, low=1, may_change=True)
     gradient_checkpointing: bool = setting(True, "compute activations again in the backward pass: slower by a "
@@ -85,6 +83,20 @@ def choose_compute(settings, model):
     if model.device.type == "cuda" or cache != "none":
         say_backend(model, cache)
     return engine.fast(model.device, tokens, settings.slots, cache)
+
+
+def self_check(model, method):
+    """The replay law on a few random prompts, before the first RL step, with the kernels of this run."""
+    config = model.config
+    rng = random.Random(0)
+    # K = 4 divides 64, but not 5, 9 and 30: only these show blocks that are cut in a wrong place.
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
+    short = dataclasses.replace(
+        method.decoding, max_new_tokens=min(4 * config.block_size, method.decoding.max_new_tokens))
+    rollouts = rollout.generate_everywhere(model, prompts, range(4), short, method.compute)
+    gap = rollout.replay_gap(model, rollouts, method.compute, method.decoding.temperature)
+    method.law.enforce(**gap)
+    parallel.say(f"self-check: replayed and recorded log-probabilities differ by {gap['gap']:.1e}")
 
 
 def say_backend(model, cache):

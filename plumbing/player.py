@@ -32,15 +32,14 @@ def colour(text, step):
 
 def main(argv=None):
     """Decodes one prompt, and shows how -> Rollout, model, tokenizer."""
-    is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
-    parser = flags.make_parser("Decode one prompt, and play it in the terminal.")
+    parser = flags.make_parser(
+        "Decode one prompt, and play it in the terminal.", {"decoding": Decoding, "machine": machine.Inference},
+        machine.is_tiny(flags.peek(argv, "--model")))
     flag = parser.add_argument
     flag("--model", help="checkpoint folder or hub id; None: the tiny model")
     flag("--prompt", default="894+396=")
     flag("--seed", type=int, default=0, help="of the draws")
     flag("--seconds", type=float, default=0.3, help="between two steps")
-    flags.add_flags(parser, "decoding", Decoding, is_tiny)
-    flags.add_flags(parser, "machine", machine.Inference, is_tiny)
     args = parser.parse_args(argv)
     settings = flags.read_flags(machine.Inference, args)
     model, tokenizer = machine.load_model(args.model or machine.start_of(args.attention), settings)

@@ -5,7 +5,6 @@ replaced is written aside and renamed. So a command may be killed at any moment:
 is whole.
 """
 
-import argparse
 import functools
 import glob
 import hashlib
@@ -40,16 +39,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEPT = 3  # checkpoints of a run: the newest ones
 
 
-def folder_name(text):
-    """A plain name, no path: the type of --name."""
-    if os.path.basename(text) != text or text in ("", ".", ".."):
-        raise argparse.ArgumentTypeError(f"must be a plain folder name, got {text!r}")
-    return text
+def check_name(name):
+    """ValueError if --name is no plain name."""
+    if os.path.basename(name) != name or name in ("", ".", ".."):
+        raise ValueError(f"--name must be a plain folder name, got {name!r}")
 
 
 @dataclass
 class RunSettings:
-    """Where a training run lives, and what it leaves behind."""
+    """What a training run leaves behind, and what it does with what is there."""
 
     resume: bool = setting(False, "go on with the run of this name, with its settings, from its newest "
                            "checkpoint", may_change=True)
@@ -60,10 +58,10 @@ class RunSettings:
     debug: bool = setting(False, "show the traceback of an error", may_change=True)
 
 
-def parse(parser, argv, may_change):
+def parse(parser, argv, groups):
     """The flags of a training run. With --resume they are those of the run itself.
 
-    Only what is to change has to be said again, and only what `may_change` names can.
+    Only what is to change has to be said again.
     """
     is_resumed = "--resume" in (sys.argv[1:] if argv is None else argv)
     name = flags.peek(argv, "--name", parser.get_default("name"))
@@ -73,7 +71,7 @@ def parse(parser, argv, may_change):
     saved = read_json(path)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    flags.check_same(saved, vars(args), may_change, path)
+    flags.check_same(saved, vars(args), flags.changeable(groups), path)
     return args
 
 
@@ -190,11 +188,12 @@ class Run:
     """runs/<name>/ while a command works in it. To be used in a `with`; only the first process writes.
 
     resume: what is there is kept. overwrite: what is there goes, once `begin` is called: when the settings, the
-    model and the data have proved good. Neither: a name that holds a run is an error. may_change: settings that
-    may differ from those of the run that is resumed.
+    model and the data have proved good. Neither: a name that holds a run is an error. groups: the classes of
+    the settings, which know what a resumed run may change.
     """
 
-    def __init__(self, name, settings, resume=False, overwrite=False, log="metrics.jsonl", may_change=()):
+    def __init__(self, name, settings, resume=False, overwrite=False, groups=None, log="metrics.jsonl"):
+        check_name(name)
         self.folder = os.path.join("runs", name)
         self.path = os.path.join(self.folder, log)
         self.settings = dict(settings)
@@ -209,7 +208,7 @@ class Run:
         if self.is_writer:
             self.take()
             try:
-                self.check_use(resume, overwrite, may_change)
+                self.check_use(resume, overwrite, flags.changeable(groups or {}))
             except BaseException:
                 self.lock.release()
                 raise
@@ -236,7 +235,7 @@ class Run:
         if is_used and resume and not os.path.isfile(args_path):
             raise ValueError(f"{self.folder} holds a run without its args.json: put it back to go on")
         if resume and os.path.isfile(args_path):
-            flags.check_same(read_json(args_path), self.settings, {"name", *may_change}, args_path)
+            flags.check_same(read_json(args_path), self.settings, may_change, args_path)
         if self.replaces and not overwrite:
             raise ValueError(f"{self.folder} holds a run: go on with it (--resume), replace it "
                              "(--overwrite), or choose another --name")
