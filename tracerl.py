@@ -165,6 +165,9 @@ class Recipe:
 
     def __post_init__(self):
         flags.check(self)
+        low, high = self.keep_range or (0, 1)
+        if not low <= high:
+            raise ValueError(f"keep_range {low} {high} keeps nothing: the lower bound comes first")
 
 
 class Learners(NamedTuple):
