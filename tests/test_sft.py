@@ -10,8 +10,9 @@ from conftest import (
 import model as lm
 import rollout
 import sft
-from eval_math import Problem, encode_prompts
+from eval_math import Problem
 from plumbing import checkpoints, parallel, runs, tasks, tiny
+from plumbing.prompts import encode_prompts
 from rollout import PLAIN, Decoding, Rollout
 
 
@@ -158,7 +159,7 @@ def small_task(split, number, *more, whole=tasks.arithmetic):
 def test_a_few_steps_learn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(tasks.EMBEDDED, "arithmetic", small_task)
-    path = sft.main(["--steps=40", "--cooldown=10", "--eval_every=20", "--name=short"])
+    path = sft.main(["--steps=40", "--cooldown=10", "--eval_every=20", "--batch_size=32", "--name=short"])
     lines = [json.loads(line) for line in open("runs/short/metrics.jsonl")]
     assert len(lines) == 40 and lines[-1]["loss"] < 0.6 * lines[0]["loss"] and "accuracy" in lines[19]
     said = capsys.readouterr().out
