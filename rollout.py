@@ -575,18 +575,18 @@ def per_response(rollouts, parts, numbers):
 
 @torch.no_grad()
 def replay_differences(model, rollouts, compute, temperature):
-    """Replayed minus recorded log-probability, float64, of all tokens of this process's part of rollouts."""
+    """Replayed minus recorded log-probability of all tokens of rollouts, float64 (N,), on every process."""
     own = parallel.deal(rollouts)
     with parallel.unsharded(model) as whole:  # processes may have different numbers of rollouts
         replayed = replay(whole, own, compute, temperature)
     differences = [logp.cpu().double() - torch.tensor(r.logp).double() for logp, r in zip(replayed, own)]
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *differences]).to(model.device)
+    return torch.cat(parallel.gather(differences))
 
 
 def replay_gap(model, rollouts, compute, temperature):
     """How far the replay law is broken: the mean and the largest |replayed - recorded log-probability|."""
     gap = replay_differences(model, rollouts, compute, temperature).abs()
-    return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
+    return dict(gap=gap.mean().item(), gap_max=gap.max().item())
 
 
 def drift(model, rollouts, compute, temperature):
@@ -597,7 +597,7 @@ def drift(model, rollouts, compute, temperature):
     """
     log_ratio = replay_differences(model, rollouts, compute, temperature)
     ratio = log_ratio.clamp(-10, 10).exp()
-    return dict(drift_kl=parallel.mean_of(ratio - 1 - log_ratio), drift_ratio_max=parallel.largest_of(ratio))
+    return dict(drift_kl=(ratio - 1 - log_ratio).mean().item(), drift_ratio_max=ratio.max().item())
 
 
 def some(rollouts, config):

@@ -110,12 +110,10 @@ def train_step(learner, examples, views, is_weighted, compute):
     model = learner.model
     # Every process has the same batch, and lays out its part of it as rows.
     built = rollout.build_rows(parallel.deal(examples), model.config, views)
-    parts = packing.with_dummies(packing.micro_batches(built, compute, model), model)
+    parts, num_masked = packing.dealt_batches(built, compute, model)
     # One number for the whole update, taken before it is split. A mean per micro-batch would make the gradient
     # depend on how the batch was cut.
-    normalizer = sum(len(r.response) for r in examples)
-    if not is_weighted:
-        normalizer = parallel.sum_of(sum(len(part.targets.token) for part in parts))
+    normalizer = sum(len(r.response) for r in examples) if is_weighted else num_masked
     total = torch.zeros((), device=model.device)
     for part in parts:
         # One forward of [clean text | view | view | ...], and log-probabilities of the masked tokens: (n,).

@@ -294,7 +294,8 @@ class Batch(NamedTuple):
 
     rows: list  # micro-batches (model.Rows) for the policy
     value_rows: list  # the same for the value model: always of the trace; [] without one
-    num_tokens: int
+    num_tokens: int  # N of the loss: targets of `rows` over all processes
+    num_value_tokens: int
     num_responses: int
     num_groups: int
 
@@ -339,19 +340,19 @@ def make_batch(learners, groups, method, recipe):
     units = sorted(units, key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
     own = parallel.deal(units)  # item i goes to process i modulo their number
 
-    def rows_of(views):
-        """This process's micro-batches, as many as on every other process."""
-        built = iter(rollout.build_rows([r for unit in own for r in unit], model.config, views, recipe.shrink, True))
-        rows = [[row for _ in unit for row in next(built)] for unit in own]
-        return packing.with_dummies(packing.micro_batches(rows, method.compute, model), model)
-
-    rows = rows_of(method.views)
+    rows, num_tokens = lay_out(own, model, method.views, method, recipe)
     value_rows = []
+    num_value_tokens = 0
     if learners.value is not None:
-        value_rows = rows if method.views is rollout.trace_views else rows_of(rollout.trace_views)
-    # N of the loss: the targets of the whole update.
-    num_tokens = parallel.sum_of(sum(len(part.targets.token) for part in rows))
-    return Batch(rows, value_rows, num_tokens, sum(map(len, groups)), len(groups))
+        value_rows, num_value_tokens = lay_out(own, model, rollout.trace_views, method, recipe)
+    return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups))
+
+
+def lay_out(units, model, views, method, recipe):
+    """Micro-batches of this process's units of work, and the number of targets of all processes."""
+    rows = iter(rollout.build_rows([r for unit in units for r in unit], model.config, views, recipe.shrink, True))
+    together = [[row for _ in unit for row in next(rows)] for unit in units]  # the rows of a unit stay together
+    return packing.dealt_batches(together, method.compute, model)
 
 
 # -------------------------------------------------------------------------------------------------- 5 update
@@ -424,12 +425,11 @@ def update(policy, batch, method, is_first, recipe):
 def update_value(learner, batch, compute, recipe):
     """One optimizer step of the value model -> its numbers."""
     model = learner.model
-    num_tokens = parallel.sum_of(sum(len(part.targets.token) for part in batch.value_rows))
     total = torch.zeros((), device=model.device)
     for rows in batch.value_rows:
         # The values of the targets, at the outputs at which the policy predicts them.
-        loss = value.value_loss(model(rows, compute), rows.targets.value_old, rows.targets.returns, num_tokens,
-                                recipe.value_clip)
+        loss = value.value_loss(model(rows, compute), rows.targets.value_old, rows.targets.returns,
+                                batch.num_value_tokens, recipe.value_clip)
         loss.backward()
         total += loss.detach()
     _, is_finite = parallel.optimizer_step(learner)
@@ -551,6 +551,7 @@ def main(argv=None):
         evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
             args.eval_strategies or [decoding.strategy], "evaluate")}
         # Settings, model and data have proved good. From here on the folder is written to.
+        show.announce(recipe, decoding, len(task.problems))
         run.begin()
         if args.resume:
             run.restore(learners.pairs())

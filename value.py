@@ -129,7 +129,7 @@ def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
     own = parallel.deal(rollouts)  # this process computes the values of these
     config = value_model.config
     built = rollout.build_rows(own, config, shrink=shrink, trained_only=True)
-    parts = packing.with_dummies(packing.micro_batches(built, compute, value_model), value_model)
+    parts, _ = packing.dealt_batches(built, compute, value_model)
     values = rollout.per_response(own, parts, [value_model(rows, compute) for rows in parts])
     found = [estimate(r, r_values.cpu(), trace_steps(r, config, shrink), gamma, lam)
              for r, r_values in zip(own, values)]
