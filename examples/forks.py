@@ -163,16 +163,16 @@ def mean_per_step(rewards, rollouts):
 def shrunk_baseline(rewards):
     """--advantage: the group's mean is drawn towards the mean of all (EBPO, "empirical Bayes").
 
-    baseline = (1 - S) group mean + S mean of all, S = noise / (noise + spread). noise: the variance of all
-    rewards / G; spread: the variance of the group means. Then a standard score over the whole RL step. A
-    group that fails everywhere has negative advantages: for a real checkpoint give --keep_range 0 1.
+    baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise: the
+    variance of all rewards / G; spread: the variance of the group means. Then a standard score over the whole
+    RL step. A group that fails everywhere has negative advantages: for a real checkpoint give --keep_range 0 1.
     The paper keeps these statistics over all steps so far. Here they are those of this RL step.
     """
     means = rewards.mean(-1, keepdim=True)
     noise = rewards.var(unbiased=False) / rewards.shape[1]
     spread = means.var(unbiased=False)
-    S = noise / (noise + spread).clamp(min=1e-6)
-    raw = rewards - ((1 - S) * means + S * rewards.mean())
+    pull = noise / (noise + spread).clamp(min=1e-6)
+    raw = rewards - ((1 - pull) * means + pull * rewards.mean())
     return (raw - raw.mean()) / raw.std(unbiased=False).clamp(min=1e-6)
 
 
@@ -279,16 +279,17 @@ def linear_bound(logp, targets, num_responses, clip_eps):
 def sandwiched(logp, targets, num_responses):
     """--loss: A times a lower bound of log p where A > 0, and times an upper one where A < 0 (SPG).
 
-    Lower: the ELBO per token. Upper: the mean over tokens of 1/b log(mean over masks of p^b / t), a mask
-    that leaves the token in sight counting as 0, b = 1.5; mixed half and half with the lower one, as in the
-    authors' code. Here responses weigh the same; there they weigh by length. No ratio: one update per step.
+    Lower: the ELBO per token. Upper: the mean over tokens of 1/beta log(mean over masks of p^beta / t), where a
+    mask that leaves the token in sight counts as 0, and beta is 1.5. It is mixed half and half with the lower
+    one, as in the authors' code. Here all responses weigh the same, and there they weigh by length.
     """
-    response, b = targets.rollout_index, 1.5
+    response = targets.rollout_index
+    beta = 1.5
     weight = 1 / targets.masked_share
     lower = sum_by(response, weight * logp) / sum_by(response, weight)
-    token = response * 2**32 + targets.response_index
-    power = (b * logp.clamp(min=-40)).exp()  # p^b; the clamp keeps its logarithm finite
-    upper = sum_by(token, weight * power / DRAWS).log() / b  # one for each token that was masked
+    token = response * 2**32 + targets.response_index  # one number for each token of each response
+    power = (beta * logp.clamp(min=-40)).exp()  # p^beta; the clamp keeps its logarithm finite
+    upper = sum_by(token, weight * power / DRAWS).log() / beta  # one for each token that was masked
     upper = mean_by(token.unique() // 2**32, upper)
     advantage = mean_by(response, targets.advantage)
     return -(advantage * torch.where(advantage > 0, lower, (upper + lower) / 2)).sum() / num_responses
