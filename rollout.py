@@ -509,7 +509,7 @@ def lay_out(r, rollout_index, views, config):
             row.targets.append(Targets(
                 logit_index=place - int(config.shifts_logits),  # Dream predicts a token one place before it
                 token=r.response[j], rollout_index=rollout_index, response_index=j, step=r.step_map[j],
-                group=r.group, masked_share=view.masked_share, logp_old=0.0,
+                view=view_number, group=r.group, masked_share=view.masked_share, logp_old=0.0,
                 **{name: numbers[j] for name, numbers in known.items()}))
     return rows
 

@@ -101,8 +101,8 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
         num_groups       the same. A loss with this parameter is given whole groups, where they fit
-    A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, group,
-    rollout_index, logp, ...
+    A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, view,
+    group, rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
@@ -169,6 +169,9 @@ class Recipe:
 
     def __post_init__(self):
         flags.check(self)
+        low, high = self.keep_range or (0, 1)
+        if not low <= high:
+            raise ValueError(f"keep_range {low} {high} keeps nothing: the lower bound comes first")
 
 
 class Learners(NamedTuple):
