@@ -261,16 +261,17 @@ def generate(model, prompt, decoding, seed=0):
     trace = torch.zeros(3, end, dtype=torch.float64, device=model.device)
     step_map, confidence, logp = trace  # one number for each position; 0 where nothing was drawn
     cache = KVCache()
-    if not config.is_full:
+    if not config.is_full:  # the whole blocks of the prompt are clean from the start
         for clean in range(0, start, K):
             block_states(model, tokens, torch.arange(clean, clean + K), cache.append)
-    step = 0
+    step = 0  # denoising steps so far, over the whole response
     for start in range(start, end, K):
         block = torch.arange(start, min(start + K, end), device=model.device)  # its absolute positions
         is_masked = block >= P
         step_in_block = 0
         while is_masked.any():
             step += 1
+            # One forward: what would the network write at each position of this block?
             states = block_states(model, tokens, block, cache.read)
             draws = uniform(seed, step, block)  # (K,)
             drawn = sample(policy_logits(model, states), draws, decoding.temperature, decoding.top_k,
@@ -279,6 +280,7 @@ def generate(model, prompt, decoding, seed=0):
             quota = torch.tensor([decoding.quota(K, step_in_block)], device=model.device)
             number = torch.tensor([step_in_block], device=model.device)
             is_kept = decoding.reveal(sure, entropy, is_masked[None], quota, token, number)[0]
+            # Revealed tokens are written into the text. The others are forgotten, and drawn again.
             revealed = block[is_kept]
             tokens[revealed] = token[0, is_kept]
             step_map[revealed] = step
@@ -290,7 +292,7 @@ def generate(model, prompt, decoding, seed=0):
         # sight when other tokens were drawn. An eos of the prompt ends nothing.
         if set(tokens[block[block >= P]].tolist()) & set(config.eos_ids):
             break
-        if not config.is_full:
+        if not config.is_full:  # once more, without masks: later blocks read the clean keys and values
             block_states(model, tokens, block, cache.append)
     response = slice(P, int(block[-1]) + 1)
     columns = tokens[response].tolist(), *trace[:, response].tolist()
@@ -585,6 +587,17 @@ def replay_gap(model, rollouts, compute, temperature):
     """How far the replay law is broken: the mean and the largest |replayed - recorded log-probability|."""
     gap = replay_differences(model, rollouts, compute, temperature).abs()
     return dict(gap=parallel.mean_of(gap), gap_max=parallel.largest_of(gap))
+
+
+def drift(model, rollouts, compute, temperature):
+    """How far updates have moved the policy since it made these rollouts: KL(old || new), the largest ratio.
+
+    An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are 1
+    whatever comes of it, and nothing else would show a collapse.
+    """
+    log_ratio = replay_differences(model, rollouts, compute, temperature)
+    ratio = log_ratio.clamp(-10, 10).exp()
+    return dict(drift_kl=parallel.mean_of(ratio - 1 - log_ratio), drift_ratio_max=parallel.largest_of(ratio))
 
 
 def some(rollouts, config):
