@@ -45,10 +45,10 @@ import torch.nn.functional as F
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench_update
 import model as lm
 import rollout
-from bench_update import PRESETS, SLOTS, copy_rate, counts, preset_config, processor_name, timed
+from bench_update import (
+    PRESETS, SLOTS, copy_rate, counts, preset_config, print_step, processor_name, timed)
 from plumbing import checkpoints, engine, parallel
 from rollout import Decoding
 
@@ -172,6 +172,9 @@ def generate_without_cache(*arguments):
 # What a forward costs the host, and the limit.
 
 
+TOLIST = torch.Tensor.tolist  # reads past the dispatcher
+
+
 class CountReads(TorchDispatchMode):
     """Counts how often the host waits for a number from the device."""
 
@@ -187,19 +190,20 @@ class CountReads(TorchDispatchMode):
         self.num_reads += name in ("_local_scalar_dense", "nonzero", "masked_select")
         return call(*args, **(kwargs or {}))
 
+    def tolist(self, tensor):
+        """In the place of torch.Tensor.tolist."""
+        self.num_reads += 1
+        return TOLIST(tensor)
+
 
 def per_forward(function, num_forwards, device):
     """What a further, unmeasured call costs per forward, as text."""
-    usual = torch.Tensor.tolist  # reads past the dispatcher
     with CountReads() as reads:
-        def counted(tensor):
-            reads.num_reads += 1
-            return usual(tensor)
-        torch.Tensor.tolist = counted
+        torch.Tensor.tolist = lambda tensor: reads.tolist(tensor)
         try:
             function()
         finally:
-            torch.Tensor.tolist = usual
+            torch.Tensor.tolist = TOLIST
     text = f"{reads.num_reads / num_forwards:.2f} reads per forward"
     if device.type == "cuda":
         with torch.profiler.profile() as profile:
@@ -377,7 +381,7 @@ def main(argv=None):
     for strategy in ("dynamic",) if args.quick else ("static", "dynamic"):
         share = compare(model, prompts, strategy, bandwidth, args)
     products = thin_product_rate(preset_config("8B"), SLOTS * model.config.block_size, model.embed.weight)
-    bench_update.print_step(products, bandwidth, rollout_share=share)  # of the last strategy, which is dynamic
+    print_step(products, bandwidth, rollout_share=share)  # of the last strategy, which is dynamic
 
 
 if __name__ == "__main__":
