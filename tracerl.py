@@ -1,7 +1,7 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
-TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered: what is the log-probability of a text that
-was not written from left to right? Its answer: that of its trace, each token in the state in which it was
+TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered. What is the log-probability of a text that
+was not written from left to right? The answer is that of its trace: each token in the state in which it was
 revealed.
 
 One RL step has six stages. `train` calls them in this order, and the README numbers them in the same way:
@@ -59,8 +59,8 @@ def group_advantages(rewards):
     FORK HERE. --advantage file.py:function calls a function of yours, by the names of its parameters:
         rewards    float (groups, G)
         rollouts   the records, group by group: step_map, confidence, logp, ... of every response
-    It gives one number per response, (groups, G), or per token, (groups, G, tokens of the longest response). A
-    group of zeros is left out of the update.
+    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, tokens of the longest
+    response). A group of zeros is left out of the update.
     """
     mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
     std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, not by G - 1, as the authors do
@@ -90,17 +90,19 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     that is trained. num_tokens: N, the targets of the WHOLE update, over all micro-batches and processes. With
     this divisor losses and gradients simply add, however the update was split.
 
-    All trained tokens weigh the same. (The paper first averages inside each trace step: examples/forks.py.)
+    All trained tokens weigh the same. The paper first averages inside each trace step: see examples/forks.py.
     In the first update of an RL step every ratio is 1, so nothing is clipped and k3 is 0.
 
-    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new), because the tokens were drawn
-    from the OLD policy: the mean of -log ratio is that KL, and ratio - 1 has mean 0 and only lowers the noise.
+    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). The tokens were drawn from the
+    OLD policy, so the mean of -log ratio is that KL. ratio - 1 has mean 0, and only lowers the noise.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch, by the names of its
-    parameters: these, and entropy (n,), with gradient, of the policy at each target; num_responses and
-    num_groups of the whole update. targets (model.Targets) also holds step, group, rollout_index, logp, ... A
-    micro-batch holds whole responses where they fit. It holds whole groups for a loss that has a parameter
-    num_groups.
+    parameters. Beside those above it may have
+        entropy          float32 (n,), with gradient: of the policy, at each target
+        num_responses    of the whole update
+        num_groups       the same. A loss with this parameter is given whole groups, where they fit
+    A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, group,
+    rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
@@ -135,8 +137,10 @@ def diagnose(logp, entropy, targets, clip_eps):
 
 @dataclass
 class Recipe:
-    """The numbers of the method. The defaults for real checkpoints are the paper's for SDAR, but for one
-    update per RL step (the authors' code makes several) and the value model's head start."""
+    """The numbers of the method. For real checkpoints the defaults are the paper's for SDAR.
+
+    Two are ours: one update per RL step (the authors' code makes several), and the value model's head start.
+    """
 
     seed: int = setting(0, "of prompts, rollouts and views")
     steps: int = setting(80, "RL steps", tiny=45, low=1, may_change=True)
@@ -291,7 +295,8 @@ class Batch(NamedTuple):
 
     rows: list  # micro-batches (model.Rows) for the policy
     value_rows: list  # the same for the value model: always of the trace; [] without one
-    num_tokens: int
+    num_tokens: int  # N of the loss: targets of `rows` over all processes
+    num_value_tokens: int
     num_responses: int
     num_groups: int
 
@@ -336,19 +341,19 @@ def make_batch(learners, groups, method, recipe):
     units = sorted(units, key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
     own = parallel.deal(units)  # item i goes to process i modulo their number
 
-    def rows_of(views):
-        """This process's micro-batches, as many as on every other process."""
-        built = iter(rollout.build_rows([r for unit in own for r in unit], model.config, views, recipe.shrink, True))
-        rows = [[row for _ in unit for row in next(built)] for unit in own]
-        return packing.with_dummies(packing.micro_batches(rows, method.compute, model), model)
-
-    rows = rows_of(method.views)
+    rows, num_tokens = lay_out(own, model, method.views, method, recipe)
     value_rows = []
+    num_value_tokens = 0
     if learners.value is not None:
-        value_rows = rows if method.views is rollout.trace_views else rows_of(rollout.trace_views)
-    # N of the loss: the targets of the whole update.
-    num_tokens = parallel.sum_of(sum(len(part.targets.token) for part in rows))
-    return Batch(rows, value_rows, num_tokens, sum(map(len, groups)), len(groups))
+        value_rows, num_value_tokens = lay_out(own, model, rollout.trace_views, method, recipe)
+    return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups))
+
+
+def lay_out(units, model, views, method, recipe):
+    """Micro-batches of this process's units of work, and the number of targets of all processes."""
+    rows = iter(rollout.build_rows([r for unit in units for r in unit], model.config, views, recipe.shrink, True))
+    together = [[row for _ in unit for row in next(rows)] for unit in units]  # the rows of a unit stay together
+    return packing.dealt_batches(together, method.compute, model)
 
 
 # -------------------------------------------------------------------------------------------------- 5 update
@@ -421,12 +426,11 @@ def update(policy, batch, method, is_first, recipe):
 def update_value(learner, batch, compute, recipe):
     """One optimizer step of the value model -> its numbers."""
     model = learner.model
-    num_tokens = parallel.sum_of(sum(len(part.targets.token) for part in batch.value_rows))
     total = torch.zeros((), device=model.device)
     for rows in batch.value_rows:
         # The values of the targets, at the outputs at which the policy predicts them.
-        loss = value.value_loss(model(rows, compute), rows.targets.value_old, rows.targets.returns, num_tokens,
-                                recipe.value_clip)
+        loss = value.value_loss(model(rows, compute), rows.targets.value_old, rows.targets.returns,
+                                batch.num_value_tokens, recipe.value_clip)
         loss.backward()
         total += loss.detach()
     _, is_finite = parallel.optimizer_step(learner)
@@ -548,6 +552,7 @@ def main(argv=None):
         evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
             args.eval_strategies or [decoding.strategy], "evaluate")}
         # Settings, model and data have proved good. From here on the folder is written to.
+        show.announce(recipe, decoding, len(task.problems))
         run.begin()
         if args.resume:
             run.restore(learners.pairs())

@@ -128,23 +128,6 @@ def largest(tensor):
     return tensor
 
 
-def sum_of(number):
-    """Sum of a whole number over all processes."""
-    return int(add_up(torch.tensor(number, device=default_device())))
-
-
-def mean_of(numbers):
-    """Mean over all processes' numbers, float64 (n,) each."""
-    own = torch.stack([numbers.sum(), torch.tensor(float(len(numbers))).to(numbers)])
-    total, count = add_up(own).tolist()
-    return total / count
-
-
-def largest_of(numbers):
-    """The largest of all processes' numbers, none of them negative."""
-    return float(largest(torch.cat([numbers, numbers.new_zeros(1)]).max()))
-
-
 @functools.lru_cache(maxsize=2)
 def shuffled(number, seed):
     """A seeded order of range(number), the same on every process."""
@@ -225,6 +208,9 @@ def unsharded(model):
     """Gives, for the time of a `with`, the whole model on this process: it may run as many forwards as it
     likes, and no layer waits for another process. The model itself, if it is not sharded."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not parts:
+        yield model
+        return
     for part in parts:
         part.unshard()
     try:

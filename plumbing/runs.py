@@ -274,9 +274,15 @@ class Run:
 
     def steps(self, last, name):
         """The steps that are still to be done, up to `last`, with a progress bar."""
-        for step in parallel.bar(range(self.progress["step"] + 1, last + 1), name):
+        started = time.perf_counter()
+        first = self.progress["step"] + 1
+        for step in parallel.bar(range(first, last + 1), name):
             self.progress["step"] = step
             yield step
+            seconds = time.perf_counter() - started
+            if step == first < last and seconds > 5:
+                parallel.say(f"step {step} took {seconds:.0f} s; the other {last - step} take about "
+                             f"{(last - step) * seconds / 60:.0f} minutes")
 
     def write(self, line):
         """Appends one line to the log. (NaN and inf are no JSON: null.)"""

@@ -54,6 +54,16 @@ def describe_line(line):
     return "  ".join(parts)
 
 
+def announce(recipe, decoding, num_problems):
+    """Says in plain words what a run will do, and what one RL step costs."""
+    responses = recipe.prompts * recipe.group_size
+    tokens = responses * decoding.max_new_tokens
+    parallel.say(
+        f"{recipe.steps} RL steps. Each one asks {recipe.prompts} of {num_problems} problems, decodes "
+        f"{recipe.group_size} responses to each, {tokens:,} tokens at most, and trains on the groups whose "
+        f"rewards differ: at most {responses} rows, in {recipe.minibatches * recipe.epochs} updates")
+
+
 MAX_DRIFT = 0.1  # nats per token in one RL step
 MAX_IDLE = 5  # steps in a row without an update
 

@@ -23,7 +23,8 @@ import rollout  # noqa: E402
 from plumbing import checkpoints, engine, packing, tasks  # noqa: E402
 from rollout import PLAIN, Decoding  # noqa: E402
 
-FAST = engine.fast(torch.device("cpu"))
+CPU = torch.device("cpu")
+FAST = engine.fast(CPU)
 COMPUTES = dict(plain=PLAIN, fast=FAST)  # the definitions, and their twins
 
 
@@ -79,7 +80,8 @@ def all_rows(rollouts, config, multiple=None, **settings):
     multiple: packed end to end, padded to a multiple of so many tokens; else padded row by row.
     """
     rows = [row for rows in rollout.build_rows(rollouts, config, **settings) for row in rows]
-    return packing.pad(rows, config.pad_id) if multiple is None else packing.pack(rows, config.pad_id, multiple)
+    return packing.pad(rows, config.pad_id, CPU) if multiple is None else packing.pack(
+        rows, config.pad_id, CPU, multiple)
 
 
 def seen(rows):
