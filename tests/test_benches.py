@@ -5,12 +5,15 @@ import os
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, small_data
+from conftest import FAST, FIXTURES, ROOT, decode, random_model, random_prompts, small_data
 
 import bench_methods
 import bench_rollout
 import bench_update
-from plumbing import runs
+import tracerl
+from plumbing import parallel, runs
+from rollout import Decoding
+from value import ValueModel
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes a minute: SLOW=1")
 TINY = str(FIXTURES / "tiny")
@@ -133,3 +136,14 @@ def test_decoding_is_measured_beside_both_loops_and_the_limit(capsys):
     output = capsys.readouterr().out
     for text in ("transformers", "definition", "engine     3", "of the limit", "rollout", "update"):
         assert text in output
+
+
+def test_the_seconds_of_an_update_hold_the_forwards_of_the_value_model():
+    """Else the value arm looks cheaper than it is."""
+    model = random_model()
+    rollouts = decode(model, random_prompts([5, 6]), max_new_tokens=8)
+    learner = parallel.make_learner(ValueModel(model), 1e-3, (0.9, 0.999))
+    method = tracerl.Method(None, None, None, None, Decoding(), FAST, None)
+    runs.take_seconds()
+    tracerl.give_advantages(rollouts, learner, method, tracerl.Recipe(group_size=1, shrink=1))
+    assert runs.take_seconds()["update_seconds"] > 0
