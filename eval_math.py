@@ -30,7 +30,7 @@ from statistics import fmean
 import torch
 
 import rollout
-from plumbing import autoregressive, checkpoints, data, flags, grading, machine, parallel, runs, show
+from plumbing import autoregressive, data, flags, grading, machine, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.prompts import Prompting, encode_prompts
 from plumbing.tasks import EMBEDDED

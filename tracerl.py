@@ -553,7 +553,7 @@ def main(argv=None):
         evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
             args.eval_strategies or [decoding.strategy], "evaluate")}
         # Settings, model and data have proved good. From here on the folder is written to.
-        show.announce(recipe, decoding, len(task.problems))
+        show.announce(recipe, decoding, len(task.problems), model.config)
         run.begin()
         if args.resume:
             run.restore(learners.pairs())

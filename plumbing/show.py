@@ -54,8 +54,11 @@ def describe_line(line):
     return "  ".join(parts)
 
 
-def announce(recipe, decoding, num_problems):
+def announce(recipe, decoding, num_problems, config):
     """Says in plain words what a run will do, and what one RL step costs."""
+    if getattr(config, "is_block_size_assumed", False):
+        parallel.say(f"WARNING: nothing says in which blocks this checkpoint was trained: K = {config.block_size} "
+                     "is assumed. With a wrong K everything runs, and learns little (--block_size)")
     responses = recipe.prompts * recipe.group_size
     tokens = responses * decoding.max_new_tokens
     parallel.say(

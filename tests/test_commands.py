@@ -94,7 +94,7 @@ def test_three_processes_with_little_to_do_make_the_same_updates_as_one(tmp_path
                                 for name, value in old.items() if "seconds" not in name]
     for one, three in zip(lines(tmp_path / "runs/one"), lines(tmp_path / "runs/three"), strict=True):
         assert all(compare(one, three)), (one, three)
-    for name in ("model.safetensors", "value/model.safetensors", "adapter/adapter_model.safetensors"):
+    for name in ("model.safetensors", "value/model.safetensors"):
         one, three = (load_file(tmp_path / f"runs/{run}/checkpoints/step-2/{name}")
                       for run in ("one", "three"))
         assert all(torch.allclose(one[key], three[key], atol=2e-4) for key in one)
@@ -254,9 +254,6 @@ def test_bfloat16_computes_and_float32_keeps(more, tmp_path, monkeypatch):
     if not more:
         moves = torch.cat([(saved[name] - p).abs().flatten() for name, p in start.items()])
         assert 0 < moves.max() < 2e-5 and (moves > 0).float().mean() > 0.5
-    else:
-        adapter = load_file(tmp_path / "runs/tracerl/checkpoints/step-2/adapter/adapter_model.safetensors")
-        assert all(p.dtype == torch.float32 for p in adapter.values())
 
 
 def test_a_full_disk_a_foreign_checkpoint_and_a_taken_name_are_clear_errors(tmp_path, monkeypatch):

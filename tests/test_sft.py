@@ -113,15 +113,17 @@ def test_a_few_steps_learn(tmp_path, monkeypatch, capsys):
     assert tokenizer.eos_token_id in model.config.eos_ids
 
 
-def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monkeypatch):
-    """From transformers' own Qwen3 without a mask token to a folder that decodes by blocks, on data with
-    columns prompt and response, by random masks and by a trace."""
+@pytest.mark.parametrize("kind", ["Qwen3", "Qwen2", "Llama"])
+def test_an_autoregressive_checkpoint_becomes_a_block_diffusion_model(kind, tmp_path, monkeypatch):
+    """From transformers' own checkpoint, whose tokenizer names a mask token, to a folder that decodes by
+    blocks, on data with columns prompt and response, by random masks and by a trace."""
     import transformers
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=18, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)).save_pretrained("ar")
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained("ar")
     sft.tiny_tokenizer().save_pretrained("ar")
     rows = [{"prompt": p.problem, "response": p.solution} for p in eval_math.arithmetic("train", 64)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -129,11 +131,11 @@ def test_an_autoregressive_qwen3_becomes_a_block_diffusion_model(tmp_path, monke
         path = sft.main(["--model=ar", "--data=data.jsonl", "--steps=30", "--cooldown=5", "--lr=1e-2",
                          "--batch_size=32", "--max_new_tokens=20", "--overwrite", *flags])
         losses = [json.loads(line)["loss"] for line in open("runs/sft/metrics.jsonl")]
-        assert losses[-1] < 0.7 * losses[0]
+        assert losses[-1] < 0.75 * losses[0]
         model, tokenizer = checkpoints.load_model(path)
-        assert model.config.mask_id == 18 and model.config.block_size == 4
+        assert model.config.mask_id == 2 and model.config.block_size == 4
         r, = rollout.generate(model, [tokenizer("12+3=").input_ids], max_new_tokens=8)
-        assert 18 not in r.response and max(r.step_map) >= 2
+        assert 2 not in r.response and max(r.step_map) >= 2
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
