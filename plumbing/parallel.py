@@ -180,6 +180,16 @@ def shard(model, layers, dtype=torch.float32):
         register_fsdp_forward_method(model, "states")
 
 
+def load(state, **source):
+    """Fills the tensors of a state, in place, from files that torch.distributed.checkpoint can read.
+
+    Each process reads its own part, and waits for nobody. source: of torch's `load`, e.g. a storage_reader.
+    """
+    with warnings.catch_warnings():  # torch warns that each process reads for itself, which is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, no_dist=True, **source)
+
+
 @contextmanager
 def unsharded(model):
     """Gives, for the time of a `with`, the whole model on this process: it may run as many forwards as it
