@@ -198,7 +198,7 @@ def table():
             step = step_seconds(config, num_gpus, 0.4 * 989e12, 0.6 * 3.35e12)
             sizes = (state, weights, activations, head, cache, needed)
             cells = [f"{size / 2**30:.1f}" for size in sizes]
-            cells[-1] += "" if needed < 80e9 else " (too much)"
+            cells[-1] += "" if needed < 0.85 * 80e9 else " (too much)"
             rollouts = max(step["products"], step["weights"] + step["cache"])
             print(f"| {name} | {num_gpus} | {' | '.join(cells)} | {lora / 2**30:.1f} | {step['update']:.0f} "
                   f"s | {rollouts:.0f} s |")
