@@ -48,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as lm
 import rollout
 from bench_update import (
-    PRESETS, SLOTS, copy_rate, counts, preset_config, print_step, processor_name, timed)
+    PRESETS, SLOTS, attend_densely, copy_rate, counts, preset_config, print_step, processor_name, timed)
 from plumbing import checkpoints, engine, parallel
 from rollout import Decoding
 
@@ -154,7 +154,7 @@ class WithoutCache(engine.Decoder):
         B = len(columns)
         position = torch.arange(longest, device=self.device).expand(B, -1)
         layout = lm.Layout.clean(position, self.config.block_size, False)
-        states = self.model.states(self.token[:B, :longest], position, engine.attend(layout))
+        states = self.model.states(self.token[:B, :longest], position, attend_densely(layout))
         return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 

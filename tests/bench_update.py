@@ -34,7 +34,7 @@ import torch
 import model as lm
 import rollout
 import tracerl
-from plumbing import engine, memory, packing, parallel
+from plumbing import engine, kernels, memory, packing, parallel
 
 PRESETS = {  # C, layers, heads, kv heads, head_dim, feed-forward, V, tied
     "tiny": (64, 2, 4, 2, 16, 192, 18, False),
@@ -257,9 +257,15 @@ def author_rows(rollouts, config, response_tokens):
     return rows
 
 
+def attend_densely(layout):
+    """An `attend` under a dense mask, by torch's fastest kernel for it."""
+    mask = lm.dense_mask(layout)
+    return lambda layer, q, k, v: kernels.masked_attention(q, k, v, mask)
+
+
 def author_logprobs(model, rows):
     """Log-probabilities of the targets, with the logits of every position of every row."""
-    states = model.states(rows.tokens, rows.layout.position, lm.attend_by_rule(rows.layout))
+    states = model.states(rows.tokens, rows.layout.position, attend_densely(rows.layout))
     logits = model.head(states).float()  # (B, T, V)
     logits[..., model.config.mask_id] = -torch.inf
     logp = logits.log_softmax(-1).flatten(0, 1)
