@@ -172,7 +172,6 @@ def test_rows_without_an_answer_are_skipped_and_counted_or_refused(capsys):
     assert len(load_problems(path, needs_answer=False)) == 4
 
 
-@pytest.mark.xfail(data.extract_answer("$\\boxed 5$") is None, reason="extract_answer reads braces only")
 def test_a_box_without_braces_is_read():
     assert load_row({"problem": "2+3?", "solution": "We get $\\boxed 5$."}).answer == "5"
 
