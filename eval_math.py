@@ -9,12 +9,13 @@ if its last \\boxed{} equals the answer. Accuracy is the mean over problems, wit
     python eval_math.py --model JetLM/SDAR-4B-Chat --data math500 --n 3
     python eval_math.py --grade answers.jsonl --out verdicts.jsonl     # grade a file, without a model
 
-Read in this order: Problem, load_problems, encode_prompts; math_reward, give_rewards; Examinee, accuracy.
+Read in this order: Problem, load_problems; math_reward, give_rewards; Examinee, accuracy.
 
 Left out:
   1. the embedded tasks, arithmetic and Sudoku: plumbing/tasks.py;
-  2. reading data files: plumbing/data.py; comparing two answers, "1/2" and "0.5": plumbing/grading/;
-  3. few-shot prompts, majority votes.
+  2. reading data files: plumbing/data.py; chat templates: plumbing/prompts.py;
+  3. comparing two answers, "1/2" and "0.5": plumbing/grading/;
+  4. few-shot prompts, majority votes.
 """
 
 import dataclasses
@@ -29,8 +30,9 @@ from statistics import fmean
 import torch
 
 import rollout
-from plumbing import autoregressive, checkpoints, data, flags, grading, machine, parallel, runs, show
+from plumbing import autoregressive, data, flags, grading, machine, parallel, runs, show
 from plumbing.flags import setting
+from plumbing.prompts import Prompting, encode_prompts
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, mix
 
@@ -46,30 +48,7 @@ class Problem:
     answer: str
     solution: str = ""  # a worked solution, where the data have one; sft.py learns from it
     step_map: list = None  # of the solution's tokens, where the data have one
-    tokens: list = field(default_factory=list)  # the prompt, once encode_prompts has made it
-
-
-PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
-
-
-@dataclass
-class Prompting:
-    """How problems become prompts. A model must be trained and tested on the same kind of prompt."""
-
-    max_prompt_tokens: int = setting(784, "longer prompts are skipped and counted", low=1)
-    prompt_style: str = setting(
-        "chat", "chat: the chat template; trado: without its last newline; think: followed by <think>; "
-        "no_think: the template's own switch; plain: no template, for base models", choices=PROMPT_STYLES)
-    instruction: str = setting(
-        "\nPlease reason step by step, and put your final answer within \\boxed{}.",
-        "text after each problem; empty for data with whole prompts")
-    system: str = setting(None, "a system message before each problem")
-    problem_column: str = setting(None, "column of the problem, if it has an uncommon name")
-    answer_column: str = setting(None, "column of the answer, if it has an uncommon name")
-    strict: bool = setting(False, "refuse data that have rows without an answer")
-
-    def __post_init__(self):
-        flags.check(self)
+    tokens: list = field(default_factory=list)  # the prompt, once load_prompts has made it
 
 
 def load_problems(source, prompting=Prompting(), needs_answer=True):
@@ -79,7 +58,8 @@ def load_problems(source, prompting=Prompting(), needs_answer=True):
     gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. needs_answer: rows without an answer are
     skipped and counted. Errors name the source, the row and the column.
     """
-    task, _, split = source.partition("-")  # "sudoku-dev" -> sudoku, dev; "sudoku" alone is for training
+    # "sudoku-dev" -> sudoku, dev. "sudoku" alone is for training.
+    task, _, split = source.partition("-")
     if task in EMBEDDED and split in ("", "dev", "test"):
         # The same 400 or 20,000 problems for everyone: seed 0, and a pupil who never slips.
         rows = EMBEDDED[task](split or "train", 400 if split else 20000)
@@ -91,49 +71,9 @@ def load_problems(source, prompting=Prompting(), needs_answer=True):
     return [Problem(**row) for row in rows]
 
 
-def encode_prompts(problems, tokenizer, prompting=Prompting()):
-    """Sets Problem.tokens -> (problems that fit, how many do not).
-
-    A model is good at prompts like those it was trained on; one newline too many can cost points. TraDo was
-    trained on prompts that end with the word "assistant", hence the style of that name.
-    """
-    style = prompting.prompt_style
-    if style != "plain" and not tokenizer.chat_template:
-        raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
-    switch = dict(enable_thinking=False) if style == "no_think" else {}  # templates without it ignore it
-    for p in problems:
-        chat = data.as_chat(p.problem, prompting.instruction)  # ends with the user's message
-        if prompting.system is not None and chat[0]["role"] != "system":  # the data's own message wins
-            chat = [dict(role="system", content=prompting.system), *chat]
-        if style == "plain":
-            text = "\n".join(message["content"] for message in chat)
-        else:
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **switch)
-        if style == "trado":
-            text = text.rstrip()
-        if style == "think" and not text.rstrip().endswith("<think>"):
-            text += "<think>\n"
-        p.tokens = encode(text, tokenizer)
-    fitting = [p for p in problems if len(p.tokens) <= prompting.max_prompt_tokens]
-    if not fitting:
-        raise ValueError(f"none of {len(problems)} prompts has at most {prompting.max_prompt_tokens} tokens: "
-                         "raise --max_prompt_tokens")
-    return fitting, len(problems) - len(fitting)
-
-
-def encode(text, tokenizer):
-    """Text -> token ids. ValueError where the tokenizer does not know a character: it would be lost."""
-    tokens = tokenizer(text, add_special_tokens=False).input_ids  # a template has written the special ones
-    # Byte-level tokenizers (Qwen, LLaDA) know every character; the tiny one has 18 tokens.
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is not None and unknown in tokens:
-        raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data for "
-                         "another model")
-    return tokens
-
-
 def load_prompts(source, tokenizer, prompting, needs_answer=True):
     """load_problems and encode_prompts -> list[Problem]; says how many there are."""
+    # Long prompts are left out, and counted aloud.
     problems = load_problems(source, prompting, needs_answer)
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
     skipped = f"; skipped {num_long} with a prompt over {prompting.max_prompt_tokens} tokens" if num_long else ""
@@ -159,11 +99,12 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... (truncation costs nothing unless you make it)
+        rollout    the record: step_map, is_truncated, ... Truncation costs nothing unless you make it
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage value
-    or an advantage of your own. Give every token of a denoising step the reward of that step: returns are sums
+    or an advantage of your own. Give every token of a denoising step the reward of that step. Returns are sums
     over trace steps of the MEAN in the step.
     """
+    # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     return float(not rollout.is_truncated and grading.is_correct(grading.extract_answer(text), problem.answer))
 
 
@@ -175,7 +116,7 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     """
     # The grader's checks run in worker processes. A function of the user's may not like threads.
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
-    pairs = parallel.deal(list(zip(rollouts, problems)))
+    pairs = parallel.deal(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
     with ThreadPoolExecutor(num_threads) as pool:
         judged = list(pool.map(lambda pair: judge(*pair, tokenizer, reward), pairs))
     for r, (sequence_reward, token_rewards) in zip(rollouts, parallel.gather(judged)):
@@ -196,6 +137,7 @@ def judge(r, problem, tokenizer, reward):
                          "number, or a list with one for each token")
     if values.dim() == 0:
         return values.item(), []
+    # One number for each token up to eos: a process reward. The response as a whole earns their sum.
     if values.shape != (len(tokens),):
         raise ValueError(f"the reward function gave {values.numel()} numbers for {len(tokens)} tokens")
     return values.sum().item(), values.tolist()
@@ -236,16 +178,17 @@ class Examinee:
         strategy: instead of that of the decoding; "greedy" takes the most probable tokens.
         """
         decoding = self.decoding
+        # The same decoding as in training, or another one for comparison.
         if strategy == "greedy":
             decoding = dataclasses.replace(decoding, temperature=0.0)
-        elif strategy not in (None, decoding.strategy):
-            decoding = dataclasses.replace(decoding, strategy=strategy, denoising_steps=None)
+        elif strategy is not None:
+            decoding = dataclasses.replace(decoding, strategy=strategy)
         started = time.perf_counter()
         rollouts = rollout.generate_everywhere(
             self.model, [p.tokens for p in problems], seeds, decoding, self.compute)
         seconds = (time.perf_counter() - started) / max(len(problems), 1)  # grading is not a model's speed
         give_rewards(rollouts, problems, self.tokenizer)  # accuracy is always the grader's
-        lines = []
+        lines = []  # what responses.jsonl keeps of each response
         for r, p in zip(rollouts, problems):
             text = response_text(r, self.tokenizer)
             lines.append(dict(
@@ -263,6 +206,7 @@ def summarize(lines):
     samples = {}  # by problem; a file may hold the same problem many times
     for line in lines:
         samples.setdefault(str(line["text"]), []).append(float(line["correct"]))
+    # {"894+396=": [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
     found = accuracy(list(samples.values()))
     if not any(line["gold"] for line in lines):  # with a reward of one's own: nothing is right or wrong
         found = dict.fromkeys(found)
@@ -291,6 +235,7 @@ def accuracy(samples):
         variance = sum((m - mean) ** 2 for m in means) / (n - 1)  # n - 1: the mean is estimated, too
         error = (variance / n) ** 0.5
     found = dict(accuracy=mean, standard_error=error, n=n)
+    # pass@2, pass@4, ...: as far as every problem has so many samples.
     fewest = min(len(numbers) for numbers in samples)
     k = 2
     while k <= fewest:
@@ -304,6 +249,7 @@ def pass_at(k, numbers):
 
     Of four samples one is right: two of them hold it in 3 of 6 choices, so pass@2 is .5.
     """
+    # One minus the probability that all k of them are wrong.
     num_wrong = sum(not number for number in numbers)
     return 1 - math.comb(num_wrong, k) / math.comb(len(numbers), k)
 
@@ -314,8 +260,11 @@ def pass_at(k, numbers):
 
 def evaluate_command(args):
     """Samples, grades, tabulates. Each response is in runs/<name>/responses.jsonl at once: a run can go on."""
-    parallel.start_processes(args.device)
+    parallel.start_processes(args.device, is_tiny=args.ar is None and machine.is_tiny(args.model))
     settings = flags.read_flags(machine.Inference, args)
+    strategies = ["autoregressive"] if args.ar else args.strategy
+    for name in strategies if not args.ar else []:  # a wrong name is said before a model is loaded
+        flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--strategy")
     if args.ar:  # the yardstick goes through the same prompts, the same grader and the same table
         model, tokenizer = autoregressive.load(args.ar)
         compute = rollout.PLAIN._replace(generate=autoregressive.generate)
@@ -324,16 +273,21 @@ def evaluate_command(args):
         compute = machine.choose_compute(settings, model)
     if tokenizer is None:
         raise ValueError(f"{args.model or args.ar} has no tokenizer: prompts cannot be encoded")
+    # The same problems, in the same order, whenever this command is called again.
     problems = load_prompts(args.data, tokenizer, flags.read_flags(Prompting, args))[:args.limit]
     examinee = Examinee(model, tokenizer, flags.read_flags(Decoding, args, strategy="dynamic"), compute)
     # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
-    name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
+    name = f"eval-{args.ar or args.model or 'tiny'}-{args.data}"
+    name = args.name or re.sub(r"[^\w.-]+", "-", name).strip("-.")
     # The settings in args.json hold fingerprints: other weights under the same path are refused.
     marks = dict(weights=runs.weight_mark(model), problems=data.fingerprint(problems))
     with runs.Run(name, vars(args) | marks, resume=True, groups=GROUPS, log="responses.jsonl") as run:
         run.begin()
+        # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
-        for strategy in ["autoregressive"] if args.ar else args.strategy:
+        for strategy in strategies:
+            if args.n > 1 and (strategy == "greedy" or args.temperature == 0 or args.top_k == 1):
+                parallel.say(f"WARNING: {strategy} is greedy: all {args.n} samples of a problem are the same")
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
@@ -341,13 +295,13 @@ def evaluate_command(args):
             size = (args.slots or 64) * parallel.processes()[1] * 2
             chunks = [todo[start:start + size] for start in range(0, len(todo), size)]
             for chunk in parallel.bar(chunks, strategy):
+                # A sample's draws follow from its problem and its number, whatever was there already.
                 seeds = [mix(args.seed, number, sample) for _, number, sample in chunk]
                 asked = [problems[number] for _, number, _ in chunk]
                 lines = examinee.ask(asked, seeds, None if args.ar else strategy)
                 for key, line in zip(chunk, lines):
                     done[key] = dict(strategy=key[0], problem=key[1], sample=key[2]) | line
                     run.write(done[key])
-        strategies = list(dict.fromkeys(key[0] for key in done))
         summary = {strategy: summarize([line for key, line in done.items() if key[0] == strategy])
                    for strategy in strategies}
         run.finish(summary)
@@ -382,6 +336,7 @@ def main(argv=None):
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser("Evaluate a model on math problems, or grade a file.", GROUPS, is_tiny)
     args = parser.parse_args(argv)
+    # Without --grade a model is asked. With it, a file of answers is graded, and no model is loaded.
     if args.grade is None:
         return evaluate_command(args)
     if args.out is None:

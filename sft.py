@@ -1,7 +1,7 @@
 """sft.py - how the starting model is made.
 
-Supervised fine-tuning of a block diffusion model: mask some tokens of every block, and predict them from the
-rest of the block and the clean blocks before it. The rows are those of TraceRL, made by rollout.build_rows.
+Supervised fine-tuning of a block diffusion model masks some tokens of every block. The model predicts them from
+the rest of the block and the clean blocks before it. The rows are those of TraceRL, made by rollout.build_rows.
 Three things differ: the views are random, what fills the last block behind eos is trained as well, and the
 loss is a plain log-likelihood.
 
@@ -10,8 +10,8 @@ loss is a plain log-likelihood.
 
 There is one view per block. It masks k of the block's 4 tokens, k uniform in 1 to 4, and the loss is minus the
 log-probability of these. An autoregressive checkpoint predicts the NEXT token at each position. Fine-tuning
-teaches it to predict the token AT the position, where a mask stands in the input: nothing else has to change
-(the recipe of SDAR, arXiv 2510.06303).
+teaches it to predict the token AT the position, where a mask stands in the input. Nothing else has to change.
+(This is the recipe of SDAR, arXiv 2510.06303.)
 
     python sft.py                     # a tiny model on additions, two minutes: how assets/tiny-block was made
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --name qwen3-block
@@ -31,9 +31,10 @@ from dataclasses import dataclass
 import torch
 
 import rollout
-from eval_math import Examinee, Problem, Prompting, encode, encode_prompts, load_prompts
+from eval_math import Examinee, Problem, load_prompts
 from plumbing import data, flags, machine, packing, parallel, runs, tiny
 from plumbing.flags import setting
+from plumbing.prompts import Prompting, encode, encode_prompts
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, Rollout, mix
 
@@ -56,6 +57,7 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     for p in problems:
         if not p.solution:
             raise ValueError(f"no solution to learn from: {str(p.problem)[:80]!r}")
+        # Text is made into tokens once, here. From here on the record is token ids.
         response = encode(p.solution, tokenizer) + [eos]
         # Without a step map, the solution counts as written from left to right, one token a step.
         steps = list(p.step_map or range(1, len(response)))
@@ -72,6 +74,7 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
         response += [filler] * missing
         # The end comes last: after steps 1 to 5, eos and one token of filling are steps 6 and 7.
         steps += range(max(steps) + 1, max(steps) + 2 + missing)
+        # Full attention: every forward of the decoder sees the whole canvas, so the example must, too.
         canvas = len(response) if config.is_full else 0
         examples.append(Rollout(p.tokens, response, num_tokens, steps, canvas=canvas))
     return examples
@@ -83,8 +86,8 @@ def noise_views(block, rng):
     Not each token by a coin: then a block of 4 would be wholly masked only once in 16 times. But every block
     is wholly masked when its decoding begins.
     """
-    masked = sorted(rng.sample(block, rng.randint(1, len(block))))
-    return [(masked, masked)]
+    masked = sorted(rng.sample(block, rng.randint(1, len(block))))  # of block [4, 5, 6, 7] perhaps [5, 6]
+    return [(masked, masked)]  # what is masked is what is predicted
 
 
 VIEWS = dict(random=noise_views, trace=rollout.trace_views)  # --views
@@ -97,26 +100,28 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
     probability t, so this sum estimates the one over ALL response tokens without bias: the diffusion bound. Its
     normaliser is their number. Without weights (the authors' choice) it is the number of masked tokens.
     """
+    # In the block 1 ? ? ; two of four tokens are masked, t = .5: with weights each of them counts twice, and
+    # so stands for a token that was not masked this time.
     return -(logp / masked_share if is_weighted else logp).sum() / normalizer
 
 
 def train_step(learner, examples, views, is_weighted, compute):
     """One update on a batch of examples, the same for any number of processes -> loss, gradient norm."""
     model = learner.model
+    # Every process has the same batch, and lays out its part of it as rows.
     built = rollout.build_rows(parallel.deal(examples), model.config, views)
-    parts = packing.with_dummies(packing.micro_batches(built, compute, model), model)
+    parts, num_masked = packing.dealt_batches(built, compute, model)
     # One number for the whole update, taken before it is split. A mean per micro-batch would make the gradient
     # depend on how the batch was cut.
-    normalizer = sum(len(r.response) for r in examples)
-    if not is_weighted:
-        normalizer = parallel.sum_of(sum(len(part.targets.token) for part in parts))
+    normalizer = sum(len(r.response) for r in examples) if is_weighted else num_masked
     total = torch.zeros((), device=model.device)
     for part in parts:
+        # One forward of [clean text | view | view | ...], and log-probabilities of the masked tokens: (n,).
         logp, _ = rollout.forward_rows(model, part, compute)
         loss = sft_loss(logp, part.targets.masked_share, normalizer, is_weighted)
         loss.backward()  # gradients of the parts add up
         total += loss.detach()
-    norm, _ = parallel.optimizer_step(learner)
+    norm, _ = parallel.optimizer_step(learner)  # a gradient with NaN or inf is skipped, and said
     return float(parallel.add_up(total)), norm
 
 
@@ -150,15 +155,17 @@ class Recipe:
 def learning_rate(step, recipe, decay_start):
     """Up over the warm-up, level, and from decay_start on down to a tenth over the cooldown.
 
-    The last, small steps average out the noise of masks and batches. With warmup 30, cooldown 200 and
-    decay_start 500 it is full from step 29 to 499, .55 of that at step 599, a tenth from step 699 on.
+    The last, small steps average out the noise of masks and batches. Take warmup 30, cooldown 200 and
+    decay_start 500. The rate is full from step 29 to 499, .55 of that at step 599, a tenth from step 699 on.
     """
-    cooled = max(0, step - decay_start + 1) / recipe.cooldown
+    cooled = max(0, step - decay_start + 1) / recipe.cooldown  # 0 before the cooldown, 1 at its end
     return recipe.lr * min((step + 1) / recipe.warmup, 1 - 0.9 * min(1.0, cooled))
 
 
 def draw_batch(examples, step, recipe):
     """The examples of an update: every epoch in an order of its own, each with the seed of its masks."""
+    # 130 examples in batches of 64 are two updates an epoch. The two that are left over wait for another
+    # epoch, with another order.
     epoch, turn = divmod(step, len(examples) // recipe.batch_size)
     order = parallel.shuffled(len(examples), mix(recipe.seed, epoch))
     chosen = order[turn * recipe.batch_size:(turn + 1) * recipe.batch_size]
@@ -175,15 +182,16 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
     """
     views = flags.load_function(recipe.views, VIEWS, "--views")
     end = max(1, recipe.steps - recipe.cooldown)  # where the learning rate goes down at the latest
-    for number in run.steps(recipe.steps, "sft"):
-        step = number - 1
+    for number in run.steps(recipe.steps, "sft"):  # 1, 2, ..., or from where a resumed run stands
+        step = number - 1  # counted from 0, as draw_batch and learning_rate do
         decay_start = min(run.progress.get("decay_start", end), end)
         if step >= decay_start + recipe.cooldown:
             run.progress["step"] = step
             break
-        lr = learning_rate(step, recipe, decay_start)
+        lr = learning_rate(step, recipe, decay_start)  # a function of the step, so a resumed run has it, too
         parallel.set_learning_rate(learner.optimizer, lr)
         batch = draw_batch(examples, step, recipe)
+        # The same batch on every process. `train_step` deals it out.
         loss, norm = train_step(learner, batch, views, recipe.weighted, compute)
         line = dict(step=number, loss=loss, gradient_norm=norm, lr=lr)  # one line of metrics.jsonl
         is_shown = number % recipe.eval_every == 0 or number == recipe.steps
@@ -201,7 +209,7 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
             parallel.say(f"sft: update {number}, loss {loss:.3f}{accuracy}")
         save_every = run.settings["save_every"]
         if save_every and number % save_every == 0:
-            run.save([learner])
+            run.save([learner])  # weights and moments; all else follows from the number of the step
 
 
 @dataclass
@@ -229,9 +237,9 @@ def parse_args(argv=None):
     parser = flags.make_parser("Supervised fine-tuning of a block diffusion model.", GROUPS,
                                machine.is_tiny(flags.peek(argv, "--model")))
     args = runs.parse(parser, argv, GROUPS)
-    if args.data is None:
+    if args.data is None:  # (the tiny model learns arithmetic)
         parser.error("--model needs --data")
-    if args.dev_data is None and args.data in EMBEDDED:
+    if args.dev_data is None and args.data in EMBEDDED:  # sums that are in no training set
         args.dev_data = f"{args.data}-dev"
     if args.stop_accuracy is not None and args.dev_data is None:
         parser.error("--stop_accuracy needs --dev_data")
@@ -249,6 +257,7 @@ def load_examples(tokenizer, config, args, prompting):
             if p.step_map is None:  # GSM8K's "#### 72" becomes \\boxed{72}, which is what a reward looks for
                 p.solution = data.boxed_solution(p.solution)
     examples = to_examples(problems, tokenizer, config, args.max_new_tokens)
+    # An update needs a whole batch.
     if len(examples) < args.batch_size:
         raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "
                          f"than a batch of {args.batch_size}: lower --batch_size or raise --max_new_tokens")
@@ -263,7 +272,7 @@ def main(argv=None):
     prompting = flags.read_flags(Prompting, args)
     machine.start(args)
     with runs.Run(args.name, vars(args), args.resume, args.overwrite, GROUPS) as run:
-        if args.model is None:
+        if args.model is None:  # random weights: the tiny model is made from nothing
             model, tokenizer = tiny.new_model(args.seed, args.block_size or 4, args.attention or "block")
         else:
             model, _, tokenizer = machine.load_to_train(args.model, args)
@@ -271,12 +280,13 @@ def main(argv=None):
         compute = machine.choose_compute(args, model)
         examples = load_examples(tokenizer, model.config, args, prompting)
         evaluate_dev = None
-        if args.dev_data:
+        if args.dev_data:  # 200 problems are enough to see when a skill comes
             examinee = Examinee(model, tokenizer, Decoding(max_new_tokens=args.max_new_tokens), compute)
             dev = load_prompts(args.dev_data, tokenizer, prompting)[:200]
             evaluate_dev = functools.partial(examinee.evaluate, dev, seed=args.seed)
         # betas of AdamW: the tiny model was tuned with these; reinforcement learning uses its own.
         learner = parallel.make_learner(model, args.lr, (0.9, 0.98), args.weight_decay)
+        # Settings, model and data have proved good. From here on the folder is written to.
         run.begin()
         if args.resume:
             run.restore([learner])

@@ -1,7 +1,7 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
-TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered: what is the log-probability of a text that
-was not written from left to right? Its answer: that of its trace, each token in the state in which it was
+TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered. What is the log-probability of a text that
+was not written from left to right? The answer is that of its trace: each token in the state in which it was
 revealed.
 
 One RL step has six stages. `train` calls them in this order, and the README numbers them in the same way:
@@ -39,9 +39,10 @@ import torch
 
 import rollout
 import value
-from eval_math import Examinee, Prompting, give_rewards, load_prompts, math_reward
-from plumbing import checkpoints, flags, machine, packing, parallel, runs, show
+from eval_math import Examinee, give_rewards, load_prompts, math_reward
+from plumbing import checkpoints, data, flags, machine, packing, parallel, runs, show
 from plumbing.flags import setting
+from plumbing.prompts import Prompting
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, mix
 
@@ -58,12 +59,12 @@ def group_advantages(rewards):
     FORK HERE. --advantage file.py:function calls a function of yours, by the names of its parameters:
         rewards    float (groups, G)
         rollouts   the records, group by group: step_map, confidence, logp, ... of every response
-    It gives one number per response, (groups, G), or per token, (groups, G, tokens of the longest response). A
-    group of zeros is left out of the update.
+    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, tokens of the longest
+    response). A group of zeros is left out of the update.
     """
-    mean = rewards.mean(-1, keepdim=True)
+    mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
     std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, not by G - 1, as the authors do
-    return (rewards - mean) / std.masked_fill(std < 1e-6, torch.inf)
+    return (rewards - mean) / std.masked_fill(std < 1e-6, torch.inf)  # 0 / inf = 0 where all are equal
 
 
 def batch_advantages(rewards):
@@ -89,25 +90,27 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     that is trained. num_tokens: N, the targets of the WHOLE update, over all micro-batches and processes. With
     this divisor losses and gradients simply add, however the update was split.
 
-    All trained tokens weigh the same. (The paper first averages inside each trace step: examples/forks.py.)
+    All trained tokens weigh the same. The paper first averages inside each trace step: see examples/forks.py.
     In the first update of an RL step every ratio is 1, so nothing is clipped and k3 is 0.
 
-    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new), because the tokens were drawn
-    from the OLD policy: the mean of -log ratio is that KL, and ratio - 1 has mean 0 and only lowers the noise.
+    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). The tokens were drawn from the
+    OLD policy, so the mean of -log ratio is that KL. ratio - 1 has mean 0, and only lowers the noise.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch, by the names of its
-    parameters: these, and entropy (n,), with gradient, of the policy at each target; num_responses and
-    num_groups of the whole update. targets (model.Targets) also holds step, group, rollout_index, logp, ... A
-    micro-batch holds whole responses where they fit. It holds whole groups for a loss that has a parameter
-    num_groups.
+    parameters. Beside those above it may have
+        entropy          float32 (n,), with gradient: of the policy, at each target
+        num_responses    of the whole update
+        num_groups       the same. A loss with this parameter is given whole groups, where they fit
+    A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, view,
+    group, rollout_index, logp, ...
     """
-    log_ratio = logp - targets.logp_old
+    log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # with eps .2: between .8 and 1.2
     # The smaller of the two. Once a ratio has left the range in the direction that its advantage asks for, the
     # gain is constant and its gradient 0. In the other direction a mistake may still be undone.
     gain = torch.minimum(ratio * targets.advantage, clipped * targets.advantage)
-    k3 = ratio - 1 - log_ratio
+    k3 = ratio - 1 - log_ratio  # ratio 1.2: .2 - .182 = .018
     return (kl_coef * k3 - gain).sum() / num_tokens
 
 
@@ -120,6 +123,7 @@ def diagnose(logp, entropy, targets, clip_eps):
 
     float64 (3,): k3, ratios outside the clip range, entropy.
     """
+    # float64: these are sums over a whole update.
     log_ratio = (logp - targets.logp_old).double()
     ratio = log_ratio.clamp(-10, 10).exp()
     is_clipped = ((ratio - 1).abs() > clip_eps).double()
@@ -133,8 +137,10 @@ def diagnose(logp, entropy, targets, clip_eps):
 
 @dataclass
 class Recipe:
-    """The numbers of the method. The defaults for real checkpoints are the paper's for SDAR, but for one
-    update per RL step (the authors' code makes several) and the value model's head start."""
+    """The numbers of the method. For real checkpoints the defaults are the paper's for SDAR.
+
+    Two are ours: one update per RL step (the authors' code makes several), and the value model's head start.
+    """
 
     seed: int = setting(0, "of prompts, rollouts and views")
     steps: int = setting(80, "RL steps", tiny=45, low=1, may_change=True)
@@ -163,6 +169,9 @@ class Recipe:
 
     def __post_init__(self):
         flags.check(self)
+        low, high = self.keep_range or (0, 1)
+        if not low <= high:
+            raise ValueError(f"keep_range {low} {high} keeps nothing: the lower bound comes first")
 
 
 class Learners(NamedTuple):
@@ -219,24 +228,26 @@ def train(learners, method, task, recipe, run):
 @runs.timed("rollout_seconds")
 def roll_out(model, problems, method, recipe, step):
     """G responses to each of this step's prompts -> rollouts, group by group, and the problem of each."""
+    # Prompts follow from (seed, step): a resumed run asks what the uninterrupted one would have asked.
     chosen = []
     for i in range((step - 1) * recipe.prompts, step * recipe.prompts):
         epoch, place = divmod(i, len(problems))  # every pass over the data has an order of its own
         chosen.append(problems[parallel.shuffled(len(problems), mix(recipe.seed, epoch))[place]])
     # G times each prompt, side by side: [p0 p0 p0 p0 p1 p1 p1 p1 ...]
     asked = [problem for problem in chosen for _ in range(recipe.group_size)]
-    seeds = [mix(recipe.seed, step, i) for i in range(len(asked))]
+    seeds = [mix(recipe.seed, step, i) for i in range(len(asked))]  # each response has draws of its own
     # The weights that train are those that decode: there is no second engine that could lag behind.
     rollouts = rollout.generate_everywhere(
         model, [problem.tokens for problem in asked], seeds, method.decoding, method.compute)
     for i, r in enumerate(rollouts):
-        r.group = i // recipe.group_size
+        r.group = i // recipe.group_size  # 0 0 0 0 1 1 1 1 ...
     return rollouts, asked
 
 
 # ----------------------------------------------------------------------------------------------- 3 advantage
 
 
+@runs.timed("update_seconds")
 def give_advantages(rollouts, value_learner, method, recipe):
     """Sets the advantage of every rollout -> those to train on (maybe none), and numbers for the log.
 
@@ -260,11 +271,12 @@ def give_advantages(rollouts, value_learner, method, recipe):
     if advantages.shape[:2] != rewards.shape or not advantages.isfinite().all():
         raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers for the {tuple(rewards.shape)} "
                          "responses, or some that are not finite (0 / 0?)")
+    # If no group is left there is no update. The step is logged, and the next one asks other prompts.
     is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
     if method.advantage in (batch_advantages, raw_advantages):  # not relative to a group: all or none
         is_kept[:] = is_kept.any()
     elif recipe.keep_range is not None:
-        low, high = recipe.keep_range
+        low, high = recipe.keep_range  # problems that are too easy or too hard teach little
         is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
     longest = max(len(r.response) for r in rollouts)
     for r, numbers in zip(rollouts, advantages.flatten(0, 1)):
@@ -287,7 +299,8 @@ class Batch(NamedTuple):
 
     rows: list  # micro-batches (model.Rows) for the policy
     value_rows: list  # the same for the value model: always of the trace; [] without one
-    num_tokens: int
+    num_tokens: int  # N of the loss: targets of `rows` over all processes
+    num_value_tokens: int
     num_responses: int
     num_groups: int
 
@@ -303,6 +316,7 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
+    # The law first: a run that does not replay what it sampled ends here, before it is trained on.
     gap = rollout.replay_gap(model, rollout.some(rollouts, model.config), method.compute, temperature)
     method.law.enforce(**gap)
     groups = {}  # number of the prompt -> its responses
@@ -314,6 +328,7 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     groups = [groups[i] for i in parallel.shuffled(len(groups), mix(recipe.seed, step))]
     batches = [make_batch(learners, groups[start::recipe.minibatches], method, recipe)
                for start in range(min(recipe.minibatches, len(groups)))]
+    # With two updates per RL step, the second one starts from a policy that has already moved.
     for batch in batches[1:] if step > head_start(learners, recipe) else []:
         for rows in batch.rows:
             logp, _ = rollout.forward_rows(model, rows, method.compute, temperature)
@@ -328,20 +343,21 @@ def make_batch(learners, groups, method, recipe):
     units = groups if needs_groups else [[r] for group in groups for r in group]
     # Dealt like cards, the longest first: then every process has about the same work.
     units = sorted(units, key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
-    own = parallel.deal(units)
+    own = parallel.deal(units)  # item i goes to process i modulo their number
 
-    def rows_of(views):
-        """This process's micro-batches, as many as on every other process."""
-        built = iter(rollout.build_rows([r for unit in own for r in unit], model.config, views, recipe.shrink, True))
-        rows = [[row for _ in unit for row in next(built)] for unit in own]
-        return packing.with_dummies(packing.micro_batches(rows, method.compute, model), model)
-
-    rows = rows_of(method.views)
+    rows, num_tokens = lay_out(own, model, method.views, method, recipe)
     value_rows = []
+    num_value_tokens = 0
     if learners.value is not None:
-        value_rows = rows if method.views is rollout.trace_views else rows_of(rollout.trace_views)
-    num_tokens = parallel.sum_of(sum(len(part.targets.token) for part in rows))
-    return Batch(rows, value_rows, num_tokens, sum(map(len, groups)), len(groups))
+        value_rows, num_value_tokens = lay_out(own, model, rollout.trace_views, method, recipe)
+    return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups))
+
+
+def lay_out(units, model, views, method, recipe):
+    """Micro-batches of this process's units of work, and the number of targets of all processes."""
+    rows = iter(rollout.build_rows([r for unit in units for r in unit], model.config, views, recipe.shrink, True))
+    together = [[row for _ in unit for row in next(rows)] for unit in units]  # the rows of a unit stay together
+    return packing.dealt_batches(together, method.compute, model)
 
 
 # -------------------------------------------------------------------------------------------------- 5 update
@@ -362,9 +378,10 @@ def learn(learners, batches, rollouts, method, recipe, step):
         parallel.set_learning_rate(policy.optimizer, recipe.lr * ramp)
         for number, batch in enumerate(batches * recipe.epochs):
             updates.append(update(policy, batch, method, number == 0, recipe))
-    line = show.means(updates, value_updates)
+    line = show.means(updates, value_updates)  # {} if there was no update
     if updates:
-        line |= drift(policy.model, rollout.some(rollouts, policy.model.config), method)
+        line |= rollout.drift(policy.model, rollout.some(rollouts, policy.model.config), method.compute,
+                              method.decoding.temperature)
     return line
 
 
@@ -386,7 +403,7 @@ def update(policy, batch, method, is_first, recipe):
     for rows in batch.rows:
         # One forward of [clean text | view | view | ...], and log-probabilities of its targets only.
         logp, entropy = rollout.forward_rows(model, rows, method.compute, method.decoding.temperature)
-        if is_first:
+        if is_first:  # the ratio is then exactly 1, and its gradient is that of log p
             rows.targets.logp_old.copy_(logp.detach())
         if len(logp):
             loss = flags.call(
@@ -397,11 +414,12 @@ def update(policy, batch, method, is_first, recipe):
             loss = logp.sum()  # a dummy: 0, but with a backward like everybody's
         loss.backward()  # adds to the gradients of the micro-batches before
         part, part_max = diagnose(logp, entropy, rows.targets, recipe.clip_eps)
-        total += loss.detach()
+        total += loss.detach()  # parts of one sum: they were divided by the tokens of the whole update
         sums += part
         ratio_max = torch.maximum(ratio_max, part_max)
     # A gradient with NaN or inf: the update is skipped, counted and reported.
     norm, is_finite = parallel.optimizer_step(policy)
+    # Sums over all processes, then means over the trained tokens.
     loss, *sums = parallel.add_up(torch.cat([total[None], sums])).tolist()
     kl, clip_fraction, entropy = (number / max(batch.num_tokens, 1) for number in sums)
     return dict(loss=loss, trained_tokens=batch.num_tokens, gradient_norm=norm,
@@ -412,26 +430,15 @@ def update(policy, batch, method, is_first, recipe):
 def update_value(learner, batch, compute, recipe):
     """One optimizer step of the value model -> its numbers."""
     model = learner.model
-    num_tokens = parallel.sum_of(sum(len(part.targets.token) for part in batch.value_rows))
     total = torch.zeros((), device=model.device)
     for rows in batch.value_rows:
-        loss = value.value_loss(model(rows, compute), rows.targets.value_old, rows.targets.returns, num_tokens,
-                                recipe.value_clip)
+        # The values of the targets, at the outputs at which the policy predicts them.
+        loss = value.value_loss(model(rows, compute), rows.targets.value_old, rows.targets.returns,
+                                batch.num_value_tokens, recipe.value_clip)
         loss.backward()
         total += loss.detach()
     _, is_finite = parallel.optimizer_step(learner)
     return dict(value_loss=float(parallel.add_up(total)), skipped_updates=int(not is_finite))
-
-
-def drift(model, rollouts, method):
-    """How far this step's updates have moved the policy: KL(old || new) and the largest ratio.
-
-    An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are 1
-    whatever comes of it, and nothing else would show a collapse.
-    """
-    log_ratio = rollout.replay_differences(model, rollouts, method.compute, method.decoding.temperature)
-    ratio = log_ratio.clamp(-10, 10).exp()
-    return dict(drift_kl=parallel.mean_of(ratio - 1 - log_ratio), drift_ratio_max=parallel.largest_of(ratio))
 
 
 # -------------------------------------------------------------------------------------------------- 6 finish
@@ -440,13 +447,14 @@ def drift(model, rollouts, method):
 def finish_step(line, rollouts, learners, task, recipe, run):
     """Development accuracy, the line of the log, checkpoint; line: the numbers of this RL step."""
     step = line["step"]
+    # How long rollouts and updates took; metrics.jsonl then has all that happened in this step.
     line |= runs.take_seconds()
     if task.dev_problems and recipe.eval_every and step % recipe.eval_every == 0:
         found = task.examinee.evaluate(task.dev_problems, seed=recipe.seed)
         line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if found.get(name) is not None}
     run.write(line)
     parallel.say(show.describe_line(line))
-    show.warn(line, run.progress)
+    show.warn(line, run.progress)  # of a policy that moves too far, or not at all
     run.progress["gap_max"] = max(run.progress.get("gap_max", 0.0), line["gap_max"])
     save_every = run.settings["save_every"]
     if step == recipe.steps or (save_every and step % save_every == 0):
@@ -470,8 +478,8 @@ class Choice:
     dev_data: str = setting(None, "problems for --eval_every; test problems never guide a run")
     eval_data: str = setting(None, "test problems, scored before and after training only")
     eval_limit: int = setting(200, "only so many of the test problems", tiny=None, low=1, may_change=True)
-    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training", number="+",
-                                   tiny=("dynamic", "static", "greedy"))
+    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training, and the tiny "
+                                   "model also dynamic, static and greedy", number="+")
     name: str = setting("tracerl", "of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if the boxed answer is right")
     advantage: str = setting("group", "group: standard score in the group; value: a value model with GAE; batch: "
@@ -494,12 +502,16 @@ def parse_args(argv=None):
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"
+    if args.eval_strategies is None:
+        usual = ["dynamic", "static", "greedy"] if is_tiny else []
+        args.eval_strategies = list(dict.fromkeys([*usual, args.strategy]))
     if args.lr is None:  # adapters start at zero and are scaled: they want about ten times as much
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and args.reward == "math" and not is_tiny:
         args.keep_range = [0.2, 0.8]  # the authors' filter, for rewards from 0 to 1
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")
+    # Evaluation may be greedy. Training may not.
     if args.temperature == 0 or args.top_k == 1:
         parser.error("--temperature 0 and --top_k 1 are greedy: the same response G times teaches nothing")
     if args.advantage == "group" and args.group_size < 2:
@@ -525,6 +537,7 @@ def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args = parse_args(argv)
     recipe, decoding, prompting = (flags.read_flags(group, args) for group in (Recipe, Decoding, Prompting))
+    # What a fork replaces: found and imported before anything else, so that a wrong name is said at once.
     functions = [flags.load_function(getattr(args, name), known, f"--{name}") for name, known in (
         ("reward", dict(math=math_reward)), ("advantage", ADVANTAGES), ("loss", LOSSES), ("views", rollout.VIEWS))]
     machine.start(args)
@@ -544,10 +557,17 @@ def main(argv=None):
         task = Task(tokenizer, load(args.train_data), dev, examinee)
         # Before and after training: the same problems, and the same draws.
         evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
-            args.eval_strategies or [decoding.strategy], "evaluate")}
+            args.eval_strategies, "evaluate")}
+        # Settings, model and data have proved good. From here on the folder is written to.
+        show.announce(recipe, decoding, len(task.problems), model.config)
         run.begin()
         if args.resume:
             run.restore(learners.pairs())
+        mark = data.fingerprint(task.problems)  # of problems, answers and prompt tokens
+        if run.progress.setdefault("data", mark) != mark:
+            raise ValueError(f"--train_data {args.train_data} or its prompts have changed since {run.folder} "
+                             "began: bring the old ones back, or start a new run (--name, --model) from its "
+                             "newest checkpoint")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
         train(learners, method, task, recipe, run)

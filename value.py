@@ -7,8 +7,8 @@ That is what a baseline must be: it may know the state, but not the token that i
 
 Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one state.
 The value model still says a number for each of these tokens, since it is read at their positions, and these
-numbers differ. Their mean V* stands for the step. Here are the response 1 0 1 ; with step_map 1 3 1 2, which
-is right and earns 1, and the advantages with the usual gamma = lambda = 1 and with lambda = 0:
+numbers differ. Their mean V* stands for the step. The table shows the response 1 0 1 ; with step_map 1 3 1 2.
+It is right and earns 1. The last two lines are its advantages, with gamma = 1.
 
     token                  1    0    1    ;
     step_map               1    3    1    2
@@ -54,8 +54,9 @@ class ValueModel(nn.Module):
 
     def forward(self, rows, compute):
         """Values of the targets of a micro-batch, in their order: float32 (N,)."""
+        # The same outputs at which the policy predicts. (Dream's shift by one is part of the rows.)
         states = rollout.states_at(self.backbone, rows, compute)  # (N, C)
-        return states.float() @ self.value_head.weight[0].float()
+        return states.float() @ self.value_head.weight[0].float()  # (N, C) @ (C,) -> (N,)
 
 
 def trace_steps(r, config, shrink=1):
@@ -66,7 +67,7 @@ def trace_steps(r, config, shrink=1):
     """
     steps = [0] * len(r.response)
     number = 0  # trace steps so far
-    for view in rollout.views_of(r, config, shrink=shrink):
+    for view in rollout.views_of(r, config, shrink=shrink):  # one view per trace step, in their order
         trained = [j for j in view.targets if j < r.num_tokens]
         if trained:
             number += 1
@@ -125,17 +126,19 @@ def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
 
     The value model reads the rows of the trace, whatever views the policy is trained on.
     """
-    own = parallel.deal(rollouts)
+    own = parallel.deal(rollouts)  # this process computes the values of these
     config = value_model.config
     built = rollout.build_rows(own, config, shrink=shrink, trained_only=True)
-    parts = packing.with_dummies(packing.micro_batches(built, compute, value_model), value_model)
+    parts, _ = packing.dealt_batches(built, compute, value_model)
     values = rollout.per_response(own, parts, [value_model(rows, compute) for rows in parts])
     found = [estimate(r, r_values.cpu(), trace_steps(r, config, shrink), gamma, lam)
              for r, r_values in zip(own, values)]
+    # Every process then holds the same records.
     for r, (value_old, returns, advantage) in zip(rollouts, parallel.gather(found)):
         r.value_old = value_old
         r.returns = returns
         r.advantage = advantage
+    # Of all trained tokens, for the log.
     trained = [(r.value_old[j], r.returns[j], r.advantage[j]) for r in rollouts for j in range(r.num_tokens)]
     values, returns, advantages = torch.tensor(trained, dtype=torch.float64).T  # (N,) each
     return dict(explained_variance=explained_variance(values, returns),

@@ -17,26 +17,8 @@ BEST_DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 @dataclass
-class Inference:
-    """The machine of a command that only decodes."""
-
-    plain: bool = setting(False, "compute by the definitions of the six files, without their fast twins",
-                          may_change=True)
-    device: str = setting(None, "None: a GPU if there is one; for the tiny model the CPU", may_change=True,
-                          choices=("cpu", "cuda"))
-    dtype: str = setting(BEST_DTYPE, "what layers compute in", tiny="float32", choices=("float32", "bfloat16"))
-    attention: str = setting(None, "of the tiny model, or of a checkpoint that leaves it open",
-                             choices=("block", "full"))
-    block_size: int = setting(None, "K; None is the checkpoint's own", low=1)
-    slots: int = setting(None, "sequences decoded together on one process; None: as many as fit", tiny=64, low=1,
-                         may_change=True)
-    cache: str = setting("none", "full attention: keep keys and values outside the block (dual) or before it "
-                         "(prefix). Faster, and not the same policy", choices=engine.CACHES)
-
-
-@dataclass
-class Training:
-    """The machine of a command that trains."""
+class Machine:
+    """What every command may be told about the machine."""
 
     plain: bool = setting(False, "compute by the definitions of the six files, without their fast twins",
                           may_change=True)
@@ -49,6 +31,20 @@ class Training:
     block_size: int = setting(None, "K; None is the checkpoint's own", low=1)
     slots: int = setting(None, "sequences decoded together on one process; None: as many as fit", tiny=64, low=1,
                          may_change=True)
+
+
+@dataclass
+class Inference(Machine):
+    """The machine of a command that only decodes."""
+
+    cache: str = setting("none", "full attention: keep keys and values outside the block (dual) or before it "
+                         "(prefix). Faster, and not the same policy", choices=engine.CACHES)
+
+
+@dataclass
+class Training(Machine):
+    """The machine of a command that trains."""
+
     tokens_per_micro_batch: int = setting(None, "tokens of one forward and backward; None: as many as fit",
                                           tiny=4096, low=1, may_change=True)
     gradient_checkpointing: bool = setting(True, "compute activations again in the backward pass: slower by a "

@@ -10,14 +10,14 @@ from model import Layout, Row, Rows, Targets
 from plumbing import parallel
 
 
-def pad(rows, pad_id):
-    """Rows as lists -> one micro-batch, each row padded to the longest."""
+def pad(rows, pad_id, device):
+    """Rows as lists -> one micro-batch on a device, each row padded to the longest."""
     longest = max(len(row.tokens) for row in rows)
     starts = [number * longest for number in range(len(rows))]
-    return fill(rows, starts, (len(rows), longest), pad_id)
+    return fill(rows, starts, (len(rows), longest), pad_id, device)
 
 
-def pack(rows, pad_id, multiple):
+def pack(rows, pad_id, device, multiple):
     """The twin of `pad`: all rows end to end in one, which is padded to a multiple of so many tokens.
 
     Kernels are compiled for each length. So the lengths are few: multiples of `multiple` up to four times it,
@@ -29,10 +29,10 @@ def pack(rows, pad_id, multiple):
         starts.append(total)
         total += len(row.tokens)
     size = multiple if total <= 4 * multiple else 4 * multiple
-    return fill(rows, starts, (1, -(-total // size) * size), pad_id)
+    return fill(rows, starts, (1, -(-total // size) * size), pad_id, device)
 
 
-def fill(rows, starts, shape, pad_id):
+def fill(rows, starts, shape, pad_id, device):
     """A micro-batch of a shape (B, T) in which row n begins at place starts[n] of the B * T tokens."""
     size = shape[0] * shape[1]
     # Padding is of document -1. Each padding token has a view of its own and sees only itself: a token that
@@ -46,24 +46,15 @@ def fill(rows, starts, shape, pad_id):
             columns[name][start:stop] = getattr(row, name)
         columns["document"][start:stop] = [number] * len(row.tokens)
         targets += [target._replace(logit_index=start + target.logit_index) for target in row.targets]
-    tokens, *layout = (torch.tensor(column).view(shape) for column in columns.values())
-    return Rows(tokens, Layout(*layout), as_tensors(targets))
-
-
-WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "group")  # int64 fields
-
-
-def as_tensors(targets):
-    """A list of Targets of single numbers -> one Targets of tensors (N,)."""
-    columns = zip(*targets) if targets else [()] * len(Targets._fields)
+    tokens, *layout = (torch.tensor(column, device=device).view(shape) for column in columns.values())
+    numbers = zip(*targets) if targets else [()] * len(Targets._fields)
     dtypes = [torch.int64 if name in WHOLE else torch.float32 for name in Targets._fields]
-    return Targets(*(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes)))
+    return Rows(tokens, Layout(*layout), Targets(*(
+        torch.tensor(column, dtype=dtype, device=device) for column, dtype in zip(numbers, dtypes))))
 
 
-def to_device(rows, device):
-    """The same micro-batch on another device."""
-    move = lambda tensors: type(tensors)(*(tensor.to(device, non_blocking=True) for tensor in tensors))
-    return Rows(rows.tokens.to(device, non_blocking=True), move(rows.layout), move(rows.targets))
+# int64 fields of Targets
+WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "view", "group")
 
 
 def micro_batches(units, compute, model):
@@ -83,10 +74,10 @@ def micro_batches(units, compute, model):
         rows = [row for number in group for row in pieces[number]]
         if compute.is_packed:
             multiple = -(-compute.max_tokens // 512) * 128
-            parts.append(pack(rows, model.config.pad_id, multiple))
+            parts.append(pack(rows, model.config.pad_id, model.device, multiple))
         else:
-            parts.append(pad(rows, model.config.pad_id))
-    return [to_device(part, model.device) for part in parts]
+            parts.append(pad(rows, model.config.pad_id, model.device))
+    return parts
 
 
 def by_length(sizes, max_tokens, is_packed=False):
@@ -112,13 +103,16 @@ def by_length(sizes, max_tokens, is_packed=False):
     return groups
 
 
-def with_dummies(parts, model):
-    """This process's micro-batches, and dummies, so that every process has as many. Call it on every process.
+def dealt_batches(units, compute, model):
+    """The micro-batches of this process's part of the work -> parts, and the number of all processes' targets.
 
-    Sharded layers (FSDP2) gather their weights from all processes, in forward and backward. A process that
-    stopped early would leave the others waiting for ever. So one with fewer micro-batches adds dummies: one
-    padding token, no targets, a loss of 0.
+    To be called on every process. Sharded layers (FSDP2) gather their weights from all processes, in forward
+    and backward: a process that stopped early would leave the others waiting for ever. So one with fewer
+    micro-batches gets dummies, as many as it lacks: one padding token, no targets, a loss of 0.
     """
+    parts = micro_batches(units, compute, model)
+    num_targets = torch.tensor(sum(len(part.targets.token) for part in parts), device=model.device)
     most = int(parallel.largest(torch.tensor(len(parts), device=model.device)))
-    dummy = pad([Row(tokens=[model.config.pad_id], position=[0], block=[0], view=[1])], model.config.pad_id)
-    return parts + [to_device(dummy, model.device) for _ in range(most - len(parts))]
+    row = Row(tokens=[model.config.pad_id], position=[0], block=[0], view=[1])
+    dummies = [pad([row], model.config.pad_id, model.device) for _ in range(most - len(parts))]
+    return parts + dummies, int(parallel.add_up(num_targets))

@@ -4,7 +4,7 @@ import sys
 import time
 
 import rollout
-from plumbing import flags, machine, runs
+from plumbing import check, flags, machine, parallel, runs
 from rollout import Decoding
 
 MASK = "\u2591"
@@ -31,19 +31,24 @@ def colour(text, step):
 
 
 def main(argv=None):
-    """Decodes one prompt, and shows how -> Rollout, model, tokenizer."""
-    parser = flags.make_parser(
-        "Decode one prompt, and play it in the terminal.", {"decoding": Decoding, "machine": machine.Inference},
-        machine.is_tiny(flags.peek(argv, "--model")))
+    """Decodes one prompt and shows how -> Rollout, model, tokenizer. Or checks a file of traces."""
+    is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
+    parser = flags.make_parser("Decode one prompt, and play it in the terminal.",
+                               {"decoding": Decoding, "machine": machine.Inference}, is_tiny)
     flag = parser.add_argument
     flag("--model", help="checkpoint folder or hub id; None: the tiny model")
     flag("--prompt", default="894+396=")
+    flag("--check", metavar="FILE", help="instead: replay traces that another engine recorded, see "
+         "plumbing/check.py")
     flag("--seed", type=int, default=0, help="of the draws")
     flag("--seconds", type=float, default=0.3, help="between two steps")
     args = parser.parse_args(argv)
+    parallel.start_processes(args.device, is_tiny)
     settings = flags.read_flags(machine.Inference, args)
     model, tokenizer = machine.load_model(args.model or machine.start_of(args.attention), settings)
     compute = machine.choose_compute(settings, model)
+    if args.check is not None:
+        return check.check(model, args.check, compute, args.temperature)
     text = args.prompt
     if tokenizer.chat_template:
         chat = [dict(role="user", content=text)]

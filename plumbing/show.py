@@ -4,7 +4,7 @@ import json
 import os
 from statistics import fmean
 
-from plumbing import parallel
+from plumbing import parallel, runs
 
 
 def lengths(rollouts):
@@ -52,6 +52,19 @@ def describe_line(line):
     if "dev_accuracy" in line:
         parts.append(f"dev accuracy {line['dev_accuracy']:.3f}")
     return "  ".join(parts)
+
+
+def announce(recipe, decoding, num_problems, config):
+    """Says in plain words what a run will do, and what one RL step costs."""
+    if getattr(config, "is_block_size_assumed", False):
+        parallel.say(f"WARNING: nothing says in which blocks this checkpoint was trained: K = {config.block_size} "
+                     "is assumed. With a wrong K everything runs, and learns little (--block_size)")
+    responses = recipe.prompts * recipe.group_size
+    tokens = responses * decoding.max_new_tokens
+    parallel.say(
+        f"{recipe.steps} RL steps. Each one asks {recipe.prompts} of {num_problems} problems, decodes "
+        f"{recipe.group_size} responses to each, {tokens:,} tokens at most, and trains on the groups whose "
+        f"rewards differ: at most {responses} rows, in {recipe.minibatches * recipe.epochs} updates")
 
 
 MAX_DRIFT = 0.1  # nats per token in one RL step
@@ -119,8 +132,9 @@ def write_trace(run, rollouts, config, tokenizer):
     if run.is_writer:
         K = 0 if config.is_full else config.block_size
         path = os.path.join(run.folder, "trace.html")
-        write_page(pairs[:8], K, tokenizer, f"{path}.partial", run.progress["step"])
-        os.replace(f"{path}.partial", path)
+        with runs.writing(path, f"{path}.partial"):
+            write_page(pairs[:8], K, tokenizer, f"{path}.partial", run.progress["step"])
+            os.replace(f"{path}.partial", path)
 
 
 def write_page(pairs, block_size, tokenizer, path, step=0):

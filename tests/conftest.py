@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 # The laws are float32 on the CPU. Only test_gpu.py wants a GPU, and is run alone: see there.
@@ -24,7 +26,8 @@ import rollout  # noqa: E402
 from plumbing import checkpoints, engine, kernels, packing, tasks  # noqa: E402
 from rollout import PLAIN, Decoding  # noqa: E402
 
-FAST = engine.fast(torch.device("cpu"))
+CPU = torch.device("cpu")
+FAST = engine.fast(CPU)
 COMPUTES = dict(plain=PLAIN, fast=FAST)  # the definitions, and their twins
 
 
@@ -87,13 +90,24 @@ def small_data(folder, seed=0):
     return ["--train_data=train.jsonl", "--eval_data=test.jsonl"]
 
 
+def side_environment(folder, *packages):
+    """A virtual environment that sees this one's packages, with some more installed -> its python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    site = next(Path(folder, "lib").glob("python*/site-packages"))
+    (site / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    python = Path(folder, "bin/python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    return python
+
+
 def all_rows(rollouts, config, multiple=None, **settings):
     """All training rows of rollouts as one micro-batch on the CPU; settings: of rollout.build_rows.
 
     multiple: packed end to end, padded to a multiple of so many tokens; else padded row by row.
     """
     rows = [row for rows in rollout.build_rows(rollouts, config, **settings) for row in rows]
-    return packing.pad(rows, config.pad_id) if multiple is None else packing.pack(rows, config.pad_id, multiple)
+    return packing.pad(rows, config.pad_id, CPU) if multiple is None else packing.pack(
+        rows, config.pad_id, CPU, multiple)
 
 
 def seen(rows):

@@ -1,0 +1,69 @@
+"""plumbing/prompts.py - how problems become prompts: chat templates, and token ids."""
+
+from dataclasses import dataclass
+
+from plumbing import data, flags
+from plumbing.flags import setting
+
+PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
+
+
+@dataclass
+class Prompting:
+    """How problems become prompts. A model must be trained and tested on the same kind of prompt."""
+
+    max_prompt_tokens: int = setting(784, "longer prompts are skipped and counted", low=1)
+    prompt_style: str = setting(
+        "chat", "chat: the chat template; trado: without its last newline; think: followed by <think>; "
+        "no_think: the template's own switch; plain: no template, for base models", choices=PROMPT_STYLES)
+    instruction: str = setting(
+        "\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        "text after each problem; empty for data with whole prompts")
+    system: str = setting(None, "a system message before each problem")
+    problem_column: str = setting(None, "column of the problem, if it has an uncommon name")
+    answer_column: str = setting(None, "column of the answer, if it has an uncommon name")
+    strict: bool = setting(False, "refuse data that have rows without an answer")
+
+    def __post_init__(self):
+        flags.check(self)
+
+
+def encode_prompts(problems, tokenizer, prompting=Prompting()):
+    """Sets Problem.tokens -> (problems that fit, how many do not).
+
+    A model is good at prompts like those it was trained on; one newline too many can cost points. TraDo was
+    trained on prompts that end with the word "assistant", hence the style of that name.
+    """
+    style = prompting.prompt_style
+    if style != "plain" and not tokenizer.chat_template:
+        raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
+    switch = dict(enable_thinking=False) if style == "no_think" else {}  # templates without it ignore it
+    for p in problems:
+        chat = data.as_chat(p.problem, prompting.instruction)  # ends with the user's message
+        if prompting.system is not None and chat[0]["role"] != "system":  # the data's own message wins
+            chat = [dict(role="system", content=prompting.system), *chat]
+        if style == "plain":
+            text = "\n".join(message["content"] for message in chat)
+        else:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **switch)
+        if style == "trado":
+            text = text.rstrip()
+        if style == "think" and not text.rstrip().endswith("<think>"):
+            text += "<think>\n"
+        p.tokens = encode(text, tokenizer)
+    fitting = [p for p in problems if len(p.tokens) <= prompting.max_prompt_tokens]
+    if not fitting:
+        raise ValueError(f"none of {len(problems)} prompts has at most {prompting.max_prompt_tokens} tokens: "
+                         "raise --max_prompt_tokens")
+    return fitting, len(problems) - len(fitting)
+
+
+def encode(text, tokenizer):
+    """Text -> token ids. ValueError where the tokenizer does not know a character: it would be lost."""
+    tokens = tokenizer(text, add_special_tokens=False).input_ids  # a template has written the special ones
+    # Byte-level tokenizers (Qwen, LLaDA) know every character; the tiny one has 18 tokens.
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in tokens:
+        raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data for "
+                         "another model")
+    return tokens

@@ -1,0 +1,62 @@
+"""Traces of other engines are replayed, and a mistake is named."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import PLAIN, decode, random_model, random_prompts
+
+from plumbing import check
+
+SETTINGS = dict(max_new_tokens=14, eos_ids=(1,), seed=3)
+
+
+def write(path, rollouts):
+    rows = [dict(prompt=r.prompt, response=r.response, step_map=r.step_map, logp=r.logp) for r in rollouts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def recorded_with(model, rollouts, **mistake):
+    """The same traces as an engine with this mistake would have recorded them."""
+    found = []
+    for r in rollouts:
+        zero = dataclasses.replace(r, logp=[0.0] * len(r.response))
+        numbers, = check.gaps(model, [zero], PLAIN, **mistake)  # |logp - 0|
+        known = len(numbers)
+        found.append(dataclasses.replace(r, response=r.response[:known], step_map=r.step_map[:known],
+                                         logp=[-number for number in numbers]))
+    return found
+
+
+@pytest.mark.parametrize("mistake, text", [
+    (dict(), "The traces replay."),
+    (dict(is_cut_at_response=True), "Cause: blocks were cut at the start of the response"),
+    (dict(is_cut_at_eos=True), "Cause: the last block was cut at eos"),
+    (dict(temperature=0.7), "Cause: the recorded numbers are of temperature 0.7, not 1.0"),
+])
+def test_a_mistake_of_another_engine_is_named(mistake, text, tmp_path, capsys):
+    model = random_model()
+    rollouts = decode(model, random_prompts([5, 9, 6, 8, 11]), **SETTINGS)
+    path = write(tmp_path / "traces.jsonl", recorded_with(model, rollouts, **mistake))
+    check.check(model, path, PLAIN, 1.0)
+    out = capsys.readouterr().out
+    assert text in out
+    assert out.count("Cause") == bool(mistake)
+
+
+def test_numbers_of_a_filtered_distribution_are_suspected(tmp_path, capsys):
+    model = random_model()
+    rollouts = decode(model, random_prompts([5, 9, 6, 8, 11]), top_k=5, **SETTINGS)
+    for r in rollouts:
+        r.logp = torch.tensor(r.confidence).log().tolist()
+    check.check(model, write(tmp_path / "traces.jsonl", rollouts), PLAIN, 1.0)
+    assert "Cause: perhaps top-k or top-p." in capsys.readouterr().out
+
+
+def test_a_line_that_is_no_trace_is_named(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    path.write_text('{"prompt": [3], "response": [4, 5], "step_map": [1], "logp": [-1, -1]}\n')
+    with pytest.raises(ValueError, match="line 1: 2 tokens, 1 steps and 2 log-probabilities"):
+        check.read_traces(str(path), random_model().config)
