@@ -12,7 +12,7 @@ MODEL=${MODEL:-assets/tiny-block}
 DATA=${DATA:-arithmetic}
 K=${K:-8}
 PROBLEMS=${PROBLEMS:-2000}
-UPDATES=${UPDATES:-400}
+UPDATES=${UPDATES:-600}
 STEPS=${STEPS:-45}
 
 # 1. Answers in the model's own blocks, two to each problem.

@@ -405,7 +405,7 @@ ADD = "Here it is:\n```python\ndef add(a, b):\n    {}\n```\nThat is all."
 @pytest.mark.parametrize("body, expected", [
     ("return a + b", 1), ("return a - b", 0), ("return", 0), ("syntax error", 0),
     ("import sys; sys.exit(0)", 0), ("import os; os._exit(0)", 0),  # no test was passed
-    ("return [0] * (1 << 30)", 0),  # 8 GiB
+    ("everything = bytearray(1 << 30); return a + b", 0),  # a GiB
     ("print('x' * (1 << 22)); return a + b", 0),  # a flood
     ("import os; return a + b + len(set(os.environ) & {'SECRET'}) + len(os.listdir('.'))", 1),  # nothing is there
 ])
