@@ -72,7 +72,7 @@ def commands():
     """
     found = {}
     files = [ROOT / "README.md", ROOT / "assets/README.md", ROOT / "model.py", ROOT / "value.py",
-             *(ROOT / f"{name}.py" for name in COMMANDS), *sorted(ROOT.glob("examples/*.*"))]
+             *(ROOT / f"{name}.py" for name in COMMANDS), *sorted(ROOT.glob("examples/*.py"))]
     for file in files:
         text = re.sub(r"\\\n", " ", file.read_text())  # a command may go on in the next line
         text = re.sub(r'"\$\w+"', "1", text)  # variables of a shell script
