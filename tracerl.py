@@ -247,6 +247,7 @@ def roll_out(model, problems, method, recipe, step):
 # ----------------------------------------------------------------------------------------------- 3 advantage
 
 
+@runs.timed("update_seconds")
 def give_advantages(rollouts, value_learner, method, recipe):
     """Sets the advantage of every rollout -> those to train on (maybe none), and numbers for the log.
 
