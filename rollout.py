@@ -344,8 +344,8 @@ def record(prompt, seed, columns, decoding, config):
 
 
 def generate_each(model, prompts, seeds, decoding):
-    """`generate` for a list of prompts, one after the other."""
-    return [generate(model, prompt, decoding, seed) for prompt, seed in zip(prompts, seeds)]
+    """`generate` for a list of prompts, one after the other. ValueError unless each has a seed."""
+    return [generate(model, prompt, decoding, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------

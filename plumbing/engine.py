@@ -349,13 +349,15 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
     """Twin of rollout.generate_each: decodes all prompts, some of them together -> list[Rollout], in order.
 
     slots: sequences decoded together (default: as many as fit). Results do not depend on it. cache: one of
-    CACHES. ValueError for an empty prompt, more slots than memory, a cache that the attention does not know,
-    and logits that are not finite.
+    CACHES. ValueError for an empty prompt, a prompt without a seed, more slots than memory, a cache that the
+    attention does not know, and logits that are not finite.
     """
     config = model.config
-    prompts = [list(prompt) for prompt in prompts]
+    prompts = [list(prompt) for prompt, _ in zip(prompts, seeds, strict=True)]
     for prompt in prompts:
         rollout.check_prompt(prompt, decoding, config)
+    if cache not in CACHES:
+        raise ValueError(f"cache {cache!r} is not possible: it must be one of {', '.join(CACHES)}")
     if cache != "none" and not config.is_full:
         raise ValueError(f"cache {cache!r} is for full attention: the cache of block attention is exact, and "
                          "always used")

@@ -25,19 +25,40 @@ def free_bytes(device):
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def container_rest(root="/sys/fs/cgroup"):
-    """What the limit of a container or a batch job leaves of main memory; infinite where there is none."""
-    for limit, used in (("memory.max", "memory.current"),  # cgroup v2, then v1
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            with open(os.path.join(root, limit), encoding="ascii") as file:
-                bound = file.read().strip()
-            with open(os.path.join(root, used), encoding="ascii") as file:
-                taken = int(file.read())
-        except OSError:
-            continue
-        return float("inf") if bound == "max" else max(0, int(bound) - taken)
-    return float("inf")
+# A control group of Linux: where its folder is under the root, and the names of its limit, of what it uses, and
+# of the part of that which files take that were read and may be forgotten. Version 2, then 1.
+GROUPS = (("", "memory.max", "memory.current", "inactive_file"),
+          ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+
+
+def container_rest(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """What the limits of a container or a batch job leave of main memory; infinite where there are none."""
+    rest = float("inf")
+    paths = {"/"}  # of the groups of this process: a job's limit stands in its own, or in one above it
+    for line in read_lines(own):  # 0::/slurm/job_7
+        path = line.split(":", 2)[2]
+        while path not in paths:
+            paths.add(path)
+            path = os.path.dirname(path)
+    for path in paths:
+        for folder, limit, used, forgettable in GROUPS:
+            group = os.path.join(root, folder, path.strip("/"))
+            bound = read_lines(os.path.join(group, limit))
+            if bound in ([], ["max"]):
+                continue
+            taken = int(read_lines(os.path.join(group, used))[0])
+            statistics = dict(line.split() for line in read_lines(os.path.join(group, "memory.stat")))
+            rest = min(rest, max(0, int(bound[0]) - taken + int(statistics.get(forgettable, 0))))
+    return rest
+
+
+def read_lines(path):
+    """The lines of a file of the system; [] if it is not there."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
 
 
 def layer_bytes(config, itemsize):

@@ -1,5 +1,6 @@
 """What the tests share: the fixtures, and small random models whose choices are neither flat nor certain."""
 
+import functools
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ torch.set_num_threads(1)
 
 import model as lm  # noqa: E402
 import rollout  # noqa: E402
-from plumbing import checkpoints, engine, packing, tasks  # noqa: E402
+from plumbing import checkpoints, engine, kernels, packing, tasks  # noqa: E402
 from rollout import PLAIN, Decoding  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -65,6 +66,19 @@ def decode(model, prompts, compute=FAST, seed=0, eos_ids=None, slots=None, cache
         model.config.eos_ids = own
 
 
+@functools.cache
+def decoded(name, kind="sdar", K=4, lengths=None, **settings):
+    """Rollouts of a random model by the compute of this name, decoded once for all tests: to read, not to change.
+
+    lengths: of the prompts. None: every length modulo K, three times, of which the definition decodes the first
+    ten, because it is slow.
+    """
+    chosen = lengths or [*range(1, 2 * K + 2)] * 3
+    if lengths is None and name == "plain":
+        chosen = chosen[:10]
+    return decode(random_model(kind, K), random_prompts(chosen), COMPUTES[name], **settings)
+
+
 def small_data(folder, seed=0):
     """A train.jsonl of 60 problems and a test.jsonl of 4 in a folder -> the flags that name them."""
     rows = [json.dumps(dict(problem=row["problem"], answer=row["answer"])) + "\n"
@@ -102,7 +116,8 @@ def fixture_tensors(name):
 
 @pytest.fixture
 def authors_policy(monkeypatch):
-    """The authors' policy may also say "mask": with this, the definitions may, too, and numbers compare."""
+    """The authors' policy may also say "mask": with this, ours may, too, and numbers compare."""
     with_mask = lambda model, states: states.float() @ model.head.weight.float().T
     for module in (lm, rollout):
         monkeypatch.setattr(module, "policy_logits", with_mask)
+    monkeypatch.setattr(kernels, "masked_logits", lambda states, weight, mask_id: states @ weight.T)
