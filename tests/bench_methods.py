@@ -1,33 +1,40 @@
-"""bench_methods.py - does the trace matter? Published estimators under one sampler and one budget, on the
-embedded tasks, for anyone to rerun.
+"""bench_methods.py - does the trace matter? Published estimators under one sampler and one budget.
 
-    python tests/bench_methods.py                              # everything: hours; can be stopped, resumes
+    python tests/bench_methods.py                              # everything: hours; may be stopped, and goes on
     python tests/bench_methods.py --settings k4 --arms tracerl random coupled
+    python tests/bench_methods.py --settings full --seconds    # seconds of an RL step, with nothing else running
+    python tests/bench_methods.py --settings k4 --arms tracerl random rejection --equal_seconds
     python tests/bench_methods.py --settings k4 --variance     # the noise of the gradient, measured directly
-    python tests/bench_methods.py --settings full --seconds    # seconds of a step, one run alone
     python tests/bench_methods.py --quick                      # a small part, beside tests/evidence.json
     python tests/bench_methods.py --show --out tests/evidence.json --picture assets/methods.png
 
-An arm is one command line of tracerl.py (printed). All arms of a setting start from the same warm starts, one
-for each seed, and have the same number of RL steps and rollouts. Each arm's learning rate is the one of LRS
-with the best accuracy on development problems over the first two seeds (of those within 0.025 of the best,
-which 800 answers cannot tell apart at 95 percent, the one that earned most on the way); test problems choose
-nothing. Several of these commands may run side by side: a run belongs to whoever made its folder under runs/
-first, until it is silent for ten minutes.
+A setting is a task with a kind of attention. Its starts are made here, by sft.py, one for each seed; they are in
+runs/start-SETTING-SEED. An arm is one command line of tracerl.py, which is printed. All arms of a setting have
+the same starts, and the same number of RL steps and rollouts.
 
-Two budgets. Equal steps: as above. --equal_seconds: arms whose steps are over 15 percent cheaper than the
-first one's run more of them, so that they take as long, by the seconds of a step in six further steps of each
-(run --seconds before, with nothing else on the machine).
+Each arm's learning rate is one of --lrs. Development problems choose it over the first two seeds; test problems
+choose nothing. Among the rates within 0.025 of the best accuracy, the one that earned most on the way is taken:
+800 answers cannot tell these rates apart.
 
-Tables and --out: after training, mean over the seeds +- half of a 95 percent confidence interval (Student's
-t); "reward" is the mean over all RL steps, so it shows speed (of arms that decode alike: not of static);
-"vs" is the difference to the first arm, paired by seed, not corrected for the number of arms; "s/step" is the
-median of rollouts and update together. The value arm spends its first 10 steps on the value model alone.
+--equal_seconds is a second budget. It measures six further RL steps of each arm. An arm whose steps are over 15
+percent cheaper than the first one's then runs more of them, so that both take as long. One arm has this budget
+only. It is "rejection": fine-tuning on the right ones among responses of the start. A quarter of its seconds
+samples responses, and the rest makes updates of sft.py. Run --seconds before, with nothing else on the machine.
+
+Several of these commands may run side by side. A run belongs to whoever made its folder under runs/ first, until
+it is silent for ten minutes.
+
+Tables and --out hold what is there after training: the mean over the seeds, +- half of a 95 percent confidence
+interval (Student's t). "reward" is the mean over all RL steps, so it shows speed. It compares only arms that
+decode alike, so not static and just-grpo. "vs" is the difference to the first arm, paired by seed, and not
+corrected for the number of arms. "s/step" is the median of rollouts and update together. The value arm spends
+its first 10 steps on the value model alone.
 """
 
 import argparse
+import dataclasses
 import fcntl
-import hashlib
+import functools
 import json
 import os
 import shutil
@@ -36,32 +43,35 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median, stdev
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 from matplotlib.figure import Figure
 
-import forks
 import rollout
 import sft
 import tracerl
-import value
-from eval_math import give_rewards, load_prompts
-from plumbing import checkpoints, parallel, runs
+from eval_math import Examinee, give_rewards, load_prompts, math_reward
+from plumbing import checkpoints, flags, machine, parallel, runs
+from plumbing.prompts import Prompting
+from rollout import Decoding, mix
 
-SETTINGS = {  # where: flags of every arm
-    "k4": [],
-    "k8": ["--block_size=8"],
-    "k16": ["--block_size=16"],
-    "full": ["--attention=full"],
-    "k4-to-k8": ["--block_size=8", "--rollout_block_size=4", "--adapt_steps=45"],
-    "sudoku-k4": ["--train_data=sudoku"],
-    "sudoku-k16": ["--train_data=sudoku", "--block_size=16"],
-    "sudoku-full": ["--train_data=sudoku", "--attention=full"],
+SETTINGS = {  # task, K, attention
+    "k4": ("arithmetic", 4, "block"),
+    "k8": ("arithmetic", 8, "block"),
+    "k16": ("arithmetic", 16, "block"),
+    "full": ("arithmetic", 4, "full"),
+    "sudoku-k4": ("sudoku", 4, "block"),
+    "sudoku-k16": ("sudoku", 16, "block"),
+    "sudoku-full": ("sudoku", 4, "full"),
 }
-FORKS = Path(__file__).resolve().parent / "forks.py"
-ARMS = {  # what is compared: flags of one arm
+FORKS = ROOT / "examples/forks.py"
+if not FORKS.is_file():
+    FORKS = ROOT / "tests/forks.py"
+ARMS = {  # what is compared: flags of tracerl.py
     "tracerl": [],
     "random": ["--views=random"],
     "coupled": ["--views=coupled"],
@@ -77,80 +87,135 @@ ARMS = {  # what is compared: flags of one arm
     "wd1": [f"--advantage={FORKS}:softmax_weights", f"--loss={FORKS}:ratio_free"],
     "clip-higher": [f"--loss={FORKS}:clip_higher"],  # DAPO
     "gspo": [f"--loss={FORKS}:sequence_ratio"],
+    "dr-grpo": [f"--advantage={FORKS}:centered", f"--loss={FORKS}:constant_length"],
     "just-grpo": ["--strategy=sequential"],
     "as-many-random": [f"--views={FORKS}:as_many_random"],  # random masks at the cost of the trace
     "mean-per-step": [f"--advantage={FORKS}:mean_per_step"],  # the paper's weights
     "no-reward": [f"--reward={FORKS}:always_one", "--advantage=raw"],  # a control: what sharpening alone does
+    "rejection": [],  # see `fine_tune_on_right`
 }
 VIEWS = ("tracerl", "random", "coupled")
 CURVES = ("tracerl", "random", "shrink-4")  # whose learning curves are drawn
 EQUAL = ", equal seconds"
-PUBLISHED = ("tracerl", "shrink-4", "some-steps", "random", "coupled", "diffu-grpo", "wd1", "clip-higher",
-             "gspo", "value", "just-grpo", "as-many-random", "mean-per-step",
-             "no-reward")
+PUBLISHED = ("tracerl", "shrink-4", "some-steps", "random", "coupled", "diffu-grpo", "wd1", "clip-higher", "gspo",
+             "dr-grpo", "value", "just-grpo", "as-many-random", "mean-per-step", "no-reward", "rejection")
 WHICH = dict.fromkeys(SETTINGS, PUBLISHED) | {
-    "k4": (*PUBLISHED, "value-clip", "batch", "raw", "shrink-2", "static"), "k8": VIEWS,
-    "k4-to-k8": ("tracerl",)}
-EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
+    "k4": (*PUBLISHED, "value-clip", "batch", "raw", "shrink-2", "static"), "k8": VIEWS}
+STRATEGIES = ("dynamic", "static", "greedy")  # by which test problems are answered
+EVIDENCE = ROOT / "tests/evidence.json"
 LRS = ("1e-4", "3e-4", "1e-3")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
 
+# ------------------------------------------------------------------------------------------------------------
+# One run.
 
-def command(setting, arm, lr, seed, args, steps=None):
-    """The flags of one run."""
-    steps = (steps or args.steps) + (45 if setting == "k4-to-k8" else 0)  # to learn the larger blocks first
-    flags = [*SETTINGS[setting], *ARMS[arm], f"--lr={lr}", f"--seed={seed}", f"--steps={steps}",
-             f"--eval_every={steps}", *args.more]
-    text = " ".join(flags).replace(str(FORKS.parent), "tests")
-    name = hashlib.sha256(text.encode()).hexdigest()[:6]  # other flags, another run
-    return [*flags, f"--name=methods-{setting}-{arm}-lr{lr}-s{seed}-{name}"]
+
+class Trial(NamedTuple):
+    """A run of the comparison."""
+
+    setting: str
+    arm: str
+    lr: str
+    seed: int
+    size: object  # RL steps; of rejection: (responses, updates)
+
+
+def start_of(setting, seed, args):
+    """The checkpoint from which a run starts. --more=--model=FOLDER names another one."""
+    return flags.peek(args.more, "--model") or f"runs/start-{setting}-{seed}/checkpoint"
+
+
+def make_start(setting, seed):
+    """Fine-tunes a tiny model on the work of a careless pupil, as far as leaves room for improvement."""
+    task, block_size, attention = SETTINGS[setting]
+    # High enough that most groups hold right and wrong responses, low enough to leave room.
+    stop_accuracy = 0.4 if task == "arithmetic" else 0.3
+    lr = 6e-3
+    if attention == "full":  # learns more slowly, and at 6e-3 not from every seed
+        stop_accuracy = 0.2
+        lr = 2e-3
+    sft.main([f"--data={task}", f"--block_size={block_size}", f"--attention={attention}", f"--seed={seed}",
+              f"--stop_accuracy={stop_accuracy}", f"--lr={lr}", "--save_every=0", f"--name=start-{setting}-{seed}",
+              "--overwrite"])
+
+
+def command(trial, args):
+    """The flags of tracerl.py for a trial."""
+    task, _, _ = SETTINGS[trial.setting]
+    steps = 1 if trial.arm == "rejection" else trial.size
+    words = [f"--model={start_of(trial.setting, trial.seed, args)}", f"--train_data={task}", *ARMS[trial.arm],
+             f"--lr={trial.lr}", f"--seed={trial.seed}", f"--steps={steps}", f"--eval_every={steps}", *args.more]
+    # Other flags are another run, wherever the project lies.
+    mark = runs.mark([trial, " ".join(words).replace(str(ROOT), "")])[:6]
+    return [*words, f"--name=methods-{trial.setting}-{trial.arm}-lr{trial.lr}-s{trial.seed}-{mark}"]
+
+
+def folder_of(trial, args):
+    """The folder of a trial's run."""
+    return Path("runs") / flags.peek(command(trial, args), "--name")
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_result(folder):
+    """What a finished run left behind -> dict, or None."""
+    if not (folder / "summary.json").is_file():
+        return None
+    lines = read_metrics(folder)
+    summary = checkpoints.read_json(folder / "summary.json")
+    accuracies = lambda evaluations: {name: e["accuracy"] for name, e in evaluations.items()}
+    explained = [line["explained_variance"] for line in lines[4:]
+                 if "explained_variance" in line and 0 < line["reward"] < 1]
+    return dict(curve=[line["reward"] for line in lines], reward=fmean(line["reward"] for line in lines),
+                dev=lines[-1]["dev_accuracy"], explained=explained,
+                seconds=median(line["rollout_seconds"] + line["update_seconds"] for line in lines),
+                before=accuracies(summary["before"]), **accuracies(summary["after"]))
+
+
+def run_all(trials, args):
+    """Runs what nobody has run yet -> the results, once others have finished theirs."""
+    while True:
+        results = [read_result(folder_of(trial, args)) for trial in trials]
+        if all(results):
+            return results
+        for trial, result in zip(trials, results):
+            if result is None:
+                run_if_free(trial, args)
+        time.sleep(1)
+
+
+def run_if_free(trial, args):
+    """Runs a trial unless another command is at it."""
+    start = start_of(trial.setting, trial.seed, args)
+    with one_at_a_time():  # whoever comes first makes the start, and the others wait for it
+        if not os.path.isdir(start):
+            make_start(trial.setting, trial.seed)
+    if not claim(folder_of(trial, args)):
+        return
+    words = command(trial, args)
+    if trial.arm == "rejection":
+        fine_tune_on_right(trial, args)
+    else:
+        print("python tracerl.py " + " ".join(words), flush=True)
+        tracerl.main(words)
 
 
 @contextmanager
 def one_at_a_time():
-    """Inside, no other of these commands is: a starting model is made once, by whoever comes first."""
+    """Inside, no other of these commands is."""
     os.makedirs("runs", exist_ok=True)
     with open("runs/methods.lock", "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file closes, or the process dies
         yield
 
 
-def result(flags):
-    """What a finished run left behind -> dict, or None."""
-    folder = Path("runs") / flags[-1].removeprefix("--name=")
-    if not (folder / "summary.json").is_file():
-        return None
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((folder / "summary.json").read_text())
-    return dict(curve=[line["reward"] for line in lines], reward=fmean(line["reward"] for line in lines),
-                dev=lines[-1]["dev_accuracy"],
-                seconds=median(line["rollout_seconds"] + line["update_seconds"] for line in lines),
-                explained=[line["explained_variance"] for line in lines[4:]
-                           if "explained_variance" in line and 0 < line["reward"] < 1],
-                before={name: e["accuracy"] for name, e in summary["before"].items()},
-                **{name: e["accuracy"] for name, e in summary["after"].items()})
-
-
-def run_all(commands):
-    """Runs what nobody has run yet -> the results, waiting for what others are running."""
-    while not all(results := [result(flags) for flags in commands]):
-        for flags, done in zip(commands, results):
-            folder = Path("runs") / flags[-1].removeprefix("--name=")
-            if done or not claim(folder):
-                continue
-            print("python tracerl.py " + " ".join(flags), flush=True)
-            args = tracerl.parse_args(flags)
-            if args.model is None:
-                with one_at_a_time():
-                    sft.warm_start(args.seed, args.rollout_block_size or args.block_size or 4,
-                                   args.attention or "block", args.train_data)
-            tracerl.main(flags)
-        time.sleep(1)
-    return results
-
-
 def claim(folder):
-    """Makes a run's folder -> whether it is ours to run. One silent for ten minutes is taken over."""
+    """Makes a run's folder -> whether it is ours to run. One that is silent for ten minutes is taken over."""
+    if (folder / "summary.json").is_file():  # another command has finished it meanwhile
+        return False
     if folder.exists():
         newest = max(path.stat().st_mtime for path in [folder, *folder.glob("*.json*")])
         if time.time() - newest > 600:
@@ -162,6 +227,143 @@ def claim(folder):
         return False
 
 
+def fine_tune_on_right(trial, args):
+    """Rejection sampling: the start answers training problems, and learns from its right answers alone.
+
+    What it leaves behind is what a run of tracerl.py with one RL step leaves: metrics and a summary.
+    """
+    num_responses, num_updates = trial.size
+    print(f"rejection, {trial.setting}, seed {trial.seed}: {num_responses} responses, then {num_updates} updates "
+          f"at learning rate {trial.lr}", flush=True)
+    settings = tracerl.parse_args(command(trial, args))
+    machine.start(settings)
+    model, tokenizer = machine.load_model(settings.model, settings)
+    compute = machine.choose_compute(settings, model)
+    examinee = Examinee(model, tokenizer, flags.read_flags(Decoding, settings), compute)
+    load = functools.partial(load_prompts, tokenizer=tokenizer, prompting=flags.read_flags(Prompting, settings))
+    test = load(settings.eval_data)
+    evaluate = lambda: {name: examinee.evaluate(test, name, seed=trial.seed) for name in STRATEGIES}
+    before = evaluate()
+    problems = load(settings.train_data)
+    asked = [problems[i % len(problems)] for i in range(num_responses)]
+    lines = examinee.ask(asked, [mix(trial.seed, i) for i in range(num_responses)])
+    started = time.perf_counter()
+    right = [dataclasses.replace(problem, solution=line["response"])
+             for problem, line in zip(asked, lines) if line["correct"]]
+    examples = sft.to_examples(right, tokenizer, model.config, settings.max_new_tokens)
+    if examples:  # else there is nothing to learn from
+        recipe = sft.Recipe(seed=trial.seed, steps=num_updates, batch_size=min(64, len(examples)),
+                            lr=float(trial.lr), warmup=max(1, num_updates // 10),
+                            cooldown=max(1, num_updates // 3))
+        fine_tune(parallel.make_learner(model, recipe.lr, (0.9, 0.98)), examples, recipe, compute)
+    seconds = time.perf_counter() - started
+    line = dict(step=1, reward=len(right) / num_responses, update_seconds=seconds,
+                rollout_seconds=sum(line["seconds"] for line in lines),
+                dev_accuracy=examinee.evaluate(load(settings.dev_data), seed=trial.seed)["accuracy"])
+    folder = folder_of(trial, args)
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    checkpoints.write_json(folder / "summary.json", dict(before=before, after=evaluate(), seed=trial.seed))
+
+
+def fine_tune(learner, examples, recipe, compute):
+    """The loop of sft.py, without its log."""
+    decay_start = max(1, recipe.steps - recipe.cooldown)
+    for step in range(recipe.steps):
+        parallel.set_learning_rate(learner.optimizer, sft.learning_rate(step, recipe, decay_start))
+        batch = sft.draw_batch(examples, step, recipe)
+        sft.train_step(learner, batch, sft.noise_views, False, compute)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The comparison. A table is {arm: (learning rate, results by seed)}.
+
+
+def compare(setting, arms, args):
+    """A learning rate for every arm, then all seeds -> a table."""
+    return {arm: choose_and_run(setting, arm, args.steps, args) for arm in arms if arm != "rejection"}
+
+
+def choose_and_run(setting, arm, size, args):
+    """Chooses the learning rate of an arm, and runs all seeds -> (learning rate, results)."""
+    some = range(min(2, args.seeds))
+    trials = {lr: run_all([Trial(setting, arm, lr, seed, size) for seed in some], args) for lr in args.lrs}
+    dev = {lr: fmean(r["dev"] for r in results) for lr, results in trials.items()}
+    reward = {lr: fmean(r["reward"] for r in results) for lr, results in trials.items()}
+    if arm == "rejection":  # its rewards are those of the start
+        lr = max(args.lrs, key=dev.get)
+    else:
+        lr = max((lr for lr in args.lrs if dev[lr] > max(dev.values()) - 0.025), key=reward.get)
+    return lr, run_all([Trial(setting, arm, lr, seed, size) for seed in range(args.seeds)], args)
+
+
+def with_equal_seconds(setting, table, has_rejection, args):
+    """The same arms and learning rates, cheap ones with more RL steps, and rejection -> a table."""
+    first = next(iter(table))
+    cost = {arm: step_cost(setting, arm, args) for arm in table}
+    equal = {}
+    for arm, (lr, results) in table.items():
+        steps = round(args.steps * cost[first] / cost[arm])
+        if arm == first:
+            equal[arm] = lr, results
+        elif steps > 1.15 * args.steps:  # others cost as much, and are in the first table
+            equal[arm] = lr, run_all([Trial(setting, arm, lr, seed, steps) for seed in range(args.seeds)], args)
+    if has_rejection:
+        response, update = rejection_cost(setting, args)
+        seconds = args.steps * cost[first]
+        size = (max(64, round(seconds / 4 / response)), max(1, round(seconds * 3 / 4 / update)))
+        lr, results = choose_and_run(setting, "rejection", size, args)
+        # All its seconds, as if they were those of so many RL steps.
+        equal["rejection"] = lr, [r | dict(seconds=r["seconds"] / args.steps) for r in results]
+    return equal
+
+
+def step_cost(setting, arm, args):
+    """Seconds of an RL step of an arm: the median of six.
+
+    They are those of one core of an idle machine only if nothing else ran while they were measured. The first
+    steps of the value arm are not typical.
+    """
+    result, = run_all([Trial(setting, arm, "3e-4", 0, 6)], args)
+    print(f"{setting}, {arm}: {result['seconds']:.2f} seconds per RL step", flush=True)
+    return result["seconds"]
+
+
+def rejection_cost(setting, args):
+    """Seconds of a response of the start, and of an update of 64 of them."""
+    size = (512, 20)
+    trial = Trial(setting, "rejection", "3e-4", 0, size)
+    run_all([trial], args)
+    line, = read_metrics(folder_of(trial, args))
+    response = line["rollout_seconds"] / size[0]
+    update = line["update_seconds"] / size[1]
+    print(f"{setting}, rejection: {response * 512:.2f} seconds for 512 responses, {update:.3f} for an update",
+          flush=True)
+    return response, update
+
+
+def quick(args):
+    """Two seeds of two arms again, beside what evidence.json says of them."""
+    known = json.loads(EVIDENCE.read_text())
+    setting = "sudoku-k4"
+    started = time.perf_counter()
+    print(f"{setting}: accuracy (dynamic) after {args.steps} RL steps")
+    for arm in ("tracerl", "random"):
+        lr, results = known[setting][arm]
+        again = run_all([Trial(setting, arm, lr, seed, args.steps) for seed in range(2)], args)
+        for seed, result in enumerate(again):
+            table = results[seed]
+            # The standard errors of both are 0.025.
+            verdict = "agrees" if abs(result["dynamic"] - table["dynamic"]) < 0.1 else "DIFFERS"
+            print(f"  {arm:8s} seed {seed}: {result['before']['dynamic']:.3f} -> {result['dynamic']:.3f} here, "
+                  f"{table['before']['dynamic']:.3f} -> {table['dynamic']:.3f} in the table: {verdict}")
+    print(f"{time.perf_counter() - started:.0f} seconds (another processor rounds differently, which is like "
+          "another seed)")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables.
+
+
 def interval(numbers):
     """Mean, and half the width of its 95 percent confidence interval."""
     if len(numbers) < 2:
@@ -169,58 +371,25 @@ def interval(numbers):
     return fmean(numbers), STUDENT[len(numbers)] * stdev(numbers) / len(numbers) ** 0.5
 
 
-def compare(setting, arms, args):
-    """Learning rate, then all seeds, of every arm -> {arm: (learning rate, results)}."""
-    out = {}
-    for arm in arms:
-        trials = {lr: run_all([command(setting, arm, lr, seed, args) for seed in range(min(2, args.seeds))])
-                  for lr in args.lrs}
-        dev, reward = ({lr: fmean(r[name] for r in trials[lr]) for lr in args.lrs}
-                       for name in ("dev", "reward"))
-        lr = max((lr for lr in args.lrs if dev[lr] > max(dev.values()) - 0.025), key=reward.get)
-        out[arm] = lr, run_all([command(setting, arm, lr, seed, args) for seed in range(args.seeds)])
-    return out
-
-
-def with_equal_seconds(setting, table, args):
-    """The same arms and learning rates, cheap ones with more steps -> {arm: (learning rate, results)}."""
-    first, out = next(iter(table)), {}
-    cost = seconds_alone(setting, table, args)
-    for arm, (lr, results) in table.items():
-        steps = round(args.steps * cost[first] / cost[arm])
-        if arm == first or steps > 1.15 * args.steps:  # others cost as much, and were compared before
-            seeds = range(args.seeds)
-            out[arm] = lr, run_all([command(setting, arm, lr, seed, args, steps) for seed in seeds])
-    return out
-
-
-def quick(args):
-    """Two seeds of two arms again, beside what evidence.json says of them."""
-    known, setting, started = json.loads(EVIDENCE.read_text()), "sudoku-k4", time.perf_counter()
-    print(f"{setting}: accuracy (dynamic) after {args.steps} RL steps")
-    for arm in ("tracerl", "random"):
-        lr, results = known[setting][arm]
-        for seed, again in enumerate(run_all([command(setting, arm, lr, s, args) for s in range(2)])):
-            before, after = results[seed]["before"]["dynamic"], results[seed]["dynamic"]
-            is_near = abs(again["dynamic"] - after) < 0.1  # standard errors are 0.025, and so is the table's
-            print(f"  {arm:8s} seed {seed}: {again['before']['dynamic']:.3f} -> {again['dynamic']:.3f} here, "
-                  f"{before:.3f} -> {after:.3f} in the table: {'agrees' if is_near else 'DIFFERS'}")
-    print(f"{time.perf_counter() - started:.0f} seconds (another processor rounds differently, which is like "
-          "another seed)")
+def difference(table, arm, name="dynamic"):
+    """A number of an arm minus that of the first arm, paired by seed: mean, and half of its interval."""
+    _, first = next(iter(table.values()))
+    _, results = table[arm]
+    return interval([r[name] - other[name] for r, other in zip(results, first)])
 
 
 def print_table(setting, table):
     """One line per arm."""
     first = next(iter(table))
-    number = len(table[first][1])
-    before = {name: fmean(r["before"][name] for r in table[first][1])
-              for name in ("dynamic", "static", "greedy")}
-    print(f"\n{setting}, {number} seeds; before: " + ", ".join(f"{k} {v:.3f}" for k, v in before.items()))
+    _, results = table[first]
+    before = {name: fmean(r["before"][name] for r in results) for name in STRATEGIES}
+    texts = [f"{name} {accuracy:.3f}" for name, accuracy in before.items()]
+    print(f"\n{setting}, {len(results)} seeds; before: " + ", ".join(texts))
     print(f"| arm | lr | reward | vs {first} | dynamic | vs {first} | static | greedy | s/step |")
     print("|---" * 9 + "|")
     for arm, (lr, results) in table.items():
         cells = []
-        for name in ("reward", "dynamic", "static", "greedy"):
+        for name in ("reward", *STRATEGIES):
             cells.append("{:.3f} +- {:.3f}".format(*interval([r[name] for r in results])))
             if name in ("reward", "dynamic"):
                 gain = difference(table, arm, name)
@@ -233,23 +402,30 @@ def print_table(setting, table):
             print(f"{arm}: explained variance, mean over the steps from 5 on: {mean:.2f} +- {half:.2f}")
 
 
-def print_overview(found):
-    """Every arm in every setting, in accuracy (dynamic): the first arm's, and the others' difference to it,
-    bold where the interval leaves zero out. Last, the mean over all settings, of arms that ran in all (its
-    interval: those of the settings, which are independent, added as squares; a little too wide)."""
-    print("\n| | " + " | ".join(found) + " | mean |\n" + "|---" * (len(found) + 2) + "|")
-    for arm in dict.fromkeys(arm for table in found.values() for arm in table):
-        cells, gains = [], []
-        for table in found.values():
+def print_overview(tables):
+    """Every arm in every setting, in accuracy (dynamic), bold where the interval leaves zero out.
+
+    The first arm's before and after, and the others' difference to it. Last, the mean over all settings, of arms
+    that ran in all. The intervals of settings, which are independent, are added as squares; that is a little too
+    wide.
+    """
+    print("\n| | " + " | ".join(tables) + " | mean |\n" + "|---" * (len(tables) + 2) + "|")
+    for arm in dict.fromkeys(arm for table in tables.values() for arm in table):
+        cells = []
+        gains = []
+        for table in tables.values():
             if arm == next(iter(table)):
-                before = fmean(r["before"]["dynamic"] for r in table[arm][1])
-                cells.append(f"{before:.3f} -> {fmean(r['dynamic'] for r in table[arm][1]):.3f}")
+                _, results = table[arm]
+                before = fmean(r["before"]["dynamic"] for r in results)
+                cells.append(f"{before:.3f} -> {fmean(r['dynamic'] for r in results):.3f}")
+            elif arm in table:
+                gains.append(difference(table, arm))
+                cells.append(bold(*gains[-1]))
             else:
-                gains += [difference(table, arm)] if arm in table else []
-                cells.append(bold(*gains[-1]) if arm in table else "")
-        if len(gains) == len(found):
-            cells.append(bold(fmean(mean for mean, _ in gains),
-                              sum(half ** 2 for _, half in gains) ** 0.5 / len(gains)))
+                cells.append("")
+        if len(gains) == len(tables):
+            half = sum(half ** 2 for _, half in gains) ** 0.5 / len(gains)
+            cells.append(bold(fmean(mean for mean, _ in gains), half))
         print(f"| {arm} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -259,35 +435,35 @@ def bold(mean, half):
     return f"**{text}**" if abs(mean) > half else text
 
 
-def difference(table, arm, name="dynamic"):
-    """A figure of an arm minus that of the first arm, paired by seed: mean, and half of its interval."""
-    first = next(iter(table))
-    return interval([r[name] - other[name] for r, other in zip(table[arm][1], table[first][1])])
+# ------------------------------------------------------------------------------------------------------------
+# The picture.
 
 
-def draw(found, path):
-    """For every setting, three to a row: above, each arm's difference to the first in accuracy (paired by
-    seed, 95 percent intervals; hollow: with equal seconds); below, the rewards of up to three arms."""
-    settings = [name for name in found if not name.endswith(EQUAL)]
-    rows = -(-len(settings) // 3)
-    figure = Figure(figsize=(11, 5.2 * rows), layout="constrained")
-    for group, parts in enumerate(figure.subfigures(rows, 1, squeeze=False)[:, 0]):
-        columns = settings[group * 3:group * 3 + 3]
-        axes = parts.subplots(2, 3, squeeze=False)
-        for column, (upper, lower) in enumerate(axes.T):
-            if column < len(columns):
-                setting = columns[column]
-                draw_differences(found[setting], found.get(setting + EQUAL, {}), upper)
-                draw_curves(found[setting], lower)
+def draw(tables, path):
+    """For every setting, three to a row: differences to the first arm above, rewards of three arms below.
+
+    Differences are in accuracy, paired by seed, with 95 percent intervals; hollow: with equal seconds.
+    """
+    settings = [name for name in tables if not name.endswith(EQUAL)]
+    num_rows = -(-len(settings) // 3)
+    figure = Figure(figsize=(11, 5.2 * num_rows), layout="constrained")
+    for row, part in enumerate(figure.subfigures(num_rows, 1, squeeze=False)[:, 0]):
+        shown = settings[row * 3:row * 3 + 3]
+        for column, (upper, lower) in enumerate(part.subplots(2, 3, squeeze=False).T):
+            if column < len(shown):
+                setting = shown[column]
+                draw_differences(tables[setting], tables.get(setting + EQUAL, {}), upper)
+                draw_curves(tables[setting], lower)
                 upper.set_title(setting if "sudoku" in setting else f"arithmetic-{setting}", fontsize=10)
             else:
-                upper.remove(), lower.remove()
+                upper.remove()
+                lower.remove()
     figure.savefig(path, dpi=100)
 
 
 def draw_differences(table, equal_seconds, axes):
     """A line for every arm but the first, and the control, which is far off."""
-    first, *others = (arm for arm in table if arm != "no-reward")
+    first, *others = (arm for arm in dict.fromkeys([*table, *equal_seconds]) if arm != "no-reward")
     for row, arm in enumerate(others):
         for one, shift, colour in ((table, 0, "C0"), (equal_seconds, 0.3, "white")):
             if arm in one:
@@ -306,163 +482,184 @@ def draw_differences(table, equal_seconds, axes):
 def draw_curves(table, axes):
     """Mean reward against the RL step, with 95 percent intervals, of CURVES (or the first three arms)."""
     for arm in [arm for arm in CURVES if arm in table] or list(table)[:3]:
-        results = table[arm][1]
-        points = [interval([r["curve"][i] for r in results]) for i in range(len(results[0]["curve"]))]
-        steps = range(1, len(points) + 1)
-        line, = axes.plot(steps, [mean for mean, _ in points], label=arm, linewidth=1.2)
-        axes.fill_between(steps, [m - h for m, h in points], [m + h for m, h in points], alpha=0.12,
-                          color=line.get_color(), linewidth=0)
+        _, results = table[arm]
+        rewards = zip(*(r["curve"] for r in results))  # by RL step
+        means, halves = zip(*(interval(numbers) for numbers in rewards))
+        steps = range(1, len(means) + 1)
+        line, = axes.plot(steps, means, label=arm, linewidth=1.2)
+        lower = [mean - half for mean, half in zip(means, halves)]
+        upper = [mean + half for mean, half in zip(means, halves)]
+        axes.fill_between(steps, lower, upper, alpha=0.12, color=line.get_color(), linewidth=0)
     axes.set_xlabel("RL step", fontsize=8)
     axes.set_ylabel("reward of its rollouts", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=7)
 
 
-def seconds_alone(setting, arms, args):
-    """Seconds of an RL step of each arm, the median of its first six, on one core -> dict. They are of an
-    idle machine only if nothing else ran when they were measured. (The value arm's first steps are not
-    typical.)"""
-    cost = {}
-    for arm in arms:
-        found, = run_all([command(setting, arm, "3e-4", 0, args, steps=6)])
-        cost[arm] = found["seconds"]
-        print(f"{setting}, {arm}: {cost[arm]:.2f} seconds per step", flush=True)
-    return cost
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Variance of the gradient.
 
 
-def gradient(model, rollouts, views, settings):
+def variance(setting, args):
+    """The noise of the policy gradient over resampled rollouts -> {name: (ratio, error, cosine)}.
+
+    Prompts are fixed, and so is the policy: the start of seed 0. Each advantage is tried on the trace, and each
+    kind of views with group advantages. Ratio and error: see `noise`. Views, and the group's division by its
+    standard deviation, have another mean gradient. So less noise there is not yet a better estimate of the same
+    thing: hence the cosine of the mean gradient with that of the raw reward. The errors are over rollouts alone.
+    """
+    trial = Trial(setting, "value", LRS[0], 0, 1)
+    start = start_of(setting, 0, args)
+    with one_at_a_time():
+        if not os.path.isdir(start):
+            make_start(setting, 0)
+    settings = tracerl.parse_args(command(trial, args))
+    machine.start(settings)
+    learners, tokenizer = tracerl.load_start(settings)
+    model = learners.policy.model
+    recipe = flags.read_flags(tracerl.Recipe, settings)
+    decoding = flags.read_flags(Decoding, settings)
+    method = tracerl.Method(math_reward, None, tracerl.policy_loss, rollout.trace_views, decoding,
+                            machine.choose_compute(settings, model), rollout.ReplayLaw(True))
+    problems = load_prompts(settings.train_data, tokenizer, flags.read_flags(Prompting, settings))
+    explained = train_value(learners, problems, tokenizer, method, recipe, args.value_steps)
+    print(f"value model: explained variance {explained:.3f} after {args.value_steps} steps")
+    views = dict(rollout.VIEWS)
+    views["as-many-random"] = flags.load_function(f"{FORKS}:as_many_random", {}, "--views")
+    asked = [problem for problem in problems[:recipe.prompts] for _ in range(recipe.group_size)]
+    gradients = {}
+    for turn in range(args.resamples):
+        seeds = [mix(turn, i) for i in range(len(asked))]
+        rollouts = rollout.generate_everywhere(model, [p.tokens for p in asked], seeds, decoding, method.compute)
+        give_rewards(rollouts, asked, tokenizer)
+        for name in ("group", "batch", "raw", "value", "random", "as-many-random", "coupled"):
+            changed = method._replace(advantage=tracerl.ADVANTAGES.get(name, tracerl.group_advantages),
+                                      views=views.get(name, rollout.trace_views))
+            value_learner = learners.value if name == "value" else None
+            kept, _ = tracerl.give_advantages(rollouts, value_learner, changed, recipe)
+            gradients.setdefault(name, []).append(gradient(learners.policy, kept, changed, recipe))
+    means = {name: torch.stack(samples).mean(0) for name, samples in gradients.items()}
+    return {name: (*noise(samples), float(torch.cosine_similarity(means[name], means["raw"], dim=0)))
+            for name, samples in gradients.items()}
+
+
+def train_value(learners, problems, tokenizer, method, recipe, num_steps):
+    """Trains the value model alone, on other prompts and rollouts of the policy -> its explained variance."""
+    alone = dataclasses.replace(recipe, prompts=recipe.prompts * recipe.group_size, group_size=1,
+                                value_warmup=10**6)  # RL steps in which the policy waits
+    line = {}
+    for step in range(1000, 1000 + num_steps):
+        rollouts, asked = tracerl.roll_out(learners.policy.model, problems, method, alone, step)
+        give_rewards(rollouts, asked, tokenizer)
+        kept, line = tracerl.give_advantages(rollouts, learners.value, method, alone)
+        batches, _ = tracerl.old_logprobs(learners, rollouts, kept, method, alone, step)
+        tracerl.learn(learners, batches, rollouts, method, alone, step)
+    return line["explained_variance"]
+
+
+def gradient(policy, rollouts, method, recipe):
     """The policy gradient of one batch of rollouts at the policy that made them, flat."""
-    rows = tracerl.own_rows(model, rollouts, views, model.config.block_size, settings)
-    num_tokens = sum(len(part.targets.token) for part in rows)
-    model.zero_grad(set_to_none=True)
-    for part in rows:
-        logp, _ = rollout.forward_rows(model, part)
-        part.targets.logp_old.copy_(logp.detach())
-        tracerl.policy_loss(logp, part.targets, num_tokens, len(rollouts), kl_coef=0.0).backward()
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                      for p in model.parameters()])
+    batch = tracerl.make_batch(tracerl.Learners(policy), [rollouts], method, recipe)
+    policy.model.zero_grad(set_to_none=False)
+    for rows in batch.rows:
+        logp, _ = rollout.forward_rows(policy.model, rows, method.compute, method.decoding.temperature)
+        rows.targets.logp_old.copy_(logp.detach())
+        tracerl.policy_loss(logp, rows.targets, batch.num_tokens, kl_coef=0.0).backward()
+    return torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten()
+                      for p in policy.model.parameters()])
 
 
 def noise(gradients):
-    """E |g - E g|^2 / |E g|^2 of a list of gradients, both parts without bias, and its jackknife standard
-    error (NaN where the mean does not stand out)."""
-    def ratio(g):
-        spread = float((g - g.mean(0)).square().sum() / (len(g) - 1))
-        signal = float(g.mean(0).square().sum()) - spread / len(g)
-        return spread / signal if signal > 0 else float("nan")
+    """E |g - E g|^2 / |E g|^2 of a list of gradients, both parts without bias -> it, and its standard error.
 
-    g = torch.stack(gradients).double()
-    left_out = [ratio(torch.cat([g[:i], g[i + 1:]])) for i in range(len(g))]
-    n, mean = len(g), fmean(left_out)
-    return ratio(g), ((n - 1) / n * sum((x - mean) ** 2 for x in left_out)) ** 0.5
-
-
-def variance(setting, args):
-    """For fixed prompts and the warm start as policy: the noise of the gradient over resampled rollouts, for
-    each advantage (on the trace) and each kind of views (with group advantages) -> {name: (ratio, error,
-    cosine)}: noise(), and the cosine of the mean gradient with that of the raw reward.
-
-    The views, and the group's division by its standard deviation, have other mean gradients, so that
-    less noise there is not yet a better estimate of the same thing: hence the cosine. The errors are over
-    rollouts alone, of one policy and 32 prompts. The value model is trained beforehand, on other rollouts of
-    the policy.
+    The error is a jackknife's. The ratio is NaN where the mean does not stand out.
     """
-    settings = tracerl.parse_args([*SETTINGS[setting], "--advantage=value", "--value_lr=4e-3", *args.more])
-    settings.shrink = settings.shrink or 1
-    path = settings.model or sft.warm_start(
-        0, settings.block_size or 4, settings.attention or "block", settings.train_data)
-    model, tokenizer = checkpoints.load_model(path, settings.block_size, torch.float32)
-    K, problems = model.config.block_size, load_prompts(settings.train_data, tokenizer, settings)
-    critic = value.ValueModel(model)
-    optimizer = parallel.make_optimizer(critic, settings.value_lr, (0.9, 0.999))
-    trainers = tracerl.Trainers(model, None, critic, optimizer)
-    plan = tracerl.Plan(None, None, rollout.trace_views, (K,), K, updates_policy=False)
-    prompts, group_size = settings.prompts, settings.group_size
-    settings.prompts, settings.group_size = prompts * group_size, 1  # it learns from other prompts
-    for step in range(1000, 1000 + args.value_steps):
-        rollouts, asked = tracerl.roll_out(model, problems, K, settings, step)
-        give_rewards(rollouts, asked, tokenizer)
-        kept, metrics = tracerl.give_advantages(rollouts, critic, plan, settings)
-        batches = tracerl.make_batches(kept, trainers, plan, settings, step)
-        tracerl.learn(trainers, batches, plan, settings)
-    explained = metrics["explained_variance"]
-    print(f"value model: explained variance {explained:.3f} after {args.value_steps} steps")
-    settings.prompts, settings.group_size, found = prompts, group_size, {}
-    for turn in range(args.resamples):
-        asked = [p for p in problems[:prompts] for _ in range(group_size)]
-        seeds = [turn * 1_000_003 + i for i in range(len(asked))]
-        rollouts = rollout.generate_everywhere(
-            model, [p.tokens for p in asked], seeds, **runs.decoding_settings(settings))
-        give_rewards(rollouts, asked, tokenizer)
-        for name in ("group", "batch", "raw", "value", "random", "as-many-random", "coupled"):
-            settings.advantage = name if name in ("batch", "raw", "value") else "group"
-            plan = plan._replace(advantage=tracerl.ADVANTAGES[settings.advantage])
-            kept, _ = tracerl.give_advantages(rollouts, critic if name == "value" else None, plan, settings)
-            views = dict(rollout.VIEWS, **{"as-many-random": forks.as_many_random}).get(
-                name, rollout.trace_views)
-            found.setdefault(name, []).append(gradient(model, kept, views, settings))
-    means = {name: torch.stack(gradients).mean(0) for name, gradients in found.items()}
-    return {name: (*noise(gradients), float(torch.cosine_similarity(means[name], means["raw"], dim=0)))
-            for name, gradients in found.items()}
+    g = torch.stack(gradients).double()  # (n, parameters)
+    n = len(g)
+    left_out = [noise_ratio(torch.cat([g[:i], g[i + 1:]])) for i in range(n)]
+    mean = fmean(left_out)
+    return noise_ratio(g), ((n - 1) / n * sum((x - mean) ** 2 for x in left_out)) ** 0.5
+
+
+def noise_ratio(g):
+    """The ratio of `noise` for gradients (n, parameters)."""
+    spread = float((g - g.mean(0)).square().sum() / (len(g) - 1))
+    signal = float(g.mean(0).square().sum()) - spread / len(g)
+    return spread / signal if signal > 0 else float("nan")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command.
 
 
 def parse_args(argv=None):
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--arms", nargs="+", default=None, choices=ARMS,
-                        help="default: those of each setting")
-    parser.add_argument("--seeds", type=int, default=5, choices=STUDENT)
-    parser.add_argument("--steps", type=int, default=30, help="RL steps of every run")
-    parser.add_argument("--lrs", nargs="+", default=LRS, help="learning rates to choose from")
-    parser.add_argument("--more", action="append", default=[],
-                        help="one more flag for every run: --more=--prompts=8")
-    parser.add_argument("--variance", action="store_true", help="measure gradients instead of training")
-    parser.add_argument("--resamples", type=int, default=24, help="batches of rollouts for --variance")
-    parser.add_argument("--value_steps", type=int, default=20, help="batches that train its value model")
-    parser.add_argument("--equal_seconds", action="store_true", help="also with equal seconds")
-    parser.add_argument("--seconds", action="store_true", help="measure the seconds of a step instead")
-    parser.add_argument("--quick", action="store_true", help="a small part, compared with evidence.json")
-    parser.add_argument("--out", default=None, help="JSON file to add results to (default runs/methods.json, "
-                        "or runs/variance.json)")
-    parser.add_argument("--show", action="store_true", help="run nothing: print the tables of --out")
-    parser.add_argument("--picture", default=None, help="where to draw what is in --out")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    flag("--arms", nargs="+", choices=ARMS, help="the first one is what others are compared with; None: those of "
+         "each setting")
+    flag("--seeds", type=int, default=5, choices=STUDENT)
+    flag("--steps", type=int, default=30, help="RL steps of every run")
+    flag("--lrs", nargs="+", default=LRS, help="learning rates to choose from")
+    flag("--more", action="append", default=[], help="one more flag for every run: --more=--prompts=8")
+    flag("--variance", action="store_true", help="measure gradients instead of training")
+    flag("--resamples", type=int, default=24, help="batches of rollouts for --variance")
+    flag("--value_steps", type=int, default=20, help="batches that train its value model")
+    flag("--equal_seconds", action="store_true", help="also with equal seconds")
+    flag("--seconds", action="store_true", help="measure the seconds of an RL step instead")
+    flag("--quick", action="store_true", help="a small part, compared with evidence.json")
+    flag("--out", help="JSON file to add results to; None: runs/methods.json, or runs/variance.json")
+    flag("--show", action="store_true", help="run nothing: print the tables of --out")
+    flag("--picture", help="where to draw what is in --out")
+    args = parser.parse_args(argv)
+    has_rejection = args.arms is not None and "rejection" in args.arms
+    if has_rejection and not args.seconds and (not args.equal_seconds or args.arms[0] == "rejection"):
+        parser.error("--arms rejection is compared by seconds: it needs --equal_seconds, and another arm before it")
+    return args
+
+
+def run_setting(setting, args):
+    """Runs what was asked for in one setting -> tables by name."""
+    arms = args.arms or WHICH[setting]
+    if args.seconds:
+        for arm in arms:
+            if arm == "rejection":
+                rejection_cost(setting, args)
+            else:
+                step_cost(setting, arm, args)
+        return {}
+    if args.variance:
+        table = variance(setting, args)
+        print(f"\n{setting}: noise of the policy gradient, {args.resamples} batches of rollouts")
+        for name, (ratio, error, cosine) in table.items():
+            print(f"| {name} | {ratio:.4f} +- {error:.4f} | {cosine:.3f} |", flush=True)
+        return {setting: table}
+    tables = {setting: compare(setting, arms, args)}
+    print_table(setting, tables[setting])
+    if args.equal_seconds:
+        tables[setting + EQUAL] = with_equal_seconds(setting, tables[setting], "rejection" in arms, args)
+        print_table(setting + EQUAL, tables[setting + EQUAL])
+    return tables
 
 
 def main(argv=None):
-    """Runs, prints, adds to --out, draws."""
+    """Runs, prints, adds to --out, draws -> the new tables by name."""
     args = parse_args(argv)
     torch.set_num_threads(1)
     if args.quick:
-        return quick(args)
-    found = {}
+        quick(args)
+        return {}
+    tables = {}
     for setting in [] if args.show else args.settings:
-        arms = args.arms or WHICH[setting]
-        if args.seconds:
-            seconds_alone(setting, arms, args)
-        elif args.variance:
-            found[setting] = variance(setting, args)
-            print(f"\n{setting}: noise of the policy gradient, {args.resamples} batches of rollouts")
-            for name, (ratio, error, cosine) in found[setting].items():
-                print(f"| {name} | {ratio:.4f} +- {error:.4f} | {cosine:.3f} |", flush=True)
-        else:
-            found[setting] = compare(setting, arms, args)
-            print_table(setting, found[setting])
-            if args.equal_seconds:
-                found[setting + EQUAL] = with_equal_seconds(setting, found[setting], args)
-                print_table(setting + EQUAL, found[setting + EQUAL])
-    os.makedirs("runs", exist_ok=True)
-    path = args.out or f"runs/{'variance' if args.variance else 'methods'}.json"
-    known = json.loads(Path(path).read_text()) if os.path.isfile(path) else {}
-    for name, table in json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 4)).items():
+        tables |= run_setting(setting, args)
+    path = Path(args.out or f"runs/{'variance' if args.variance else 'methods'}.json")
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    rounded = json.loads(json.dumps(tables), parse_float=lambda text: round(float(text), 4))
+    for name, table in rounded.items():
         known[name] = known.get(name, {}) | table  # other arms stay
-    if found:
-        Path(path).write_text(json.dumps(known))
+    if tables:
+        path.write_text(json.dumps(known))
     if args.show:
         for is_equal in (False, True):
             print_overview({name: table for name, table in known.items() if name.endswith(EQUAL) == is_equal})
@@ -470,7 +667,7 @@ def main(argv=None):
             print_table(setting, table)
     if args.picture:
         draw(known, args.picture)
-    return found
+    return tables
 
 
 if __name__ == "__main__":

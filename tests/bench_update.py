@@ -1,18 +1,22 @@
-"""bench_update.py - what one policy update costs: packed replay against one row per trace step.
+"""bench_update.py - what one policy update costs: one row per response against one row per trace step.
 
-    python tests/bench_update.py                       # 34M preset: packed against the authors' layout
+    python tests/bench_update.py                       # 34M parameters: four layouts of the same update
     python tests/bench_update.py --preset 0.6B         # for a GPU; --dtype bfloat16 is its default there
-    python tests/bench_update.py --logprobs            # memory of log-probs with a vocabulary of 151,936
+    python tests/bench_update.py --logprobs            # memory of log-probabilities over 151,936 tokens
     python tests/bench_update.py --growth              # responses of 128 to 2,048 tokens
-    python tests/bench_update.py --table               # memory and time by model size and GPUs: computed
+    python tests/bench_update.py --table               # memory and seconds by model size and GPUs: computed
 
-Every measurement runs in a process of its own, so that its peak memory is its own. All compared numbers come
-from one invocation on one machine; a ratio is worth more than a time.
+Four layouts are measured:
+  authors    one row [prompt | clean response | response as it was] for every trace step of every response, all
+             padded to the longest prompt and response that are allowed. The mask is dense, and there are logits
+             at every position. Old log-probabilities take a forward of their own.
+  unpadded   the same, but padded to the longest response of the batch only
+  replayed   the rows of this project, and old log-probabilities by a forward of their own
+  packed     the same without that forward, as in the first update of an RL step
 
-The authors' layout, written plainly: for every trace step of every response one row [prompt | clean response
-| response as it was], everything padded to the longest allowed prompt and response; a dense mask; logits at
-every position. Their pass is three-fold: old log-probabilities, forward, backward. "unpadded" is the same
-with no padding beyond the batch's longest response.
+Every measurement runs in a process of its own, so that its peak of memory is its own. Compare only numbers of
+one invocation on one machine. The last lines say what an RL step of an 8B model on 8 such devices would take.
+They are computed from the measured rates, see `step_seconds`.
 """
 
 import argparse
@@ -21,17 +25,17 @@ import resource
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 
 import model as lm
 import rollout
 import tracerl
-from plumbing import packing, parallel
+from plumbing import engine, memory, packing, parallel
 
 PRESETS = {  # C, layers, heads, kv heads, head_dim, feed-forward, V, tied
     "tiny": (64, 2, 4, 2, 16, 192, 18, False),
@@ -41,307 +45,424 @@ PRESETS = {  # C, layers, heads, kv heads, head_dim, feed-forward, V, tied
     "4B": (2560, 36, 32, 8, 128, 9728, 151936, False),
     "8B": (4096, 36, 32, 8, 128, 12288, 151936, False),
 }
-GPU_FLOPS, GPU_BYTES = 989e12, 80e9  # one H100 or H200, dense bfloat16; memory of the smaller
+LAYOUTS = ("authors", "unpadded", "replayed", "packed")
+DTYPES = ("float32", "bfloat16")
 
 
 def preset_config(name, block_size=4):
-    """A ModelConfig by shape."""
-    C, layers, heads, kv_heads, D, ff, V, tied = PRESETS[name]
-    return lm.ModelConfig(V, C, layers, heads, kv_heads, D, ff,
-                          mask_id=2, block_size=block_size, tie_word_embeddings=tied)
+    """A ModelConfig by shape. It has no eos, so that every response has the longest length."""
+    C, layers, heads, kv_heads, D, feed_forward, V, is_tied = PRESETS[name]
+    return lm.ModelConfig(V, C, layers, heads, kv_heads, D, feed_forward, mask_id=2, block_size=block_size,
+                          tie_word_embeddings=is_tied)
 
 
 def counts(config):
-    """Numbers of parameters: of the layers' matrices, of one embedding."""
-    C, D = config.hidden_size, config.head_dim
-    layer = C * D * (2 * config.num_heads + 2 * config.num_kv_heads) + 3 * C * config.intermediate_size
+    """Numbers of parameters: of the layers' matrices, and of one embedding."""
+    C = config.hidden_size
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    layer = C * config.head_dim * heads + 3 * C * config.intermediate_size
     return layer * config.num_layers, config.vocab_size * C
 
 
-def made_up(config, number, prompt, low, high, seed=0):
-    """Rollouts with random tokens, and traces of 1 to 4 steps per block, 2 on average."""
-    rng, K, out = torch.Generator().manual_seed(seed), config.block_size, []
-    for n in range(number):
-        R = round((low + (high - low) * n / max(1, number - 1)) / K) * K
-        steps, last = [], 0
-        for _ in range(R // K):
-            S = (1, 1, 1, 2, 2, 2, 2, 2, 3, 4)[int(torch.randint(10, (1,), generator=rng))]
-            places = torch.cat([torch.arange(S), torch.randint(S, (K - S,), generator=rng)])
-            steps += (last + 1 + places[torch.randperm(K, generator=rng)]).tolist()
-            last += S
-        tokens = torch.randint(3, config.vocab_size, (prompt + R,), generator=rng).tolist()
-        out.append(rollout.Rollout(tokens[:prompt], tokens[prompt:], R, steps, logp=[0.0] * R,
-                                   advantage=[(-1.0) ** n] * R))
-    return out
+# ------------------------------------------------------------------------------------------------------------
+# The machine.
 
 
-def author_rows(rollouts, config, prompt, response):
-    """The authors' layout as Rows: row t shows, behind a response's clean text, each block before step t."""
-    K, rows = config.block_size, []
-    for n, r in enumerate(rollouts):
-        R, clean = len(r.response), r.prompt + r.response + [0] * (response - len(r.response))
-        views = {}  # trace step inside its block -> (hidden, targets) of all blocks
-        for block in rollout.blocks_of(prompt, R, K):
-            for t, (hidden, targets) in enumerate(rollout.trace_views(r, block, 1)):
-                shown = views.setdefault(t, ([], []))
-                shown[0].extend(hidden)
-                shown[1].extend(targets)
-        for hidden, targets in views.values():
-            noisy = list(clean[prompt:])
-            for j in hidden:
-                noisy[j] = config.mask_id
-            position = [*range(prompt + response), *range(prompt, prompt + response)]
-            view = [0] * (prompt + response) + [1] * response
-            values = [(prompt + response + j, r.response[j], n, j, 1.0, 0.0, 0.0, r.advantage[j], 0.0, 0.0)
-                      for j in targets]
-            rows.append(lm.Row(clean + noisy, position, [p // K for p in position], view, values))
-    return packing.collate(rows, 0)
+def processor_name():
+    """The CPU's name, such as "AMD EPYC 7763 64-Core Processor"; with a GPU its name, too."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    if parallel.default_device().type == "cuda":
+        name = f"{torch.cuda.get_device_name()}, {name}"
+    return name
 
 
-def author_update(model, rows, rows_at_once, num_trained):
-    """Old log-probabilities, forward, backward, as plainly as it can be said: all logits of every row."""
-    def logprobs(part):
-        attend = partial(lm.masked_attention, mask=lm.dense_mask(part.layout))
-        logits = model.head(model.hidden(part.tokens, part.layout.position, attend))
-        logp = lm.policy_logits(logits, model.config.mask_id).log_softmax(-1).flatten(0, 1)
-        return logp[part.targets.logit_index].gather(-1, part.targets.token[:, None])[:, 0]
-
-    T, parts = rows.tokens.shape[1], []
-    for start in range(0, len(rows.tokens), rows_at_once):
-        row = rows.targets.logit_index // T
-        own, cut = (row >= start) & (row < start + rows_at_once), slice(start, start + rows_at_once)
-        targets = lm.Targets(*(t[own] for t in rows.targets))
-        targets = targets._replace(logit_index=targets.logit_index - start * T)
-        part = lm.Rows(rows.tokens[cut], lm.Layout(*(t[cut] for t in rows.layout)), targets)
-        parts.append(packing.to_device(part, model.device))
-    with torch.no_grad():
-        for part in parts:
-            part.targets.logp_old.copy_(logprobs(part))
-    for part in parts:
-        tracerl.policy_loss(logprobs(part), part.targets, num_trained, 1).backward()
+def timed(function):
+    """Seconds that a function takes, and its result."""
+    started = time.perf_counter()
+    out = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, out
 
 
-def packed_update(model, rollouts, settings, is_replayed):
-    """Ours: the update of tracerl.py without its optimizer step; is_replayed: old log-probabilities by a pass
-    of their own, as when there are several updates per RL step."""
-    parts = tracerl.own_rows(model, rollouts, rollout.trace_views, model.config.block_size, settings)
-    if is_replayed:
-        with torch.no_grad():
-            for rows in parts:
-                rows.targets.logp_old.copy_(rollout.forward_rows(model, rows)[0])
-    num_trained = sum(len(part.targets.token) for part in parts)
-    for rows in parts:
-        logp, _ = rollout.forward_rows(model, rows)
-        if not is_replayed:
-            rows.targets.logp_old.copy_(logp.detach())
-        tracerl.policy_loss(logp, rows.targets, num_trained, 1).backward()
+def product_rate(dtype):
+    """Operations per second that the device reaches on one large matrix product."""
+    device = parallel.default_device()
+    size = 4096 if device.type == "cuda" else 1536
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size ** 3 / min(timed(lambda: a @ a)[0] for _ in range(8))
 
 
-def peak_bytes(device):
-    """Largest memory of this process so far (on a GPU: of its tensors)."""
-    if device.type == "cuda":
+def copy_rate():
+    """Bytes per second that the device reads and writes when it copies."""
+    a = torch.empty(2**26, device=parallel.default_device()).fill_(1.0)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * a.element_size() / min(timed(lambda: b.copy_(a))[0] for _ in range(5))
+
+
+def peak_bytes():
+    """Largest memory of this process so far; on a GPU, of its tensors."""
+    if parallel.default_device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+# ------------------------------------------------------------------------------------------------------------
+# One RL step of a large model, computed.
+
+
+PROMPTS, GROUP, PROMPT_TOKENS, RESPONSE_TOKENS = 64, 16, 200, 2000  # of the RL step that is computed
+TOKENS_PER_STEP = 2  # revealed in a denoising step
+SLOTS = 64  # sequences that a device decodes together
+TOKENS_AT_ONCE = 16384  # of a micro-batch
+
+
+def step_seconds(config, num_devices, products, bandwidth):
+    """The least seconds of one RL step on each device, by what takes them -> dict.
+
+    products: operations per second. bandwidth: bytes per second. Weights and cache are bfloat16. Each denoising
+    step reads all weights and the cache of all sequences; each response has 200 + 1,000 tokens in the cache on
+    average. The update makes four passes (forward, again for gradient checkpointing, and two backward) over the
+    prompt, the clean response, and a view for every denoising step. Not counted: attention's products,
+    sampling, the traffic between devices, grading.
+    """
+    matrices, embedding = counts(config)
+    K = config.block_size
+    num_responses = PROMPTS * GROUP / num_devices
+    steps = RESPONSE_TOKENS / TOKENS_PER_STEP  # denoising steps of a response
+    # A denoising step computes K tokens, and each finished block once more. Only masks need the head: from K
+    # down to the last TOKENS_PER_STEP of a block.
+    decoded = PROMPT_TOKENS + K * steps + RESPONSE_TOKENS
+    drawn = steps * (K + TOKENS_PER_STEP) / 2
+    replayed = PROMPT_TOKENS + RESPONSE_TOKENS + K * steps
+    forwards = steps * max(1, num_responses / SLOTS)
+    token_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim  # keys and values
+    cached = num_responses * steps * (PROMPT_TOKENS + RESPONSE_TOKENS / 2) * token_bytes
+    return dict(
+        products=2 * num_responses * (matrices * decoded + embedding * drawn) / products,
+        weights=2 * forwards * (matrices + embedding) / bandwidth,
+        cache=cached / bandwidth,
+        update=8 * num_responses * (matrices * replayed + embedding * RESPONSE_TOKENS) / products)
+
+
+def print_step(products, bandwidth, rollout_share=None, update_share=None):
+    """Says what an RL step of 8B would take on 8 devices like this one, and what dominates.
+
+    A share is the measured part of the limit that a stage reaches. Without one its line gives the limit.
+    """
+    step = step_seconds(preset_config("8B"), 8, products, bandwidth)
+    reading = step["weights"] + step["cache"]
+    rollouts = max(step["products"], reading)
+    print(f"computed: an RL step of 8B on 8 such devices, {PROMPTS} x {GROUP} responses of {RESPONSE_TOKENS:,} "
+          f"tokens, {TOKENS_PER_STEP} tokens a denoising step")
+    print(f"  rollout  {describe(rollouts, rollout_share)}: products {step['products']:.0f} s, beside reading of "
+          f"weights {step['weights']:.0f} s and cache {step['cache']:.0f} s")
+    print(f"  update   {describe(step['update'], update_share)}: products", flush=True)
+
+
+def describe(limit, share):
+    """Seconds of a stage as text."""
+    if share is None:
+        return f"at least {limit:.0f} s"
+    return f"{limit / share:.0f} s, at the measured {share:.0%} of its limit of {limit:.0f} s"
+
+
+def table():
+    """Memory of one GPU of 80 GB, and seconds of one RL step by `step_seconds`; nothing here is measured.
+
+    N parameters, g GPUs, GiB. Training state: 16 N / g bytes, which are float32 weights, gradients and two
+    moments. Weights to decode with: 2 N. Activations of a micro-batch, the head, and cache: as in
+    plumbing/memory.py. Needed: the training state, and the larger of what decoding and what the update take.
+    LoRA: the same with 2 N of frozen weights; the adapters are neglected. Seconds: the update reaches 40
+    percent of 989 TFLOP/s, and rollouts, which reading bounds, 60 percent of 3.35 TB/s.
+    """
+    print("| model | GPUs | training state | weights | activations | head | cache | needed | LoRA | update "
+          "| rollout |")
+    print("|---" * 11 + "|")
+    for name in ("0.6B", "1.7B", "4B", "8B"):
+        config = preset_config(name)
+        C = config.hidden_size
+        matrices, embedding = counts(config)
+        N = matrices + embedding * (1 if config.tie_word_embeddings else 2)
+        weights = 2 * N
+        activations = TOKENS_AT_ONCE * (3 * memory.layer_bytes(config, 2) + 2 * C * config.num_layers)
+        head = 3 * 4 * 2**27 + embedding * (8 + 3 * 2)
+        length = PROMPT_TOKENS + RESPONSE_TOKENS + config.block_size
+        cache = SLOTS * memory.slot_bytes(config, length, 2, True)
+        lora = weights + max(cache, activations + head)
+        for num_gpus in (1, 8, 16):
+            state = 16 * N / num_gpus
+            needed = state + max(weights + cache, activations + head)
+            step = step_seconds(config, num_gpus, 0.4 * 989e12, 0.6 * 3.35e12)
+            sizes = (state, weights, activations, head, cache, needed)
+            cells = [f"{size / 2**30:.1f}" for size in sizes]
+            cells[-1] += "" if needed < 80e9 else " (too much)"
+            print(f"| {name} | {num_gpus} | {' | '.join(cells)} | {lora / 2**30:.1f} | {step['update']:.0f} s "
+                  f"| {max(step['products'], step['weights'] + step['cache']):.0f} s |")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The update in four layouts.
+
+
+def made_up(config, number, prompt_tokens, low, high):
+    """Rollouts with random tokens, and traces of 1 to 4 steps per block, 2 on average."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda high, count: torch.randint(high, (count,), generator=generator)
+    K = config.block_size
+    rollouts = []
+    for n in range(number):
+        R = round((low + (high - low) * n / max(1, number - 1)) / K) * K
+        steps = []
+        last = 0
+        for _ in range(R // K):
+            num_steps = (1, 1, 1, 2, 2, 2, 2, 2, 3, 4)[int(draw(10, 1))]
+            step = torch.cat([torch.arange(num_steps), draw(num_steps, K - num_steps)])
+            steps += (last + 1 + step[torch.randperm(K, generator=generator)]).tolist()
+            last += num_steps
+        tokens = torch.randint(3, config.vocab_size, (prompt_tokens + R,), generator=generator).tolist()
+        rollouts.append(rollout.Rollout(tokens[:prompt_tokens], tokens[prompt_tokens:], R, steps,
+                                        logp=[0.0] * R, advantage=[(-1.0) ** n] * R))
+    return rollouts
+
+
+def author_rows(rollouts, config, response_tokens):
+    """The authors' layout: row t shows, behind a response's clean text, each block before its step t."""
+    K = config.block_size
+    rows = []
+    for index, r in enumerate(rollouts):
+        P = len(r.prompt)
+        clean = r.prompt + r.response + [config.pad_id] * (response_tokens - len(r.response))
+        shown = {}  # the number of a trace step in its block -> masked and predicted indices of all blocks
+        for block in rollout.blocks_of(P, len(r.response), K):
+            for t, (masked, targets) in enumerate(rollout.trace_views(r, block, 1)):
+                all_masked, all_targets = shown.setdefault(t, ([], []))
+                all_masked += masked
+                all_targets += targets
+        for masked, targets in shown.values():
+            noisy = clean[P:]
+            for j in masked:
+                noisy[j] = config.mask_id
+            position = [*range(len(clean)), *range(P, len(clean))]
+            view = [0] * len(clean) + [1] * response_tokens
+            row = lm.Row(clean + noisy, position, [p // K for p in position], view)
+            row.targets = [lm.Targets(
+                logit_index=len(clean) + j, token=r.response[j], rollout_index=index, response_index=j,
+                step=r.step_map[j], group=0, masked_share=1.0, logp=0.0, logp_old=0.0,
+                advantage=r.advantage[j], value_old=0.0, returns=0.0) for j in targets]
+            rows.append(row)
+    return rows
+
+
+def author_logprobs(model, rows):
+    """Log-probabilities of the targets, with the logits of every position of every row."""
+    states = model.states(rows.tokens, rows.layout.position, lm.attend_by_rule(rows.layout))
+    logits = model.head(states).float()  # (B, T, V)
+    logits[..., model.config.mask_id] = -torch.inf
+    logp = logits.log_softmax(-1).flatten(0, 1)
+    return logp[rows.targets.logit_index].gather(-1, rows.targets.token[:, None])[:, 0]
+
+
+def author_update(model, rows, rows_at_once):
+    """Old log-probabilities, forward, backward, as plainly as it can be said."""
+    parts = [packing.to_device(packing.pad(rows[start:start + rows_at_once], model.config.pad_id), model.device)
+             for start in range(0, len(rows), rows_at_once)]
+    num_tokens = sum(len(part.targets.token) for part in parts)
+    with torch.no_grad():
+        for part in parts:
+            part.targets.logp_old.copy_(author_logprobs(model, part))
+    for part in parts:
+        tracerl.policy_loss(author_logprobs(model, part), part.targets, num_tokens).backward()
+
+
+def own_parts(model, rollouts, compute):
+    """The micro-batches of this project."""
+    return packing.micro_batches(rollout.build_rows(rollouts, model.config, trained_only=True), compute, model)
+
+
+def own_update(model, rollouts, compute, is_replayed):
+    """The update of tracerl.py without its optimizer step; is_replayed: old log-probabilities by a forward."""
+    parts = own_parts(model, rollouts, compute)
+    num_tokens = sum(len(part.targets.token) for part in parts)
+    if is_replayed:
+        with torch.no_grad():
+            for part in parts:
+                part.targets.logp_old.copy_(rollout.forward_rows(model, part, compute)[0])
+    for part in parts:
+        logp, _ = rollout.forward_rows(model, part, compute)
+        if not is_replayed:
+            part.targets.logp_old.copy_(logp.detach())
+        tracerl.policy_loss(logp, part.targets, num_tokens).backward()
+
+
 def measure(args):
-    """One measurement, in a process of its own -> dict."""
-    torch.set_num_threads(args.threads)
+    """One layout, in a process of its own -> dict."""
     device = parallel.default_device()
     config = preset_config(args.preset)
     with torch.device(device):
         model = lm.BlockDiffusionLM(config)
     with torch.no_grad():
         for p in model.parameters():
-            p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
+            if p.dim() > 1:
+                p.normal_(std=0.02)
+            else:
+                p.fill_(1.0)
     model.to(getattr(torch, args.dtype))
     for layer in model.layers:
         layer.has_gradient_checkpointing = args.gradient_checkpointing
+    engine.compile_small_functions(model)
     rollouts = made_up(config, args.responses, args.prompt, *args.range)
-    settings = tracerl.parse_args([f"--tokens_per_micro_batch={args.tokens_per_micro_batch}", "--shrink=1"])
+    compute = engine.fast(device, args.tokens_per_micro_batch)
     if args.layout in ("authors", "unpadded"):
-        response = args.padded if args.layout == "authors" else max(len(r.response) for r in rollouts)
-        rows = author_rows(rollouts, config, args.prompt, response)
-        num_trained, tokens = len(rows.targets.token), rows.tokens.numel()
-        at_once = max(1, args.tokens_per_micro_batch // rows.tokens.shape[1])
-        once = lambda: author_update(model, rows, at_once, num_trained)
+        longest = args.padded if args.layout == "authors" else max(len(r.response) for r in rollouts)
+        rows = author_rows(rollouts, config, longest)
+        num_tokens = sum(len(row.tokens) for row in rows)
+        num_trained = sum(len(row.targets) for row in rows)
+        num_heads = num_tokens  # logits at every position
+        rows_at_once = max(1, args.tokens_per_micro_batch // len(rows[0].tokens))
+        update = lambda: author_update(model, rows, rows_at_once)
     else:
-        parts = tracerl.own_rows(model, rollouts, rollout.trace_views, config.block_size, settings)
-        num_trained, tokens = sum(len(p.targets.token) for p in parts), sum(p.tokens.numel() for p in parts)
-        once = lambda: packed_update(model, rollouts, settings, args.layout == "replayed")
+        parts = own_parts(model, rollouts, compute)
+        num_tokens = sum(part.tokens.numel() for part in parts)
+        num_trained = num_heads = sum(len(part.targets.token) for part in parts)
+        update = lambda: own_update(model, rollouts, compute, args.layout == "replayed")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before, times = peak_bytes(device), []
+    before = peak_bytes()
+    seconds = []
     for _ in range(1 + args.repeats):
         model.zero_grad(set_to_none=False)
-        started = time.perf_counter()
-        once()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        seconds.append(timed(update)[0])
     matrices, embedding = counts(config)
-    passes = {"authors": 4, "unpadded": 4, "packed": 3, "replayed": 4}[args.layout]
-    heads = tokens if args.layout in ("authors", "unpadded") else num_trained
-    flops = 2 * passes * (matrices * tokens + embedding * heads)  # attention not counted
-    return dict(seconds=min(times[1:]), tokens=tokens, trained=num_trained,
-                extra_bytes=peak_bytes(device) - before, flops=flops)
+    passes = (3 if args.layout == "packed" else 4) + args.gradient_checkpointing
+    operations = 2 * passes * (matrices * num_tokens + embedding * num_heads)  # attention is not counted
+    return dict(seconds=min(seconds[1:]), tokens=num_tokens, trained=num_trained, operations=operations,
+                extra_bytes=peak_bytes() - before)
 
 
-def matmul_flops(threads, dtype):
-    """What this machine reaches on one large matrix product, per second."""
-    torch.set_num_threads(threads)
-    device = parallel.default_device()
-    a = torch.randn(4096 if device.type == "cuda" else 1536, device=device, dtype=dtype).outer(
-        torch.randn(4096 if device.type == "cuda" else 1536, device=device, dtype=dtype))
-    best = float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * len(a) ** 3 / best
+def measure_logprobs(args):
+    """Extra peak of memory of log-probabilities and their backward pass -> dict.
 
-
-def logprob_memory(args):
-    """Extra peak of log-probabilities and their backward: all positions at once, or ours in chunks. C is 64,
-    so that the gradient of the head itself, V x C in either case, hides nothing."""
-    torch.set_num_threads(args.threads)
+    layout packed: the chunks of this project; else all positions at once. C is only 64, so that the gradient of
+    the head, which is V x C either way, hides nothing.
+    """
     device = parallel.default_device()
     model = lm.BlockDiffusionLM(lm.ModelConfig(151936, 64, 1, 4, 4, 16, 64, mask_id=2)).to(device)
-    h = torch.randn(args.targets, 64, device=device, requires_grad=True)
-    target = torch.randint(3, 151936, (args.targets,), device=device)
-    model.head.weight.grad = torch.ones_like(model.head.weight)  # there anyway: not part of the extra
-    model.head(h[:1]).log_softmax(-1).sum().backward()  # libraries take their own memory at their first call
-    before = peak_bytes(device)
-    if args.layout == "authors":
-        logits = lm.policy_logits(model.head(h), 2)
-        logp = logits.log_softmax(-1).gather(-1, target[:, None])
+    states = torch.randn(args.targets, 64, device=device, requires_grad=True)
+    tokens = torch.randint(3, 151936, (args.targets,), device=device)
+    model.head.weight.grad = torch.ones_like(model.head.weight)  # there anyway: no part of what is extra
+    model.head(states[:1]).log_softmax(-1).sum().backward()  # libraries take memory at their first call
+    before = peak_bytes()
+    if args.layout == "packed":
+        logp, _ = engine.logprobs(model, states, tokens)
     else:
-        logp, _ = lm.token_logprobs(model, h, target)
+        logp = lm.policy_logits(model, states).log_softmax(-1).gather(-1, tokens[:, None])
     logp.sum().backward()
-    return dict(extra_bytes=peak_bytes(device) - before)
+    return dict(extra_bytes=peak_bytes() - before)
 
 
-def child(args, **changes):
+def in_a_process(args, **changes):
     """Runs one measurement in a fresh process -> its dict."""
-    flags = [f"--{name}={value}" for name, value in (vars(args) | changes).items()
-             if name in ("preset", "threads", "responses", "prompt", "padded", "tokens_per_micro_batch",
-                         "repeats", "dtype", "layout", "targets", "measures")]
-    flags += ["--range", *map(str, changes.get("range", args.range))]
-    flags += ["--gradient_checkpointing"] * args.gradient_checkpointing
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
+    settings = vars(args) | changes
+    words = []
+    for name in ("preset", "dtype", "threads", "responses", "prompt", "padded", "tokens_per_micro_batch", "repeats",
+                 "targets", "layout", "measures"):
+        words.append(f"--{name}={settings[name]}")
+    words += ["--range", *map(str, settings["range"])]
+    words += ["--gradient_checkpointing"] * args.gradient_checkpointing
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The command.
+
+
 def compare(args):
-    """The packed update against the authors' layout."""
-    peak = matmul_flops(args.threads, getattr(torch, args.dtype))
-    print(f"{args.preset}, {args.dtype}, {parallel.default_device()}: {args.responses} responses of "
-          f"{args.range[0]} to {args.range[1]} tokens, prompts of {args.prompt}; "
-          f"a matrix product: {peak / 1e12:.2f} TFLOP/s")
-    found = {}
-    for layout in ("authors", "unpadded", "replayed", "packed"):
-        found[layout] = m = child(args, layout=layout, measures="update")
-        useful, share = m["trained"] / m["tokens"], m["flops"] / m["seconds"] / peak
-        print(f"  {layout:9s} {m['seconds']:8.2f} s  {m['tokens']:7d} tokens a pass, {useful:.2f} useful  "
-              f"peak +{m['extra_bytes'] / 2**20:6.0f} MiB  {share:.0%} of the matrix product", flush=True)
+    """The four layouts -> {layout: dict}."""
+    products = product_rate(getattr(torch, args.dtype))
+    print(f"{processor_name()}; {args.preset}, {args.dtype}: {args.responses} responses of {args.range[0]} to "
+          f"{args.range[1]} tokens, prompts of {args.prompt}; a matrix product: {products / 1e12:.2f} TFLOP/s")
+    measured = {}
+    for layout in LAYOUTS:
+        m = in_a_process(args, layout=layout, measures="update")
+        measured[layout] = m
+        m["share"] = m["operations"] / m["seconds"] / products
+        print(f"  {layout:9s} {m['seconds']:8.2f} s  {m['tokens']:7d} tokens a pass, "
+              f"{m['trained'] / m['tokens']:.2f} trained  peak +{m['extra_bytes'] / 2**20:6.0f} MiB  "
+              f"{m['share']:.0%} of the matrix product", flush=True)
+    authors, unpadded = measured["authors"], measured["unpadded"]
     for layout in ("packed", "replayed"):
-        faster, fewer = (found["authors"][name] / found[layout][name] for name in ("seconds", "tokens"))
-        unpadded = found["unpadded"]["seconds"] / found[layout]["seconds"]
-        print(f"  {layout}: {faster:.1f} x less time, {fewer:.2f} x fewer tokens a pass than the authors' "
-              f"layout; {unpadded:.1f} x less time than unpadded")
-    return found
+        m = measured[layout]
+        print(f"  {layout}: {authors['seconds'] / m['seconds']:.1f} x less time and "
+              f"{authors['tokens'] / m['tokens']:.2f} x fewer tokens a pass than the authors' layout; "
+              f"{unpadded['seconds'] / m['seconds']:.1f} x less time than unpadded")
+    print_step(products, copy_rate(), update_share=measured["packed"]["share"])
+    return measured
 
 
 def growth(args):
-    """Cost per token of longer responses."""
-    found = {}
+    """Cost per token of longer responses -> {length: dict}."""
+    measured = {}
     for R in (128, 256, 512, 1024, 2048):
-        found[R] = m = child(
+        m = in_a_process(
             args, layout="packed", measures="update", responses=max(1, 1024 // R), range=(R, R))
+        measured[R] = m
         print(f"  {R:5d} tokens a response: {m['seconds'] / m['trained'] * 1e3:.2f} ms a trained token, peak "
               f"+{m['extra_bytes'] / 2**20:.0f} MiB", flush=True)
-    return found
+    return measured
 
 
-def table():
-    """Memory of one GPU and time of one RL step, from formulas; nothing here is measured.
-
-    N parameters, g GPUs. Training state: 16 N / g bytes (float32 weights, gradients, two moments); gathered
-    for rollouts: 2 N (bfloat16). LoRA: 2 N frozen, the adapters are neglected. Activations with
-    --gradient_checkpointing: 2 bytes x C x layers for each of 16,384 tokens, plus one layer's (34 x C x 2
-    bytes a token). Cache: 2 bytes x 2 x kv heads x head_dim x layers x 64 slots x 2,784 tokens. Time: 64 x 16
-    / g responses of 1,000 tokens after prompts of 200: 4 passes (one again for --gradient_checkpointing) of 2
-    N FLOPs over 3,200 tokens each (2 trace steps per block of 4) at 40 percent of 989 TFLOP/s; rollouts,
-    bound by memory: 2 N bytes and the cache of 700 tokens in each of 64 slots, for each of 250 blocks x 3
-    forwards, at 60 percent of 3.35 TB/s. """
-    print("| model | GPUs | training state | whole weights | activations | cache | sum | LoRA "
-          "| update | rollout |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for name in ("0.6B", "1.7B", "4B", "8B"):
-        config = preset_config(name)
-        matrices, embedding = counts(config)
-        N = matrices + embedding * (1 if config.tie_word_embeddings else 2)
-        C, layers = config.hidden_size, config.num_layers
-        activations = 16384 * 2 * C * (layers + 34)
-        cache = 2 * 2 * config.num_kv_heads * config.head_dim * layers * 64 * 2784
-        for g in (1, 8, 16):
-            state, whole = 16 * N / g, 2 * N
-            responses = 64 * 16 / g
-            update = 4 * 2 * N * 3200 * responses / (0.4 * GPU_FLOPS)
-            rollouts = -(-responses // 64) * 250 * 3 * (2 * N + cache / 2784 * 700) / (0.6 * 3.35e12)
-            total = state + whole + max(activations, cache)
-            sizes = [f"{x / 2**30:.1f}" for x in (state, whole, activations, cache)]
-            fits = "" if total < GPU_BYTES else " (too much)"
-            lora = (whole + max(activations, cache)) / 2**30
-            print(f"| {name} | {g} | {' | '.join(sizes)} | {total / 2**30:.0f}{fits} | {lora:.0f} "
-                  f"| {update:.0f} s | {rollouts:.0f} s |")
+def logprobs(args):
+    """Memory of log-probabilities, all at once and in chunks."""
+    for layout, how in (("authors", "all at once"), ("packed", "in chunks")):
+        m = in_a_process(args, layout=layout, measures="logprobs")
+        print(f"  {args.targets} log-probabilities over 151,936 tokens, forward and backward, {how}: "
+              f"peak +{m['extra_bytes'] / 2**20:.0f} MiB")
 
 
 def parse_args(argv=None):
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     is_cuda = torch.cuda.is_available()
-    parser.add_argument("--preset", default="34M", choices=PRESETS)
-    parser.add_argument("--dtype", default="bfloat16" if is_cuda else "float32",
-                        choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--responses", type=int, default=128 if is_cuda else 8)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--range", type=int, nargs=2, default=(96, 160), help="shortest and longest response")
-    parser.add_argument("--padded", type=int, default=256, help="response length of the authors' layout")
-    parser.add_argument("--tokens_per_micro_batch", type=int, default=16384 if is_cuda else 4608)
-    parser.add_argument("--repeats", type=int, default=3,
-                        help="timed updates after the first; the best counts")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--targets", type=int, default=4000, help="of --logprobs")
-    parser.add_argument("--logprobs", action="store_true")
-    parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--layout", default="packed", help="of one measurement (internal)")
-    parser.add_argument("--measures", default=None, help="update or logprobs: one measurement (internal)")
+    flag = parser.add_argument
+    flag("--preset", default="34M", choices=PRESETS)
+    flag("--dtype", default="bfloat16" if is_cuda else "float32", choices=DTYPES)
+    flag("--threads", type=int, default=2, help="of the CPU")
+    flag("--responses", type=int, default=128 if is_cuda else 8)
+    flag("--prompt", type=int, default=64, help="tokens of a prompt")
+    flag("--range", type=int, nargs=2, default=(96, 160), help="shortest and longest response")
+    flag("--padded", type=int, default=256, help="response length of the authors' layout")
+    flag("--tokens_per_micro_batch", type=int, default=TOKENS_AT_ONCE if is_cuda else 4608)
+    flag("--repeats", type=int, default=3, help="timed updates after the first; the best counts")
+    flag("--gradient_checkpointing", action="store_true")
+    flag("--targets", type=int, default=4000, help="of --logprobs")
+    flag("--logprobs", action="store_true", help="measure the memory of log-probabilities instead")
+    flag("--growth", action="store_true", help="measure longer responses instead")
+    flag("--table", action="store_true", help="compute memory and seconds of larger models instead")
+    flag("--layout", default="packed", choices=LAYOUTS, help="of one measurement (internal)")
+    flag("--measures", choices=("update", "logprobs"), help="one measurement (internal)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Prints what was asked for."""
     args = parse_args(argv)
+    torch.set_num_threads(args.threads)
     if args.measures:
-        print(json.dumps(measure(args) if args.measures == "update" else logprob_memory(args)))
-        return None
-    if args.logprobs:
-        for layout in ("authors", "packed"):
-            m = child(args, layout=layout, measures="logprobs")
-            how = "all at once" if layout == "authors" else "in chunks"
-            print(f"  {args.targets} log-probabilities over 151,936 tokens, forward and backward, {how}: "
-                  f"peak +{m['extra_bytes'] / 2**20:.0f} MiB")
-        return None
-    if args.table:
-        return table()
-    return growth(args) if args.growth else compare(args)
+        print(json.dumps(measure(args) if args.measures == "update" else measure_logprobs(args)))
+    elif args.logprobs:
+        logprobs(args)
+    elif args.table:
+        table()
+    elif args.growth:
+        growth(args)
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def as_many_random(rollout, block, shrink, rng):
     """--views: random masks, but as many views of them as the trace has, so that an update costs the same.
     (With full attention the authors' baseline, too, draws many masks for each response: 35.)"""
     steps = {rollout.step_map[j] for j in block}
-    return [view for _ in steps for view in random_views(rollout, block, shrink, rng)]
+    return [view for _ in steps for view in random_views(block, rng)]
 
 
 def always_one(problem):

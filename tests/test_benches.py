@@ -1,0 +1,133 @@
+"""The benches run, and write what they promise. Most of these laws are slow: SLOW=1 pytest tests/test_benches.py"""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import FIXTURES, ROOT, small_data
+
+import bench_methods
+import bench_rollout
+import bench_update
+from plumbing import runs
+
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes a minute: SLOW=1")
+TINY = str(FIXTURES / "tiny")
+
+
+def small_runs(folder):
+    """Flags of bench_methods for the smallest runs."""
+    words = ["--model", TINY, *small_data(folder), "--dev_data=test.jsonl", "--prompts=4", "--group_size=4",
+             "--keep_range", "0", "1", "--max_new_tokens=20", "--tokens_per_micro_batch=2048", "--value_warmup=0"]
+    return [*(f"--more={word}" for word in words), "--settings", "k4", "--steps=1", "--seeds=2"]
+
+
+@slow
+def test_the_comparison_of_methods_runs_and_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
+    flags = [*small_runs(tmp_path), "--lrs", "1e-3", "1e-4", "--arms", "tracerl", "coupled", "dr-grpo"]
+    tables = bench_methods.main(flags)
+    assert set(tables["k4"]) == {"tracerl", "coupled", "dr-grpo"}
+    for lr, results in tables["k4"].values():
+        assert lr in ("1e-3", "1e-4") and len(results) == 2 and all(0 <= r["dynamic"] <= 1 for r in results)
+    assert json.loads((tmp_path / "runs/methods.json").read_text()).keys() == {"k4"}
+    output = capsys.readouterr().out
+    assert "--views=coupled --lr=1e-3" in output and "| coupled | 1e-" in output
+    assert bench_methods.main(flags) == tables  # all of it is there: nothing runs again
+    assert "python tracerl.py" not in capsys.readouterr().out
+
+
+@slow
+def test_every_arm_is_a_command_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
+    args = bench_methods.parse_args(small_runs(tmp_path))
+    arms = [arm for arm in bench_methods.ARMS if arm != "rejection"]
+    trials = [bench_methods.Trial("k4", arm, "1e-4", 0, 1) for arm in arms]
+    results = bench_methods.run_all(trials, args)
+    assert all(result["seconds"] > 0 and result["before"] == results[0]["before"]
+               for arm, result in zip(arms, results) if arm not in ("static", "just-grpo"))
+
+
+@slow
+def test_equal_seconds_bring_in_rejection_sampling(tmp_path, monkeypatch, capsys):
+    """It samples and learns for as long as the first arm trains, and starts where all arms start."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
+    flags = [*small_runs(tmp_path), "--lrs", "1e-4", "--equal_seconds", "--arms", "tracerl", "rejection"]
+    tables = bench_methods.main(flags)
+    assert set(tables["k4"]) == {"tracerl"}
+    table = tables["k4, equal seconds"]
+    assert list(table) == ["tracerl", "rejection"]
+    _, first = table["tracerl"]
+    _, rejection = table["rejection"]
+    assert [r["before"] for r in rejection] == [r["before"] for r in first]
+    assert all(0 < r["reward"] < 1 and r["seconds"] > 0 for r in rejection)
+    assert "rejection, k4, seed 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench_methods.main(["--arms", "tracerl", "rejection"])
+
+
+@slow
+def test_starts_are_made_once_for_each_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
+    made = []
+    usual = bench_methods.sft.main
+
+    def short(words):
+        made.append(words)
+        return usual([*words, "--steps=2", "--cooldown=1"])
+
+    monkeypatch.setattr(bench_methods.sft, "main", short)
+    _, problems = small_data(tmp_path)
+    more = [problems, problems.replace("eval", "dev"), "--prompts=2", "--group_size=2"]
+    args = bench_methods.parse_args([f"--more={word}" for word in more])
+    for arm in ("tracerl", "random"):
+        bench_methods.run_all([bench_methods.Trial("sudoku-full", arm, "1e-4", 0, 1)], args)
+    words, = made
+    assert {"--data=sudoku", "--attention=full", "--stop_accuracy=0.2", "--lr=0.002", "--seed=0"} <= {*words}
+
+
+@slow
+def test_the_noise_of_every_estimator_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*small_runs(tmp_path), "--variance", "--resamples=3", "--value_steps=1"]
+    table = bench_methods.main(flags)["k4"]
+    assert set(table) == {"group", "batch", "raw", "value", "random", "as-many-random", "coupled"}
+    assert table["raw"][2] == pytest.approx(1, abs=1e-4)
+    assert all(abs(cosine) < 1.0001 for *_, cosine in table.values())
+
+
+def test_the_evidence_can_be_shown_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bench_methods.main(["--show", "--out", str(ROOT / "tests/evidence.json"), "--picture=q.png"])
+    output = capsys.readouterr().out
+    assert "sudoku-full, 5 seeds" in output and "| random | -0.091 +- 0.108 |" in output
+    assert (tmp_path / "q.png").is_file()
+
+
+def test_the_noise_of_a_gradient_is_its_variance_over_its_squared_mean():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.full((1000,), 0.1)
+    ratio, error = bench_methods.noise(list(mean + torch.randn(64, 1000, generator=generator)))
+    assert ratio == pytest.approx(1000 / 10, rel=0.15) and 0 < error < 15
+
+
+@slow
+@pytest.mark.parametrize("layout", bench_update.LAYOUTS)
+def test_the_cost_of_an_update_can_be_measured_in_every_layout(layout, capsys):
+    bench_update.main(["--measures=update", "--preset=tiny", f"--layout={layout}", "--responses=2", "--repeats=1",
+                       "--threads=1", "--range", "8", "16", "--padded=16", "--prompt=8"])
+    assert json.loads(capsys.readouterr().out)["trained"] == 24
+
+
+@slow
+def test_decoding_is_measured_beside_both_loops_and_the_limit(capsys):
+    bench_rollout.main(["--quick", "--preset=tiny", "--batches", "1", "3", "--prompt_tokens=9",
+                        "--max_new_tokens=12", "--threads=1"])
+    output = capsys.readouterr().out
+    for text in ("transformers", "definition", "engine     3", "of the limit", "rollout", "update"):
+        assert text in output
