@@ -99,9 +99,9 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... (truncation costs nothing unless you make it)
+        rollout    the record: step_map, is_truncated, ... Truncation costs nothing unless you make it
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage value
-    or an advantage of your own. Give every token of a denoising step the reward of that step: returns are sums
+    or an advantage of your own. Give every token of a denoising step the reward of that step. Returns are sums
     over trace steps of the MEAN in the step.
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.

@@ -320,8 +320,8 @@ def policy_logits(model, states):
     If the mask token could be drawn, the text would then contain it for ever. Every later forward would take
     it for a position that is still to be filled.
 
-    Float32 also where the weights are bfloat16. A bfloat16 logit between 16 and 32 is a multiple of 0.125, so
-    a ratio exp(logp - logp_old) could only move in steps of 13 percent. The clip range is 20 percent.
+    Float32 also where the weights are bfloat16. A bfloat16 logit between 16 and 32 is a multiple of 0.125. A
+    ratio exp(logp - logp_old) could then only move in steps of 13 percent, and the clip range is 20 percent.
     """
     logits = states.float() @ model.head.weight.float().T
     logits[..., model.config.mask_id] = -math.inf

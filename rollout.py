@@ -113,7 +113,7 @@ def filter_probabilities(logp, top_k, top_p):
     """Probabilities (N, V) after top-k, then top-p, renormalised. top_k 0 and top_p 1 keep everything.
 
     Top-k keeps every token at least as probable as the k-th. Top-p keeps the most probable ones until their
-    sum exceeds top_p: of .5 .3 .2, top_p .6 keeps .5 and .3, which become .625 and .375.
+    sum exceeds top_p. Of .5 .3 .2, top_p .6 keeps .5 and .3, which become .625 and .375.
     """
     if 0 < top_k < logp.shape[-1]:
         kth = logp.topk(top_k, dim=-1).values[:, -1:]
@@ -143,9 +143,9 @@ def inverse_cdf(p, draws):
 def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True):
     """Draws a token at each position: logits (N, V), draws float64 (N,) -> token, confidence, logp, entropy.
 
-    All four are (N,). The confidence is the probability of the token in the distribution from which it was
-    drawn, after the filters: it says how sure the draw was. logp is log softmax(logits / T) BEFORE the
-    filters, because that is the policy which the loss trains.
+    All four are (N,). The confidence is the token's probability after the filters, in the distribution from
+    which it was drawn. It says how sure the draw was. logp is log softmax(logits / T) BEFORE the filters,
+    because that is the policy which the loss trains.
     """
     logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (N, V)
     if temperature == 0 or top_k == 1:
@@ -232,9 +232,13 @@ class Decoding:
         """Which of the drawn tokens to keep, bool (B, K). The others stay masked, and are drawn again.
 
         FORK HERE. --strategy file.py:function calls a function of yours, by the names of its parameters:
-        confidence, entropy, token (B, K) of the draws; is_masked (B, K); quota, step (B,), the step counted
-        from 0 in its block; threshold. It must reveal at least one mask of every block that has one, and
-        only masks. Use tensor operations only: `if x.any()` makes a GPU wait, and no CUDA graph can hold it.
+            confidence, entropy, token    of the draws, (B, K)
+            is_masked                     (B, K)
+            quota                         how many tokens the step is to reveal, (B,)
+            step                          the denoising step, counted from 0 in its block, (B,)
+            threshold                     the flag of that name
+        It must reveal at least one mask of every block that has one, and only masks. Use tensor operations
+        only: `if x.any()` makes a GPU wait, and no CUDA graph can hold it.
         """
         return flags.call(self.function, confidence=confidence, entropy=entropy, is_masked=is_masked,
                           quota=quota, token=token, step=step, threshold=self.threshold)
@@ -248,9 +252,9 @@ class Decoding:
 def generate(model, prompt, decoding, seed=0):
     """Decodes a response to one prompt (token ids) and records its trace -> Rollout.
 
-    Block attention: the text is cut at absolute positions. P = 9 and K = 4: positions 0 to 7 are clean at
-    once, and decoding begins at position 8 with one prompt token and three masks. Full attention: the first
-    block begins with the response, and the room for the whole response is there from the start.
+    Block attention: the text is cut at absolute positions. With P = 9 and K = 4, positions 0 to 7 are clean at
+    once. Decoding begins at position 8, with one prompt token and three masks. Full attention: the first block
+    begins with the response, and the room for the whole response is there from the start.
     ValueError for an empty prompt, and for logits that are not finite.
     """
     config, K, P = model.config, model.config.block_size, len(prompt)
@@ -364,16 +368,17 @@ class View(NamedTuple):
 def trace_views(rollout, block, shrink):
     """The views of TraceRL: one per trace step, whose targets are the tokens that this step revealed.
 
-    FORK HERE. --views file.py:function calls a function of yours for every block of every response (full
-    attention: once for the whole response), by the names of its parameters:
+    FORK HERE. --views file.py:function calls a function of yours for every block of every response. With full
+    attention it is called once, for the whole response. By the names of its parameters it is given
         rollout   the record: prompt, response, step_map, confidence, ...
         block     the response indices of one block, for example [3, 4, 5, 6]
         shrink    the flag of that name
         rng       random.Random, seeded by the rollout: it draws the same on every process
     It gives a list of (masked, targets): the indices that are masks in a view, and those to predict there.
 
-    step_map 1 3 1 2 of the block 1 0 1 ; has these views. With shrink 2 two denoising steps share one view,
-    so the token ; is predicted without the two 1s in sight: a state in which the policy never was.
+    step_map 1 3 1 2 of the block 1 0 1 ; has the views below. With shrink 2 two denoising steps share one view.
+    The token ; is then predicted without the two 1s in sight: a state in which the policy never was.
+
         shrink 1   ([0, 1, 2, 3], [0, 2])   ([1, 3], [3])   ([1], [1])
         shrink 2   ([0, 1, 2, 3], [0, 2, 3])   ([1], [1])
     """
@@ -410,7 +415,7 @@ VIEWS = dict(trace=trace_views, random=random_views, coupled=coupled_views)  # -
 def blocks_of(prompt_length, response_length, K):
     """Response indices block by block, with blocks cut at absolute positions.
 
-    P = 9, R = 7, K = 4: positions 9 10 11 | 12 13 14 15 are the indices [0, 1, 2], [3, 4, 5, 6].
+    With P = 9, R = 7 and K = 4, positions 9 10 11 | 12 13 14 15 are the indices [0, 1, 2], [3, 4, 5, 6].
     """
     blocks = []
     start = 0
@@ -611,8 +616,8 @@ class ReplayLaw:
 
     A wrong mask, position or step moves many log-probabilities by 0.05 nats and more. In float32, rounding
     stays below 1e-4 on average, and below ten times that for the worst token. In bfloat16, decoding and
-    training round differently, and means of 1e-3 are usual: there a run stops after the third step in a row
-    with a mean above 0.05.
+    training round differently: means of 1e-3 are usual. There a run stops after the third step in a row whose
+    mean is above 0.05.
     """
 
     is_float32: bool

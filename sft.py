@@ -1,7 +1,7 @@
 """sft.py - how the starting model is made.
 
-Supervised fine-tuning of a block diffusion model: mask some tokens of every block, and predict them from the
-rest of the block and the clean blocks before it. The rows are those of TraceRL, made by rollout.build_rows.
+Supervised fine-tuning of a block diffusion model masks some tokens of every block. The model predicts them from
+the rest of the block and the clean blocks before it. The rows are those of TraceRL, made by rollout.build_rows.
 Three things differ: the views are random, what fills the last block behind eos is trained as well, and the
 loss is a plain log-likelihood.
 
@@ -10,8 +10,8 @@ loss is a plain log-likelihood.
 
 There is one view per block. It masks k of the block's 4 tokens, k uniform in 1 to 4, and the loss is minus the
 log-probability of these. An autoregressive checkpoint predicts the NEXT token at each position. Fine-tuning
-teaches it to predict the token AT the position, where a mask stands in the input: nothing else has to change
-(the recipe of SDAR, arXiv 2510.06303).
+teaches it to predict the token AT the position, where a mask stands in the input. Nothing else has to change.
+(This is the recipe of SDAR, arXiv 2510.06303.)
 
     python sft.py                     # a tiny model on additions, two minutes: how assets/tiny-block was made
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --name qwen3-block
@@ -155,8 +155,8 @@ class Recipe:
 def learning_rate(step, recipe, decay_start):
     """Up over the warm-up, level, and from decay_start on down to a tenth over the cooldown.
 
-    The last, small steps average out the noise of masks and batches. With warmup 30, cooldown 200 and
-    decay_start 500 it is full from step 29 to 499, .55 of that at step 599, a tenth from step 699 on.
+    The last, small steps average out the noise of masks and batches. Take warmup 30, cooldown 200 and
+    decay_start 500. The rate is full from step 29 to 499, .55 of that at step 599, a tenth from step 699 on.
     """
     cooled = max(0, step - decay_start + 1) / recipe.cooldown  # 0 before the cooldown, 1 at its end
     return recipe.lr * min((step + 1) / recipe.warmup, 1 - 0.9 * min(1.0, cooled))

@@ -1,7 +1,7 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
-TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered: what is the log-probability of a text that
-was not written from left to right? Its answer: that of its trace, each token in the state in which it was
+TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered. What is the log-probability of a text that
+was not written from left to right? The answer is that of its trace: each token in the state in which it was
 revealed.
 
 One RL step has six stages. `train` calls them in this order, and the README numbers them in the same way:
@@ -59,8 +59,8 @@ def group_advantages(rewards):
     FORK HERE. --advantage file.py:function calls a function of yours, by the names of its parameters:
         rewards    float (groups, G)
         rollouts   the records, group by group: step_map, confidence, logp, ... of every response
-    It gives one number per response, (groups, G), or per token, (groups, G, tokens of the longest response). A
-    group of zeros is left out of the update.
+    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, tokens of the longest
+    response). A group of zeros is left out of the update.
     """
     mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
     std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, not by G - 1, as the authors do
@@ -90,17 +90,19 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     that is trained. num_tokens: N, the targets of the WHOLE update, over all micro-batches and processes. With
     this divisor losses and gradients simply add, however the update was split.
 
-    All trained tokens weigh the same. (The paper first averages inside each trace step: examples/forks.py.)
+    All trained tokens weigh the same. The paper first averages inside each trace step: see examples/forks.py.
     In the first update of an RL step every ratio is 1, so nothing is clipped and k3 is 0.
 
-    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new), because the tokens were drawn
-    from the OLD policy: the mean of -log ratio is that KL, and ratio - 1 has mean 0 and only lowers the noise.
+    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). The tokens were drawn from the
+    OLD policy, so the mean of -log ratio is that KL. ratio - 1 has mean 0, and only lowers the noise.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch, by the names of its
-    parameters: these, and entropy (n,), with gradient, of the policy at each target; num_responses and
-    num_groups of the whole update. targets (model.Targets) also holds step, group, rollout_index, logp, ... A
-    micro-batch holds whole responses where they fit. It holds whole groups for a loss that has a parameter
-    num_groups.
+    parameters. Beside those above it may have
+        entropy          float32 (n,), with gradient: of the policy, at each target
+        num_responses    of the whole update
+        num_groups       the same. A loss with this parameter is given whole groups, where they fit
+    A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, group,
+    rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
@@ -135,8 +137,10 @@ def diagnose(logp, entropy, targets, clip_eps):
 
 @dataclass
 class Recipe:
-    """The numbers of the method. The defaults for real checkpoints are the paper's for SDAR, but for one
-    update per RL step (the authors' code makes several) and the value model's head start."""
+    """The numbers of the method. For real checkpoints the defaults are the paper's for SDAR.
+
+    Two are ours: one update per RL step (the authors' code makes several), and the value model's head start.
+    """
 
     seed: int = setting(0, "of prompts, rollouts and views")
     steps: int = setting(80, "RL steps", tiny=45, low=1, may_change=True)

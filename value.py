@@ -7,8 +7,8 @@ That is what a baseline must be: it may know the state, but not the token that i
 
 Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one state.
 The value model still says a number for each of these tokens, since it is read at their positions, and these
-numbers differ. Their mean V* stands for the step. Here are the response 1 0 1 ; with step_map 1 3 1 2, which
-is right and earns 1, and the advantages with the usual gamma = lambda = 1 and with lambda = 0:
+numbers differ. Their mean V* stands for the step. The table shows the response 1 0 1 ; with step_map 1 3 1 2.
+It is right and earns 1. The last two lines are its advantages, with gamma = 1.
 
     token                  1    0    1    ;
     step_map               1    3    1    2

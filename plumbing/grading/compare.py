@@ -1,0 +1,252 @@
+"""plumbing/grading/compare.py - the structure of an answer: names, lists, tuples, sets, matrices, relations.
+
+`is_same` takes the trees of two answers apart, as far as they have parts, and compares the parts as formulas
+(formula.py). It runs in a worker only (workers.py). Both answers come in one spelling (spelling.py).
+
+- Lists and sets are one kind, and their order does not matter. Tuples keep brackets and order.
+- A name may be missing on one side: x = 5 is 5. Two different names are different answers.
+- Inequalities, intervals and unions are sets of numbers, and are compared as sets.
+- Equations are the same if their sides differ by the same function but for a factor.
+"""
+
+import ast
+import re
+
+from plumbing.grading.formula import Calculator, is_same_function, leaves, letters_of, parse
+
+NUMBERS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
+INTERVALS = {"Tuple": (ast.Lt, ast.Lt), "List": (ast.LtE, ast.LtE), "right_closed": (ast.Lt, ast.LtE),
+             "left_closed": (ast.LtE, ast.Lt)}  # low < x <= high
+TURNED = {ast.Gt: ast.Lt, ast.GtE: ast.LtE}
+INEQUALITIES = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.NotEq)
+
+
+def is_same(answer, gold):
+    """Whether two spelled answers are equal. ValueError for what is not understood."""
+    bases = in_base(answer), in_base(gold)
+    if any(bases):
+        return bases[0] == bases[1]
+    return is_same_list(read(answer), read(gold))
+
+
+def in_base(text):
+    """204_5, (204)_{5}, 204_{five} -> ("", "204", "5"), sign first; None for what has no base."""
+    match = re.fullmatch(r"(-?)[({]?([0-9a-zA-Z.]+)[)}]? ?_ ?\{? ?\(?(\d+|[a-z]+)\)? ?\}?", text)
+    if not match or not (match[2][0].isdigit() or match[2].isupper() and match[2][1:]):
+        return None
+    return match[1], match[2].upper(), str(NUMBERS.get(match[3], match[3]))
+
+
+def read(text):
+    """The trees of a list of answers: 1 \\pm x is two, {1,2} is two, (p,q) = (3,2) is p = 3 and q = 2."""
+    if "\\pm" not in text:
+        return [part for tree in parse(text) for part in parts_of(tree)]
+    texts = text.replace("\\pm", "+").replace("\\mp", "-"), text.replace("\\pm", "-").replace("\\mp", "+")
+    return list({ast.dump(part): part for text in texts for part in read(text)}.values())
+
+
+def parts_of(tree):
+    """What one item of a list stands for, as a list of trees."""
+    match tree:
+        case ast.Set(elts=parts):
+            return parts
+        case ast.BoolOp(values=parts) if not any(isinstance(node, INEQUALITIES) for node in ast.walk(tree)):
+            return parts
+        case ast.Compare(left=ast.Tuple(elts=names), ops=[ast.Eq()], comparators=[ast.Tuple(elts=values)]):
+            return [ast.Compare(name, tree.ops, [value]) for name, value in zip(names, values, strict=True)]
+    return [tree]
+
+
+def is_same_list(answers, golds):
+    """Whether every part of one list equals another part of the other."""
+    if len(answers) != len(golds) or len(golds) > 1:
+        # Names on one side alone: x=1, x=2 is the list 1, 2; and y=-4, x=3 is (3,-4), in order of the names.
+        answers, golds = without_names(answers, golds), without_names(golds, answers)
+    if len(answers) != len(golds) or len(golds) > 100:
+        return False
+    left = list(golds)
+    for answer in answers:
+        match = next((gold for gold in left if is_same_part(answer, gold)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def without_names(parts, others):
+    """The values of named parts, if no other part has a name: as a list, or as one tuple."""
+    named = [split_name(part) for part in parts]
+    names = [name for name, _ in named]
+    has_names = all(names) or names[0] and not any(names[1:])  # x = 1, x = 2; or x = 1, 2
+    if not has_names or any(split_name(part)[0] for part in others):
+        return parts
+    if len({name.split("_")[0] for name in names if name}) > 1:
+        named.sort(key=lambda pair: pair[0].strip("\\"))
+        return [ast.Tuple([value for _, value in named])]
+    return [part for _, value in named for part in parts_of(value)]
+
+
+def split_name(tree):
+    """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree."""
+    match tree:
+        case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):
+            letters, name = leaves(left), "".join(leaves(left))
+            no_product = (ast.Add, ast.Sub, ast.Div, ast.Pow)
+            is_product = not any(isinstance(node, no_product) for node in ast.walk(left))
+            is_short = len(letters) == 2 and name.islower() and name[0] not in "fgh"  # xy = 5 is no name
+            if is_product and not is_short and not name[0].isdigit():
+                return name, value
+    return "", tree
+
+
+def is_same_part(answer, gold):
+    """Whether two trees that are no lists are equal."""
+    (name_a, value_a), (name_g, value_g) = split_name(answer), split_name(gold)
+    if name_a and name_a == name_g:
+        return is_same_part(value_a, value_g)
+    if name_a and name_g and not letters_of(value_a):
+        return False
+    lacks_gold_name = name_a and not isinstance(gold, (ast.Compare, ast.Dict))
+    if lacks_gold_name or name_g and not isinstance(answer, ast.Compare):
+        return is_same_list(parts_of(value_a), parts_of(value_g))
+    verdict = compare_sets(answer, gold)
+    if verdict is not None:
+        return verdict
+    if isinstance(answer, ast.Compare) or isinstance(gold, ast.Compare):
+        return is_same_relation(answer, gold)
+    (kind_a, parts_a), (kind_g, parts_g) = structure(answer), structure(gold)
+    if kind_a == kind_g == "formula":
+        return is_same_function(answer, gold)
+    return kind_a == kind_g and len(parts_a) == len(parts_g) and all(map(is_same_part, parts_a, parts_g))
+
+
+def structure(tree):
+    """The kind of a tree and its parts."""
+    match tree:
+        case ast.Tuple(elts=parts):
+            return "tuple", parts
+        case ast.List(elts=[only]):
+            return structure(only)
+        case ast.List(elts=parts):
+            return "brackets", parts
+        case ast.Dict(keys=[key], values=[condition]):
+            return "builder", [key, condition]
+        case ast.Call(func=ast.Name(id="right_closed" | "left_closed" as name), args=parts):
+            return name, parts
+        case ast.Call(func=ast.Name(id="matrix"), args=rows):
+            rows = [row.elts if isinstance(row, ast.Tuple) else [row] for row in rows]
+            return ("matrix", *map(len, rows)), [cell for row in rows for cell in row]
+        case ast.UnaryOp(op=sign, operand=operand):
+            kind, cells = structure(operand)
+            if kind[0] == "matrix":
+                return kind, [ast.UnaryOp(sign, cell) for cell in cells]
+        case ast.BinOp(op=ast.Mult() | ast.Div(), left=left, right=right):  # a matrix and a factor
+            for matrix, factor in ((left, right), (right, left)):
+                kind, cells = structure(matrix)
+                if kind[0] == "matrix":
+                    return kind, [ast.BinOp(cell, tree.op, factor) for cell in cells]
+    return "formula", []
+
+
+def is_same_relation(answer, gold):
+    """Equations and inequalities: the same signs, turned to point one way, and sides of equal difference."""
+    (signs_a, sides_a), (signs_g, sides_g) = turned(answer), turned(gold)
+    if not signs_g and set(signs_a) == {ast.Eq}:  # x = 2 + 3 = 5: all that is said to be equal must be
+        values = [side for side in sides_a if not split_name(ast.Compare(side, [ast.Eq()], [gold]))[0]]
+        return bool(values) and all(is_same_part(side, gold) for side in values)
+    if signs_a != signs_g:
+        return False
+    if len(signs_a) > 1:
+        return all(is_same_part(a, g) for a, g in zip(sides_a, sides_g))
+    differences = [ast.BinOp(left, ast.Sub(), right) for left, right in (sides_a, sides_g)]
+    return is_same_function(*differences, "any" if signs_a[0] in (ast.Eq, ast.NotEq) else "positive")
+
+
+def turned(tree):
+    """The signs and sides of a relation, with < and <= for > and >=."""
+    if not isinstance(tree, ast.Compare):
+        return [], [tree]
+    signs, sides = [type(sign) for sign in tree.ops], [tree.left, *tree.comparators]
+    if all(sign in TURNED for sign in signs):
+        return [TURNED[sign] for sign in reversed(signs)], sides[::-1]
+    return signs, sides
+
+
+# -------------------------------------------------------------------------------------------- sets of numbers
+
+
+def compare_sets(answer, gold):
+    """The verdict on two sets of real numbers of which one is surely a set, or None. (1,3) may be a point."""
+    sets = RealSet(answer), RealSet(gold)
+    if not any(isinstance(tree, (ast.BoolOp, ast.BinOp, ast.Dict, ast.Compare))
+               or {"\\infty", "\\Reals"} & set(leaves(tree)) for tree in (answer, gold)):
+        return None
+    try:
+        for real_set in sets:
+            real_set.contains(0, real_set.tree)
+    except ValueError:
+        return None
+    # Two sets that agree at all their ends, between them and beyond them are the same.
+    ends = sorted(sets[0].ends + sets[1].ends) or [0]
+    tests = [*ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[0] - 1, ends[-1] + 1]
+    return len(sets[0].variables | sets[1].variables) < 2 and all(
+        sets[0].contains(x, answer) == sets[1].contains(x, gold) for x in tests)
+
+
+class RealSet:
+    """A set of real numbers: interval, inequality, union, {x : x > 3}.
+
+    ends: the ends and single points met so far. variables: the names of its numbers.
+    """
+
+    def __init__(self, tree):
+        self.tree, self.ends, self.variables = tree, [], set()
+
+    def number(self, tree):
+        """The value of an end, which may be infinite."""
+        if leaves(tree) == ["\\infty"]:
+            return float("-inf") if isinstance(tree, ast.UnaryOp) else float("inf")
+        self.ends.append(Calculator({}, True, 150).value(tree))
+        return self.ends[-1]
+
+    def contains(self, x, tree):
+        """Whether a number is in a set. ValueError if it is no set."""
+        match tree:
+            case ast.BoolOp(op=op, values=parts):
+                results = [self.contains(x, part) for part in parts]
+                return all(results) if isinstance(op, ast.And) else any(results)
+            case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd() | ast.Sub() as op, right=right):
+                left, right = self.contains(x, left), self.contains(x, right)
+                if isinstance(op, ast.BitOr):
+                    return left or right
+                return left and right == isinstance(op, ast.BitAnd)  # a difference excludes the right one
+            case (ast.Compare(left=ast.Constant(value=name), ops=[ast.In()], comparators=[inside])
+                  | ast.Dict(keys=[ast.Constant(value=name)], values=[inside])):
+                self.variables.add(name)
+                return self.contains(x, inside)
+            case ast.Dict(keys=[ast.Compare(ops=[ast.In()]) as key], values=[condition]):
+                return self.contains(x, key) & self.contains(x, condition)
+            case ast.Compare(left=left, ops=signs, comparators=others):
+                sides = [left, *others]
+                names = {side.value for side in sides if isinstance(side, ast.Constant) and letters_of(side)}
+                self.variables |= names
+                values = [x if leaves(side) == [*names] else self.number(side) for side in sides]
+                return all(holds(a, type(sign), b) for a, sign, b in zip(values, signs, values[1:]))
+            case ast.Set(elts=parts):
+                return any([holds(x, ast.Eq, self.number(part)) for part in parts])
+            case ast.Constant(value="\\Reals" | "\\emptyset" as name):
+                return name == "\\Reals"
+            case ast.Tuple(elts=[low, high]) | ast.List(elts=[low, high]) | ast.Call(args=[low, high]):
+                kind = tree.func.id if isinstance(tree, ast.Call) else type(tree).__name__
+                if kind not in INTERVALS:
+                    raise ValueError("a function")
+                below, above = INTERVALS[kind]
+                return holds(self.number(low), below, x) & holds(x, above, self.number(high))
+        raise ValueError("no set of real numbers")
+
+
+def holds(left, sign, right):
+    """Whether left < right, or another relation. Numbers that differ by rounding alone count as equal."""
+    if abs(left - right) < abs(right) * 1e-40 + 1e-60:
+        return sign in (ast.LtE, ast.GtE, ast.Eq)
+    return sign is ast.NotEq or sign in ((ast.Lt, ast.LtE) if left < right else (ast.Gt, ast.GtE))

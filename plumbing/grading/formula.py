@@ -1,0 +1,260 @@
+"""plumbing/grading/formula.py - reads an answer in LaTeX, and says whether two formulas are one function.
+
+The spelled answer is translated, token by token, into an expression in Python's syntax. Python's parser then
+makes a tree of it, and nothing is ever executed. All leaves are texts: 2x^2 becomes "2"*"x"**"2". An unknown
+token is refused, for a misread formula may reward a wrong answer.
+
+Nothing is simplified. Two trees are compared by their values at many points, with so many digits that
+different values differ. Every operation has a bound on the size of its result, so no formula takes long.
+"""
+
+import ast
+import operator
+import random
+import re
+from fractions import Fraction
+
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|exp|ln|lg|log"
+LETTERS = ("alpha|beta|gamma|delta|varepsilon|epsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|"
+           "sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|"
+           "ell|pi|infty|emptyset|Reals|Integers")
+GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+MATRIX = r" ?\{(?:[pbB]?matrix|smallmatrix|array)\}"
+TOKEN = re.compile("|".join((
+    r"(?P<number>\d+\.?\d*|\.\d+)",
+    rf"(?P<function>\\({FUNCTIONS})(?![a-zA-Z])"
+    rf"(?: ?_ ?(?P<base>\w|{GROUP}))?(?: ?\^ ?(?P<power>\w|{GROUP}))?)",
+    r"\\(?P<braced>frac|binom|root|sqrt|abs|floor|ceil)(?![a-zA-Z])",
+    r"(?P<word>(?:and|or)(?![a-zA-Z]))",
+    rf"(?P<letter>(?:\\(?:{LETTERS})(?![a-zA-Z])|[a-zA-Z])'*(?: ?_ ?(?:\w|\{{[^{{}}]*\}}))?'*)",
+    r"(?P<middle>\} ?\{)", r"(?P<opening>\\\{|[(\[{])", r"(?P<closing>\\\}|[)\]}])",
+    rf"(?P<matrix>\\begin{MATRIX}(?: ?\{{[clr|]*\}})?)", rf"(?P<end>\\end{MATRIX})",
+    r"(?P<mark>!|\\degree)", r"(?P<sign>\\[a-z]+|\\\\|[-+*/^<>=,;:&])", r"(?P<unknown>\S)")))
+TWO_WAYS = re.compile(rf"(?:\^ ?(?:\w|{GROUP})|!) ?\^")
+SIGNS = {sign: sign for sign in "+-*/<>,:"} | {
+    "\\cdot": "*", "\\times": "*", "\\div": "/", "^": "**", "\\le": "<=", "\\ge": ">=", "\\ne": "!=",
+    "=": "==", "\\in": " in ", "\\cup": "|", "\\cap": "&", "\\setminus": "-", ";": ",", "\\\\": "),(",
+    "&": ",", "and": " and ", "or": " or ", "!": "**'!'", "\\degree": "**'degree'"}
+BEGINS_FACTOR = ("number", "letter", "function", "braced", "opening", "matrix")
+BRACKETS = {"(": "(", "[": "[", "{": "(", "\\{": "{", ")": ")", "]": "]", "}": ")", "\\}": "}"}
+PAIRS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+HALF_OPEN = {"(]": "right_closed(", "[)": "left_closed("}
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+MARKS = {"!": "factorial", "binom": "binomial", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+ROUNDED = {"sin", "cos", "tan", "cot", "ln"}  # functions that may be 0 where a rounded argument gives 1e-150
+CONSTANTS = {"e", "i", "\\pi", "\\infty", "degree"}
+
+
+def to_python(text):
+    """An answer as an expression in Python's syntax. KeyError or ValueError for what is not understood.
+
+    \\frac{1}{2} becomes frac('1','2'), \\sin^2 2x becomes (sin('2'*'x'))**('2'), and (1,2] becomes
+    right_closed('1','2').
+    """
+    if TWO_WAYS.search(text):
+        raise ValueError("2^3^4, n!^2: these can be read in two ways")
+    code, suffix, previous = [], "", "start"
+    opened = []  # what is still open: (bracket, its place in code, what follows the closing one)
+    for token in TOKEN.finditer(text):
+        kind, symbol = token.lastgroup, token[0]
+        if previous == "function" and kind != "opening":
+            opened.append(("", len(code), suffix))  # \sin 2x: the argument ends at a sign or a function
+            code.append("(")
+        ends_argument = kind in ("function", "closing", "middle", "word", "end", "sign") and symbol != "^"
+        while ends_argument and previous != "function" and opened and not opened[-1][0]:
+            code.append(")" + opened.pop()[2])
+            previous = "closing"
+        if previous in ("number", "letter", "closing", "mark", "end"):
+            if kind == "number" and previous != "mark" or kind == "mark" == previous:
+                raise ValueError("a number behind a factor is a power, an index or a product")
+            code.append("*" if kind in BEGINS_FACTOR else "")
+        if kind in ("number", "letter"):
+            code.append(repr(re.sub("[ {}]", "", symbol)))
+        elif kind == "function":
+            name, base, power = token[3], token["base"], token["power"]
+            base = base or ("10" if name in ("log", "lg") else "")
+            code.append("((ln" if base else f"(({name}")  # one bracket for the base, one for the power
+            suffix = f"/ln({to_python(base)}))" if base else ")"
+            suffix += f"**({to_python(power)}))" if power else ")"
+        elif kind == "braced":
+            code.append(token["braced"])
+        elif kind == "opening":
+            opened.append((symbol, len(code), suffix if previous == "function" else ""))
+            code.append(BRACKETS[symbol])
+        elif kind == "closing":
+            bracket, place, after = opened.pop() if opened else ("", 0, "")
+            if PAIRS.get(bracket) != symbol:
+                code[place] = HALF_OPEN[bracket + symbol]
+                symbol = ")"
+            code.append(BRACKETS[symbol] + after)
+        else:
+            code.append({"middle": ",", "matrix": "matrix((", "end": "))"}.get(kind) or SIGNS[symbol])
+        previous = kind
+    return "".join(code) + "".join(")" + after for bracket, _, after in reversed(opened) if not bracket)
+
+
+def parse(text):
+    """The tree of an answer, as the list of its parts. ValueError for what is not understood."""
+    try:
+        return ast.parse(f"[{to_python(text)}]", mode="eval").body.elts
+    except (KeyError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"not understood: {text}") from None
+
+
+def leaves(tree):
+    """The texts of numbers and letters in a tree, from the left."""
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+
+
+def letters_of(tree):
+    """The names of the letters in a tree, without e, i and pi."""
+    return {leaf for leaf in leaves(tree) if re.match(r"[a-zA-Z\\]", leaf)} - CONSTANTS
+
+
+class Calculator:
+    """Values of trees at one point. A value that does not exist, or is too large, is a ValueError.
+
+    letters: name -> Fraction. is_real: whether a value that is not real counts as missing.
+    """
+
+    def __init__(self, letters, is_real, digits):
+        import mpmath  # here, so that importing the project does not need it: it comes with sympy
+        self.mp, self.is_real = mpmath.mp, is_real
+        self.mp.dps = digits
+        self.sizes = [0]  # of all values so far, as powers of 2
+        self.letters = {"e": self.mp.e, "i": self.mp.mpc(0, 1), "\\pi": self.mp.pi}
+        for name, value in letters.items():
+            self.letters[name] = self.mp.mpf(value.numerator) / value.denominator
+
+    def value(self, tree):
+        """The value of a tree, a real or complex number of mpmath."""
+        value = self.compute(tree)
+        if isinstance(value, self.mp.mpc) and value.imag == 0:
+            value = value.real
+        if not self.mp.isfinite(value) or self.is_real and isinstance(value, self.mp.mpc):
+            raise ValueError("not a real number")
+        # What is left of two equal numbers is 0, and not their last digits: \sqrt{2}^2 - 2, \sin\pi.
+        may_cancel = isinstance(tree, ast.BinOp) and type(tree.op) in (ast.Add, ast.Sub) or isinstance(
+            tree, ast.Call) and tree.func.id in ROUNDED
+        if value and may_cancel and self.mp.mag(value) < max(self.sizes) - 3.3 * (self.mp.dps - 50):
+            return self.mp.mpf(0)
+        if value:
+            self.sizes.append(int(self.mp.mag(value)))
+        if self.num_digits() > 10_000:
+            raise ValueError("too large")
+        return value
+
+    def num_digits(self):
+        """How many decimal digits lie between the largest and the smallest value so far."""
+        return int((max(self.sizes) - min(self.sizes)) * 0.302)
+
+    def compute(self, tree):
+        """One operation on the values of its operands."""
+        match tree:
+            case ast.Constant(value=text):
+                return +self.letters[text] if text in self.letters else self.mp.mpf(text)
+            case ast.List(elts=[only]) | ast.UnaryOp(op=ast.UAdd(), operand=only):
+                return self.value(only)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self.value(operand)
+            case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value="!" | "degree" as mark)):
+                return self.function(mark, self.value(left))
+            case ast.BinOp(left=left, op=ast.Pow(), right=right):
+                return self.power(self.value(left), self.value(right))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATIONS:
+                return OPERATIONS[type(op)](self.value(left), self.value(right))
+            case ast.Call(func=ast.Name(id=name), args=operands):
+                return self.function(name, *map(self.value, operands))
+        raise ValueError("no formula")
+
+    def power(self, base, exponent, is_odd_root=False):
+        """base ** exponent, bounded; of a negative base, an odd root is real."""
+        if base and abs(exponent) * abs(self.mp.mag(base)) > 40_000 or not base and exponent.real <= 0:
+            raise ValueError("too large, or 0 to the power of 0")
+        is_negative = is_odd_root and not isinstance(base, self.mp.mpc) and base < 0
+        return -((-base) ** exponent) if is_negative else base ** exponent
+
+    def function(self, name, *values):
+        """\\sin, \\frac, a factorial and others."""
+        first, last = values[0], values[-1]
+        if (len(values) == 2) != (name in ("frac", "binom", "root")) or len(values) > 2:
+            raise ValueError("not its number of arguments")
+        is_small_whole = all(0 <= value.real <= 5000 and value == int(value.real) for value in values)
+        if name in ("!", "binom") and not is_small_whole:
+            raise ValueError("factorials are of small whole numbers")
+        if name in ("exp", "sinh", "cosh", "tanh") and abs(first) > 30_000 or name == "ln" and not first:
+            raise ValueError("too large")
+        match name:
+            case "frac":
+                return first / last
+            case "root":
+                return self.power(last, 1 / first, first % 2 == 1)
+            case "degree":
+                return first * self.mp.pi / 180
+            case "abs":
+                return abs(first)
+        return getattr(self.mp, MARKS.get(name, name))(*values)
+
+
+def values_at(trees, letters, is_real):
+    """The values of trees at one point, None for those undefined there; and the tolerance for a difference.
+
+    The digits suffice for the smallest value beside the largest: 2^{1000} + 1 is not 2^{1000}. They also
+    suffice for the digits in the text: 0.333333 is not 1/3. A point that needs thousands counts as undefined.
+    """
+    num_typed = sum(len(leaf) for tree in trees for leaf in leaves(tree))
+    for digits in (150, 1500) if letters else (150, 1500, 11_000):
+        values, needed = [], 0
+        for tree in trees:
+            calculator = Calculator(letters, is_real, digits + num_typed)
+            try:
+                values.append(calculator.value(tree))
+            except (ValueError, ArithmeticError):
+                values.append(None)
+            needed = max(needed, calculator.num_digits())
+        if needed < digits - 100:
+            break
+    else:
+        values = [None for _ in trees]
+    largest = max([1, *(abs(value) for value in values if value is not None)])
+    return values, largest * calculator.mp.mpf(10) ** (50 - digits - num_typed)
+
+
+def points(letters):
+    """Random values for letters: small and large, of either sign or all positive, fractions or whole."""
+    rng = random.Random(0)
+    for scale in (1, 3, 10, 30, 200, 10 ** 4, 10 ** 7):
+        for signs in ((1,), (1, -1)):
+            for unit in (Fraction(1, 997), Fraction(1, 991), 1):
+                yield {name: rng.choice(signs) * unit * rng.randint(1, int(scale / unit)) for name in letters}
+
+
+def is_same_function(answer, gold, factor=None):
+    """Whether two trees have the same value wherever both are defined.
+
+    factor: for the sides of equations, None asks for equal values, "any" allows a constant factor between
+    them, and "positive" one above 0. An answer with a letter that the gold answer lacks is wrong.
+    """
+    letters = sorted(letters_of(gold))
+    if letters_of(answer) - letters_of(gold):
+        return False
+    is_real = bool(letters) and "i" not in leaves(answer) + leaves(gold)
+    has_bars = "'abs'" in ast.dump(answer) + ast.dump(gold)
+    agreed, ratio = 0, None
+    for point in points(letters) if letters else [{}]:
+        (x, y), tolerance = values_at((answer, gold), point, is_real)
+        if x is None or y is None:
+            # \ln(ab) is \ln a + \ln b where both are defined. But \ln|x| is more than \ln x.
+            if has_bars and not x is y is None:
+                return False
+            continue
+        if factor and abs(y) > tolerance:
+            ratio = x / y if ratio is None else ratio
+            if abs(ratio) < tolerance or factor == "positive" and not ratio.real > 0:
+                return False
+            y *= ratio
+            tolerance *= 1 + abs(ratio)
+        if abs(x - y) > tolerance:
+            return False
+        agreed += 1
+    return agreed >= (3 if letters else 1)

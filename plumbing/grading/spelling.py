@@ -1,0 +1,127 @@
+"""plumbing/grading/spelling.py - one spelling for what is written in many ways.
+
+"\\dfrac{1}{2}", "½" and "\\frac12 \\text{ cm}" all become "\\frac{1}{2}". Everything here is text to text.
+Most of it is the table of regular expressions in forms.txt. The words that may stand behind a number are in
+units.txt.
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from plumbing.grading.formula import FUNCTIONS, GROUP
+
+TEXT = (r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|textsf|texttt|emph|mathrm|mathbf|mathit|mathsf|"
+        r"mathtt|boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath|fbox)\s*")
+SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-n0123456789")
+WORD = re.compile("[a-zA-Z]+")
+EXPONENT = r"(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
+UNIT = re.compile(rf"(?:[\s/]|\\cdot)*{TEXT}({GROUP}){EXPONENT}")
+UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*")
+BARE_UNIT = re.compile(rf"(?:(?<=[\d}}])|(?<=\\pi )) *([a-zA-Z][a-zA-Z /.]*){EXPONENT}\s*\.?$")
+BEFORE_UNITS = {"square", "cubic", "sq", "cu"}
+AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "old", "cdot", *BEFORE_UNITS}
+
+
+def periodic(match):
+    """0.91\\overline{6} as \\frac{825}{900}."""
+    whole, start, period = match[1] or "0", match[2], re.sub(r"\D", "", match[3])
+    nines = (10 ** len(period) - 1) * 10 ** len(start)
+    return r"\frac{%d}{%d}" % (int(whole + start + period) - int(whole + start), nines)
+
+
+def read_table(name):
+    """The lines of a table in this folder, without comments; at "# ===" it falls into parts."""
+    parts = re.split("\n# ===.*", (Path(__file__).parent / name).read_text(encoding="utf-8"))
+    return [[line for line in part.split("\n") if line and not line.startswith("# ")] for part in parts]
+
+
+def form(line):
+    """A line of forms.txt as a pattern and its replacement."""
+    pattern, new = line.split("\t")
+    for name, value in (("TEXT", TEXT), ("GROUP", GROUP), ("FUNCTIONS", FUNCTIONS)):
+        pattern = pattern.replace(name, value)
+    return re.compile(pattern), globals()[new[1:]] if new[:1] == "@" else new
+
+
+UNITS = {word for line in read_table("units.txt")[0] for word in line.split()}
+SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"))
+
+
+def spell_pair(answer, gold):
+    """An answer and the gold answer in one spelling. Nouns of the gold answer may stand in the answer."""
+    texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
+    words = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2}
+    nouns = frozenset(words - {"and", "not"})
+    gold = spell(gold, nouns, may_touch=False)
+    # "5m" in mathematics may be a product. It is one where the gold answer has letters.
+    has_letters = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", gold))
+    return spell(answer, nouns, may_touch=None if has_letters else True), gold
+
+
+@lru_cache(maxsize=10_000)
+def spell(text, nouns, may_touch):
+    """One spelling of an answer.
+
+    nouns: more words that count as units. may_touch: whether units without \\text may touch the number: "5cm"
+    if True, only "5 cm" if False; if None, there are none.
+    """
+    if text.isdigit():
+        return text
+    text = replace(text.strip(), SIGNS).translate(SCRIPTS)
+    if "\\begin" not in text:
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac for \frac; in a matrix it ends a row
+    text = UNITS_IN_TEXT.sub(lambda m: without_units(m[0], nouns), text)
+    bare = BARE_UNIT.search(text)
+    if bare and may_touch is not None and is_bare_unit(bare, nouns, may_touch):
+        text = text[:bare.start()]
+    text = replace(text, FORMS)
+    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
+        text = text.replace("\\degree", "")  # as units are; in \sin 30^\circ it counts
+    text = re.sub(r"\s+", " ", text).strip().rstrip("\\ ")
+    if not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
+        text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(r"(?<![.,]) ?[.,;][\\ ]*$", "", text).strip()
+    while re.fullmatch(GROUP, text):
+        text = text[1:-1].strip()
+    return text
+
+
+def replace(text, forms):
+    """Applies (pattern, replacement) pairs in order."""
+    for pattern, new in forms:
+        text = pattern.sub(new, text)
+    return text
+
+
+def is_unit(text, nouns):
+    """Whether all words of a text are units, or nouns of the gold answer: "miles per hour", "kg\\cdot m"."""
+    words = WORD.findall(text.split(" of ")[0])
+    while words and words[0] in BEFORE_UNITS:
+        words = words[1:]
+    if not words or re.search(r"(?<!\^)(?<!\^\{)(?<!-)\d", text):
+        return False
+    known = [is_known(word, nouns) for word in words]
+    return known[0] and all(known or word in AMONG_UNITS for known, word in zip(known, words))
+
+
+def is_known(word, nouns):
+    """Whether a word, or what it is the plural of, is a unit or a noun. Case counts in "m" and "Pa"."""
+    names = {word, word.lower(), word.lower().removesuffix("s")} if len(word) > 2 else {word}
+    return bool(names & UNITS or names & nouns)
+
+
+def without_units(text, nouns):
+    """What is left of "\\text{ kg}\\cdot\\text{m} ..." without the units it begins with."""
+    while (unit := UNIT.match(text)) and is_unit(unit[1], nouns):
+        text = text[unit.end():]
+    return " " + text
+
+
+def is_bare_unit(match, nouns, may_touch):
+    """Whether the words that end an answer, as in "5 cm", are units. One letter needs a space before it."""
+    first, has_space = WORD.match(match[1])[0], match[0][0] == " "
+    is_fit = has_space or may_touch
+    if len(first) == 1:
+        is_fit = has_space and may_touch and first in "mghsLJNWV"
+    return is_fit and is_unit(match[1], nouns)

@@ -1,0 +1,102 @@
+"""plumbing/grading/verdicts.py - is this answer right? For one answer, for many, for a file of them."""
+
+import json
+import os
+import re
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+from plumbing.grading.extract import MAX_ANSWER, extract_answer
+from plumbing.grading.formula import FUNCTIONS
+from plumbing.grading.spelling import spell_pair
+from plumbing.grading.workers import WORKERS, Workers
+
+PLAIN_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
+WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
+
+
+def verdict(answer, gold):
+    """Whether an answer equals the gold one, and how that was decided -> (bool, str).
+
+    how: "none" (no answer), "text" (by the spelling alone), "number" (exactly, by fractions), "expression"
+    (in a worker), "guard" (too long to try), "killed" (tried, and ended by a limit).
+    """
+    if answer is None or not answer.strip("$ \n\t"):
+        return False, "none"
+    gold = gold.rsplit("####", 1)[-1]
+    if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
+        return False, "guard"
+    answer, gold = spell_pair(answer, gold)
+    if not answer or not gold:
+        return False, "text"
+    if without_spaces(answer) == without_spaces(gold):
+        return True, "text"
+    if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(gold):
+        return Fraction(answer) == Fraction(gold), "number"
+    if not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold):  # words: "Even", "east"
+        return answer.casefold() == gold.casefold(), "text"
+    return WORKERS.ask(answer, gold)
+
+
+def without_spaces(text):
+    """The text without spaces, but for those between digits: 1 2 is not 12."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+
+def is_correct(answer, gold):
+    """Whether an extracted answer (or None) equals the gold one; the same from any thread, under any load."""
+    return verdict(answer, gold)[0]
+
+
+def grade(pairs):
+    """`verdict` of many (answer, gold) pairs, in order. All workers are at it."""
+    with ThreadPoolExecutor(Workers.NUMBER) as pool:
+        return list(pool.map(lambda pair: verdict(*pair), pairs))
+
+
+def read_json_rows(path):
+    """The rows of a .json array or of JSON lines. A ValueError names the file, and the line of a mistake."""
+    rows, place = [], ""
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # -sig: with or without a byte order mark
+            text = file.read()
+        if path.endswith(".json") and text.lstrip().startswith("["):
+            return json.loads(text)
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+            place = f", line {number}"
+            if line.strip():
+                rows.append(json.loads(line))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}{place}: broken JSON ({error})") from None
+    return rows
+
+
+def grade_file(path, out):
+    """Rows of gold and response -> rows of correct, answer and how in the file `out`. Prints a summary."""
+    if os.path.exists(out) and os.path.samefile(path, out):
+        raise ValueError(f"{out} is the file to be graded, and would be overwritten: give another name")
+    rows = read_json_rows(path)
+    for number, row in enumerate(rows, 1):
+        texts = (row.get("gold"), row.get("response")) if isinstance(row, dict) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"{path}, row {number}: needs the texts gold and response, has {str(row)[:80]!r}")
+    is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
+    started = time.perf_counter()
+    answers = [extract_answer(row["response"]) for row in rows]
+    verdicts = grade(list(zip(answers, (row["gold"] for row in rows))))
+    seconds = time.perf_counter() - started
+    with open(f"{out}.partial", "w", encoding="utf-8") as file:
+        for answer, (is_right, how) in zip(answers, verdicts):
+            file.write(json.dumps(dict(correct=is_right, answer=answer, how=how)) + "\n")
+    os.replace(f"{out}.partial", out)
+    hows = Counter(how for _, how in verdicts)
+    right = sum(is_right for is_right, _ in verdicts)
+    print(f"{right} of {len(rows)} right ({right / max(len(rows), 1):.1%}); decided by " +
+          ", ".join(f"{how} {count}" for how, count in hows.most_common()) +
+          f"; {len(rows) / seconds:.0f} checks per second; rows in {out}")
+    return verdicts

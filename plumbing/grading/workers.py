@@ -1,0 +1,129 @@
+"""plumbing/grading/workers.py - the comparison runs in processes that may be killed.
+
+A response may hold any text. So only a child process works on it, with limits of the kernel on its memory and
+its CPU time. The training process sees a yes or a no.
+"""
+
+import atexit
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+
+COMMAND = "from plumbing.grading.workers import work; work()"
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+class Workers:
+    """Two persistent processes that compare answers, with kernel limits on memory and on CPU time per check.
+
+    They are started fresh, when first needed: never forked from a process with threads or CUDA. A check that
+    dies is wrong, and counted; its worker is replaced. CPU time decides, and not the load of the machine. The
+    wall clock only ends checks that sleep.
+    """
+
+    NUMBER, CPU_SECONDS, WALL_SECONDS, MEMORY, MAX_CACHED = 2, 2, 20, 1 << 30, 100_000
+
+    def __init__(self):
+        self.idle, self.lock, self.started, self.killed = queue.Queue(), threading.Lock(), 0, 0
+        self.cache = {}
+
+    def ask(self, *question):
+        """(verdict, how) of an answer and a gold answer, from memory if it was asked before."""
+        if question not in self.cache:
+            if len(self.cache) > self.MAX_CACHED:
+                self.cache.clear()
+            self.cache[question] = self.run(*question)
+        return self.cache[question]
+
+    def run(self, answer, gold):
+        """One check in the next idle worker."""
+        with self.lock:
+            if self.started < self.NUMBER:
+                self.started += 1
+                self.idle.put(None)
+        process, reply = self.idle.get(), ""
+        try:
+            if process is not None and process.poll() is not None:  # it died while idle: no verdict on anyone
+                self.bury(process)
+                process = None
+            process = process or self.start()
+            timer = threading.Timer(self.WALL_SECONDS, process.kill)
+            timer.start()
+            try:
+                process.stdin.write(json.dumps([answer, gold]) + "\n")
+                process.stdin.flush()
+                reply = process.stdout.readline()
+            except BrokenPipeError:
+                pass
+            finally:
+                timer.cancel()
+        finally:
+            # Dead, or interrupted: with its reply unread it would answer the next question with this verdict.
+            if process is not None and not reply:
+                process.kill()
+                self.bury(process)
+                process = None
+            self.idle.put(process)
+        if reply:
+            return json.loads(reply), "expression"
+        print(f"grading: a check was killed by its limits, and counts as wrong: {answer!r}", file=sys.stderr)
+        return False, "killed"
+
+    def start(self):
+        """A new worker, ready."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if process.stdout.readline() != "ready\n":  # else every answer it should check would count as wrong
+            raise RuntimeError(f"the grading worker does not start: `python -c {COMMAND!r}` shows why")
+        atexit.register(process.kill)
+        return process
+
+    def bury(self, process):
+        """Counts a worker that died, and closes its pipes: 500 deaths must not use up a run's open files."""
+        process.wait()
+        atexit.unregister(process.kill)
+        process.stdout.close()
+        try:
+            process.stdin.close()
+        except BrokenPipeError:  # it still had a question in it
+            pass
+        with self.lock:
+            self.killed += 1
+
+
+WORKERS = Workers()
+
+
+def work():
+    """The life of a worker: one question in, one verdict out, until its input closes."""
+    import resource
+
+    import mpmath  # noqa: F401 - before the limits, and so that a worker without it does not start
+
+    from plumbing.grading.compare import is_same
+    limit_resource(resource.RLIMIT_AS, Workers.MEMORY)
+    limit_resource(resource.RLIMIT_CORE, 0)
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no reply
+    print("ready", file=replies)
+    for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit_resource(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + Workers.CPU_SECONDS)
+        try:
+            verdict = is_same(*json.loads(line))
+        except Exception:  # whatever text by a model brings about here: it is not the right answer
+            verdict = False
+        print(json.dumps(bool(verdict)), file=replies)
+
+
+def limit_resource(kind, limit):
+    """Sets a limit of the kernel on this process. A lower limit that is in force already stays."""
+    import resource
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(kind, (limit, hard))
