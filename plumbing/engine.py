@@ -16,7 +16,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import rollout
 from model import Layout, Rotation, SwiGLU, attention, dense_mask, may_attend
@@ -186,15 +185,14 @@ class Decoder:
         lanes = self.lanes
         # All that the device needs to know of a slot. Slot 0 at the third denoising step of its response, the
         # second of the block of positions 8..11, one token a step, seed 7: (8, 3, 1, 7, 1).
-        numbers = [(lane.start, lane.step, self.decoding.quota(K, lane.step_in_block), lane.seed,
-                    lane.step_in_block) for lane in lanes]
+        lines = [(lane.start, lane.step, self.decoding.quota(K, lane.step_in_block), lane.seed,
+                  lane.step_in_block) for lane in lanes]
         # Slot 1 has just gone on to the block of positions 12..15. The cache still holds the block before it,
         # 8..11, as it was in its last step, with masks. (1, 8): write that block once more, clean.
-        commits = [(slot, lane.start - K) for slot, lane in enumerate(lanes) if not lane.is_committed]
-        found = self.denoise(
-            torch.tensor(numbers, device=self.device).T,  # (5, B)
-            torch.tensor(commits, dtype=torch.int64, device=self.device).view(-1, 2).T,  # (2, M)
-            sum(lane.num_masked for lane in lanes), max(lane.start for lane in lanes) + K)
+        commits = [(slot, lane.start - K, 0, 0, 0) for slot, lane in enumerate(lanes) if not lane.is_committed]
+        # One table for both, since each copy to the device costs time.
+        found = self.denoise(torch.tensor(lines + commits), len(lanes),
+                             sum(lane.num_masked for lane in lanes), max(lane.start for lane in lanes) + K)
         ended = []
         for slot, (lane, num_masked, has_eos) in enumerate(zip(lanes, *found.tolist())):  # the one read
             lane.num_masked = num_masked
@@ -213,15 +211,16 @@ class Decoder:
                 lane.num_masked = min(K, lane.end - lane.start)
         return ended
 
-    def denoise(self, numbers, commits, num_masked, longest):
+    def denoise(self, inputs, B, num_masked, longest):
         """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): masks left in each block, and has it an eos.
 
-        numbers (5, B): start, step, quota, seed, step in the block. commits (2, M): see `states`. num_masked
-        and longest are ints: how many masks these blocks have together, and how far the blocks reach. Larger
-        numbers do no harm. So no shape depends on what the device computes.
+        inputs (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block; then a line
+        for each commit, see `states`. num_masked and longest: how many masks these blocks have together, and how
+        far they reach. Larger numbers do no harm. So no shape depends on what the device computes.
         """
-        start, step, quota, seed, step_in_block = numbers
-        B = numbers.shape[1]
+        inputs = to_device(inputs, self.device)
+        start, step, quota, seed, step_in_block = inputs[:B].T  # (B,) each
+        commits = inputs[B:, :2].T  # (2, M)
         K = self.config.block_size
         columns = start[:, None] + self.offset  # (B, K) absolute positions of the blocks
         is_masked = self.is_masked[:B].gather(1, columns)  # (B, K)
@@ -381,10 +380,22 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
         if ended:
             for number, r in decoder.release(ended):
                 rollouts[number] = r
-    decoder.denoise = None  # on a GPU it points back at the decoder, and the cache would outlive this call
+    # Graphs and the decoder point at each other. Without this line both would outlive the call.
+    decoder.denoise = None
+    del decoder
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # gives the cache's memory back: NCCL cannot use what torch keeps
+        torch.cuda.empty_cache()  # now the cache's memory is free: NCCL cannot use what torch keeps
     return rollouts
+
+
+def to_device(table, device):
+    """A tensor on the device. The host does not wait for the copy.
+
+    It would wait if the memory were not pinned. The one read at the end of a denoising step is its only wait.
+    """
+    if device.type == "cuda" and not table.is_cuda:
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -392,6 +403,12 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
 
 
 RECORD_AT = 8  # the call at which a graph is recorded: half of all sizes come up fewer times than ten
+
+
+@functools.cache
+def recording_stream():
+    """The stream on which graphs are recorded: one for all, as the matrix library keeps memory for each."""
+    return torch.cuda.Stream()
 
 
 class Captured:
@@ -404,6 +421,9 @@ class Captured:
 
     The first calls of each sizes run as they are, so that kernels are compiled and chosen. Call RECORD_AT is
     recorded, and from then on replayed.
+
+    Graphs live as long as one call of `generate`. A graph reads fixed addresses: with FSDP2 the whole weights
+    are gathered to new ones at each RL step. And the cache that it reads would be missing in the update.
     """
 
     def __init__(self, denoise, num_slots, block_size, length, reach):
@@ -416,42 +436,51 @@ class Captured:
         self.recorded = {}  # by sizes: the replay
         self.pool = None  # the memory of all graphs
 
-    def __call__(self, numbers, commits, num_masked, longest):
+    def __call__(self, inputs, B, num_masked, longest):
         """As denoise."""
-        B = numbers.shape[1]
-        M = commits.shape[1]
+        M = len(inputs) - B
         lanes = min(1 << (B - 1).bit_length(), self.num_slots)  # a power of two
         eighth = -(-lanes // 8)
         extra = -(-M // eighth) * eighth  # commits: a multiple of an eighth of the lanes
         quarter = -(-lanes * self.block_size // 4)
         reach = min(-(-longest // self.reach) * self.reach, self.length)
-        sizes = (-(-num_masked // quarter) * quarter, reach)
-        numbers = F.pad(numbers, (0, lanes - B))
-        commits = F.pad(commits, (0, extra - M))
-        commits[0, M:] = self.num_slots  # the spare slot, whose first block may be overwritten
-        key = (lanes, extra, *sizes)
+        sizes = (lanes, -(-num_masked // quarter) * quarter, reach)
+        idle = inputs.new_zeros(lanes - B, 5)
+        spare = inputs.new_zeros(extra - M, 5)
+        spare[:, 0] = self.num_slots  # the spare slot, whose first block may be overwritten
+        inputs = torch.cat([inputs[:B], idle, inputs[B:], spare])
+        key = (extra, *sizes)
         self.calls[key] += 1
         if self.calls[key] < RECORD_AT:
-            return self.denoise(numbers, commits, *sizes)[:, :B]
+            return self.denoise(inputs, *sizes)[:, :B]
         if key not in self.recorded:
-            self.recorded[key] = self.record(numbers, commits, *sizes)
-        return self.recorded[key](numbers, commits)[:, :B]
+            self.recorded[key] = self.record(inputs, *sizes)
+        graph, held, out = self.recorded[key]
+        held.copy_(inputs.pin_memory(), non_blocking=True)
+        graph.replay()
+        return out[:, :B]
 
-    def record(self, numbers, commits, *sizes):
-        """A function of (numbers, commits) that replays the step of these sizes."""
-        held = (numbers.clone(), commits.clone())
+    def record(self, inputs, *sizes):
+        """The step of these sizes as a graph -> the graph, the memory that it reads, and that of its result.
+
+        torch.cuda.graph would do the same. But it gives all cached memory back before each recording, and to
+        get that memory again takes longer than to record. While torch records, it cannot take cached memory
+        back. So this is done only where less than an eighth of the GPU's memory is free.
+        """
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 8:
+            torch.cuda.empty_cache()
+        held = inputs.cuda()
         graph = torch.cuda.CUDAGraph()
         # One pool for all: no two replay at once, and what one leaves is read before the next.
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # computes nothing
-            out = self.denoise(*held, *sizes)
-
-        def replay(*inputs):
-            for kept, new in zip(held, inputs):
-                kept.copy_(new)
-            graph.replay()
-            return out
-        return replay
+        with torch.cuda.stream(recording_stream()):  # nothing is computed here, so no stream has to wait
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                out = self.denoise(held, *sizes)
+            finally:
+                graph.capture_end()
+        return graph, held, out
 
 
 # ------------------------------------------------------------------------------------------------------------
