@@ -37,6 +37,7 @@ class SlotCache:
         shape = (config.num_layers, num_slots, length, config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.heads_per_key = config.num_heads // config.num_kv_heads
 
     def write(self, layer, k, v, slots, position):
         """Stores k and v (B, H_kv, T, D) of one layer at slots (B,) and positions (B, T)."""
@@ -45,7 +46,7 @@ class SlotCache:
 
     def filling(self, slots, layout):
         """An `attend` for prefill: by the rule within each row; row b is kept in slot slots[b]."""
-        mask = dense_mask(layout)
+        mask = kernels.as_added(dense_mask(layout), self.keys.dtype)
 
         def fill(layer, q, k, v):
             self.write(layer, k, v, slots, layout.position)
@@ -59,12 +60,12 @@ class SlotCache:
         before any row reads. longest: an int, no end is beyond it. num_in_place: so many of the first rows are
         the slots 0, 1, 2, ...
         """
-        key_position = torch.arange(longest, device=position.device)
-        is_seen = (key_position < end[:, None])[:, None, None]  # (B, 1, 1, longest)
+        num_queries = position.shape[1] * self.heads_per_key
+        reader = kernels.CacheReader(slots, end, longest, num_in_place, num_queries, self.keys)
 
         def read(layer, q, k, v):
             self.write(layer, k, v, slots, position)
-            return kernels.read_cache(q, self.keys[layer], self.values[layer], slots, end, is_seen, num_in_place)
+            return reader(q, self.keys[layer], self.values[layer])
         return read
 
     def copy(self, source, target, length):
@@ -146,9 +147,9 @@ class Decoder:
         for table in self.tables:
             table[rows] = 0
         self.token[rows, longest:] = self.config.mask_id
-        self.token[rows, :longest] = torch.tensor(padded, device=self.device)
+        self.token[rows, :longest] = to_device(torch.tensor(padded), self.device)
         position = torch.arange(self.token.shape[1], device=self.device)
-        prompt_end, response_end = torch.tensor(ends, device=self.device).T[..., None]  # (n, 1) each
+        prompt_end, response_end = to_device(torch.tensor(ends), self.device).T[..., None]  # (n, 1) each
         self.is_masked[rows] = (position >= prompt_end) & (position < response_end)
 
     def prefill_groups(self, slots, prompts):
@@ -162,7 +163,7 @@ class Decoder:
         others = [(first[key], slot) for slot, key in zip(slots, map(tuple, prompts))
                   if key in first and first[key] != slot]
         if others:
-            source, target = torch.tensor(others, device=self.device).T
+            source, target = to_device(torch.tensor(others), self.device).T
             # As long as the longest prompt: what is too much is overwritten before it is read.
             self.cache.copy(source, target, max(map(len, prompts)) // K * K)
 
@@ -172,7 +173,7 @@ class Decoder:
         Prompts of similar length share a forward. Otherwise one long prompt would pad 256 short ones.
         """
         for group in packing.by_length([(length, 1) for length in lengths], max_tokens):
-            chosen = torch.tensor([slots[i] for i in group], device=self.device)
+            chosen = to_device(torch.tensor([slots[i] for i in group]), self.device)
             longest = max(lengths[i] for i in group)
             # Shorter ones write some of their masks, too: decoding writes there again.
             position = torch.arange(longest, device=self.device).expand(len(group), -1)
@@ -298,7 +299,7 @@ class Decoder:
             groups.setdefault((first, stop, lane.end), []).append(slot)
         out = columns.new_empty(*columns.shape, self.config.hidden_size, dtype=self.model.embed.weight.dtype)
         for (first, stop, end), slots in groups.items():
-            slots = torch.tensor(slots, device=self.device)
+            slots = to_device(torch.tensor(slots), self.device)
             position = torch.arange(first, stop, device=self.device).expand(len(slots), -1)
             attend = lambda layer, q, k, v: attention(q, k, v)
             if kind != "none":
@@ -316,9 +317,10 @@ class Decoder:
         The last busy slots move into the gaps. Slots 0 and 2 of five have ended: three stay busy, 3 moves into
         0 and 4 into 2.
         """
-        # One read for all. float64 holds token ids and float32 alike.
+        # One copy and one read for all. float64 holds token ids and float32 alike.
+        index = to_device(torch.tensor(ended), self.device)
         columns = self.token, self.step_map, self.confidence, self.logp
-        read = torch.stack([table[ended].double() for table in columns]).tolist()
+        read = torch.stack([table[index].double() for table in columns]).tolist()
         done = []
         for slot, *columns in zip(ended, *read):
             lane = self.lanes[slot]
@@ -331,7 +333,7 @@ class Decoder:
         gaps = [slot for slot in ended if slot < n]
         movers = [slot for slot in range(n, len(self.lanes)) if slot not in set(ended)]
         if gaps:
-            source, target = torch.tensor([movers, gaps], device=self.device)
+            source, target = to_device(torch.tensor([movers, gaps]), self.device)
             for table in self.tables:
                 table[target] = table[source]
             self.is_masked[n:len(self.lanes)] = False  # of an idle slot, which may fill up a batch
