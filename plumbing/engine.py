@@ -249,7 +249,7 @@ class Decoder:
         """Draws tokens for masks, by their states (N, C) -> token, confidence, logp, entropy (N,)."""
         decoding = self.decoding
         parts = []
-        chunk = max(1, memory.MOST_LOGITS // self.config.vocab_size)  # V = 152k: 220 positions at a time
+        chunk = max(1, memory.most_logits(self.device) // self.config.vocab_size)  # V = 152k: 220 positions
         # Entropies are one more pass over all logits: for the strategies that look at them.
         with_entropy = flags.declares(decoding.function, "entropy")
         for states, u in zip(h.split(chunk), draws.split(chunk)):
@@ -504,7 +504,8 @@ def attend(layout):
 
 def logprobs(model, states, tokens, temperature=1.0):
     """Twin of model.token_logprobs."""
-    return kernels.chunked_logprobs(states, model.head.weight, tokens, model.config.mask_id, temperature or 1.0)
+    return kernels.chunked_logprobs(states, model.head.weight, tokens, model.config.mask_id, temperature or 1.0,
+                                    memory.most_logits(states.device, is_training=True))
 
 
 def fast(device, max_tokens=4096, slots=None, cache="none"):
