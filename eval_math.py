@@ -30,7 +30,7 @@ from statistics import fmean
 import torch
 
 import rollout
-from plumbing import autoregressive, checkpoints, data, flags, grading, machine, parallel, runs, show
+from plumbing import autoregressive, data, flags, grading, machine, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.prompts import Prompting, encode_prompts
 from plumbing.tasks import EMBEDDED
@@ -181,8 +181,8 @@ class Examinee:
         # The same decoding as in training, or another one for comparison.
         if strategy == "greedy":
             decoding = dataclasses.replace(decoding, temperature=0.0)
-        elif strategy not in (None, decoding.strategy):
-            decoding = dataclasses.replace(decoding, strategy=strategy, denoising_steps=None)
+        elif strategy is not None:
+            decoding = dataclasses.replace(decoding, strategy=strategy)
         started = time.perf_counter()
         rollouts = rollout.generate_everywhere(
             self.model, [p.tokens for p in problems], seeds, decoding, self.compute)
@@ -260,8 +260,11 @@ def pass_at(k, numbers):
 
 def evaluate_command(args):
     """Samples, grades, tabulates. Each response is in runs/<name>/responses.jsonl at once: a run can go on."""
-    parallel.start_processes(args.device)
+    parallel.start_processes(args.device, is_tiny=args.ar is None and machine.is_tiny(args.model))
     settings = flags.read_flags(machine.Inference, args)
+    strategies = ["autoregressive"] if args.ar else args.strategy
+    for name in strategies if not args.ar else []:  # a wrong name is said before a model is loaded
+        flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--strategy")
     if args.ar:  # the yardstick goes through the same prompts, the same grader and the same table
         model, tokenizer = autoregressive.load(args.ar)
         compute = rollout.PLAIN._replace(generate=autoregressive.generate)
@@ -274,14 +277,17 @@ def evaluate_command(args):
     problems = load_prompts(args.data, tokenizer, flags.read_flags(Prompting, args))[:args.limit]
     examinee = Examinee(model, tokenizer, flags.read_flags(Decoding, args, strategy="dynamic"), compute)
     # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
-    name = args.name or re.sub(r"[^\w.-]+", "-", f"eval-{args.ar or args.model}-{args.data}").strip("-.")
+    name = f"eval-{args.ar or args.model or 'tiny'}-{args.data}"
+    name = args.name or re.sub(r"[^\w.-]+", "-", name).strip("-.")
     # The settings in args.json hold fingerprints: other weights under the same path are refused.
     marks = dict(weights=runs.weight_mark(model), problems=data.fingerprint(problems))
     with runs.Run(name, vars(args) | marks, resume=True, groups=GROUPS, log="responses.jsonl") as run:
         run.begin()
         # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
-        for strategy in ["autoregressive"] if args.ar else args.strategy:
+        for strategy in strategies:
+            if args.n > 1 and (strategy == "greedy" or args.temperature == 0 or args.top_k == 1):
+                parallel.say(f"WARNING: {strategy} is greedy: all {args.n} samples of a problem are the same")
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
@@ -296,7 +302,6 @@ def evaluate_command(args):
                 for key, line in zip(chunk, lines):
                     done[key] = dict(strategy=key[0], problem=key[1], sample=key[2]) | line
                     run.write(done[key])
-        strategies = list(dict.fromkeys(key[0] for key in done))  # in the order in which they were asked
         summary = {strategy: summarize([line for key, line in done.items() if key[0] == strategy])
                    for strategy in strategies}
         run.finish(summary)

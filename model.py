@@ -356,6 +356,7 @@ class Targets(NamedTuple):
     rollout_index: torch.Tensor  # whose token it is: a number among the rollouts that were laid out together
     response_index: torch.Tensor  # its index in that rollout's response
     step: torch.Tensor  # the denoising step that revealed it, counted from 1 over the whole response
+    view: torch.Tensor  # the view that predicts it, counted from 1 over the whole response: its trace step
     group: torch.Tensor  # the number of its prompt in this RL step: responses of one group share it
     masked_share: torch.Tensor  # float: the fraction of its block that its view masks, see sft.sft_loss
     logp: torch.Tensor  # float: its log-probability, recorded when it was drawn

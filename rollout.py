@@ -307,6 +307,9 @@ def check_prompt(prompt, decoding, config):
     """ValueError for what no decoding can begin with."""
     if not prompt:
         raise ValueError("a prompt is empty: a response needs at least one token before it")
+    if max(prompt) >= config.vocab_size:
+        raise ValueError(f"token id {max(prompt)} is outside the vocabulary of {config.vocab_size} tokens: is "
+                         "this the tokenizer of another model?")
     if decoding.denoising_steps is not None and decoding.denoising_steps > config.block_size:
         raise ValueError(f"denoising_steps {decoding.denoising_steps} is not possible: it must be from 1 to the "
                          f"block size, {config.block_size}")
@@ -506,7 +509,7 @@ def lay_out(r, rollout_index, views, config):
             row.targets.append(Targets(
                 logit_index=place - int(config.shifts_logits),  # Dream predicts a token one place before it
                 token=r.response[j], rollout_index=rollout_index, response_index=j, step=r.step_map[j],
-                group=r.group, masked_share=view.masked_share, logp_old=0.0,
+                view=view_number, group=r.group, masked_share=view.masked_share, logp_old=0.0,
                 **{name: numbers[j] for name, numbers in known.items()}))
     return rows
 

@@ -40,7 +40,7 @@ import torch
 import rollout
 import value
 from eval_math import Examinee, give_rewards, load_prompts, math_reward
-from plumbing import checkpoints, flags, machine, packing, parallel, runs, show
+from plumbing import checkpoints, data, flags, machine, packing, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.prompts import Prompting
 from plumbing.tasks import EMBEDDED
@@ -101,8 +101,8 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
         num_groups       the same. A loss with this parameter is given whole groups, where they fit
-    A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, group,
-    rollout_index, logp, ...
+    A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, view,
+    group, rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
@@ -169,6 +169,9 @@ class Recipe:
 
     def __post_init__(self):
         flags.check(self)
+        low, high = self.keep_range or (0, 1)
+        if not low <= high:
+            raise ValueError(f"keep_range {low} {high} keeps nothing: the lower bound comes first")
 
 
 class Learners(NamedTuple):
@@ -244,6 +247,7 @@ def roll_out(model, problems, method, recipe, step):
 # ----------------------------------------------------------------------------------------------- 3 advantage
 
 
+@runs.timed("update_seconds")
 def give_advantages(rollouts, value_learner, method, recipe):
     """Sets the advantage of every rollout -> those to train on (maybe none), and numbers for the log.
 
@@ -474,8 +478,8 @@ class Choice:
     dev_data: str = setting(None, "problems for --eval_every; test problems never guide a run")
     eval_data: str = setting(None, "test problems, scored before and after training only")
     eval_limit: int = setting(200, "only so many of the test problems", tiny=None, low=1, may_change=True)
-    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training", number="+",
-                                   tiny=("dynamic", "static", "greedy"))
+    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training, and the tiny "
+                                   "model also dynamic, static and greedy", number="+")
     name: str = setting("tracerl", "of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if the boxed answer is right")
     advantage: str = setting("group", "group: standard score in the group; value: a value model with GAE; batch: "
@@ -498,6 +502,9 @@ def parse_args(argv=None):
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"
+    if args.eval_strategies is None:
+        usual = ["dynamic", "static", "greedy"] if is_tiny else []
+        args.eval_strategies = list(dict.fromkeys([*usual, args.strategy]))
     if args.lr is None:  # adapters start at zero and are scaled: they want about ten times as much
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and args.reward == "math" and not is_tiny:
@@ -550,12 +557,17 @@ def main(argv=None):
         task = Task(tokenizer, load(args.train_data), dev, examinee)
         # Before and after training: the same problems, and the same draws.
         evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
-            args.eval_strategies or [decoding.strategy], "evaluate")}
+            args.eval_strategies, "evaluate")}
         # Settings, model and data have proved good. From here on the folder is written to.
-        show.announce(recipe, decoding, len(task.problems))
+        show.announce(recipe, decoding, len(task.problems), model.config)
         run.begin()
         if args.resume:
             run.restore(learners.pairs())
+        mark = data.fingerprint(task.problems)  # of problems, answers and prompt tokens
+        if run.progress.setdefault("data", mark) != mark:
+            raise ValueError(f"--train_data {args.train_data} or its prompts have changed since {run.folder} "
+                             "began: bring the old ones back, or start a new run (--name, --model) from its "
+                             "newest checkpoint")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
         train(learners, method, task, recipe, run)

@@ -1,184 +1,29 @@
 """plumbing/checkpoints.py - Hugging Face folders in and out.
 
-One network serves all families. A family is a row of switches for model.ModelConfig and a table of weight
-names; a new one that fits the network is a new row of FAMILIES.
+What a config.json means, and which weight has which name, is in plumbing/families.py.
 
-Weights are read from safetensors only: never pickled files, never code from a checkpoint.
+Weights are read from safetensors files only. Pickled files are never read, and code from a checkpoint is
+copied into what is saved, but never run.
 """
 
 import json
 import os
-import re
 import shutil
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from model import BlockDiffusionLM, ModelConfig
+from model import BlockDiffusionLM
 from plumbing import parallel
-
-QWEN_NAMES = {  # ours -> theirs; "#" is the layer number
-    "embed": "model.embed_tokens",
-    "layers.#.attention_norm": "model.layers.#.input_layernorm",
-    "layers.#.q_proj": "model.layers.#.self_attn.q_proj",
-    "layers.#.k_proj": "model.layers.#.self_attn.k_proj",
-    "layers.#.v_proj": "model.layers.#.self_attn.v_proj",
-    "layers.#.o_proj": "model.layers.#.self_attn.o_proj",
-    "layers.#.q_norm": "model.layers.#.self_attn.q_norm",
-    "layers.#.k_norm": "model.layers.#.self_attn.k_norm",
-    "layers.#.mlp_norm": "model.layers.#.post_attention_layernorm",
-    "layers.#.gate_proj": "model.layers.#.mlp.gate_proj",
-    "layers.#.up_proj": "model.layers.#.mlp.up_proj",
-    "layers.#.down_proj": "model.layers.#.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-LLADA_NAMES = {
-    "embed": "model.transformer.wte",
-    "layers.#.attention_norm": "model.transformer.blocks.#.attn_norm",
-    "layers.#.q_proj": "model.transformer.blocks.#.q_proj",
-    "layers.#.k_proj": "model.transformer.blocks.#.k_proj",
-    "layers.#.v_proj": "model.transformer.blocks.#.v_proj",
-    "layers.#.o_proj": "model.transformer.blocks.#.attn_out",
-    "layers.#.mlp_norm": "model.transformer.blocks.#.ff_norm",
-    "layers.#.gate_proj": "model.transformer.blocks.#.ff_proj",
-    "layers.#.up_proj": "model.transformer.blocks.#.up_proj",
-    "layers.#.down_proj": "model.transformer.blocks.#.ff_out",
-    "norm": "model.transformer.ln_f",
-    "head": "model.transformer.ff_out",
-}
-
-
-class Family(NamedTuple):
-    """What the checkpoints of one family have in common; the fields of ModelConfig of the same name."""
-
-    has_qk_norm: bool
-    has_qkv_bias: bool
-    shifts_logits: bool
-    is_full: bool  # None: both exist, see read_config
-    mask_id: int  # of the published checkpoints, where config.json does not say
-    names: dict
-
-
-FAMILIES = {  # by model_type of config.json, in lower case
-    "sdar": Family(True, False, False, False, 151669, QWEN_NAMES),  # SDAR and TraDo
-    "qwen3": Family(True, False, False, False, 151669, QWEN_NAMES),  # autoregressive: sft.py changes that
-    "a2d-qwen3": Family(True, False, False, None, 151669, QWEN_NAMES),  # dllm's conversions of Qwen
-    "a2d-qwen2": Family(False, True, False, None, 151665, QWEN_NAMES),
-    "dream": Family(False, True, True, True, 151666, QWEN_NAMES),  # Dream and DiffuCoder
-    "llada": Family(False, False, False, True, 126336, LLADA_NAMES),
-    "mmada": Family(False, False, False, True, 126336, LLADA_NAMES),  # its text part is LLaDA
-}
-
-REFUSED = {  # model_type -> what it has that this network has not
-    "fast_dllm_qwen": "block attention whose logits are shifted by one, across the blocks' borders",
-    "llada2_moe": "a mixture of experts", "sdar_moe": "a mixture of experts"}
-
-# ------------------------------------------------------------------------------------------------------------
-# config.json.
-
-
-LLADA_FIELDS = dict(  # Qwen's spelling of a field -> LLaDA's
-    vocab_size="embedding_size", hidden_size="d_model", num_hidden_layers="n_layers",
-    num_attention_heads="n_heads", num_key_value_heads="n_kv_heads", intermediate_size="mlp_hidden_size",
-    tie_word_embeddings="weight_tying")
-
-
-def read_config(source, block_size=None, attention=None, path=""):
-    """The fields of a config.json (a dict), whichever family's spelling they have -> ModelConfig.
-
-    attention: "block" or "full", where the family leaves it open; without it the checkpoint's name decides
-    (path: bd3lm or mdlm in it). Raises ValueError for an unknown model_type, a missing field, or a variant
-    the network does not have.
-    """
-    name = str(source.get("model_type", "none")).lower()
-    if name in REFUSED:
-        raise ValueError(f"model_type {name!r} is not supported: it has {REFUSED[name]}")
-    architecture = (source.get("architectures") or ["Qwen3ForCausalLM"])[0]
-    if name == "qwen3" and (architecture != "Qwen3ForCausalLM" or "auto_map" in source):
-        raise ValueError(f"this calls itself qwen3, but is {architecture} with code of its own: another "
-                         "network, which is not supported")
-    if name not in FAMILIES:
-        raise ValueError(f"unknown model_type {name!r} in config.json: known are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    is_llada = family.names is LLADA_NAMES
-    wanted = {ours: source.get(llada if is_llada else ours) for ours, llada in LLADA_FIELDS.items()}
-    wanted["vocab_size"] = wanted["vocab_size"] or source.get("vocab_size")
-    wanted["num_key_value_heads"] = wanted["num_key_value_heads"] or wanted["num_attention_heads"]
-    missing = [field for field, value in wanted.items() if value is None and field != "tie_word_embeddings"]
-    if missing:
-        raise ValueError(f"config.json of family {name!r} lacks {', '.join(missing)}")
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rope type {rope} is not supported: only plain rotary positions are")
-    if source.get("use_sliding_window") or source.get("hidden_act", "silu") != "silu":
-        raise ValueError("sliding windows and activations other than silu are not supported")
-    is_full = find_attention(source, family, attention, path)
-    mask_id, vocab_size = find_mask(source, name, wanted["vocab_size"])
-    eos, pad = as_list(source.get("eos_token_id")), source.get("pad_token_id")
-    theta = rope.get("rope_theta") or source.get("rope_theta") or (5e5 if is_llada else 1e6)
-    return ModelConfig(
-        vocab_size=vocab_size, hidden_size=wanted["hidden_size"], num_layers=wanted["num_hidden_layers"],
-        num_heads=wanted["num_attention_heads"], num_kv_heads=wanted["num_key_value_heads"],
-        head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
-        intermediate_size=wanted["intermediate_size"], mask_id=mask_id, is_full=is_full,
-        block_size=block_size or source.get("block_size") or (4 if family.is_full is False else 32),
-        has_qk_norm=family.has_qk_norm, has_qkv_bias=family.has_qkv_bias, shifts_logits=family.shifts_logits,
-        rms_norm_eps=source.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
-        tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
-        pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos),
-        family=name, source=dict(source))
-
-
-def find_attention(source, family, attention, path):
-    """Whether every token sees every token: by family, by --attention, or by the checkpoint's name."""
-    if family.is_full is not None:
-        if attention not in (None, "full" if family.is_full else "block"):
-            raise ValueError(f"--attention {attention} does not fit a checkpoint of {source['model_type']}")
-        return family.is_full
-    name = os.path.basename(os.path.normpath(path)).lower()
-    by_name = "block" if "bd3lm" in name else "full" if "mdlm" in name else None
-    attention = attention or source.get("attention") or by_name
-    if attention is None:
-        raise ValueError(f"{source['model_type']} may be of block or of full attention, and the name "
-                         f"{name!r} does not say which: give --attention")
-    return attention == "full"
-
-
-def find_mask(source, family, vocab_size):
-    """The mask token's id, and the size of the vocabulary with it."""
-    if source.get("mask_token_id") is not None:
-        return source["mask_token_id"], vocab_size
-    usual = FAMILIES[family].mask_id
-    if usual < vocab_size:
-        return usual, vocab_size
-    if family == "qwen3":  # autoregressive, so it has none: it gets a row of its own
-        return vocab_size, vocab_size + 1
-    raise ValueError(f"this checkpoint names no mask token: config.json has no mask_token_id, and {family}'s "
-                     f"usual {usual} is outside its vocabulary of {vocab_size}")
-
-
-def as_list(value):
-    """None -> [], 3 -> [3], [3, 4] -> [3, 4]: eos ids are written in all three ways."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def family_name(config, ours):
-    """Our name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight."""
-    module, _, kind = ours.rpartition(".")
-    parts, names = module.split("."), FAMILIES[config.family].names
-    if parts[0] != "layers":
-        return f"{names[module]}.{kind}"
-    return names[f"layers.#.{parts[2]}"].replace("#", parts[1]) + f".{kind}"
+from plumbing.families import FAMILIES, LLADA_NAMES, as_list, family_name, read_config
 
 
 def read_json(path):
@@ -203,31 +48,86 @@ def write_json(path, value):
 # Loading.
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+
+
 def find_checkpoint(path_or_id, block_size=None, attention=None):
-    """A folder or hub id -> (folder, ModelConfig, tokenizer or None). Errors: see load_model."""
-    path = name = os.fspath(path_or_id)
-    if not os.path.isdir(path):
-        if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise FileNotFoundError(f"no checkpoint folder {path!r} (a hub id looks like JetLM/SDAR-4B-Chat)")
-        path = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    """A folder or hub id -> (folder, CheckpointConfig, tokenizer or None). Errors: see load_model."""
+    name = os.fspath(path_or_id)
+    path = name if os.path.isdir(name) else download(name)
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise FileNotFoundError(f"{path} has no config.json: not a checkpoint folder")
-    config = read_config(read_json(os.path.join(path, "config.json")), block_size, attention, name)
-    tokenizer = load_tokenizer(path, config)
-    config.eos_ids = find_eos_ids(path, config, tokenizer)
-    pad_id = generation_config(path).get("pad_token_id")
-    if config.source.get("pad_token_id") is None and pad_id is not None:  # as in Qwen3
-        config.pad_id = pad_id
+    source = read_json(os.path.join(path, "config.json"))
+    tokenizer = load_tokenizer(path)
+    try:
+        config = read_config(source, block_size, attention, name, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if block_size is None and not source.get("block_size"):
+        why = "is assumed" if config.is_block_size_assumed else "is taken from the checkpoint's name"
+        parallel.say(f"config.json names no block size: {config.block_size} {why}; --block_size sets another")
+    # Qwen3 names its padding token here only.
+    generation_path = os.path.join(path, "generation_config.json")
+    generation = read_json(generation_path) if os.path.isfile(generation_path) else {}
+    if source.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
+        config.pad_id = generation["pad_token_id"]
+    config.eos_ids = find_eos_ids([*config.eos_ids, *as_list(generation.get("eos_token_id"))], tokenizer)
+    config.tokenizer_state = state_of(tokenizer)
+    config.files = {file_name: Path(path, file_name).read_bytes() for file_name in os.listdir(path)
+                    if file_name in TOKENIZER_FILES or file_name.endswith(".py")}
     return path, config, tokenizer
+
+
+def download(name):
+    """The local copy of a hub id's folder. FileNotFoundError if there is none."""
+    is_path = os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1
+    if is_path:
+        raise FileNotFoundError(f"no checkpoint folder {name!r} (a hub id looks like JetLM/SDAR-4B-Chat)")
+    try:
+        return snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, "*.json", "*.safetensors", "*.py"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"no checkpoint {name!r}: there is no such folder, and the hub gave none. "
+                                f"It said: {reason}") from None
+
+
+def load_tokenizer(path):
+    """The folder's tokenizer, or None if it has none. Never runs code from the checkpoint."""
+    if os.path.isfile(os.path.join(path, "tokenizer.json")):
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    # SDAR and Dream have Qwen2's tokenizer in its older form, under a class of their own.
+    if os.path.isfile(os.path.join(path, "vocab.json")) and os.path.isfile(os.path.join(path, "merges.txt")):
+        return Qwen2Tokenizer.from_pretrained(path)
+    return None
+
+
+def state_of(tokenizer):
+    """What differs if a tokenizer is not the one that was loaded, or has changed since."""
+    if tokenizer is None:
+        return ()
+    return tokenizer.name_or_path, len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map
+
+
+def find_eos_ids(named, tokenizer):
+    """Every id that ends a response: those that config.json and generation_config.json name, and those of the
+    tokenizer.
+
+    The first is the one that sft.py teaches: the end of a chat turn, where the tokenizer has such a token.
+    """
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    last = tokenizer.eos_token if tokenizer is not None else None
+    ids_of = lambda tokens: [vocabulary[token] for token in tokens if token in vocabulary]
+    return tuple(dict.fromkeys([*ids_of(["<|im_end|>", "<|eot_id|>"]), *named, *ids_of([last, "<|endoftext|>"])]))
 
 
 def load_model(path_or_id, block_size=None, dtype=None, device=None, attention=None):
     """Loads a checkpoint folder or hub id -> (BlockDiffusionLM, tokenizer or None).
 
     block_size: K, if not the checkpoint's own. dtype: of the weights in memory (default: as stored). device:
-    default this process's GPU, else the CPU. attention: see read_config. Weights go one by one to where they
-    are used; there is never a second copy. Raises FileNotFoundError or ValueError that names the missing
-    file, weight, shape, model_type or mask token.
+    default this process's GPU, else the CPU. attention: see read_config. Raises FileNotFoundError or
+    ValueError that names the missing file, weight, shape, model_type or mask token.
     """
     path, config, tokenizer = find_checkpoint(path_or_id, block_size, attention)
     model = empty_model(config)
@@ -241,108 +141,86 @@ def empty_model(config):
         return BlockDiffusionLM(config)
 
 
+VALUE_HEAD = "value_head.weight"  # ours and in the files
+
+
 def load_weights(model, folder, dtype=None, device=None):
     """Fills a model, or a value model, from the safetensors files of a folder.
 
-    Weights on the meta device are made, on `device`; of sharded ones (parallel.shard), each process reads its
-    own rows only, so that no process ever holds a whole model.
+    Torch's own reader reads them, tensor by tensor. Of sharded weights (parallel.shard) each process reads
+    its own part only. Weights on the meta device are made, on `device`, in `dtype` or as they are stored.
     """
-    config, device = model.config, str(device or parallel.default_device())
-    shards = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    if not shards:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file (pickled weights are never read)")
+    device = device or parallel.default_device()
+    reader = HuggingFaceStorageReader(folder)
+    stored = stored_tensors(reader, folder)
     # A value model has the names of its backbone, and a head of its own.
-    head, value_head = family_name(config, "head.weight"), "value_head.weight"
-    ours = {value_head if name == value_head else family_name(config, name.removeprefix("backbone.")): name
-            for name, _ in model.named_parameters()}
-    is_policy, parameters = value_head not in ours, dict(model.named_parameters())
-    found, unexpected, heads = set(), [], []
-    for shard in shards:
+    theirs_of = {name: name if name == VALUE_HEAD else family_name(model.config, name.removeprefix("backbone."))
+                 for name, _ in model.named_parameters()}
+    head = family_name(model.config, "head.weight")
+    is_policy = VALUE_HEAD not in theirs_of
+    shapes = {theirs_of[name]: p.shape for name, p in model.named_parameters()}
+    # Some tied checkpoints hold the matrix twice, as embedding and as head. The two must be equal.
+    has_two = is_policy and head in stored and head not in shapes
+    if has_two:
+        shapes[head] = shapes[theirs_of["embed.weight"]]
+    check_stored(stored, shapes, {head, VALUE_HEAD}, model.config, folder)
+    state = {}
+    for name, p in list(model.named_parameters()):
+        theirs = theirs_of[name]
+        if p.is_meta:
+            kept = stored[theirs].properties.dtype if theirs in stored else torch.float32
+            p = nn.Parameter(torch.empty(p.shape, dtype=dtype or kept, device=device))
+            module, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(module), kind, p)
+        state[theirs] = p.data
+    if not is_policy and VALUE_HEAD not in stored:  # a new value model says 0 everywhere
+        state.pop(VALUE_HEAD).zero_()
+    if has_two:
+        state[head] = torch.empty_like(model.embed.weight.data)
+    parallel.load(state, storage_reader=reader)
+    if has_two and not torch.equal(own_part(state[head]), own_part(model.embed.weight.data)):
+        raise ValueError(f"{folder}: config.json says that head and embedding are one matrix "
+                         f"(tie_word_embeddings), and {head} is another one: correct config.json")
+    if is_policy and model.config.tie_word_embeddings:
+        model.head.weight = model.embed.weight
+
+
+def stored_tensors(reader, folder):
+    """What the files of a folder hold: name -> its size, its dtype (in .properties) and its pieces (.chunks).
+
+    FileNotFoundError if there is no file, ValueError that names a damaged one.
+    """
+    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file (pickled weights are never read)")
+    for name in files:
         try:
-            file = safe_open(os.path.join(folder, shard), framework="pt", device=device)
+            with safe_open(os.path.join(folder, name), framework="pt"):
+                pass  # opening compares the file's length with its table of contents
         except SafetensorError as error:
-            raise ValueError(f"{folder}/{shard} is damaged ({error}): fetch it again") from None
-        with file:
-            for theirs in file.keys():
-                where = f"{folder}: {theirs}"
-                if theirs not in ours:
-                    if theirs == head and is_policy:  # in the file of a tied checkpoint: compared below
-                        embedding = parameters["embed.weight"]
-                        heads.append(read_rows(file.get_slice(theirs), embedding, config, where))
-                    elif theirs != head and not theirs.endswith(("rotary_emb.inv_freq", value_head)):
-                        unexpected.append(theirs)
-                    continue
-                name = ours[theirs]
-                if name in found:
-                    raise ValueError(f"{where} is in more than one file: are these two checkpoints?")
-                found.add(name)
-                tensor = read_rows(file.get_slice(theirs), parameters[name], config, where)
-                if isinstance(parameters[name], DTensor):
-                    parameters[name].to_local().data.copy_(tensor)
-                else:
-                    module, _, kind = name.rpartition(".")
-                    weight = torch.empty_like(tensor, dtype=dtype or tensor.dtype).copy_(tensor)
-                    setattr(model.get_submodule(module), kind, nn.Parameter(weight))
-    missing = [theirs for theirs, name in ours.items() if name not in found and theirs != value_head]
+            raise ValueError(f"{folder}/{name} is damaged ({error}): fetch it again") from None
+    return reader.read_metadata().state_dict_metadata
+
+
+def check_stored(stored, shapes, may_be_unread, config, folder):
+    """ValueError unless the files hold each tensor of `shapes` once, in its shape, and nothing unknown."""
+    missing = sorted(shapes.keys() - stored.keys() - {VALUE_HEAD})
+    unexpected = sorted(name for name in stored.keys() - shapes.keys() - may_be_unread
+                        if not name.endswith("rotary_emb.inv_freq"))
     if missing or unexpected:
         raise ValueError(f"{folder} does not hold a {config.family} checkpoint: "
                          f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}")
-    if value_head in ours and value_head not in found:  # a new value model says 0 everywhere
-        if isinstance(parameters[value_head], DTensor):
-            nn.init.zeros_(parameters[value_head])
-        else:
-            model.value_head.weight = nn.Parameter(torch.zeros(1, config.hidden_size, device=device))
-    if is_policy and config.tie_word_embeddings:
-        model.head.weight = model.embed.weight
-        embedding = model.embed.weight
-        embedding = embedding.to_local() if isinstance(embedding, DTensor) else embedding
-        if any(not torch.equal(tensor.to(embedding), embedding) for tensor in heads):
-            raise ValueError(f"{folder}: config.json says that head and embedding are one matrix "
-                             f"(tie_word_embeddings), and {head} is another one: correct config.json")
+    for name in sorted(shapes.keys() & stored.keys()):
+        if len(stored[name].chunks) > 1:
+            raise ValueError(f"{folder}: {name} is in more than one file: are these two checkpoints?")
+        if stored[name].size != shapes[name]:
+            raise ValueError(f"{folder}: {name} has shape {tuple(stored[name].size)}, config.json asks for "
+                             f"{tuple(shapes[name])}")
 
 
-def read_rows(part, parameter, config, where):
-    """The rows of a tensor in a file that this process's parameter holds: all, unless it is sharded."""
-    shape, wanted = part.get_shape(), list(parameter.shape)
-    rows = parallel.own_rows(parameter) if isinstance(parameter, DTensor) else slice(0, wanted[0])
-    lacks_mask = (wanted[0] == config.vocab_size == shape[0] + 1 and len(wanted) == 2
-                  and config.source.get("vocab_size") == shape[0])
-    if shape != wanted and not lacks_mask:
-        raise ValueError(f"{where} has shape {tuple(shape)}, config.json asks for {tuple(wanted)}")
-    tensor = part[rows.start:min(rows.stop, shape[0])]
-    if rows.stop > shape[0]:  # the mask token of an autoregressive model starts as the mean token
-        tensor = torch.cat([tensor, part[:].mean(0, keepdim=True)])
-    return tensor
-
-
-def load_tokenizer(path, config):
-    """The folder's tokenizer, or None if it has none. Never runs code from the checkpoint."""
-    if os.path.isfile(os.path.join(path, "tokenizer.json")):
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    # SDAR, Dream: Qwen2's tokenizer
-    if os.path.isfile(os.path.join(path, "vocab.json")) and FAMILIES[config.family].names is QWEN_NAMES:
-        return Qwen2Tokenizer.from_pretrained(path)
-    return None
-
-
-def generation_config(path):
-    """What the folder's generation_config.json says, {} where there is none."""
-    path = os.path.join(path, "generation_config.json")
-    return read_json(path) if os.path.isfile(path) else {}
-
-
-def find_eos_ids(path, config, tokenizer):
-    """Every id that ends a response, from the tokenizer, config.json and generation_config.json.
-
-    The first is the one that sft.py teaches: the end of a chat turn, where the tokenizer has such a token.
-    """
-    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    ids = [vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>") if token in vocabulary]
-    ids += config.eos_ids
-    ids += as_list(generation_config(path).get("eos_token_id"))
-    if tokenizer is not None:
-        ids += [vocabulary[token] for token in (tokenizer.eos_token, "<|endoftext|>") if token in vocabulary]
-    return tuple(dict.fromkeys(ids))
+def own_part(tensor):
+    """What this process holds of a tensor: all, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -351,29 +229,28 @@ def find_eos_ids(path, config, tokenizer):
 
 def save_checkpoint(model, tokenizer, path, dtype=None, max_shard_size="5GB"):
     """Writes weights, config, tokenizer in the family's own layout; `load_model` reads them back bit for bit
-    (dtype None: as they are).
+    (dtype None: as they are). Adapters (LoRA) are merged into the weights.
 
     The folder is written under a temporary name and renamed, so that `path` is whole or absent. To be called
-    on every process: the first one writes. LoRA: the merged weights, and the adapter alone in path/adapter,
-    in the layout of the peft library.
+    on every process: the first one writes.
     """
     config, state = model.config, parallel.whole_state(model)
     if not parallel.is_first():
         return
-    partial, rank = f"{path}.partial", parallel.lora_rank(model)
+    partial = f"{path}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
     try:
-        if rank:
-            save_adapter(config, state, rank, os.path.join(partial, "adapter"))
-        state = {name: p.to(dtype or p.dtype) for name, p in merge_lora(state, rank, dtype).items()}
+        merged = merge_lora(state, parallel.lora_rank(model), dtype)
+        state = {name: p.to(dtype or p.dtype) for name, p in merged.items()}
         if config.tie_word_embeddings:
             del state["head.weight"]
         save_torch_state_dict({family_name(config, name): p for name, p in state.items()}, partial,
                               max_shard_size=max_shard_size)
+        give_usual_modes(partial)
         save_config(config, str(state["embed.weight"].dtype).removeprefix("torch."), partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            save_tokenizer(tokenizer, config, partial)
     except BaseException:  # a full disk, Ctrl-C: nothing half-written stays
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -382,16 +259,53 @@ def save_checkpoint(model, tokenizer, path, dtype=None, max_shard_size="5GB"):
 
 
 def save_config(config, dtype, folder):
-    """Writes config.json as it was read, with what may have changed, and generation_config.json."""
-    source = {name: value for name, value in config.source.items() if name != "auto_map"}  # (remote code)
-    is_llada = FAMILIES[config.family].names is LLADA_NAMES
-    if FAMILIES[config.family].is_full is None:  # what the folder's old name said
-        source["attention"] = "full" if config.is_full else "block"
-    source |= {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
-               "torch_dtype": dtype, "embedding_size" if is_llada else "vocab_size": config.vocab_size}
-    write_json(os.path.join(folder, "config.json"), source)
+    """Writes config.json as it was read, with what may have changed, the code that it names, and
+    generation_config.json."""
+    family = FAMILIES[config.family]
+    size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
+    # Each of two pairs says one thing twice: transformers 5 reads `dtype` and `rope_parameters`, older ones
+    # read `torch_dtype` and `rope_theta`, and without them they take a default in silence.
+    changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
+               "torch_dtype": dtype, "rope_theta": config.rope_theta, size_name: config.vocab_size}
+    if family.may_choose:  # what --attention or the folder's old name said
+        changed["attention"] = "full" if config.is_full else "block"
+    write_json(os.path.join(folder, "config.json"), config.source | changed)
     write_json(os.path.join(folder, "generation_config.json"),
                {"eos_token_id": list(config.eos_ids), "pad_token_id": config.pad_id})
+    for name, content in config.files.items():
+        if name.endswith(".py"):
+            Path(folder, name).write_bytes(content)
+
+
+def save_tokenizer(tokenizer, config, folder):
+    """Writes a tokenizer. If it is the one that came with the model, its files are copied as they are."""
+    if state_of(tokenizer) == config.tokenizer_state:
+        for name in config.files.keys() & set(TOKENIZER_FILES):
+            Path(folder, name).write_bytes(config.files[name])
+    else:
+        tokenizer.save_pretrained(folder)
+    spell_for_old_readers(os.path.join(folder, "tokenizer_config.json"))
+
+
+def spell_for_old_readers(path):
+    """Changes a tokenizer_config.json that only transformers 5 can read, so that version 4 can, too."""
+    settings = read_json(path) if os.path.isfile(path) else {}
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # version 5's new name
+        more = settings.pop("extra_special_tokens", None)
+        if isinstance(more, list):  # version 4 has a list of tokens under another name
+            settings["additional_special_tokens"] = more
+        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def give_usual_modes(folder):
+    """Lets everybody read the weights who may read other new files. (safetensors makes files that only their
+    owner may read.)"""
+    probe = os.path.join(folder, "probe.partial")
+    Path(probe).touch()  # its mode is that of any new file
+    for name in os.listdir(folder):
+        if name.endswith(".safetensors"):
+            shutil.copymode(probe, os.path.join(folder, name))
+    os.remove(probe)
 
 
 def merge_lora(state, rank, dtype=None):
@@ -405,32 +319,16 @@ def merge_lora(state, rank, dtype=None):
     return state
 
 
-def save_adapter(config, state, rank, folder):
-    """Writes the adapters of a state as adapter_model.safetensors and adapter_config.json."""
-    os.makedirs(folder)
-    tensors = {}
-    for name, p in state.items():
-        module, _, kind = name.rpartition(".")
-        if kind.startswith("lora_"):
-            theirs = family_name(config, f"{module}.{kind}")  # model.layers.0.self_attn.q_proj.lora_A
-            tensors[f"base_model.model.{theirs}.weight"] = p.contiguous()
-    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
-    targets = [re.escape(theirs).replace(r"\#", r"\d+")
-               for ours, theirs in FAMILIES[config.family].names.items() if ours.endswith("_proj")]
-    write_json(os.path.join(folder, "adapter_config.json"), dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, r=rank, bias="none",
-        lora_alpha=parallel.LORA_ALPHA * rank, target_modules="|".join(targets)))
-
-
 def save_value_model(critic, folder, dtype=None):
     """Writes folder/value/model.safetensors: the backbone under the family's names (LoRA: merged), and
     value_head.weight; load_weights reads it. To be called on every process."""
     state = parallel.whole_state(critic)
     if not parallel.is_first():
         return
-    head = state.pop("value_head.weight")
+    head = state.pop(VALUE_HEAD)
     state = {name.removeprefix("backbone."): p for name, p in state.items()}
     merged = merge_lora(state, parallel.lora_rank(critic), dtype)
     state = {family_name(critic.config, name): p.to(dtype or p.dtype) for name, p in merged.items()}
     os.makedirs(os.path.join(folder, "value"), exist_ok=True)
-    save_file({**state, "value_head.weight": head}, os.path.join(folder, "value", "model.safetensors"))
+    save_file({**state, VALUE_HEAD: head}, os.path.join(folder, "value", "model.safetensors"))
+    give_usual_modes(os.path.join(folder, "value"))

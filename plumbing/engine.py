@@ -19,7 +19,7 @@ import torch
 
 import rollout
 from model import Layout, Rotation, SwiGLU, attention, dense_mask, may_attend
-from plumbing import flags, kernels, memory, packing, parallel
+from plumbing import flags, kernels, memory, packing
 
 CACHES = ("none", "prefix", "dual")  # of full attention, see Decoder.full_states
 

@@ -10,6 +10,7 @@ the bounds and the help of a setting are written once. This file imports nothing
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -168,15 +169,26 @@ def load_function(spec, built_in, flag):
     return function
 
 
+@functools.lru_cache(maxsize=64)
+def parameters_of(function):
+    """Parameters by name. Kept, because views are called for every block of every response."""
+    return inspect.signature(function).parameters
+
+
+def takes_all(function):
+    """Whether a function has a parameter **more."""
+    return any(p.kind is p.VAR_KEYWORD for p in parameters_of(function).values())
+
+
 def call(function, **arguments):
     """Calls a function by name, with those of the arguments that it declares.
 
     So a function of the user's lists only what it needs, and a later addition here breaks nobody. (With
     **more it is given everything.)
     """
-    wanted = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values()):
+    if takes_all(function):
         return function(**arguments)
+    wanted = parameters_of(function)
     unknown = [name for name, parameter in wanted.items()
                if name not in arguments and parameter.default is parameter.empty]
     if unknown:
@@ -187,5 +199,4 @@ def call(function, **arguments):
 
 def declares(function, name):
     """Whether `call` would give a function this argument."""
-    wanted = inspect.signature(function).parameters
-    return name in wanted or any(p.kind is p.VAR_KEYWORD for p in wanted.values())
+    return name in parameters_of(function) or takes_all(function)

@@ -53,7 +53,8 @@ def fill(rows, starts, shape, pad_id, device):
         torch.tensor(column, dtype=dtype, device=device) for column, dtype in zip(numbers, dtypes))))
 
 
-WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "group")  # int64 fields of Targets
+# int64 fields of Targets
+WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "view", "group")
 
 
 def micro_batches(units, compute, model):

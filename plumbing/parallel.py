@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -155,19 +157,16 @@ def say(text):
 # Sharding.
 
 
-def shard(model, layers, dtype=torch.float32, replicas=1):
+def shard(model, layers, dtype=torch.float32):
     """Shards parameters, gradients and optimizer states over all processes (FSDP2), layer by layer, in place.
 
     dtype: what layers compute in. The sharded weights are float32 whatever it is, and gradients are added up
     in float32: they are sums over tokens (see tracerl.policy_loss), so no process average is taken. Frozen
-    weights (LoRA) stay whole on every process. replicas: whole sharded copies, e.g. one per node: then only
-    gradients travel between nodes, once per update (see `backward`). Without a process group this does
-    nothing.
+    weights (LoRA) stay whole on every process. Without a process group this does nothing.
     """
     if not dist.is_initialized():
         return
-    shape = (replicas, parts_of(replicas)) if replicas > 1 else (processes()[1],)
-    mesh = init_device_mesh(default_device().type, shape, mesh_dim_names=("copy", "part")[-len(shape):])
+    mesh = init_device_mesh(default_device().type, (processes()[1],))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for module in [*layers, model]:
@@ -181,26 +180,14 @@ def shard(model, layers, dtype=torch.float32, replicas=1):
         register_fsdp_forward_method(model, "states")
 
 
-def parts_of(replicas):
-    """On how many processes each of so many copies of a model lies."""
-    if processes()[1] % replicas:
-        raise ValueError(f"--replicas {replicas} does not divide the {processes()[1]} processes")
-    return processes()[1] // replicas
+def load(state, **source):
+    """Fills the tensors of a state, in place, from files that torch.distributed.checkpoint can read.
 
-
-def backward(loss, model, is_last):
-    """Gradients of one micro-batch, added to those of the others. Copies of a model add theirs up at the last
-    one only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(is_last)
-    loss.backward()
-
-
-def own_rows(p):
-    """Which rows (dimension 0) of a sharded parameter this process holds, as a slice."""
-    size, rank = p.device_mesh.size(-1), p.device_mesh.get_local_rank(p.device_mesh.ndim - 1)
-    each = -(-len(p) // size)
-    return slice(min(rank * each, len(p)), min((rank + 1) * each, len(p)))
+    Each process reads its own part, and waits for nobody. source: of torch's `load`, e.g. a storage_reader.
+    """
+    with warnings.catch_warnings():  # torch warns that each process reads for itself, which is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, no_dist=True, **source)
 
 
 @contextmanager

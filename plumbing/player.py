@@ -4,7 +4,7 @@ import sys
 import time
 
 import rollout
-from plumbing import check, flags, machine, runs
+from plumbing import check, flags, machine, parallel, runs
 from rollout import Decoding
 
 MASK = "\u2591"
@@ -32,9 +32,9 @@ def colour(text, step):
 
 def main(argv=None):
     """Decodes one prompt and shows how -> Rollout, model, tokenizer. Or checks a file of traces."""
-    parser = flags.make_parser(
-        "Decode one prompt, and play it in the terminal.", {"decoding": Decoding, "machine": machine.Inference},
-        machine.is_tiny(flags.peek(argv, "--model")))
+    is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
+    parser = flags.make_parser("Decode one prompt, and play it in the terminal.",
+                               {"decoding": Decoding, "machine": machine.Inference}, is_tiny)
     flag = parser.add_argument
     flag("--model", help="checkpoint folder or hub id; None: the tiny model")
     flag("--prompt", default="894+396=")
@@ -43,6 +43,7 @@ def main(argv=None):
     flag("--seed", type=int, default=0, help="of the draws")
     flag("--seconds", type=float, default=0.3, help="between two steps")
     args = parser.parse_args(argv)
+    parallel.start_processes(args.device, is_tiny)
     settings = flags.read_flags(machine.Inference, args)
     model, tokenizer = machine.load_model(args.model or machine.start_of(args.attention), settings)
     compute = machine.choose_compute(settings, model)

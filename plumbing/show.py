@@ -4,7 +4,7 @@ import json
 import os
 from statistics import fmean
 
-from plumbing import parallel
+from plumbing import parallel, runs
 
 
 def lengths(rollouts):
@@ -54,8 +54,11 @@ def describe_line(line):
     return "  ".join(parts)
 
 
-def announce(recipe, decoding, num_problems):
+def announce(recipe, decoding, num_problems, config):
     """Says in plain words what a run will do, and what one RL step costs."""
+    if getattr(config, "is_block_size_assumed", False):
+        parallel.say(f"WARNING: nothing says in which blocks this checkpoint was trained: K = {config.block_size} "
+                     "is assumed. With a wrong K everything runs, and learns little (--block_size)")
     responses = recipe.prompts * recipe.group_size
     tokens = responses * decoding.max_new_tokens
     parallel.say(
@@ -129,8 +132,9 @@ def write_trace(run, rollouts, config, tokenizer):
     if run.is_writer:
         K = 0 if config.is_full else config.block_size
         path = os.path.join(run.folder, "trace.html")
-        write_page(pairs[:8], K, tokenizer, f"{path}.partial", run.progress["step"])
-        os.replace(f"{path}.partial", path)
+        with runs.writing(path, f"{path}.partial"):
+            write_page(pairs[:8], K, tokenizer, f"{path}.partial", run.progress["step"])
+            os.replace(f"{path}.partial", path)
 
 
 def write_page(pairs, block_size, tokenizer, path, step=0):

@@ -1,34 +1,35 @@
 """bench_methods.py - does the trace matter? Published estimators under one sampler and one budget.
 
-    python tests/bench_methods.py                              # everything: hours; may be stopped, and goes on
+    python tests/bench_methods.py                              # everything: hours; goes on where it stopped
     python tests/bench_methods.py --settings k4 --arms tracerl random coupled
-    python tests/bench_methods.py --settings full --seconds    # seconds of an RL step, with nothing else running
+    python tests/bench_methods.py --settings full --seconds    # seconds of an RL step, on an idle machine
     python tests/bench_methods.py --settings k4 --arms tracerl random rejection --equal_seconds
     python tests/bench_methods.py --settings k4 --variance     # the noise of the gradient, measured directly
     python tests/bench_methods.py --quick                      # a small part, beside tests/evidence.json
     python tests/bench_methods.py --show --out tests/evidence.json --picture assets/methods.png
 
-A setting is a task with a kind of attention. Its starts are made here, by sft.py, one for each seed; they are in
-runs/start-SETTING-SEED. An arm is one command line of tracerl.py, which is printed. All arms of a setting have
-the same starts, and the same number of RL steps and rollouts.
+A setting is a task with a kind of attention. Its starts are made here, by sft.py, one for each seed; they are
+in runs/start-SETTING-SEED. An arm is one command line of tracerl.py, which is printed. All arms of a setting
+have the same starts, and the same number of RL steps and rollouts.
 
-Each arm's learning rate is one of --lrs. Development problems choose it over the first two seeds; test problems
-choose nothing. Among the rates within 0.025 of the best accuracy, the one that earned most on the way is taken:
-800 answers cannot tell these rates apart.
+Each arm's learning rate is one of --lrs. Development problems choose it over the first two seeds; test
+problems choose nothing. Among the rates within 0.025 of the best accuracy, the one that earned most on the
+way is taken: 800 answers cannot tell these rates apart.
 
---equal_seconds is a second budget. It measures six further RL steps of each arm. An arm whose steps are over 15
-percent cheaper than the first one's then runs more of them, so that both take as long. One arm has this budget
-only. It is "rejection": fine-tuning on the right ones among responses of the start. A quarter of its seconds
-samples responses, and the rest makes updates of sft.py. Run --seconds before, with nothing else on the machine.
+--equal_seconds is a second budget. It measures six further RL steps of each arm. An arm whose steps are over
+15 percent cheaper than the first one's then runs more of them, so that both take as long. One arm has this
+budget only. It is "rejection": fine-tuning on the right ones among responses of the start. A quarter of its
+seconds samples responses, and the rest makes updates of sft.py. Run --seconds before, with nothing else on
+the machine.
 
-Several of these commands may run side by side. A run belongs to whoever made its folder under runs/ first, until
-it is silent for ten minutes.
+Several of these commands may run side by side. A run belongs to whoever made its folder under runs/ first,
+until it is silent for ten minutes.
 
-Tables and --out hold what is there after training: the mean over the seeds, +- half of a 95 percent confidence
-interval (Student's t). "reward" is the mean over all RL steps, so it shows speed. It compares only arms that
-decode alike, so not static and just-grpo. "vs" is the difference to the first arm, paired by seed, and not
-corrected for the number of arms. "s/step" is the median of rollouts and update together. The value arm spends
-its first 10 steps on the value model alone.
+Tables and --out hold what is there after training: the mean over the seeds, +- half of a 95 percent
+confidence interval (Student's t). "reward" is the mean over all RL steps, so it shows speed. It compares only
+arms that decode alike, so not static and just-grpo. "vs" is the difference to the first arm, paired by seed,
+and not corrected for the number of arms. "s/step" is the median of rollouts and update together. The value
+arm spends its first 10 steps on the value model alone.
 """
 
 import argparse
@@ -69,8 +70,6 @@ SETTINGS = {  # task, K, attention
     "sudoku-full": ("sudoku", 4, "full"),
 }
 FORKS = ROOT / "examples/forks.py"
-if not FORKS.is_file():
-    FORKS = ROOT / "tests/forks.py"
 ARMS = {  # what is compared: flags of tracerl.py
     "tracerl": [],
     "random": ["--views=random"],
@@ -97,8 +96,9 @@ ARMS = {  # what is compared: flags of tracerl.py
 VIEWS = ("tracerl", "random", "coupled")
 CURVES = ("tracerl", "random", "shrink-4")  # whose learning curves are drawn
 EQUAL = ", equal seconds"
-PUBLISHED = ("tracerl", "shrink-4", "some-steps", "random", "coupled", "diffu-grpo", "wd1", "clip-higher", "gspo",
-             "dr-grpo", "value", "just-grpo", "as-many-random", "mean-per-step", "no-reward", "rejection")
+PUBLISHED = ("tracerl", "shrink-4", "some-steps", "random", "coupled", "diffu-grpo", "wd1", "clip-higher",
+             "gspo", "dr-grpo", "value", "just-grpo", "as-many-random", "mean-per-step", "no-reward",
+             "rejection")
 WHICH = dict.fromkeys(SETTINGS, PUBLISHED) | {
     "k4": (*PUBLISHED, "value-clip", "batch", "raw", "shrink-2", "static"), "k8": VIEWS}
 STRATEGIES = ("dynamic", "static", "greedy")  # by which test problems are answered
@@ -135,8 +135,8 @@ def make_start(setting, seed):
         stop_accuracy = 0.2
         lr = 2e-3
     sft.main([f"--data={task}", f"--block_size={block_size}", f"--attention={attention}", f"--seed={seed}",
-              f"--stop_accuracy={stop_accuracy}", f"--lr={lr}", "--save_every=0", f"--name=start-{setting}-{seed}",
-              "--overwrite"])
+              f"--stop_accuracy={stop_accuracy}", f"--lr={lr}", "--save_every=0",
+              f"--name=start-{setting}-{seed}", "--overwrite"])
 
 
 def command(trial, args):
@@ -144,7 +144,8 @@ def command(trial, args):
     task, _, _ = SETTINGS[trial.setting]
     steps = 1 if trial.arm == "rejection" else trial.size
     words = [f"--model={start_of(trial.setting, trial.seed, args)}", f"--train_data={task}", *ARMS[trial.arm],
-             f"--lr={trial.lr}", f"--seed={trial.seed}", f"--steps={steps}", f"--eval_every={steps}", *args.more]
+             f"--lr={trial.lr}", f"--seed={trial.seed}", f"--steps={steps}", f"--eval_every={steps}",
+             *args.more]
     # Other flags are another run, wherever the project lies.
     mark = runs.mark([trial, " ".join(words).replace(str(ROOT), "")])[:6]
     return [*words, f"--name=methods-{trial.setting}-{trial.arm}-lr{trial.lr}-s{trial.seed}-{mark}"]
@@ -233,14 +234,15 @@ def fine_tune_on_right(trial, args):
     What it leaves behind is what a run of tracerl.py with one RL step leaves: metrics and a summary.
     """
     num_responses, num_updates = trial.size
-    print(f"rejection, {trial.setting}, seed {trial.seed}: {num_responses} responses, then {num_updates} updates "
-          f"at learning rate {trial.lr}", flush=True)
+    print(f"rejection, {trial.setting}, seed {trial.seed}: {num_responses} responses, then {num_updates} "
+          f"updates at learning rate {trial.lr}", flush=True)
     settings = tracerl.parse_args(command(trial, args))
     machine.start(settings)
     model, tokenizer = machine.load_model(settings.model, settings)
     compute = machine.choose_compute(settings, model)
     examinee = Examinee(model, tokenizer, flags.read_flags(Decoding, settings), compute)
-    load = functools.partial(load_prompts, tokenizer=tokenizer, prompting=flags.read_flags(Prompting, settings))
+    prompting = flags.read_flags(Prompting, settings)
+    load = functools.partial(load_prompts, tokenizer=tokenizer, prompting=prompting)
     test = load(settings.eval_data)
     evaluate = lambda: {name: examinee.evaluate(test, name, seed=trial.seed) for name in STRATEGIES}
     before = evaluate()
@@ -306,7 +308,8 @@ def with_equal_seconds(setting, table, has_rejection, args):
         if arm == first:
             equal[arm] = lr, results
         elif steps > 1.15 * args.steps:  # others cost as much, and are in the first table
-            equal[arm] = lr, run_all([Trial(setting, arm, lr, seed, steps) for seed in range(args.seeds)], args)
+            trials = [Trial(setting, arm, lr, seed, steps) for seed in range(args.seeds)]
+            equal[arm] = lr, run_all(trials, args)
     if has_rejection:
         response, update = rejection_cost(setting, args)
         seconds = args.steps * cost[first]
@@ -352,10 +355,12 @@ def quick(args):
         again = run_all([Trial(setting, arm, lr, seed, args.steps) for seed in range(2)], args)
         for seed, result in enumerate(again):
             table = results[seed]
+            before = table["before"]["dynamic"]
             # The standard errors of both are 0.025.
             verdict = "agrees" if abs(result["dynamic"] - table["dynamic"]) < 0.1 else "DIFFERS"
-            print(f"  {arm:8s} seed {seed}: {result['before']['dynamic']:.3f} -> {result['dynamic']:.3f} here, "
-                  f"{table['before']['dynamic']:.3f} -> {table['dynamic']:.3f} in the table: {verdict}")
+            here = f"{result['before']['dynamic']:.3f} -> {result['dynamic']:.3f}"
+            print(f"  {arm:8s} seed {seed}: {here} here, {before:.3f} -> {table['dynamic']:.3f} in the "
+                  f"table: {verdict}")
     print(f"{time.perf_counter() - started:.0f} seconds (another processor rounds differently, which is like "
           "another seed)")
 
@@ -405,9 +410,9 @@ def print_table(setting, table):
 def print_overview(tables):
     """Every arm in every setting, in accuracy (dynamic), bold where the interval leaves zero out.
 
-    The first arm's before and after, and the others' difference to it. Last, the mean over all settings, of arms
-    that ran in all. The intervals of settings, which are independent, are added as squares; that is a little too
-    wide.
+    The first arm's before and after, and the others' difference to it. Last, the mean over all settings, of
+    arms that ran in all. The intervals of settings, which are independent, are added as squares; that is a
+    little too wide.
     """
     print("\n| | " + " | ".join(tables) + " | mean |\n" + "|---" * (len(tables) + 2) + "|")
     for arm in dict.fromkeys(arm for table in tables.values() for arm in table):
@@ -503,10 +508,11 @@ def draw_curves(table, axes):
 def variance(setting, args):
     """The noise of the policy gradient over resampled rollouts -> {name: (ratio, error, cosine)}.
 
-    Prompts are fixed, and so is the policy: the start of seed 0. Each advantage is tried on the trace, and each
-    kind of views with group advantages. Ratio and error: see `noise`. Views, and the group's division by its
-    standard deviation, have another mean gradient. So less noise there is not yet a better estimate of the same
-    thing: hence the cosine of the mean gradient with that of the raw reward. The errors are over rollouts alone.
+    Prompts are fixed, and so is the policy: the start of seed 0. Each advantage is tried on the trace, and
+    each kind of views with group advantages. Ratio and error: see `noise`. Views, and the group's division by
+    its standard deviation, have another mean gradient. So less noise there is not yet a better estimate of
+    the same thing: hence the cosine of the mean gradient with that of the raw reward. The errors are over
+    rollouts alone.
     """
     trial = Trial(setting, "value", LRS[0], 0, 1)
     start = start_of(setting, 0, args)
@@ -530,7 +536,8 @@ def variance(setting, args):
     gradients = {}
     for turn in range(args.resamples):
         seeds = [mix(turn, i) for i in range(len(asked))]
-        rollouts = rollout.generate_everywhere(model, [p.tokens for p in asked], seeds, decoding, method.compute)
+        prompts = [problem.tokens for problem in asked]
+        rollouts = rollout.generate_everywhere(model, prompts, seeds, decoding, method.compute)
         give_rewards(rollouts, asked, tokenizer)
         for name in ("group", "batch", "raw", "value", "random", "as-many-random", "coupled"):
             changed = method._replace(advantage=tracerl.ADVANTAGES.get(name, tracerl.group_advantages),
@@ -597,7 +604,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     flag = parser.add_argument
     flag("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    flag("--arms", nargs="+", choices=ARMS, help="the first one is what others are compared with; None: those of "
+    flag("--arms", nargs="+", choices=ARMS, help="others are compared with the first one; None: those of "
          "each setting")
     flag("--seeds", type=int, default=5, choices=STUDENT)
     flag("--steps", type=int, default=30, help="RL steps of every run")
@@ -615,7 +622,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     has_rejection = args.arms is not None and "rejection" in args.arms
     if has_rejection and not args.seconds and (not args.equal_seconds or args.arms[0] == "rejection"):
-        parser.error("--arms rejection is compared by seconds: it needs --equal_seconds, and another arm before it")
+        parser.error("--arms rejection is compared by seconds: use --equal_seconds, and an arm before it")
     return args
 
 

@@ -1,30 +1,30 @@
 """bench_rollout.py - what decoding costs, beside two plain loops and beside the machine's own limit.
 
     python tests/bench_rollout.py                        # 34M parameters, 1, 8, 64 and 256 prompts at once
-    python tests/bench_rollout.py --quick                # one strategy, 1 and 64 prompts; 0.6B on a GPU: three minutes
+    python tests/bench_rollout.py --quick                # shorter: three minutes for 0.6B on a GPU
     python tests/bench_rollout.py --preset 4B            # for a GPU; also 0.6B, 1.7B, 8B
     python tests/bench_rollout.py --preset tiny --batches 1 64 --prompt_tokens 8 --max_new_tokens 20
     python tests/bench_rollout.py --attention full       # the approximate caches, prefix and dual
 
-What is compared, in turns; numbers are medians:
-  engine         plumbing/engine.py, with 1, 8, ... prompts at once
-  definition     rollout.generate, one prompt after the other
-  transformers   what one writes in an afternoon: transformers' Qwen3 with the same weights and its DynamicCache,
-                 one prompt, one forward per denoising step and one for each finished block
+What is compared, in turns; numbers are medians: engine         plumbing/engine.py, with 1, 8, ... prompts at
+  once definition     rollout.generate, one prompt after the other transformers   what one writes in an
+  afternoon: transformers' Qwen3 with the same weights and its DynamicCache, one prompt, one forward per
+  denoising step and one for each finished block
 
-For each number of prompts: tokens per second; tokens per denoising step; forwards, which are the denoising steps
-of the longest response; times the rate of each loop; percent of the limit; and how often the host reads from the
-device per forward. On a GPU also kernels per forward, and the part of the time in which the GPU waits for the
-host. Another line says what the cache gains, beside an engine that computes the whole text at every step.
+For each number of prompts: tokens per second; tokens per denoising step; forwards, which are the denoising
+steps of the longest response; times the rate of each loop; percent of the limit; and how often the host reads
+from the device per forward. On a GPU also kernels per forward, and the part of the time in which the GPU
+waits for the host. Another line says what the cache gains, beside an engine that computes the whole text at
+every step.
 
 The limit: decoding takes no less time than its matrix products, at the rate that this machine reaches on
-products of these widths and this many rows. It takes no less than the reading of the weights and of the cache,
-at the rate of a copy. Attention, sampling and bookkeeping are not in the limit. The last lines say what an RL
-step of an 8B model on 8 such devices would take: computed, see bench_update.step_seconds.
+products of these widths and this many rows. It takes no less than the reading of the weights and of the
+cache, at the rate of a copy. Attention, sampling and bookkeeping are not in the limit. The last lines say
+what an RL step of an 8B model on 8 such devices would take: computed, see bench_update.step_seconds.
 
---attention full measures something else: the rate with each cache, and its gap. The gap is the mean distance of
-the recorded log-probabilities from a replay, in nats. Give a trained --model for that: the log-probabilities of
-a random one do not depend on the text.
+--attention full measures something else: the rate with each cache, and its gap. The gap is the mean distance
+of the recorded log-probabilities from a replay, in nats. Give a trained --model for that: the
+log-probabilities of a random one do not depend on the text.
 
 Weights are random but for one token's, see `make_model`. A dynamic step (threshold 0.5) reveals about 1.6
 tokens of a block of 4.
@@ -48,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as lm
 import rollout
 from bench_update import (
-    PRESETS, SLOTS, copy_rate, counts, preset_config, print_step, processor_name, timed)
+    PRESETS, SLOTS, attend_densely, copy_rate, counts, preset_config, print_step, processor_name, timed)
 from plumbing import checkpoints, engine, parallel
 from rollout import Decoding
 
@@ -62,8 +62,8 @@ warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 def make_model(preset, device, is_full=False):
     """A random model that draws one token with probability 0.55 everywhere, and all others alike.
 
-    So its confidences do not depend on the text, and every response decodes equally fast, as those of a trained
-    model do on the whole.
+    So its confidences do not depend on the text, and every response decodes equally fast, as those of a
+    trained model do on the whole.
     """
     torch.manual_seed(0)
     config = preset_config(preset, 32 if is_full else 4)
@@ -154,7 +154,7 @@ class WithoutCache(engine.Decoder):
         B = len(columns)
         position = torch.arange(longest, device=self.device).expand(B, -1)
         layout = lm.Layout.clean(position, self.config.block_size, False)
-        states = self.model.states(self.token[:B, :longest], position, engine.attend(layout))
+        states = self.model.states(self.token[:B, :longest], position, attend_densely(layout))
         return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
@@ -210,7 +210,8 @@ def per_forward(function, num_forwards, device):
             seconds, _ = timed(function)
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6
-        text += f", {len(kernels) / num_forwards:.0f} kernels, host {max(0, 1 - busy / seconds):.0%} of the time"
+        idle = max(0, 1 - busy / seconds)
+        text += f", {len(kernels) / num_forwards:.0f} kernels, host {idle:.0%} of the time"
     return text
 
 
@@ -312,8 +313,8 @@ def print_gain_of_cache(decode, batch, strategy, repeats):
     for seed in range(repeats):
         with_cache.append(timed(lambda: decode(batch, seed))[0])
         without.append(timed(lambda: decode(batch, seed, generate_without_cache))[0])
-    print(f"  {strategy:8s} engine {batch:5d} {median(without) / median(with_cache):9.2f} x as fast as without a "
-          "cache")
+    gain = median(without) / median(with_cache)
+    print(f"  {strategy:8s} engine {batch:5d} {gain:9.2f} x as fast as without a cache")
 
 
 def compare_caches(model, prompts, args):

@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 # The laws are float32 on the CPU. Only test_gpu.py wants a GPU, and is run alone: see there.
@@ -86,6 +88,16 @@ def small_data(folder, seed=0):
     (folder / "train.jsonl").write_text("".join(rows[4:]))
     (folder / "test.jsonl").write_text("".join(rows[:4]))
     return ["--train_data=train.jsonl", "--eval_data=test.jsonl"]
+
+
+def side_environment(folder, *packages):
+    """A virtual environment that sees this one's packages, with some more installed -> its python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    site = next(Path(folder, "lib").glob("python*/site-packages"))
+    (site / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    python = Path(folder, "bin/python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    return python
 
 
 def all_rows(rollouts, config, multiple=None, **settings):

@@ -17,7 +17,8 @@ const all = element => [element, ...element.children.flatMap(all)];
 const tokens = () => all(found.main).filter(e => e.className.split(" ").includes("token"));
 const hidden = () => tokens().filter(e => e.textContent === "\u2591").length;
 const out = { tokens: tokens().length, hidden_at_start: hidden(),
-              blocks: all(found.main).filter(e => e.className === "block").length };
+              blocks: all(found.main).filter(e => e.className === "block").length,
+              rewards: all(found.main).filter(e => e.className === "prompt").map(e => e.textContent.split(/ +/)[1]) };
 found.input.value = 1;
 found.input.oninput();
 out.hidden_at_1 = hidden();
@@ -25,9 +26,7 @@ found.button.onclick();
 out.playing = found.button.textContent;
 for (let i = 0; i < 1000 && timers.at(-1); i++) timers.at(-1)();
 Object.assign(out, { played: found.button.textContent, hidden_at_end: hidden(), output: found.output.value });
-for (const kind of ["advantage", "ratio"]) {
-  found.select.value = kind;
-  found.select.onchange();
-  out["by_" + kind] = tokens()[0].style.background;
-}
+found.select.value = "advantage";
+found.select.onchange();
+out.by_advantage = tokens()[0].style.background;
 console.log(JSON.stringify(out));

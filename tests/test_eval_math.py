@@ -1,65 +1,148 @@
-"""Laws of problems and verdicts."""
+"""Laws of what is asked, and of what counts as right."""
 
+import functools
+import itertools
 import json
 import random
+import shutil
+from pathlib import Path
+from statistics import fmean
 
+import jinja2
 import pytest
 import torch
-from conftest import FIXTURES, random_model
+from conftest import FIXTURES, small_data
 
 import eval_math
-import sft
-from plumbing import show
-from eval_math import Problem, arithmetic, extract_answer, is_correct, load_problems
+import rollout
+from eval_math import Problem, Prompting, encode_prompts, evaluate, load_problems
+from plumbing import checkpoints, grading, show, tasks, tiny
 from rollout import Rollout
 
+TINY = str(FIXTURES / "tiny")
 
-def test_the_splits_of_the_embedded_task_never_share_a_problem():
-    texts = {name: {p.problem for p in arithmetic(name, 2000, seed)}
-             for seed in (0, 1) for name in ("train", "dev", "test")}
-    assert (not texts["train"] & texts["test"] and not texts["train"] & texts["dev"]
-            and not texts["dev"] & texts["test"])
+# ------------------------------------------------------------------------------------------------------------
+# The embedded tasks.
+
+
+def is_right(row, page):
+    """Whether the grader takes a page for right."""
+    return grading.is_correct(grading.extract_answer(page), row["answer"])
+
+
+@pytest.mark.parametrize("task", tasks.EMBEDDED.values(), ids=tasks.EMBEDDED)
+def test_the_splits_of_an_embedded_task_never_share_a_problem(task):
+    texts = {name: {row["problem"] for seed in (0, 1) for row in task(name, 50, seed)}
+             for name in ("train", "dev", "test")}
+    for one, other in itertools.combinations(texts.values(), 2):
+        assert one and other and not one & other
 
 
 def test_a_pupil_who_never_slips_is_always_right():
-    for p in arithmetic("train", 500):
-        a, b = p.problem[:-1].split("+")
-        assert int(p.answer) == int(a) + int(b) and is_correct(extract_answer(p.solution), p.answer)
-    assert (Problem("237+682=", "919", "090;111;090;\\boxed{919}").solution
-            == eval_math.work_out(237, 682, 0, random.Random()))
+    for row in tasks.arithmetic("train", 300):
+        a, b = row["problem"][:-1].split("+")
+        assert int(row["answer"]) == int(a) + int(b) and is_right(row, row["solution"])
+    assert tasks.work_out(237, 682, 0, random.Random()) == "090;111;090;\\boxed{919}"
 
 
 def test_a_pupil_who_slips_is_wrong_when_a_carry_was_due():
-    slipping = arithmetic("train", 4000, slip=1.0)
-    for p in slipping:
-        a, b = p.problem[:-1].split("+")
-        carries = int(a[2]) + int(b[2]) > 9 or int(a[1]) + int(b[1]) > 9
-        assert is_correct(extract_answer(p.solution), p.answer) == (not carries)
+    for row in tasks.arithmetic("train", 300, slip=1.0):
+        a, b = row["problem"][:-1].split("+")
+        has_carry = int(a[2]) + int(b[2]) > 9 or int(a[1]) + int(b[1]) > 9
+        assert is_right(row, row["solution"]) == (not has_carry)
 
 
-def test_sudokus_have_one_solution_and_splits_share_none():
-    grids = eval_math.sudoku_grids()
+def test_sudokus_have_one_solution_and_a_hasty_pupil_spoils_one_row():
+    grids = tasks.sudoku_grids()
     assert len(grids) == len(set(grids)) == 288
-    splits = {split: eval_math.sudoku(split, 60, seed=3) for split in ("train", "dev", "test")}
-    for p in splits["train"]:
-        fits = [g for g in grids if all(c in ("0", d) for c, d in zip(p.problem, g))]
-        assert fits == [p.answer] and len(p.problem) == 17 and p.solution == f"\\boxed{{{p.answer}}}"
-    texts = {split: {p.problem for p in problems} for split, problems in splits.items()}
-    assert not texts["train"] & texts["test"] and not texts["dev"] & texts["test"]
-    hasty = eval_math.sudoku("train", 300, slip=0.6)
-    wrong = [p for p in hasty if p.answer not in p.solution]
+    for row in tasks.sudoku("train", 60, seed=3):
+        fits = [grid for grid in grids if all(c in ("0", d) for c, d in zip(row["problem"], grid))]
+        assert fits == [row["answer"]] and row["solution"] == f"\\boxed{{{row['answer']}}}"
+    hasty = tasks.sudoku("train", 300, slip=0.6)
+    wrong = [row for row in hasty if row["answer"] not in row["solution"]]
     assert 0.15 < len(wrong) / 300 < 0.45
-    for p in wrong:  # one row, whose digits are only in another order
-        page = p.solution[7:-1]
-        rows = [i for i in range(4) if page[4 * i:4 * i + 4] != p.answer[4 * i:4 * i + 4]]
-        assert len(rows) == 1 and sorted(page[4 * rows[0]:][:4]) == list("1234")
-        assert all(c in ("0", d) for c, d in zip(p.problem, page))
-    assert [p.problem for p in load_problems("sudoku-test")][:5] == [
-        p.problem for p in eval_math.sudoku("test", 5)]
+    for row in wrong:
+        page = row["solution"][7:-1]
+        spoilt = [i for i in range(0, 16, 4) if page[i:i + 4] != row["answer"][i:i + 4]]
+        assert len(spoilt) == 1 and sorted(page[spoilt[0]:spoilt[0] + 4]) == list("1234")
+        assert all(c in ("0", d) for c, d in zip(row["problem"], page))
+
+
+def test_an_embedded_task_is_loaded_by_its_name():
+    rows = tasks.sudoku("test", 5)
+    assert [(p.problem, p.answer) for p in load_problems("sudoku-test")][:5] == [
+        (row["problem"], row["answer"]) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts.
+
+
+def test_long_prompts_are_skipped_and_counted():
+    tokenizer = tiny.tiny_tokenizer()
+    problems = [Problem("1+2=", "3"), Problem("1+2+3+4=", "10"), Problem("5+5=", "10")]
+    fitting, num_long = encode_prompts(problems, tokenizer, Prompting(max_prompt_tokens=5))
+    assert [p.problem for p in fitting] == ["1+2=", "5+5="] and num_long == 1
+    with pytest.raises(ValueError, match="none of 3 prompts .*--max_prompt_tokens"):
+        encode_prompts(problems, tokenizer, Prompting(max_prompt_tokens=2))
+
+
+def test_unknown_characters_and_a_missing_template_are_errors():
+    tokenizer = tiny.tiny_tokenizer()
+    with pytest.raises(ValueError, match="does not know all characters of 'what is 12.3"):
+        encode_prompts([Problem("what is 12+3=", "15")], tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template: use --prompt_style plain"):
+        encode_prompts([Problem("12+3=", "15")], tokenizer)
+
+
+class Characters:
+    """A tokenizer of the Qwen kind whose tokens are characters."""
+
+    chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+        "{% endif %}")
+
+    def apply_chat_template(self, chat, tokenize, **settings):
+        """The text of a chat."""
+        assert not tokenize
+        template = jinja2.Template(self.chat_template, keep_trailing_newline=True)
+        return template.render(messages=chat, **settings)
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens  # the template has written them
+        return type("Encoding", (), dict(input_ids=list(text)))
+
+
+@pytest.mark.parametrize("style, end", [
+    ("chat", "<|im_start|>assistant\n"), ("trado", "<|im_start|>assistant"),
+    ("think", "<|im_start|>assistant\n<think>\n"),
+    ("no_think", "<|im_start|>assistant\n<think>\n\n</think>\n\n"), ("plain", "within \\boxed{}."),
+])
+def test_a_prompt_ends_as_its_style_says(style, end):
+    problem = Problem("1+1?", "2")
+    encode_prompts([problem], Characters(), Prompting(prompt_style=style, system="be brief"))
+    text = "".join(problem.tokens)
+    assert text.endswith(end) and "1+1?\nPlease reason" in text and text.count("be brief") == 1
+    start = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n1+1?"
+    assert style == "plain" or text.startswith(start)
+
+
+def test_a_bad_setting_of_prompts_is_refused_by_name():
+    with pytest.raises(ValueError, match="prompt_style 'best' is not possible: it must be one of chat, trado"):
+        Prompting(prompt_style="best")
+    with pytest.raises(ValueError, match="max_prompt_tokens 0 is not possible: it must be at least 1"):
+        Prompting(max_prompt_tokens=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rewards.
 
 
 def test_a_truncated_response_is_wrong_even_with_the_right_answer():
-    tokenizer = sft.tiny_tokenizer()
+    tokenizer = tiny.tiny_tokenizer()
     tokens = tokenizer("\\boxed{5}", add_special_tokens=False).input_ids
     rollouts = [Rollout([3], [*tokens, 1], 4, [1] * 4),
                 Rollout([3], [*tokens, 1], 4, [1] * 4, is_truncated=True),
@@ -68,97 +151,200 @@ def test_a_truncated_response_is_wrong_even_with_the_right_answer():
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0]
 
 
+def test_a_reward_reads_special_tokens_but_not_eos_or_what_stands_behind_it():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    tokens = tokenizer("0<answer>23</answer>", add_special_tokens=False).input_ids
+    ended = Rollout([3], [*tokens, 1, 7, 7], len(tokens) + 1, [1] * (len(tokens) + 3))
+    cut = Rollout([3], [*tokens, 7, 7], len(tokens), [1] * (len(tokens) + 2), is_truncated=True)
+    seen = []
+    reward = lambda text, tokens: seen.append((text, tokens)) or 0
+    eval_math.give_rewards([ended, cut], [Problem("", "5")] * 2, tokenizer, reward)
+    assert seen == [("0<answer>23</answer>", [*tokens, 1]), ("0<answer>23</answer>", tokens)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Accuracy.
+
+
+def graded(monkeypatch, problems, rewards, num_samples=1):
+    """The table of problems whose responses earn these rewards, in order."""
+    monkeypatch.setattr(eval_math, "give_rewards", lambda rollouts, *_: [
+        setattr(r, "reward", reward) for r, reward in zip(rollouts, rewards, strict=True)])
+    respond = lambda prompts, seeds: [Rollout(prompt, [4, 1], 2, [1, 2]) for prompt in prompts]
+    return evaluate(respond, tiny.tiny_tokenizer(), problems, num_samples)
+
+
 def test_accuracy_has_the_standard_error_of_the_mean_over_problems(monkeypatch):
-    problems = [Problem("", "5", tokens=[3]) for _ in range(4)]
-    rewards = iter([1, 1, 1, 0, 0, 0, 1, 1.0])
-
-    def fake_rewards(rollouts, *_):
-        for r in rollouts:
-            r.reward = next(rewards)
-
-    monkeypatch.setattr(eval_math, "give_rewards", fake_rewards)
-    result = eval_math.evaluate(random_model(), None, problems, num_samples=2, max_new_tokens=4)
+    problems = [Problem(f"{i}+1=", "5") for i in range(4)]
+    found = graded(monkeypatch, problems, [1, 1, 1, 0, 0, 0, 1, 1.0], num_samples=2)
     means = torch.tensor([1, 0.5, 0, 1])
-    assert result["accuracy"] == pytest.approx(0.625) and result["n"] == 4
-    assert result["standard_error"] == pytest.approx(float(means.std() / 2))
+    assert found["accuracy"] == pytest.approx(0.625) and found["n"] == 4
+    assert found["standard_error"] == pytest.approx(float(means.std() / 2))
+    assert found["length"] == 2 and found["tokens_per_step"] == 1 and found["truncated"] == 0
     alone = eval_math.accuracy([[1.0, 0.0]])
     assert alone["standard_error"] is None and show.plus_minus(alone) == "0.500 +- ?"
 
 
-def test_long_prompts_are_skipped_and_counted():
-    tokenizer = sft.tiny_tokenizer()
-    problems = [Problem("1+2=", "3"), Problem("1+2+3+4=", "10"), Problem("5+5=", "10")]
-    fitting, num_long = eval_math.encode_prompts(problems, tokenizer, 5)
-    assert [p.problem for p in fitting] == ["1+2=", "5+5="] and num_long == 1
-    with pytest.raises(ValueError, match="--max_prompt_tokens"):
-        eval_math.encode_prompts(problems, tokenizer, 2)
-
-
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n"
-          "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-          "{% endif %}")
-
-
-@pytest.mark.parametrize("style, end", [
-    ("chat", "<|im_start|>assistant\n"), ("trado", "<|im_start|>assistant"),
-    ("think", "<|im_start|>assistant\n<think>\n"),
-    ("no_think", "<|im_start|>assistant\n<think>\n\n</think>\n\n"), ("plain", "within \\boxed{}."),
-])
-def test_prompt_styles(style, end):
-    class Recorder:
-        """A tokenizer whose tokens are its characters."""
-
-        chat_template = CHATML
-
-        def apply_chat_template(self, chat, **settings):
-            import jinja2
-            settings.pop("tokenize")
-            return jinja2.Template(CHATML, keep_trailing_newline=True).render(messages=chat, **settings)
-
-        def __call__(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return type("Encoding", (), dict(input_ids=list(text)))
-
-    problem = Problem("1+1?", "2")
-    eval_math.encode_prompts([problem], Recorder(), 999, style=style, system="be brief")
-    text = "".join(problem.tokens)
-    assert text.endswith(end) and "1+1?\nPlease reason" in text and text.count("be brief") == 1
-    assert style == "plain" or text.startswith(
-        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n1+1?")
-    with pytest.raises(ValueError, match="unknown prompt style 'best'"):
-        eval_math.encode_prompts([problem], Recorder(), 999, style="best")
-
-
-def test_an_evaluation_is_a_table_a_file_of_responses_and_resumable(tmp_path, monkeypatch, capsys):
+def test_rows_that_repeat_a_problem_are_one_problem(monkeypatch, capsys, tmp_path):
+    """AIME files hold each problem 32 times: their error is that of 30 problems, not of 960."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(FIXTURES / "tiny"), "--max_new_tokens=20", "--n=2", "--limit=20", "--slots=8"]
-    first = eval_math.main(flags)
-    path, = tmp_path.glob("runs/eval-*-arithmetic-test/responses.jsonl")
+    rows = [json.dumps(dict(problem=f"{i % 3}+1=", answer="5")) for i in range(12)]
+    Path("repeated.jsonl").write_text("\n".join(rows))
+    problems = eval_math.load_prompts("repeated.jsonl", tiny.tiny_tokenizer(), Prompting())
+    assert "repeated.jsonl: 12 rows are 3 problems" in capsys.readouterr().out
+    found = graded(monkeypatch, problems, [1, 1, 0] * 3 + [1, 0, 0.0])  # problem 0 always, 1 thrice, 2 never
+    once = eval_math.accuracy([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
+    assert found["n"] == 3 and {name: found[name] for name in once} == once
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k_samples():
+    for n in range(1, 7):
+        for numbers in itertools.product((0.0, 1.0), repeat=n):
+            for k in range(1, n + 1):
+                choices = [max(choice) for choice in itertools.combinations(numbers, k)]
+                assert eval_math.pass_at(k, numbers) == pytest.approx(fmean(choices))
+    found = eval_math.accuracy([[1.0, 0, 0, 0, 0], [0.0] * 7])
+    assert {name for name in found if "pass" in name} == {"pass_at_2", "pass_at_4"}
+    assert found["pass_at_2"] == pytest.approx(0.2) and found["pass_at_4"] == pytest.approx(0.4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with four problems to ask."""
+    monkeypatch.chdir(tmp_path)
+    small_data(tmp_path)
+    return tmp_path
+
+
+ASK = ["--model", TINY, "--data=test.jsonl"]
+
+
+def table(*flags):
+    """What an evaluation finds, without its speed."""
+    summary = eval_math.main([*ASK, *flags])
+    return {name: {key: value for key, value in found.items() if key != "tokens_per_second"}
+            for name, found in summary.items()}
+
+
+def test_an_evaluation_is_a_table_and_a_file_that_can_be_gone_on_with(folder, capsys):
+    found = table("--n=2", "--name=two")
+    path = folder / "runs/two/responses.jsonl"
     lines = path.read_text().splitlines()
-    assert (len(lines) == 80
-            and {"text", "response", "step_map", "correct", "how"} <= set(json.loads(lines[0])))
-    for metrics in first.values():
-        assert ({"accuracy", "standard_error", "pass_at_k", "length", "truncated", "tokens_per_step",
-                 "tokens_per_second", "unanswered", "killed"} <= set(metrics)
-                and metrics["pass_at_k"] >= metrics["accuracy"])
-    path.write_text("\n".join(lines[:33]) + "\n" + lines[33][:20])
+    assert len(lines) == 16 and {"text", "gold", "answer", "correct", "response", "step_map"} <= set(
+        json.loads(lines[0]))
+    assert found.keys() == {"static", "dynamic"} and found["static"]["tokens_per_step"] == 1
+    for numbers in found.values():
+        assert numbers.keys() == {"accuracy", "standard_error", "n", "pass_at_2", "length", "truncated",
+                                  "unanswered", "tokens_per_step"}
+        assert numbers["n"] == 4 and numbers["pass_at_2"] >= numbers["accuracy"]
+    assert json.loads((folder / "runs/two/summary.json").read_text())["static"]["n"] == 4
+    # Killed while it wrote a line: that line is asked again, and no other.
+    path.write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
     capsys.readouterr()
-    again = eval_math.main(flags)
-    assert "33 of 80 responses were there already" in capsys.readouterr().out
-    assert {s: m["accuracy"] for s, m in again.items()} == {s: m["accuracy"] for s, m in first.items()}
-    with pytest.raises(ValueError, match="temperature was 1.0, is 0.5.*--name"):
-        eval_math.main([*flags, "--temperature=0.5"])
+    assert table("--n=2", "--name=two") == found
+    assert "static: 5 of 8 responses were there already" in capsys.readouterr().out
+    # Finished with one sample, and asked for a second one: the table is that of two at once.
+    table("--name=more")
+    first = (folder / "runs/more/responses.jsonl").read_text()
+    assert table("--n=2", "--name=more", "--slots=3", "--debug") == found
+    assert "static: 4 of 8 responses were there already" in capsys.readouterr().out
+    assert (folder / "runs/more/responses.jsonl").read_text().startswith(first)
 
 
-def test_an_autoregressive_model_is_scored_under_the_same_prompts(tmp_path, monkeypatch):
+def test_an_evaluation_never_mixes_two_settings_models_or_data(folder):
+    shutil.copytree(TINY, "model")
+    ask = ["--model=model", *ASK[2:], "--strategy=static", "--max_new_tokens=8"]
+    eval_math.main(ask)
+    assert (folder / "runs/eval-model-test.jsonl/responses.jsonl").is_file()
+    with pytest.raises(ValueError, match="other settings: temperature was 1.0, is 0.5.*--name"):
+        eval_math.main([*ask, "--temperature=0.5"])
+    model, tokenizer = checkpoints.load_model("model")
+    with torch.no_grad():
+        model.head.weight[3] += 0.1
+    checkpoints.save_checkpoint(model, tokenizer, "model")
+    with pytest.raises(ValueError, match="other settings: weights was '[0-9a-f]+', is"):
+        eval_math.main(ask)
+    small_data(folder, seed=1)
+    with pytest.raises(ValueError, match="problems was"):
+        eval_math.main(ask)
+
+
+def test_two_seeds_of_an_evaluation_share_no_draws(folder, monkeypatch):
+    seen = []
+    decode = rollout.generate_everywhere
+
+    def generate(model, prompts, seeds, decoding, compute):
+        """Notes the seeds."""
+        seen.extend(seeds)
+        return decode(model, prompts, seeds, decoding, compute)
+
+    monkeypatch.setattr(rollout, "generate_everywhere", generate)
+    for seed in (0, 1):
+        table(f"--seed={seed}", f"--name=seed{seed}", "--n=3", "--strategy=dynamic", "--max_new_tokens=4")
+    respond = lambda prompts, seeds: seen.extend(seeds) or [Rollout(p, [1], 1, [1]) for p in prompts]
+    for seed in (2, 3):
+        problems = [Problem("1+1=", "2", tokens=[3])] * 50
+        evaluate(respond, tiny.tiny_tokenizer(), problems, num_samples=3, seed=seed)
+    assert len(seen) == len(set(seen)) == 2 * 4 * 3 + 2 * 50 * 3
+
+
+def test_greedy_samples_are_one_sample_and_this_is_said(folder, capsys):
+    found = table("--strategy", "greedy", "dynamic", "--n=3", "--max_new_tokens=20")
+    said = capsys.readouterr().out
+    assert "WARNING: greedy is greedy: all 3 samples of a problem are the same" in said
+    assert "WARNING: dynamic" not in said
+    assert found["greedy"]["pass_at_2"] == found["greedy"]["accuracy"]
+    table("--strategy=static", "--temperature=0", "--n=2", "--max_new_tokens=4", "--name=cold")
+    assert "WARNING: static is greedy" in capsys.readouterr().out
+    table("--strategy=greedy", "--name=once")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_flags_of_decoding_hold_in_every_mode_and_bad_ones_are_refused_at_the_door(folder, monkeypatch, capsys):
+    found = table("--strategy", "static", "greedy", "--denoising_steps=2")  # 4 tokens in 2 steps
+    assert found["static"]["tokens_per_step"] == 2 and found["greedy"]["tokens_per_step"] >= 2
+    monkeypatch.setattr(checkpoints, "load_model", lambda *_, **__: pytest.fail("this loads a model"))
+    with pytest.raises(ValueError, match="--strategy best: no file 'best'; give file.py:function, or one of"):
+        table("--strategy", "static", "best")
+    for flag in ("--n=0", "--limit=0", "--slots=0", "--temperature=-1"):
+        with pytest.raises(SystemExit):
+            table(flag)
+        assert f"argument {flag.partition('=')[0]}: must be at least" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        eval_math.main(["--grade=answers.jsonl"])
+    assert "--grade needs --out" in capsys.readouterr().err
+
+
+def test_an_autoregressive_model_is_scored_under_the_same_prompts(folder):
+    """By transformers' own generate, and in the table of a diffusion model."""
     import transformers
-    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=18, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
         num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
     transformers.Qwen3ForCausalLM(config).save_pretrained("ar")
-    sft.tiny_tokenizer().save_pretrained("ar")
-    summary = eval_math.main(["--ar=ar", "--max_new_tokens=6", "--limit=9", "--slots=4", "--temperature=0"])
-    assert summary["autoregressive"]["n"] == 9 and summary["autoregressive"]["tokens_per_step"] == 1
+    tiny.tiny_tokenizer().save_pretrained("ar")
+    rows = [dict(problem=text, answer="5") for text in ("1+1=", "12+34=", "1+2+3+4=", "123+456=")]
+    Path("ragged.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data=ragged.jsonl", "--max_new_tokens=6", "--n=2"]
+    found, = eval_math.main(["--ar=ar", "--name=ar", *flags]).values()
+    diffusion = eval_math.main(["--model", TINY, *flags, "--name=tiny"])["static"]
+    assert found.keys() == diffusion.keys() and found["n"] == 4 and found["tokens_per_step"] == 1
+    lines = [json.loads(line) for line in open("runs/ar/responses.jsonl", encoding="utf-8")]
+    assert len(lines) == 8 and {line["strategy"] for line in lines} == {"autoregressive"}
+    # Greedy, the responses are those of a loop that takes the most probable token each time.
+    eval_math.main(["--ar=ar", "--name=greedy", *flags[:2], "--temperature=0"])
+    model = transformers.AutoModelForCausalLM.from_pretrained("ar").eval()
+    tokenizer = tiny.tiny_tokenizer()
+    for line in map(json.loads, open("runs/greedy/responses.jsonl", encoding="utf-8")):
+        tokens = tokenizer(line["text"], add_special_tokens=False).input_ids
+        start = len(tokens)
+        while len(tokens) - start < 6 and (len(tokens) == start or tokens[-1] != 1):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        assert line["response"] == tokenizer.decode([token for token in tokens[start:] if token != 1])
+        assert line["length"] == len(tokens) - start and line["truncated"] == (tokens[-1] != 1)

@@ -1,6 +1,6 @@
-"""Every family at 0.1 billion parameters, random weights, through the whole loop.
+"""Every family at 0.1 billion parameters, random weights, through the whole loop; and SmolLM2's real weights.
 
-    SLOW=1 pytest tests/test_families.py          # nine minutes on two cores
+    SLOW=1 pytest tests/test_families.py          # ten minutes on two cores; fetches 93 MB
 
 Load, plan, self-check, roll out, two updates, save, resume, evaluate; on one process and on two, all weights
 and adapters, float32 and bfloat16.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small_data
+from conftest import ROOT, side_environment, small_data
 
 import model as lm
 from plumbing import checkpoints, tiny
@@ -33,9 +33,11 @@ LLADA = dict(SIZES, d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, mlp_hid
     ("sdar", None, 1, ["--dtype=float32"]),
     ("sdar", None, 2, ["--dtype=bfloat16", "--advantage=value", "--value_warmup=0"]),
     ("qwen3", None, 1, ["--dtype=bfloat16", "--lora_rank=8"]),
+    ("qwen2", None, 1, ["--dtype=float32"]),
+    ("llama", None, 2, ["--dtype=bfloat16"]),
     ("a2d-qwen3", "block", 2, ["--dtype=float32", "--lora_rank=8"]),
     ("a2d-qwen2", "full", 1, ["--dtype=bfloat16", "--shrink=4"]),
-    ("dream", None, 2, ["--dtype=bfloat16", "--replicas=2"]),
+    ("dream", None, 2, ["--dtype=bfloat16"]),
     ("dream", None, 1, ["--dtype=float32", "--lora_rank=8", "--advantage=value", "--value_warmup=0"]),
     ("llada", None, 2, ["--dtype=float32"]),
     ("llada", None, 1, ["--dtype=bfloat16", "--lora_rank=8", "--shrink=1", "--importance=truncated"]),
@@ -70,3 +72,39 @@ def test_the_whole_loop(family, attention, processes, more, tmp_path):
     said = run("eval_math.py", "--model=runs/r/checkpoints/step-2", "--data=test.jsonl", "--max_new_tokens=8",
                "--strategy=dynamic", "--limit=2")
     assert "accuracy" in said
+
+
+CONVERT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import smollm2
+print(*smollm2.convert(sys.argv[2], sys.argv[3]))
+smollm2.write_problems(sys.argv[2])
+"""
+
+
+def test_smollm2_is_read_with_its_real_weights_and_learns_to_fill_masks(tmp_path):
+    """K = 1 gives transformers' logits; its mask token is one that its training never met."""
+    python = side_environment(tmp_path / "venv", "gguf", "accelerate")
+    done = subprocess.run([python, "-c", CONVERT, ROOT / "examples", tmp_path / "smollm2", tmp_path / "cache"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    difference, largest = map(float, done.stdout.split()[-2:])
+    print(f"K = 1: {difference:.1e} of {largest:.1f}")
+    assert difference < 3e-4 and 20 < largest < 60
+    model, tokenizer = checkpoints.load_model(tmp_path / "smollm2")
+    config = model.config
+    assert tokenizer.convert_ids_to_tokens(config.mask_id) == "<empty_output>" and config.is_block_size_assumed
+    assert (config.block_size, config.eos_ids, config.family) == (4, (2, 0), "llama")
+    # Rows that training never moved are still equal: those of 5, 7, 8, ... 16. <repo_name>, 3, has moved.
+    rows = model.embed.weight.float()
+    distances = (rows[3:17] - rows[config.mask_id]).norm(dim=1)
+    assert distances[[2, *range(4, 14)]].max() < 0.1 and distances[[0, 1, 3]].min() > 0.5
+    done = subprocess.run(
+        [sys.executable, ROOT / "sft.py", "--model=smollm2", "--data=smollm2/train.jsonl", "--steps=2",
+         "--batch_size=4", "--warmup=1", "--cooldown=1", "--max_new_tokens=48", "--name=s"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    again, _ = checkpoints.load_model(tmp_path / "runs/s/checkpoint")
+    assert again.config.mask_id == config.mask_id and not again.config.is_block_size_assumed
+    assert not torch.equal(again.embed.weight[16].float(), model.embed.weight[16].float())

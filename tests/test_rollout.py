@@ -11,6 +11,7 @@ import torch
 from conftest import (
     COMPUTES, FAST, FIXTURES, all_rows, decode, decoded, fixture_cases, fixture_tensors, random_model, random_prompts,
     seen)
+from torch.nn.utils.rnn import pad_sequence
 
 import model as lm
 import rollout
@@ -192,7 +193,7 @@ def test_a_target_carries_what_the_record_says():
 @pytest.mark.parametrize("kind", ["sdar", "llada"])
 def test_micro_batches_hold_the_same_targets_within_their_budget(kind, is_packed):
     model = random_model(kind)
-    rollouts = decode(model, random_prompts(range(1, 20)), max_new_tokens=30, eos_ids=())
+    rollouts = decode(model, random_prompts(range(1, 25)), max_new_tokens=30, eos_ids=())
     built = rollout.build_rows(rollouts, model.config, shrink=8)
     compute = PLAIN._replace(max_tokens=512, is_packed=is_packed)
     parts = packing.micro_batches(built, compute, model)
@@ -508,33 +509,41 @@ def authors_model(name, K):
     return checkpoints.load_model(FIXTURES / "authors" / name, block_size=K)[0]
 
 
-@pytest.mark.parametrize("case", [c for c in fixture_cases("sdar_generate") if "topk1" not in c["id"]],
-                         ids=lambda c: c["id"])
+SDAR = {}  # name -> the cases that differ in their prompt only: b4_argmax_static is b4_p3_argmax_static, ...
+for found in fixture_cases("sdar_generate"):
+    if "topk1" not in found["id"]:
+        SDAR.setdefault(re.sub(r"_p\d+", "", found["id"], count=1), []).append(found)
+
+
+@pytest.mark.parametrize("name", SDAR)
 @both
-def test_sdar_decoding_is_the_authors(compute, case, authors_policy, monkeypatch):
+def test_sdar_decoding_is_the_authors(compute, name, authors_policy, monkeypatch):
     """Tokens and reveal steps exactly; log-probabilities and confidences to the fixture's tolerance.
 
     For the `inverse_cdf` cases the stored uniforms are injected. Their logp is at temperature 1, ours at T.
     """
-    K, T, P = case["block_length"], case["temperature"], len(case["prompt"])
-    model = authors_model("sdar", K)
+    case = SDAR[name][0]
+    K, T = case["block_length"], case["temperature"]
     data = fixture_tensors("sdar_generate")
-    draws = data.get(f"{case['id']}.u")
     is_drawn = case["sampling"] == "inverse_cdf"
     if is_drawn:
-        monkeypatch.setattr(rollout, "uniform", lambda seed, step, position: draws[step - 1, position % K])
-    r, = decode(
-        model, [case["prompt"]], COMPUTES[compute], max_new_tokens=case["gen_length"],
-        denoising_steps=case["denoising_steps"], strategy=case["strategy"].removeprefix("low_confidence_"),
-        threshold=case["confidence_threshold"] or 0.9, temperature=T if is_drawn else 0,
-        top_k=case["top_k"], top_p=case["top_p"], eos_ids=case["stop_token_ids"] or ())
-    end = P + len(r.response)
-    assert r.prompt + r.response == case["tokens"][:end] and set(case["tokens"][end:]) <= {119}
-    assert r.step_map == case["step_global"][P:end]
-    torch.testing.assert_close(
-        torch.tensor(r.confidence), data[f"{case['id']}.confidence"][P:end], atol=2e-4, rtol=0)
-    if T == 1:
-        torch.testing.assert_close(torch.tensor(r.logp), data[f"{case['id']}.logp"][P:end], atol=2e-4, rtol=0)
+        draws = pad_sequence([data[f"{case['id']}.u"] for case in SDAR[name]], batch_first=True)  # (cases, steps, K)
+        monkeypatch.setattr(rollout, "uniform", lambda seed, step, position: draws[seed, step - 1, position % K])
+    rollouts = decode(
+        authors_model("sdar", K), [case["prompt"] for case in SDAR[name]], COMPUTES[compute],
+        max_new_tokens=case["gen_length"], denoising_steps=case["denoising_steps"],
+        strategy=case["strategy"].removeprefix("low_confidence_"), threshold=case["confidence_threshold"] or 0.9,
+        temperature=T if is_drawn else 0, top_k=case["top_k"], top_p=case["top_p"],
+        eos_ids=case["stop_token_ids"] or ())
+    for r, case in zip(rollouts, SDAR[name], strict=True):
+        P = len(r.prompt)
+        end = P + len(r.response)
+        assert r.prompt + r.response == case["tokens"][:end] and set(case["tokens"][end:]) <= {119}
+        assert r.step_map == case["step_global"][P:end]
+        confidence, logp = (data[f"{case['id']}.{column}"][P:end] for column in ("confidence", "logp"))
+        torch.testing.assert_close(torch.tensor(r.confidence), confidence, atol=2e-4, rtol=0)
+        if T == 1:
+            torch.testing.assert_close(torch.tensor(r.logp), logp, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", [

@@ -1,43 +1,342 @@
-"""Laws of a run: nothing is lost, nothing is wrong in silence."""
+"""Laws of a run: nothing is lost, nothing is wrong in silence, and many processes are one."""
 
-import html
 import importlib.machinery
 import json
+import math
 import os
-import re
+import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, random_model, random_prompts, small_data
+from conftest import COMPUTES, FIXTURES, ROOT, decode, random_model, random_prompts, small_data
 from safetensors.torch import load_file
+from tqdm import tqdm
 
-import eval_math
 import rollout
-import sft
 import tracerl
-from plumbing import checkpoints, grading, parallel, player, runs, show
+from plumbing import checkpoints, grading, parallel, runs, show, tiny
+from rollout import Decoding
 
 TINY = str(FIXTURES / "tiny")
-SMALL = ["--model", TINY, "--train_data=train.jsonl", "--eval_data=test.jsonl", "--steps=1", "--prompts=4",
-         "--group_size=4", "--max_new_tokens=20", "--lr=1e-3", "--eval_every=0", "--keep_range", "0", "1",
-         "--tokens_per_micro_batch=2048", "--max_prompt_tokens=20"]
+SMALL = ["--model", TINY, "--train_data=train.jsonl", "--eval_data=test.jsonl", "--prompts=4", "--group_size=4",
+         "--lr=1e-3", "--warmup=0", "--value_epochs=1", "--eval_every=0", "--eval_strategies=dynamic",
+         "--eval_limit=2"]
+PLOT = runs.Run.plot
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with small data."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs.Run, "plot", lambda self: None)  # slow, and seen in test_commands.py
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)  # a second for each checkpoint
     small_data(tmp_path)
     return tmp_path
+
+
+def metrics(name):
+    """The lines of a run's log, without what no law can say: seconds."""
+    lines = Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if "seconds" not in key} for line in lines]
+
+
+def weights(name, step, kind="model"):
+    """Weights of a checkpoint, by name."""
+    return load_file(f"runs/{name}/checkpoints/step-{step}/{kind}.safetensors")
+
+
+def distance(one, other):
+    """Euclidean distance of two sets of weights."""
+    return sum((one[name] - p).square().sum() for name, p in other.items()) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes. Each is a copy of this one (a fork), which has imported everything already: a new one would need
+# seconds for that. test_commands.py starts some in the usual way, too.
+
+
+def start(main, flags, environment={}, prepare=lambda: None, output="output.txt"):
+    """Runs a command in a process of its own, as from a shell -> the number of that process.
+
+    prepare: called before it. output: the file for what it prints.
+    """
+    number = os.fork()
+    if number:
+        return number
+    status = 70  # of a child that ends in an unforeseen way
+    try:
+        with open(output, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout = open(1, "w", buffering=1, encoding="utf-8")
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8")
+        sys.argv = ["tracerl.py", *flags]
+        os.environ.update(environment)
+        # What a copy must not share with this process: workers, and a lock that dies with whoever is killed.
+        grading.WORKERS.__init__()
+        tqdm.set_lock(threading.RLock())
+        prepare()
+        runs.run_command(main)
+    except SystemExit as end:
+        status = end.code
+    finally:
+        os._exit(status)
+
+
+def start_all(main, flags, number, prepare=lambda: None):
+    """Starts a command on so many processes, as torchrun would -> their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    whole = dict(WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [start(main, flags, whole | dict(RANK=str(rank), LOCAL_RANK=str(rank)), prepare)
+            for rank in range(number)]
+
+
+def finish(process, seconds=60):
+    """Waits for the end of a process -> its exit status; minus the signal that killed it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    pytest.fail(f"a process did not end: {Path('output.txt').read_text()}")
+
+
+def wait_for(text, path, process):
+    """Waits until a process has written a text into a file."""
+    deadline = time.monotonic() + 60
+    while not (os.path.exists(path) and text in Path(path).read_text()):
+        is_alive = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        assert is_alive and time.monotonic() < deadline, Path("output.txt").read_text()
+        time.sleep(0.005)
+
+
+MINE = """
+def short(tokens):
+    return -float(len(set(tokens)))
+
+def lossy(logp):
+    return logp.sum() * float("inf")
+"""
+
+
+@pytest.mark.parametrize("number, flags", [
+    # Block attention, adapters. In mini-batches of two rollouts, some processes have no row at times.
+    (3, [*SMALL, "--lora_rank=2", "--value_warmup=1", "--prompts=3", "--group_size=2", "--minibatches=3"]),
+    # Full attention, sharded weights, a reward of one's own.
+    (2, [*SMALL, "--model=full", "--reward=mine.py:short", "--value_warmup=0", "--minibatches=2",
+         "--max_new_tokens=8"]),
+], ids=["block, lora", "full, sharded"])
+def test_many_processes_make_the_updates_of_one_and_one_goes_on_from_theirs(number, flags, folder):
+    Path("mine.py").write_text(MINE)
+    checkpoints.save_checkpoint(tiny.tiny_model(0, 4, "full"), tiny.tiny_tokenizer(), "full")
+    flags = [*flags, "--advantage=value", "--tokens_per_micro_batch=300"]
+    tracerl.main([*flags, "--steps=3", "--name=one"])  # first: what it imports, the copies need not import
+    processes = start_all(tracerl.main, [*flags, "--steps=2", "--name=many"], number)
+    assert [finish(process) for process in processes] == [0] * number, Path("output.txt").read_text()
+    tracerl.main(["--resume", "--steps=3", "--name=many"])
+    begun = load_file(f"{'full' if '--model=full' in flags else TINY}/model.safetensors")
+    moved = distance(weights("one", 3), begun)
+    for kind in ("model", "value/model"):
+        assert moved > 0.02 and distance(weights("one", 3, kind), weights("many", 3, kind)) < 1e-3 * moved
+    for one, many in zip(metrics("one"), metrics("many"), strict=True):
+        assert one["skipped_updates"] == 0 and one["gap_max"] < 1e-4
+        for key, value in one.items():
+            assert many[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    assert len(metrics("one")) == 3
+
+
+def test_a_killed_run_resumes_to_the_same_bits(folder):
+    """Killed while it saves its second checkpoint, and once more at a random moment.
+
+    The policy has not moved at the first checkpoint, since the value model learns alone. The run that is left
+    in peace saves at its end only: so saving changes nothing, either.
+    """
+    flags = [*SMALL, "--advantage=value", "--value_warmup=1", "--steps=5"]
+    tracerl.main([*flags, "--name=whole", "--save_every=0"])
+    write_json = runs.write_json
+
+    def die_while_saving():
+        """Puts an end to the process before its second checkpoint is whole."""
+        runs.write_json = lambda path, value: (
+            os.kill(os.getpid(), signal.SIGKILL) if "step-2.partial" in path else write_json(path, value))
+
+    process = start(tracerl.main, [*flags, "--name=killed", "--save_every=1"], prepare=die_while_saving)
+    assert finish(process) == -signal.SIGKILL, Path("output.txt").read_text()
+    assert set(os.listdir("runs/killed/checkpoints")) == {"step-1", "step-2.partial"}
+    process = start(tracerl.main, ["--name=killed", "--resume"])
+    wait_for('"step": 3', "runs/killed/metrics.jsonl", process)
+    moment = random.uniform(0, 0.5)
+    time.sleep(moment)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    tracerl.main(["--name=killed", "--resume"])
+    assert metrics("killed") == metrics("whole") and len(metrics("whole")) == 5, moment
+    for kind in ("model", "value/model"):
+        whole, killed = weights("whole", 5, kind), weights("killed", 5, kind)
+        assert all(torch.equal(whole[name], killed[name]) for name in whole), moment
+    assert set(os.listdir("runs/killed/checkpoints")) == {"step-3", "step-4", "step-5"}  # the newest three
+
+
+def test_ctrl_c_is_one_line_and_libraries_warn_of_nothing(folder):
+    """Any warning would be an error. Stopped in the second step, it still draws its curves."""
+    def prepare():
+        """Warnings are errors, and curves are drawn."""
+        warnings.simplefilter("error")
+        runs.Run.plot = PLOT
+
+    process = start(tracerl.main, [*SMALL, "--steps=100000", "--save_every=0"], prepare=prepare)
+    wait_for("step   2", "output.txt", process)
+    os.kill(process, signal.SIGINT)
+    assert finish(process) == 130
+    said = Path("output.txt").read_text()
+    assert said.strip().splitlines()[-1].endswith(
+        "tracerl.py: stopped. To go on: the same command with --resume (eval_math.py: without)")
+    assert "Traceback" not in said and os.path.isfile("runs/tracerl/curves.png")
+
+
+def test_the_process_that_fails_first_is_named_as_the_cause(folder):
+    """The other one waits for it, and loses its connection. torchrun reports the earliest of their last words."""
+    Path("mine.py").write_text(
+        "import os\n\ndef fails_on_one(text):\n    if os.environ['RANK'] == '1':\n"
+        "        raise ValueError('a mistake on process 1')\n    return 0.0\n")
+    prepare = lambda: os.environ.update(TORCHELASTIC_ERROR_FILE=f"words{os.environ['RANK']}.json")
+    processes = start_all(tracerl.main, [*SMALL, "--reward=mine.py:fails_on_one"], 2, prepare)
+    assert [finish(process) for process in processes] == [1, 2]
+    words = [json.loads(Path(f"words{rank}.json").read_text()) for rank in range(2)]
+    first = min(words, key=lambda said: said["timestamp"])  # as torchrun does: of equal ones the first
+    assert first["message"] == "tracerl.py: error: a mistake on process 1 (--debug shows where)", words
+
+
+def test_processes_end_when_their_launcher_dies(folder):
+    """Killed without a chance to say goodbye. Its processes must not go on alone."""
+    def work():
+        """Joins the group, and would go on for long."""
+        parallel.start_processes()
+        Path(f"joined{os.getpid()}").touch()
+        time.sleep(60)
+
+    def launch():
+        """Starts two processes, and waits."""
+        start_all(work, [], 2)
+        time.sleep(60)
+
+    launcher = start(launch, [])
+    deadline = time.monotonic() + 30
+    while len(list(Path().glob("joined*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    processes = [path.name.removeprefix("joined") for path in Path().glob("joined*")]
+    # A process that has ended may stay a zombie, where nobody waits for it.
+    is_running = lambda number: os.path.exists(f"/proc/{number}") and ") Z " not in Path(
+        f"/proc/{number}/stat").read_text()
+    assert len(processes) == 2
+    while any(map(is_running, processes)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(is_running, processes))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Nothing is lost.
+
+
+def test_a_run_is_never_replaced_without_being_asked(folder):
+    tracerl.main([*SMALL, "--steps=1", "--name=mine"])
+    saved = "runs/mine/checkpoints/step-1"
+    with pytest.raises(ValueError, match="runs/mine holds a run: go on with it .--resume., replace it"):
+        tracerl.main([*SMALL, "--name=mine"])
+    with pytest.raises(ValueError, match="lies inside runs/mine, which --overwrite would delete"):
+        tracerl.main([*SMALL, "--model", saved, "--name=mine", "--overwrite"])
+    os.rename("runs/mine/args.json", "args.json")
+    with pytest.raises(ValueError, match="runs/mine holds a run without its args.json: put it back"):
+        runs.Run("mine", {}, resume=True)
+    os.rename("args.json", "runs/mine/args.json")
+    os.makedirs("runs/mine/checkpoints/step-7.partial/train_state")  # killed while it saved: this may go
+    with runs.Run("mine", json.loads(Path("runs/mine/args.json").read_text()), resume=True) as run:
+        run.begin()
+    assert os.listdir("runs/mine/checkpoints") == ["step-1"] and len(metrics("mine")) == 1
+    with runs.Run("mine", {}, overwrite=True) as run:  # a new run of that name takes nothing over
+        run.begin()
+        assert run.files() == ["args.json", "metrics.jsonl"] and metrics("mine") == []
+    Path("runs/taken").write_text("a file")
+    with pytest.raises(ValueError, match="cannot write to runs/taken"):
+        runs.Run("taken", {})
+
+
+def test_a_command_that_cannot_start_changes_nothing(folder):
+    with runs.Run("tracerl", {}) as run:
+        run.begin()
+        run.write(dict(step=1))
+    missing = ["--eval_data=missing.jsonl"]
+    for flags in (["--model=nowhere"], missing):
+        with pytest.raises(FileNotFoundError):
+            tracerl.main([*SMALL, *flags, "--overwrite"])
+        assert metrics("tracerl") == [dict(step=1)]
+    with pytest.raises(FileNotFoundError):
+        tracerl.main([*SMALL, *missing, "--name=free"])
+    with pytest.raises(KeyboardInterrupt), runs.Run("free", {}):  # nor does one that is stopped there
+        raise KeyboardInterrupt
+    with runs.Run("free", {}) as run:
+        run.begin()
+
+
+def test_two_commands_never_work_in_one_folder(folder):
+    with runs.Run("r", {}):
+        with pytest.raises(ValueError, match="runs/r is in use by another command: wait for it, or choose"):
+            runs.Run("r", {}, overwrite=True)
+
+    def hold():
+        """Works in the folder for long."""
+        with runs.Run("r", {}) as run:
+            run.begin()
+            print("held")
+            time.sleep(60)
+
+    holder = start(hold, [])
+    wait_for("held", "output.txt", holder)
+    with pytest.raises(ValueError, match="in use"):
+        runs.Run("r", {}, overwrite=True)
+    os.kill(holder, signal.SIGKILL)  # the kernel lets go of the lock of whoever dies
+    os.waitpid(holder, 0)
+    with runs.Run("r", {}, overwrite=True):
+        pass
+
+
+def test_the_log_is_whole_at_every_moment(folder, monkeypatch):
+    with runs.Run("r", {}) as run:
+        run.begin()
+        for step in range(3):
+            run.write(dict(step=step))
+        lines = Path(run.path).read_text()
+        monkeypatch.setattr(runs.os, "replace", lambda *paths: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run.keep_lines(run.lines()[:1])
+        assert Path(run.path).read_text() == lines
+        Path(run.path).write_text(lines + '{"step": 3')  # killed while it wrote
+        assert run.lines() == [dict(step=0), dict(step=1), dict(step=2)]
+
+
+def new_learner(seed=0):
+    """A random model that has made one update."""
+    learner = parallel.make_learner(random_model(seed=seed), 0.01, (0.9, 0.95))
+    learner.model(torch.tensor([[3, 4, 5, 6]])).sum().backward()
+    parallel.optimizer_step(learner)
+    return learner
 
 
 class file_size_limit:
@@ -54,183 +353,154 @@ class file_size_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.kept)
 
 
-# ------------------------------------------------------------------------------------------- what a user
-# loses
-
-
-def test_a_run_is_never_deleted_without_being_asked(folder):
-    tracerl.main([*SMALL, "--name=mine"])
-    saved = "runs/mine/checkpoints/step-1"
-    start = [saved if flag == TINY else flag for flag in SMALL]
-    with pytest.raises(ValueError, match="runs/mine holds a run: go on with it .--resume., replace it"):
-        tracerl.main([*start, "--name=mine"])
-    with pytest.raises(ValueError, match="lies inside runs/mine, which --overwrite would delete"):
-        tracerl.main([*start, "--name=mine", "--overwrite"])
-    assert os.path.isdir(saved)
-    tracerl.main([*start, "--name=other"])
-    os.rename("runs/mine/args.json", "args.json")
-    with pytest.raises(ValueError, match="runs/mine holds a run without its args.json: put it back"):
-        tracerl.main([*SMALL, "--name=mine", "--resume"])
-    os.rename("args.json", "runs/mine/args.json")
-    os.makedirs("runs/mine/checkpoints/step-7.partial/adapter")  # killed while it saved: this only may go
-    tracerl.main([*SMALL, "--name=mine", "--resume"])
-    assert os.listdir("runs/mine/checkpoints") == ["step-1"]
-    tracerl.main([*SMALL, "--name=mine", "--overwrite"])
-
-
-def test_two_copies_on_four_processes_make_the_updates_of_one(folder):
-    """A policy and a value model, each twice on two processes (the vocabulary of 18 does not divide by four);
-    one process goes on from what they saved."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-    def run(number, script, *flags):
-        done = subprocess.run(
-            [*torchrun, f"--nproc_per_node={number}", str(ROOT / script), *flags], text=True,
-            capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    start = [*SMALL, "--advantage=value", "--value_warmup=0", "--tokens_per_micro_batch=300"]
-    run(4, "tracerl.py", *start, "--replicas=2", "--name=four")
-    tracerl.main([*start, "--name=one"])
-    for name in ("model.safetensors", "value/model.safetensors"):
-        one, four = (load_file(f"runs/{run}/checkpoints/step-1/{name}") for run in ("one", "four"))
-        apart = sum((one[key] - four[key]).square().sum() for key in one) ** 0.5
-        if name == "model.safetensors":
-            start_weights = load_file(f"{TINY}/{name}")
-            moved = sum((one[key] - p).square().sum() for key, p in start_weights.items()) ** 0.5
-        assert moved > 0.1 and apart < 1e-3 * moved
-    tracerl.main(["--resume", "--steps=2", "--name=four", "--replicas=1"])
-    assert len(Path("runs/four/metrics.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(ValueError, match="--replicas 3 does not divide the 1 processes"):
-        tracerl.main([*start, "--name=odd", "--replicas=3", "--dtype=bfloat16"])
-
-
-def test_the_log_is_whole_at_every_moment(folder, monkeypatch):
-    with runs.Run("r", {}) as run:
-        run.begin()
-        for step in range(3):
-            run.write(dict(step=step))
-        lines = Path(run.path).read_text()
-        monkeypatch.setattr(runs.os, "replace", lambda *paths: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            run.keep_lines(run.own_lines()[:1])
-        assert Path(run.path).read_text() == lines
-
-
-def test_two_commands_never_work_in_one_folder(folder):
-    with runs.Run("r", {}):
-        with pytest.raises(ValueError, match=f"runs/r is in use by process {os.getpid()} on"):
-            runs.Run("r", {}, overwrite=True)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, time; file = open('runs/r/lock', 'a')\n"
-         "fcntl.flock(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)"],
-        stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    with pytest.raises(ValueError, match="in use"):
-        runs.Run("r", {}, overwrite=True)
-    holder.kill()  # the kernel lets go of the lock of whoever dies
-    holder.wait()
-    with runs.Run("r", {}, overwrite=True):
-        pass
-
-
-def test_a_command_that_cannot_start_replaces_nothing(folder):
-    with runs.Run("tracerl", {}) as run:
-        run.begin()
-        run.write(dict(step=1))
-    for model in ("nowhere", TINY):  # no such model; no such data
-        with pytest.raises(FileNotFoundError):
-            tracerl.main(["--model", model, "--train_data=x.jsonl", "--eval_data=x.jsonl", "--overwrite"])
-        assert Path("runs/tracerl/metrics.jsonl").read_text() == '{"step": 1}\n'
-
-
-def test_a_graded_file_never_overwrites_its_input(folder):
-    Path("answers.jsonl").write_text('{"gold": "1", "response": "\\\\boxed{1}"}\n')
-    before = Path("answers.jsonl").read_text()
-    with pytest.raises(ValueError, match="would be overwritten"):
-        eval_math.main(["--grade=answers.jsonl", "--out=./answers.jsonl"])
-    assert Path("answers.jsonl").read_text() == before
-
-
 def test_a_full_disk_is_a_clear_error_wherever_it_strikes(folder, monkeypatch):
+    learner = new_learner()
+    tokenizer = tiny.tiny_tokenizer()
+    rollouts = decode(learner.model, random_prompts([5, 5]), max_new_tokens=8)
+    full = lambda name: pytest.raises(RuntimeError, match=f"{name} could not be written .*: free some space and")
     with runs.Run("r", {}) as run:
         run.begin()
-        with file_size_limit(10), pytest.raises(RuntimeError, match="metrics.jsonl could not .*free some"):
-            run.write(dict(step=1, text="longer than that"))
-        with file_size_limit(10), pytest.raises(RuntimeError, match="summary.json could not be written"):
+        run.tokenizer = tokenizer
+        for step in (1, 2):
+            run.write(dict(step=step, reward=0.5))
+        run.progress["step"] = 1
+        run.save([learner])
+        run.progress["step"] = 2
+        size = os.path.getsize("runs/r/checkpoints/step-1/model.safetensors")
+        for limit in (20_000, size + 100):  # the weights do not fit; only the larger train state does not
+            with file_size_limit(limit), full("runs/r/checkpoints/step-2"):
+                run.save([learner])
+        with file_size_limit(20_000), full("runs/r/checkpoint"):
+            run.save_model(learner.model)
+        with file_size_limit(10), full("metrics.jsonl"):
+            run.write(dict(step=3, text="longer than that"))
+        with file_size_limit(10), full("summary.json"):
             run.finish(dict(text="longer than that"))
-        model = random_model()
-        with file_size_limit(20_000), pytest.raises(RuntimeError, match="runs/r/checkpoint could not be"):
-            run.save_model(model, sft.tiny_tokenizer())
-    with file_size_limit(100), pytest.raises(RuntimeError, match="args.json could not be written"):
+        with file_size_limit(1000), full("curves.png"):
+            PLOT(run)
+        with file_size_limit(1000), full("trace.html"):
+            show.write_trace(run, rollouts, learner.model.config, tokenizer)
+        left = {path.name for path in Path("runs/r").iterdir()}
+        assert left == {"args.json", "checkpoints", "lock", "metrics.jsonl"}
+        assert os.listdir("runs/r/checkpoints") == ["step-1"]
+        assert run.restore([learner]) and run.progress["step"] == 1  # what was saved before is whole
+        PLOT(run)
+        show.write_trace(run, rollouts, learner.model.config, tokenizer)
+        assert {"curves.png", "trace.html"} <= set(run.files())
+    with file_size_limit(100), full("args.json"):
         runs.Run("s", dict(text="longer than that" * 10)).begin()
-    left = [str(path) for path in Path("runs").rglob("*.partial*")]
-    assert not left and not os.path.exists("runs/r/checkpoint")
+    assert not list(Path("runs").rglob("*.partial*"))
 
 
-def flip(path, place=-100):
-    """Changes one byte of a file."""
-    content = bytearray(Path(path).read_bytes())
-    content[place] ^= 1
-    Path(path).write_bytes(content)
+def test_damaged_and_foreign_checkpoints_are_named_with_the_remedy(folder):
+    learner = new_learner()
 
+    def go_on(learner=learner):
+        """What --resume does."""
+        with runs.Run("r", {}, resume=True) as run:
+            run.begin()
+            return run.restore([learner])
 
-def test_damaged_files_are_named_with_the_remedy(folder):
-    tracerl.main([*SMALL, "--name=r"])
-    resume = ["--name=r", "--resume", "--steps=2"]
-    state = "runs/r/checkpoints/step-1/train_state"
+    with runs.Run("r", {}) as run:
+        run.begin()
+        assert not run.restore([learner])  # nothing to go on from is no error
+        run.write(dict(step=1))
+        run.progress["step"] = 1
+        run.save([learner])
     shutil.copytree("runs/r", "kept")
-
-    def damaged(message, path, content=None):
-        if content is None:
-            flip(path)
-        else:
-            Path(path).write_text(content)
+    state = "checkpoints/step-1/train_state"
+    whole = Path(f"kept/{state}/__0_0.distcp").read_bytes()
+    for name, content, message in [
+            (f"{state}/__0_0.distcp", whole[:len(whole) // 2], "step-1 cannot be resumed from .*Move it away"),
+            (f"{state}/__0_0.distcp", None, "step-1 cannot be resumed from .*Move it away"),
+            (f"{state}/.metadata", b"", "step-1 cannot be resumed from .*Move it away"),
+            (f"{state}/progress.json", None, "step-1 has no train_state to resume from: .*Move it away"),
+            (f"{state}/progress.json", b'{"step": 1', "progress.json is damaged"),
+            ("args.json", b"{", "args.json is damaged"),
+            ("metrics.jsonl", b"{{}\n", "metrics.jsonl, line 1 is damaged .*mend or remove that line")]:
+        path = Path("runs/r", name)
+        path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            tracerl.main(resume)
+            go_on()
         shutil.rmtree("runs/r")
         shutil.copytree("kept", "runs/r")
-
-    damaged("__0_0.distcp is not what was saved. Move it away", f"{state}/__0_0.distcp")
-    damaged("progress.json is damaged", f"{state}/progress.json", '{"step": 1')
-    damaged("args.json is damaged", "runs/r/args.json", "{")
-    damaged("metrics.jsonl, line 1 is damaged", "runs/r/metrics.jsonl", "{{}\n")
-    os.remove(f"{state}/__0_0.distcp")
-    with pytest.raises(ValueError, match="is not what was saved"):
-        tracerl.main(resume)
-    shutil.copytree(TINY, "tiny")
-    Path("tiny/config.json").write_text("{")
-    with pytest.raises(ValueError, match="tiny/config.json is damaged"):
-        checkpoints.load_model("tiny")
-    shutil.copy(f"{TINY}/config.json", "tiny/config.json")
-    Path("tiny/model.safetensors").write_bytes(Path(f"{TINY}/model.safetensors").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="tiny/model.safetensors is damaged"):
-        checkpoints.load_model("tiny")
+    foreign = parallel.make_learner(tiny.tiny_model(), 0.01, (0.9, 0.95))
+    with pytest.raises(ValueError, match="step-1 cannot be resumed from .*damaged, or of another model"):
+        go_on(foreign)
+    assert go_on()
 
 
-# ------------------------------------------------------------------------------------------ wrong in silence
+# ------------------------------------------------------------------------------------------------------------
+# Nothing is wrong in silence.
 
 
-def test_an_evaluation_knows_its_weights_and_data(folder):
-    shutil.copytree(TINY, "model")
-    flags = ["--model=model", "--data=test.jsonl", "--max_new_tokens=20", "--strategy=static"]
-    eval_math.main(flags)
-    assert os.path.isfile("runs/eval-model-test.jsonl/responses.jsonl")
-    eval_math.main(flags)  # nothing has changed: it goes on
-    model, tokenizer = checkpoints.load_model("model")
-    model.head.weight.data[3] += 0.1
-    checkpoints.save_checkpoint(model, tokenizer, "model")
-    with pytest.raises(ValueError, match="other settings: weights was '[0-9a-f]+', is"):
-        eval_math.main(flags)
-    small_data(folder, seed=1)
-    with pytest.raises(ValueError, match="problems was"):
-        eval_math.main(flags)
+def test_resume_takes_its_settings_and_its_data_from_the_run(folder):
+    """With adapters: checkpoints hold merged weights. Restored adapters, added to those, would count twice."""
+    flags = [*SMALL, "--lora_rank=2", "--lr=1e-2"]
+    tracerl.main([*flags, "--steps=2", "--name=whole"])
+    tracerl.main([*flags, "--steps=1", "--name=parts"])
+    tracerl.main(["--name=parts", "--resume", "--steps=2"])
+    args = json.loads(Path("runs/parts/args.json").read_text())
+    assert args["prompts"] == 4 and args["steps"] == 2 and metrics("parts") == metrics("whole")
+    whole, parts = weights("whole", 2), weights("parts", 2)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    with pytest.raises(ValueError, match="other settings: lr was 0.01, is 0.5. Say what the run says"):
+        tracerl.main(["--name=parts", "--resume", "--lr=0.5"])
+    rows = Path("train.jsonl").read_text().splitlines()
+    last = json.loads(rows[-1])
+    Path("train.jsonl").write_text("\n".join([*rows[:-1], json.dumps(last | dict(answer="7"))]))
+    with pytest.raises(ValueError, match="--train_data train.jsonl or its prompts have changed since runs/parts"):
+        tracerl.main(["--name=parts", "--resume", "--steps=3"])
+    assert len(metrics("parts")) == 2
+
+
+def strictly(path):
+    """The lines of a file of JSON, as every other program reads it: without NaN and Infinity."""
+    def refuse(word):
+        """Called for what is no JSON."""
+        raise ValueError(word)
+    return [json.loads(line, parse_constant=refuse) for line in Path(path).read_text().splitlines()]
+
+
+def test_metrics_are_json_whatever_happens(folder):
+    Path("mine.py").write_text(MINE)
+    tracerl.main([*SMALL, "--steps=1", "--loss=mine.py:lossy"])
+    line, = strictly("runs/tracerl/metrics.jsonl")
+    assert line["loss"] is None and line["gradient_norm"] is None and line["skipped_updates"] == 2
+    with runs.Run("r", {}) as run:
+        run.begin()
+        run.write(dict(step=1, nan=math.nan, inf=-math.inf, reward=0.5))
+        PLOT(run)  # and they can be drawn
+    assert strictly("runs/r/metrics.jsonl") == [dict(step=1, nan=None, inf=None, reward=0.5)]
+
+
+def test_metrics_go_to_other_programs_when_asked(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--report_to wandb: it is not installed"):
+        runs.Run("r", dict(report_to="wandb"))
+    started = []
+    logged = []
+
+    def init(**settings):
+        """A stand-in for wandb.init."""
+        started.append(settings)
+        return types.SimpleNamespace(log=lambda line, step: logged.append((step, line)))
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = init
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with runs.Run("s", dict(report_to="wandb", lr=0.5)) as run:
+        run.begin()
+        run.write(dict(step=1, reward=0.5, loss=math.nan))
+    assert logged == [(1, dict(step=1, reward=0.5, loss=None))]
+    assert started[0]["name"] == "s" and started[0]["config"]["lr"] == 0.5
 
 
 def test_a_collapse_is_seen_and_said(folder, capsys):
-    """One update per step: ratio, KL and clip of the update say nothing; drift does."""
-    tracerl.main([*SMALL, "--lr=0.1", "--minibatches=1", "--warmup=0"])
-    line, = [json.loads(line) for line in open("runs/tracerl/metrics.jsonl")]
+    """One update per step: its own ratio, KL and clip say nothing. Drift does."""
+    tracerl.main([*SMALL, "--steps=1", "--lr=0.1", "--minibatches=1"])
+    line, = metrics("tracerl")
     assert line["ratio_max"] == 1 and line["kl"] == 0 and line["drift_kl"] > show.MAX_DRIFT
     assert "WARNING: step 1 moved the policy by" in capsys.readouterr().out
 
@@ -244,115 +514,18 @@ def test_steps_without_an_update_are_counted_and_said(capsys):
     assert progress["idle_steps"] == 0
 
 
-def test_a_library_call_ends_at_the_models_own_eos():
-    model = random_model()
-    rollouts = rollout.generate(model, random_prompts([5] * 20), max_new_tokens=40)
-    assert any(not r.is_truncated for r in rollouts)
+@pytest.mark.parametrize("compute", COMPUTES.values(), ids=COMPUTES)
+def test_a_prompt_token_outside_the_vocabulary_is_named(compute):
+    with pytest.raises(ValueError, match="token id 18 is outside the vocabulary of 18 tokens"):
+        compute.generate(random_model(), [[3, 18]], [0], Decoding(max_new_tokens=4))
 
 
-def test_unknown_characters_are_an_error():
-    with pytest.raises(ValueError, match="does not know all characters of 'what is 12.3"):
-        eval_math.encode_prompts([eval_math.Problem("what is 12+3=", "15")], sft.tiny_tokenizer(), 99)
-
-
-def test_an_answer_alone_is_no_solution_to_learn_from(folder):
-    Path("answers.jsonl").write_text('{"problem": "12+3=", "answer": "15"}\n')
-    problems = eval_math.load_problems("answers.jsonl")
-    assert problems[0].solution == ""
-    with pytest.raises(ValueError, match="no solution to learn from: '12.3='"):
-        sft.to_examples(problems, sft.tiny_tokenizer(), random_model().config, 20)
-
-
-def test_the_trained_strategy_and_the_own_reward_are_evaluated(folder, capsys):
-    Path("mine.py").write_text("def short(problem, text, tokens):\n    return -float(len(tokens))\n")
-    summary = tracerl.main([*SMALL, "--strategy=entropy", "--reward=mine.py:short"])
-    assert set(summary["after"]) == {"dynamic", "static", "greedy", "entropy"}
-    assert all(found["reward"] < 0 for found in summary["before"].values())
-    assert "mean of your reward, entropy" in capsys.readouterr().out
-
-
-def test_data_without_answers_have_a_reward_and_no_accuracy(folder, capsys):
-    Path("mine.py").write_text("def short(problem, text, tokens):\n    return -float(len(tokens))\n")
-    Path("plain.jsonl").write_text('{"problem": "12+3="}\n' * 4)
-    summary = tracerl.main([*SMALL, "--reward=mine.py:short", "--eval_data=plain.jsonl", "--eval_every=1",
-                            "--dev_data=plain.jsonl", "--keep_range", "-99", "0"])
-    assert {found["accuracy"] for found in summary["after"].values()} == {None}
-    assert summary["after"]["dynamic"]["reward"] < 0 and "no answers" in capsys.readouterr().out
-    line = json.loads(Path("runs/tracerl/metrics.jsonl").read_text())
-    assert line["dev_reward"] < 0 and "dev_accuracy" not in line
-
-
-# --------------------------------------------------------------------------------------- ways that are open
-
-
-def test_resume_takes_its_settings_from_the_run(folder, monkeypatch):
-    """Steps may differ; nothing else has to be said again, and no warm start is made. (But with adapters:
-    checkpoints hold merged weights, and the restored adapters, added to those, would count twice.)"""
-    monkeypatch.setattr(sft, "warm_start", lambda *_: TINY)
-    data = ["--train_data=train.jsonl", "--eval_data=test.jsonl", "--prompts=4", "--group_size=4",
-            "--eval_every=0"]
-    tracerl.main(["--steps=1", *data, "--keep_range", "0", "1"])
-    monkeypatch.setattr(sft, "warm_start", lambda *_: pytest.fail("a warm start"))
-    tracerl.main(["--resume", "--steps=2"])
-    args = json.loads(Path("runs/tracerl/args.json").read_text())
-    assert args["prompts"] == 4 and args["steps"] == 2 and args["keep_range"] == [0, 1]
-    assert len(Path("runs/tracerl/metrics.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(ValueError, match="other settings: lr was 0.0001, is 0.5. Say what the run says"):
-        tracerl.main(["--resume", "--steps=2", "--lr=0.5"])
-    monkeypatch.setattr(sft, "warm_start", lambda *_: TINY)
-    data += ["--keep_range", "0", "1", "--lora_rank=2", "--lr=1e-2", "--warmup=0"]
-    tracerl.main([*data, "--steps=2", "--name=whole"])
-    tracerl.main([*data, "--steps=1", "--name=parts"])
-    tracerl.main(["--name=parts", "--resume", "--steps=2"])
-    whole, parts = (load_file(f"runs/{name}/checkpoints/step-2/model.safetensors")
-                    for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_killed_checks_leave_no_open_files():
-    workers = grading.Workers()
-    workers.run("x+1", "1+x")
-    opened = None
-    for _ in range(4):
-        process = workers.idle.get() or workers.start()
-        process.kill()
-        workers.idle.put(process)
-        process.wait()
-        for _ in range(workers.NUMBER):
-            workers.run("\\sqrt{3}", "\\sqrt{3}")
-        now = len(os.listdir("/proc/self/fd"))
-        opened = opened or now
-    assert now <= opened + 4 and workers.killed == 4
-
-
-def test_one_long_prompt_does_not_make_all_others_long(monkeypatch):
-    model, tokens = random_model(), []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda t, *rest: (tokens.append(t.shape), hidden(t, *rest))[1])
-    prompts = random_prompts([3000] + [10] * 64)
-    rollout.generate(model, prompts, max_new_tokens=1)
-    prefills = [shape for shape in tokens if shape[1] > 4]
-    assert prefills == [(64, 8), (1, 3000)]
-
-
-def test_ctrl_c_is_one_line_and_warnings_of_libraries_are_none(folder):
-    """Under -W error, so that any warning would end it; stopped in its second step, with a curve drawn."""
-    command = [sys.executable, "-W", "error", str(ROOT / "tracerl.py"), *SMALL, "--steps=100000",
-               "--save_every=1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while "step   2" not in (line := process.stdout.readline()):
-        assert line or process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors.strip().splitlines()[-1].endswith(
-        "stopped. To go on: the same command with --resume (eval_math.py: without)")
-    assert "Traceback" not in errors and os.path.isfile("runs/tracerl/curves.png")
+# ------------------------------------------------------------------------------------------------------------
+# What a person sees.
 
 
 def test_a_mistake_is_one_line_with_status_2(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/tracerl.py", "--model", "nowhere", *SMALL[2:]])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/tracerl.py", *SMALL, "--model=nowhere"])
     with pytest.raises(SystemExit, match="2"):
         runs.run_command(tracerl.main)
     assert capsys.readouterr().err == (
@@ -362,171 +535,37 @@ def test_a_mistake_is_one_line_with_status_2(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         runs.run_command(tracerl.main)
     assert "ZeroDivisionError" in capsys.readouterr().err
-
-
-def test_an_error_of_a_library_comes_with_its_traceback(monkeypatch, capsys):
-    """Also where the library lies in a virtual environment inside the project."""
-    monkeypatch.setattr(sys, "argv", ["tracerl.py"])
+    # So does an error of a library, also where that lies in a virtual environment inside the project.
     code = compile("raise RuntimeError('CUDA out of memory')", str(ROOT / ".venv/lib/torch/x.py"), "exec")
     with pytest.raises(SystemExit, match="1"):
         runs.run_command(lambda: exec(code))
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_run_stopped_before_it_began_lets_go_of_its_name(folder):
-    with pytest.raises(KeyboardInterrupt):
-        with runs.Run("r", {}):
-            raise KeyboardInterrupt
-    with runs.Run("r", {}) as run:
-        run.begin()
-
-
-def test_the_last_words_under_torchrun_are_the_cause(folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "tracerl.py"), "--model", "nowhere", *SMALL[2:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    *_, last, line = done.stderr.strip().splitlines()
-    assert done.returncode != 0 and set(line) == {"="}
-    assert "tracerl.py: error: no checkpoint folder 'nowhere' (a hub id" in last
-
-
-def test_help_has_groups_and_the_most_used_flags_come_first(capsys):
-    with pytest.raises(SystemExit):
-        tracerl.main(["--help"])
-    said = capsys.readouterr().out
-    groups = [said.index(title) for title in ("most used:", "method:", "policy:", "decoding:", "machine:")]
-    assert groups == sorted(groups) and "suit billions of parameters" in said and "default: 45" in said
-    with pytest.raises(SystemExit):
-        tracerl.main(["--model=x", "--help"])
-    assert "default: None" in capsys.readouterr().out  # the defaults of the case at hand
-
-
-def test_a_mistake_before_the_first_line_leaves_the_name_free(folder):
-    with pytest.raises(FileNotFoundError):
-        tracerl.main([*SMALL, "--eval_data=missing.jsonl"])
-    tracerl.main(SMALL)
-
-
-def test_fine_tuning_goes_on_to_more_steps(folder, monkeypatch):
-    rows = [json.dumps({"prompt": p.problem, "response": p.solution})
-            for p in eval_math.arithmetic("train", 30)]
-    Path("worked.jsonl").write_text("\n".join(rows))
-    flags = ["--model", TINY, "--data=worked.jsonl", "--steps=4", "--cooldown=2", "--lr=1e-3", "--warmup=1",
-             "--batch_size=10", "--max_new_tokens=20", "--save_every=0"]
-    sft.main(flags)
-    sft.main(["--resume", "--steps=6"])
-    lines = [json.loads(line) for line in open("runs/sft/metrics.jsonl")]
-    assert [line["step"] for line in lines] == list(range(1, 7))
-    assert lines[3]["lr"] < lines[4]["lr"] or lines[4]["lr"] > lines[5]["lr"]
-
-
-def test_processes_end_when_torchrun_dies(folder):
-    """Killed without a chance to say goodbye; its processes must not go on alone."""
-    script = "import os, sys, time; sys.path.insert(0, sys.argv[1]); from plumbing import parallel\n" \
-             "parallel.start_processes(); open(f'pid{os.getpid()}', 'w').close(); time.sleep(60)\n"
-    Path("wait.py").write_text(script)
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "wait.py",
-         str(ROOT)],
-        stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while len(list(Path(".").glob("pid*"))) < 2 and time.time() < deadline:
-        time.sleep(0.1)
-    launcher.kill()
-    launcher.wait()
-    pids = [path.name.removeprefix("pid") for path in Path(".").glob("pid*")]
-    assert len(pids) == 2
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.time() < deadline:
-        time.sleep(0.1)
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
-
-
-def test_processes_that_see_other_folders_are_told_before_training(folder, monkeypatch):
-    """Two nodes without a shared disk: the second does not find the first one's lock."""
-    with runs.Run("r", {}):
-        pass
-    monkeypatch.setattr(parallel, "from_first", lambda value: "process 7 on another machine")
-    with pytest.raises(ValueError, match="not all processes see the same runs/s"):
-        runs.Run("s", {})
-
-
-def test_metrics_go_to_other_programs_when_asked(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="--report_to wandb: it is not installed"):
-        runs.Run("r", dict(report_to="wandb"))
-    logged, wandb = [], types.ModuleType("wandb")
-    wandb.init = lambda **settings: types.SimpleNamespace(
-        log=lambda line, step: logged.append((step, line)), finish=lambda: logged.append("finished"))
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with runs.Run("s", dict(report_to="wandb")) as run:
-        run.begin()
-        run.write(dict(step=1, reward=0.5))
-    assert logged == [(1, dict(step=1, reward=0.5)), "finished"]
-
-
-def test_the_page_plays(folder):
+def test_the_page_of_traces_plays(folder):
     """Slider, button and colours, in node with a stand-in for the page's elements."""
     if not shutil.which("node"):
         pytest.skip("node is not installed")
-    model, tokenizer = random_model(), sft.tiny_tokenizer()
-    rollouts = rollout.generate(model, random_prompts([3, 3, 9, 9]), max_new_tokens=12, seed=1, eos_ids=())
+    model = random_model()
+    rollouts = decode(model, random_prompts([3, 3, 9, 9]), max_new_tokens=12, seed=1, eos_ids=())
     for i, r in enumerate(rollouts):
-        r.prompt = rollouts[i // 2 * 2].prompt  # two responses each
-        r.reward, r.advantage, r.ratio = float(i % 2), [0.5] * 12, [1.01] * 12
-    pairs = show.best_and_worst(rollouts)
-    assert [[r.reward for r in pair] for pair in pairs] == [[1.0, 0.0], [1.0, 0.0]]
-    show.write_page(pairs, 4, tokenizer, "trace.html")
-    done = subprocess.run(["node", str(ROOT / "tests/page.js"), "trace.html"], capture_output=True, text=True)
+        r.group = i // 2
+        r.reward = float(i % 2)
+        r.advantage = [0.5] * 12
+    with runs.Run("r", {}) as run:
+        run.progress["step"] = 7
+        show.write_trace(run, rollouts, model.config, tiny.tiny_tokenizer())
+    page = Path("runs/r/trace.html").read_text()
+    assert "Traces of step 7" in page and "ratio" not in page
+    done = subprocess.run(["node", str(ROOT / "tests/page.js"), "runs/r/trace.html"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    tokens, last = sum(len(r.response) for r in rollouts), max(max(r.step_map) for r in rollouts)
-    assert found["tokens"] == tokens and found["hidden_at_start"] == 0
-    blocks = [{(len(r.prompt) + j) // 4 for j in range(len(r.response))} for r in rollouts]
-    assert found["blocks"] == sum(map(len, blocks))
-    assert found["hidden_at_1"] == tokens - sum(r.step_map.count(1) for r in rollouts)
+    num_tokens = sum(len(r.response) for r in rollouts)
+    last = max(max(r.step_map) for r in rollouts)
+    assert found["tokens"] == num_tokens and found["hidden_at_start"] == 0
+    assert found["blocks"] == sum(len(rollout.blocks_of(len(r.prompt), len(r.response), 4)) for r in rollouts)
+    assert found["rewards"] == ["1", "0", "1", "0"]  # the best response to a prompt, and the worst
+    assert found["hidden_at_1"] == num_tokens - sum(r.step_map.count(1) for r in rollouts)
     assert found["playing"] == "Pause" and found["played"] == "Play" and found["hidden_at_end"] == 0
-    assert found["output"] == f"after step {last} of {last}"
-    assert found["by_advantage"].startswith("hsl(90 ") and found["by_ratio"].startswith("hsl(6")
-
-
-BROWSER_TEST = """<script>
-slider.value = 1; slider.dispatchEvent(new Event("input"));
-const hidden = () => [...document.querySelectorAll(".token")].filter(t => t.textContent === "\u2591").length;
-const seen = { hidden: hidden(), tokens: document.querySelectorAll(".token").length };
-document.querySelector(".token").click();
-seen.numbers = document.querySelector("small").textContent;
-button.click();
-setTimeout(() => {
-  document.title = JSON.stringify({ ...seen, left: hidden(), button: button.textContent, errors });
-}, 350 * (last + 3));
-</script>"""
-
-
-def test_the_page_plays_in_a_browser(folder):
-    """The same in a real one, without a window: no errors on the console, slider and button work."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    rollouts = rollout.generate(random_model(), random_prompts([3, 3]), max_new_tokens=12, seed=1, eos_ids=())
-    show.write_page([rollouts], 4, sft.tiny_tokenizer(), "trace.html")
-    catch = ("<script>const errors = []; onerror = m => errors.push(m); "
-             "console.error = m => errors.push(m);</script>")
-    page = Path("trace.html").read_text().replace("<title>", catch + "<title>")
-    Path("trace.html").write_text(page.replace("</html>", BROWSER_TEST + "</html>"))
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--virtual-time-budget=30000", "--dump-dom",
-         (folder / "trace.html").as_uri()], capture_output=True, text=True, timeout=60)
-    seen = json.loads(html.unescape(re.search("<title>(.*)</title>", done.stdout)[1]))
-    tokens = sum(len(r.response) for r in rollouts)
-    assert seen["numbers"].startswith("text ") and "logp" in seen["numbers"]  # of the token that was touched
-    assert seen["errors"] == [] and seen["tokens"] == tokens and seen["button"] == "Play"
-    assert seen["hidden"] == tokens - sum(r.step_map.count(1) for r in rollouts) and seen["left"] == 0
-
-
-def test_a_decoding_plays_in_the_terminal(folder, capsys):
-    player.main(rollout, ["--model", TINY, "--prompt=12+34=", "--max_new_tokens=12"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "12+34=" and lines[1].startswith("step   0  " + "\u2591" * 12)
-    assert "\u2591" not in lines[-1]
+    assert found["output"] == f"after step {last} of {last}" and found["by_advantage"].startswith("hsl(90 ")

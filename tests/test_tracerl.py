@@ -1,80 +1,90 @@
 """Laws of the update: advantages, the loss, and a gradient that does not depend on how the work is cut."""
 
+import functools
 import json
-import math
-import random
 from statistics import fmean
 
 import pytest
 import torch
-from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen
+from conftest import (
+    COMPUTES, FAST, FIXTURES, all_rows, decode, fixture_cases, fixture_tensors, random_model, random_prompts,
+    seen)
 
 import eval_math
-import forks
 import rollout
-import sft
 import tracerl
 import value
 from model import Rows, Targets
-from plumbing import checkpoints, parallel, runs, show
-from rollout import Rollout, replay
-from tracerl import ADVANTAGES, Trainers, give_advantages, group_advantages, policy_loss
+from plumbing import checkpoints, flags, machine, parallel, runs, tiny
+from rollout import PLAIN, Decoding, ReplayLaw, Rollout
+from tracerl import ADVANTAGES, Learners, Method, Recipe, give_advantages, group_advantages, policy_loss
+
+DECODING = Decoding(max_new_tokens=14, threshold=0.4)
 
 
-def settings(**changes):
-    """The flags of the tiny model, with what the tests want otherwise."""
-    args = tracerl.parse_args([])
-    defaults = dict(shrink=1, tokens_per_micro_batch=16384, max_grad_norm=1e9, minibatches=1, group_size=4,
-                    value_warmup=0, value_epochs=1)
-    unknown = {*changes} - {*vars(args)}
-    assert not unknown, f"no such flags: {unknown}"
-    vars(args).update(defaults | changes)
-    return args
+def recipe_of(**changes):
+    """The numbers of a late step, with what the tests want otherwise."""
+    return Recipe(**dict(group_size=4, shrink=1, lr=0.1, value_warmup=0) | changes)
 
 
-def plan_of(args, trainers=None, loss=policy_loss, step=1000):
-    """The plan of a late step."""
-    usual = tracerl.Plan(ADVANTAGES[args.advantage], loss, rollout.VIEWS[args.views])
-    return tracerl.plan_step(step, trainers or Trainers(random_model(), None, None, None), usual, args)
+def method_of(**changes):
+    """The usual functions, and the fast twins."""
+    usual = Method(eval_math.math_reward, group_advantages, policy_loss, rollout.trace_views, DECODING, FAST,
+                   ReplayLaw(is_float32=True))
+    return usual._replace(**changes)
 
 
-def keep(rollouts, advantage="group", group_size=4, keep_range=None, **changes):
-    """Step 3 without a value model -> the rollouts that are kept."""
-    args = settings(advantage=advantage, group_size=group_size, keep_range=keep_range, **changes)
-    return give_advantages(rollouts, None, plan_of(args), args)[0]
+def learners_of(model, lr=0.1):
+    """The policy alone, moved by plain gradients."""
+    return Learners(parallel.Learner(model, torch.optim.SGD(model.parameters(), lr=lr)))
 
 
-def targets_of(logp_old, advantage, rollout_index=None):
-    """Targets with these numbers, and zeros."""
-    zero, index = torch.zeros_like(logp_old), torch.zeros(len(logp_old), dtype=torch.int64)
-    owner = index if rollout_index is None else rollout_index
-    return Targets(index, index, owner, index, zero + 1, logp_old, logp_old, advantage, zero, zero)
+def flat(model):
+    """All weights in one row."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def rollouts_with_rewards(model, num_groups=3, group_size=4, **settings):
+def targets_of(logp_old, advantage, **others):
+    """Targets with these numbers; others: more of them. The rest are zeros."""
+    zero = torch.zeros_like(logp_old)
+    fields = {name: zero.long() for name in Targets._fields} | dict(
+        masked_share=zero + 1, logp=logp_old, value_old=zero, returns=zero, logp_old=logp_old,
+        advantage=advantage)
+    return Targets(**fields | others)
+
+
+def groups_of(model, num_groups=3, group_size=4, **settings):
+    """Rollouts of several prompts, group by group, with rewards of 0 and 1."""
     prompts = [p for p in random_prompts(range(3, 3 + num_groups)) for _ in range(group_size)]
-    out = rollout.generate(model, prompts, max_new_tokens=14, threshold=0.4, eos_ids=(1,), **settings)
-    for i, r in enumerate(out):
+    rollouts = decode(model, prompts, max_new_tokens=14, threshold=0.4, **settings)
+    for i, r in enumerate(rollouts):
+        r.group = i // group_size
         r.reward = float(i * 7 % 3 == 0)
-    return out
+    return rollouts
+
+
+def keep(rollouts, method=None, **changes):
+    """Stage 3 without a value model -> the rollouts that are kept."""
+    return give_advantages(rollouts, None, method or method_of(), recipe_of(**changes))[0]
+
+
+@pytest.fixture
+def unclipped(monkeypatch):
+    """Updates as long as their gradient."""
+    monkeypatch.setattr(
+        parallel, "optimizer_step", functools.partial(parallel.optimizer_step, max_grad_norm=1e9))
+
+
+def one_update(model, kept, method=None, lr=0.1, **changes):
+    """Stages 4 and 5 -> the numbers of the log, the weights, and the batches."""
+    method = method or method_of()
+    recipe = recipe_of(lr=lr, **changes)
+    batches, gap = tracerl.old_logprobs(learners_of(model), kept, kept, method, recipe, 1)
+    line = tracerl.learn(learners_of(model), batches, kept, method, recipe, 1)
+    return line | gap, flat(model), batches
 
 
 # ------------------------------------------------------------------------------------------------- advantages
-
-
-def test_advantages_may_be_per_token():
-    """A fork gives A / (tokens of the step): each step's tokens add up to A."""
-    rollouts = rollouts_with_rewards(random_model())
-    plan = plan_of(settings())._replace(advantage=forks.mean_per_step)
-    kept, _ = give_advantages(rollouts, None, plan, settings())
-    A = group_advantages(torch.tensor([r.reward for r in rollouts]).view(-1, 4)).flatten().tolist()
-    assert kept and {len(set(r.advantage)) for r in kept} != {1}
-    for r, expected in zip(rollouts, A):
-        steps = r.step_map[:r.num_tokens]
-        for step in set(steps):
-            total = sum(a for a, s in zip(r.advantage, steps) if s == step)
-            assert total == pytest.approx(expected, abs=1e-5)
-        assert r.advantage[r.num_tokens:] == [0.0] * (len(r.response) - r.num_tokens)
 
 
 def test_group_advantages_are_standard_scores_within_the_group():
@@ -96,25 +106,47 @@ def test_a_group_is_kept_or_dropped_whole():
 
 def test_batch_and_raw_advantages_keep_every_group_unless_nothing_differs():
     make = lambda rewards: [Rollout([1], [2, 3], 2, [1, 2], reward=float(r)) for r in rewards]
+    batch, raw = (method_of(advantage=ADVANTAGES[name]) for name in ("batch", "raw"))
     rollouts = make([1, 1, 0, 0, 0, 0])
-    assert keep(rollouts, "batch", 2) == rollouts
+    assert keep(rollouts, batch, group_size=2) == rollouts
     assert [r.advantage[0] for r in rollouts] == pytest.approx([2 / 3, 2 / 3] + [-1 / 3] * 4)
-    assert keep(rollouts, "raw", 2) == rollouts and [r.advantage[1] for r in rollouts] == [1, 1, 0, 0, 0, 0]
-    assert keep(make([1] * 4), "batch", 2) == [] == keep(make([0] * 4), "raw", 2)
+    assert keep(rollouts, raw, group_size=2) == rollouts
+    assert [r.advantage[1] for r in rollouts] == [1, 1, 0, 0, 0, 0]
+    assert keep(make([1] * 4), batch, group_size=2) == [] == keep(make([0] * 4), raw, group_size=2)
 
 
-def test_an_advantage_that_is_not_finite_is_refused():
+def test_advantages_may_be_per_token_and_see_the_records():
+    """One function gives each token its own; a token behind the end of the answer gets none of another's."""
+    model = random_model()
+    rollouts = groups_of(model)
+
+    def by_step(rewards, rollouts):
+        out = torch.zeros(len(rollouts), max(len(r.response) for r in rollouts))
+        for row, r in zip(out, rollouts):
+            row[:r.num_tokens] = torch.tensor(r.step_map[:r.num_tokens]) * (r.reward - 0.5)
+        return out.view(*rewards.shape, -1)
+
+    assert keep(rollouts, method_of(advantage=by_step)) == rollouts
+    for r in rollouts:
+        trained = [step * (r.reward - 0.5) for step in r.step_map[:r.num_tokens]]
+        assert r.advantage == pytest.approx(trained + [0.0] * (len(r.response) - r.num_tokens))
+
+
+def test_an_advantage_that_does_not_fit_is_refused():
     """The textbook's (r - mean) / std is 0 / 0 where all rewards of a group are equal."""
-    textbook = lambda rewards: (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)
     rollouts = [Rollout([1], [2, 3], 2, [1, 2], reward=1.0) for _ in range(4)]
-    with pytest.raises(ValueError, match="some that are not finite"):
-        give_advantages(rollouts, None, plan_of(settings())._replace(advantage=textbook), settings())
+    textbook = lambda rewards: (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)
+    for advantage in (textbook, lambda rewards: rewards[:, :2]):
+        with pytest.raises(ValueError, match="--advantage gives .* for the .1, 4. responses"):
+            keep(rollouts, method_of(advantage=advantage))
 
 
 def test_process_rewards_without_a_value_model_are_refused():
     rollouts = [Rollout([1], [2, 3], 2, [1, 2], reward=1.0, token_rewards=[0.5, 0.5]) for _ in range(4)]
-    with pytest.raises(ValueError, match="--advantage group takes one per response: use --advantage value"):
+    with pytest.raises(ValueError, match="takes one per response: use --advantage value"):
         keep(rollouts)
+    own = lambda rollouts: torch.tensor([[r.token_rewards for r in rollouts]])
+    assert keep(rollouts, method_of(advantage=own)) == rollouts and rollouts[0].advantage == [0.5, 0.5]
 
 
 # --------------------------------------------------------------------------------------------------- the loss
@@ -122,7 +154,7 @@ def test_process_rewards_without_a_value_model_are_refused():
 
 def test_the_loss_is_the_formula():
     logp, old, a = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    loss = policy_loss(logp, targets_of(old, a), 50, 5, clip_eps=0.2, kl_coef=0.3)
+    loss = policy_loss(logp, targets_of(old, a), 50, clip_eps=0.2, kl_coef=0.3)
     total = 0.0
     for x, y, adv in zip(logp.tolist(), old.tolist(), a.tolist()):
         ratio = torch.tensor(x - y).exp().item()
@@ -130,311 +162,153 @@ def test_the_loss_is_the_formula():
     assert loss.item() == pytest.approx(total / 50, rel=1e-5)
 
 
-def test_the_figures_of_the_log_are_what_they_say():
-    logp, old, recorded = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    sums, maxima = tracerl.diagnose(logp, old.abs(), targets_of(old, old)._replace(logp=recorded), 0.2)
-    ratio, gap = (logp - old).exp(), (old - recorded).abs()
+def test_the_numbers_of_the_log_are_what_they_say():
+    logp, old = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    sums, largest = tracerl.diagnose(logp, old.abs(), targets_of(old, old), 0.2)
+    ratio = (logp - old).exp()
     k3 = ratio - 1 - (logp - old)
-    expected = (k3.sum(), ((ratio - 1).abs() > 0.2).sum(), old.abs().sum(), gap.sum())
+    expected = (k3.sum(), ((ratio - 1).abs() > 0.2).sum(), old.abs().sum())
     assert sums.tolist() == pytest.approx([float(x) for x in expected], rel=1e-5)
-    assert maxima.tolist() == pytest.approx([float(ratio.max()), float(gap.max())], rel=1e-5)
-    nothing = targets_of(old[:0], old[:0])
-    assert not any(x.any() for x in tracerl.diagnose(old[:0], old[:0], nothing, 0.2))
+    assert float(largest) == pytest.approx(float(ratio.max()), rel=1e-5)
+    sums, largest = tracerl.diagnose(old[:0], old[:0], targets_of(old[:0], old[:0]), 0.2)
+    assert not sums.any() and not largest
 
 
 def test_losses_of_parts_add_up_to_the_loss_of_the_whole():
     logp, old, a = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
-    whole = policy_loss(logp, targets_of(old, a), 40, 4)
+    whole = policy_loss(logp, targets_of(old, a), 40)
     cuts = [slice(i, i + 7) for i in range(0, 40, 7)]
-    parts = sum(policy_loss(logp[cut], targets_of(old[cut], a[cut]), 40, 4) for cut in cuts)
-    torch.testing.assert_close(whole, parts)
+    torch.testing.assert_close(whole, sum(policy_loss(logp[cut], targets_of(old[cut], a[cut]), 40)
+                                          for cut in cuts))
 
 
 def test_at_ratio_1_the_gradient_is_the_policy_gradient():
     logp = torch.randn(9, requires_grad=True)
     a = torch.randn(9)
-    policy_loss(logp, targets_of(logp.detach(), a), 9, 1, kl_coef=0.5).backward()
+    policy_loss(logp, targets_of(logp.detach(), a), 9, kl_coef=0.5).backward()
     torch.testing.assert_close(logp.grad, -a / 9)
 
 
 def test_beyond_the_clip_there_is_no_gradient_and_k3_is_never_negative():
     logp, a = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True), torch.tensor([1.0, -1, -1, 1])
-    policy_loss(logp, targets_of(torch.zeros(4), a), 4, 1, kl_coef=0.0).backward()
+    policy_loss(logp, targets_of(torch.zeros(4), a), 4, kl_coef=0.0).backward()
     assert (logp.grad != 0).tolist() == [False, False, True, True]
     for x in torch.linspace(-50, 50, 101):
         targets = targets_of(torch.zeros(1), torch.ones(1))
         assert tracerl.diagnose(x[None], torch.zeros(1), targets, 0.2)[0][0] >= 0
-        assert policy_loss(x[None], targets, 1, 1).isfinite()
+        assert policy_loss(x[None], targets, 1).isfinite()
     far = torch.tensor([-12.0], requires_grad=True)  # the KL pulls back however far the policy has gone
-    policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, 1, kl_coef=1.0).backward()
+    policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, kl_coef=1.0).backward()
     assert far.grad.item() == pytest.approx(-1, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------- the update
+# --------------------------------------------------------------------------------- what a loss of one's own gets
 
 
-def one_update(model, kept, lr=0.1, loss=policy_loss, **changes):
-    """Steps 4 and 5 -> the figures, the weights, and the batches."""
-    args = settings(**changes)
-    trainers = Trainers(model, torch.optim.SGD(model.parameters(), lr=lr), None, None)
-    plan = plan_of(args, trainers, loss)._replace(lr=lr)
-    batches = tracerl.make_batches(kept, trainers, plan, args, 1)
-    tracerl.old_logprobs(model, batches, plan, args)
-    metrics = tracerl.learn(trainers, batches, plan, args)
-    return metrics, torch.cat([p.detach().flatten() for p in model.parameters()]), batches
-
-
-def test_the_first_update_has_ratio_1_and_no_gap():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", COMPUTES)
+def test_the_entropy_given_to_a_loss_has_its_gradient(name, temperature):
+    """Against autograd through log_softmax at every target's own state, alone and beside a log-probability."""
     model = random_model()
-    kept = keep(rollouts_with_rewards(model))
-    metrics, _, _ = one_update(model, kept)
-    assert metrics["ratio_max"] == 1 and metrics["kl"] == 0 and metrics["clip_fraction"] == 0
-    assert metrics["gap_max"] < 1e-4 and metrics["trained_tokens"] == sum(r.num_tokens for r in kept)
+    rollouts = groups_of(model, 1)
+    rows = all_rows(rollouts, model.config, trained_only=True)
+    weight = torch.randn(2, len(rows.targets.token), generator=torch.Generator().manual_seed(0))
+    logp, entropy = rollout.forward_rows(model, rows, COMPUTES[name], temperature)
+    states = rollout.states_at(model, rows, PLAIN)
+    logits = states @ model.head.weight.T / temperature
+    logits[:, model.config.mask_id] = -1e9
+    every = logits.log_softmax(-1)  # (N, V)
+    slow_logp = every.gather(-1, rows.targets.token[:, None])[:, 0]
+    slow_entropy = -(every.exp() * every).sum(-1)
+    torch.testing.assert_close(entropy, slow_entropy, atol=1e-5, rtol=1e-5)
+    for w in ((0, 1), (1, 1)):
+        ours, theirs = (torch.autograd.grad((w[0] * weight[0] * x + w[1] * weight[1] * h).sum(),
+                                            list(model.parameters()), retain_graph=True)
+                        for x, h in ((logp, entropy), (slow_logp, slow_entropy)))
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, atol=1e-5 * float(q.abs().max() + 1), rtol=1e-4)
 
 
+def test_a_function_gets_by_name_what_it_declares():
+    """Each of the loss's numbers is that of the whole update, and the views and the reward get theirs."""
+    model = random_model()
+    kept = keep(groups_of(model))
+    got = {}
+
+    def loss(entropy, num_groups, targets, num_responses, logp, num_tokens, kl_coef, mine=7):
+        got.update(loss=(num_tokens, num_responses, num_groups, kl_coef, mine))
+        assert len(entropy) == len(logp) == len(targets.step) and entropy.requires_grad and logp.requires_grad
+        return -(targets.advantage * logp).sum() / num_tokens
+
+    def views(block, rollout, rng, shrink):
+        got.update(views=(shrink, rng.random() < 1, block[0] < len(rollout.response)))
+        return [(block, block)]
+
+    one_update(model, kept, method_of(loss=loss, views=views), kl_coef=0.3, shrink=2)
+    num_tokens = sum(r.num_tokens for r in kept)
+    assert got == dict(loss=(num_tokens, len(kept), len({r.group for r in kept}), 0.3, 7), views=(2, True, True))
+    assert flags.call(lambda **more: sorted(more), a=1, b=2) == ["a", "b"]  # **more takes all there is
+
+
+@pytest.mark.parametrize("plug_in", [
+    dict(loss=lambda logp, rewards: logp.sum()), dict(views=lambda block, steps: [(block, block)])])
+def test_an_unknown_parameter_is_a_clear_error(plug_in):
+    model = random_model()
+    kept = keep(groups_of(model))
+    name = "rewards" if "loss" in plug_in else "steps"
+    with pytest.raises(ValueError, match=f"asks for {name}, which it cannot be given: there are "):
+        one_update(model, kept, method_of(**plug_in))
+    with pytest.raises(ValueError, match="asks for targets, .* there are rewards, rollouts"):
+        keep(kept, method_of(advantage=lambda rewards, targets: rewards))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["sdar", "llada"])
-def test_the_gradient_does_not_depend_on_micro_batches(kind):
-    results = []
-    for tokens in (1, 100, 100_000):
-        model = random_model(kind)
-        kept = keep(rollouts_with_rewards(model))
-        results.append(one_update(model, kept, tokens_per_micro_batch=tokens))
-    for metrics, weights, _ in results[1:]:
-        torch.testing.assert_close(weights, results[0][1], atol=1e-6, rtol=1e-5)
-        for name, number in metrics.items():
-            assert number == pytest.approx(results[0][0][name], rel=1e-4, abs=2e-6), name
-
-
-def test_the_clip_acts_on_the_gradient_of_the_whole_update():
-    """With a bound below the norm, the step is lr * bound long, however small the micro-batches are."""
-    for tokens in (1, 100_000):
-        model = random_model()
-        start = torch.cat([p.detach().flatten() for p in model.parameters()])
-        kept = keep(rollouts_with_rewards(model))
-        metrics, weights, _ = one_update(model, kept, tokens_per_micro_batch=tokens, max_grad_norm=0.05)
-        assert metrics["gradient_norm"] > 0.1
-        assert (weights - start).norm().item() == pytest.approx(0.1 * 0.05, rel=1e-3)
-
-
-def test_later_updates_use_the_start_of_step_policy():
-    """Two epochs: logp_old is replayed before the first update, and equals the recorded log-probabilities."""
-    model = random_model()
-    kept = keep(rollouts_with_rewards(model))
-    metrics, _, batches = one_update(model, kept, epochs=2, minibatches=2)
-    assert metrics["ratio_max"] > 1.001 and metrics["gap_max"] < 1e-4 and len(batches) == 2
-    for rows in [rows for batch in batches for rows in batch.rows]:
-        torch.testing.assert_close(rows.targets.logp_old, rows.targets.logp, atol=1e-4, rtol=0)
-
-
-def test_every_kept_rollout_is_trained_once_per_epoch():
-    groups = [[Rollout([g + 3], [i + 3], 1, [1]) for i in range(4)] for g in range(7)]
-    args, trainers = settings(minibatches=3), Trainers(random_model(), None, None, None)
-    deal = lambda kept: tracerl.make_batches(kept, trainers, plan_of(args, trainers), args, 5)
-    batches = [batch.rollouts for batch in deal(sum(groups, []))]
-    assert len(batches) == 3 and sorted((r.prompt[0], r.response[0]) for b in batches for r in b) == [
-        (g + 3, i + 3) for g in range(7) for i in range(4)]
-    assert all(len({r.response[0] for r in b if r.prompt == [g + 3]}) in (0, 4)
-               for b in batches for g in range(7))
-    assert len(deal(groups[0])) == 1 and deal([]) == []
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    model = random_model()
-    kept = keep(rollouts_with_rewards(model))
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    kept[0].advantage = [float("nan")] * len(kept[0].response)
-    metrics, weights, _ = one_update(model, kept)
-    assert torch.equal(start, weights) and metrics["skipped_updates"] == 1
-
-
-def test_an_update_raises_the_probability_of_what_was_rewarded():
-    model = random_model()
-    kept = keep(rollouts_with_rewards(model))
-    total = lambda: sum(logp[:r.num_tokens].sum().item() * r.advantage[0]
-                        for r, logp in zip(kept, rollout.replay(model, kept)))
-    before = total()
-    one_update(model, kept, lr=0.003)
-    assert total() > before
-
-
-def test_larger_blocks_are_learnt_by_imitation_in_both_sizes_then_by_tracerl():
-    model = random_model(block_size=8)
-    trainers = Trainers(model, None, None, None)
-    args = settings(rollout_block_size=4, adapt_steps=10, adapt_lr=0.5, lr=0.1, warmup=2)
-    early, late = (plan_of(args, trainers, step=step) for step in (10, 11))
-    assert early.block_sizes == (8, 4) and early.rollout_block_size == 4 and early.lr == 0.5
-    assert late.block_sizes == (8,) and late.rollout_block_size == 8 and late.lr == 0.05
-    rollouts = rollouts_with_rewards(model, block_size=4)
-    kept, _ = give_advantages(rollouts, None, early, args)
-    assert kept == rollouts and all(set(r.advantage) == {r.reward} for r in kept)
-    batch, = tracerl.make_batches(kept, trainers, early, args, 10)
-    views = torch.cat([rows.layout.view.flatten() for rows in batch.rows])
-    position = torch.cat([rows.layout.position.flatten() for rows in batch.rows])
-    assert len(batch.rows) == 2 and (views[position > 0] > 0).any()
-    full = Trainers(random_model("llada", block_size=8), None, None, None)
-    assert plan_of(args, full, step=10).rollout_block_size == 4
-    early, late = plan_of(args, full, step=10), plan_of(args, full)
-    assert early._replace(rollout_block_size=8) == late
-
-
-def test_a_broken_replay_law_stops_a_float32_run():
-    args = settings()
-    show.check_gap(dict(gap=1e-6, gap_max=2e-4), args, {})
-    for line in (dict(gap=1e-3, gap_max=2e-3), dict(gap=1e-5, gap_max=0.1),
-                 dict(gap=float("nan"), gap_max=float("nan"))):
-        with pytest.raises(RuntimeError, match="replay law"):
-            show.check_gap(line, args, {})
-        show.check_gap(line, settings(cache="dual"), {})  # an approximation, said at the start
-
-
-def test_a_wide_gap_in_bfloat16_is_said_and_stops_a_run_in_the_third_step(capsys):
-    args, progress = settings(dtype="bfloat16"), {}
-    wide, narrow = dict(gap=0.2, gap_max=1.0), dict(gap=0.01, gap_max=0.5)
-    for line in (wide, wide, narrow, wide, wide):
-        show.check_gap(line, args, progress)
-    assert capsys.readouterr().out.count("WARNING: the replay law is broken") == 4
-    with pytest.raises(RuntimeError, match="replay law"):
-        show.check_gap(wide, args, progress)
-    show.check_gap(wide, settings(dtype="bfloat16", max_gap=0.3), {})
-
-
-@pytest.mark.parametrize("kind", ["sdar", "llada"])
-def test_the_self_check_passes_and_finds_what_does_not_replay(kind, monkeypatch, capsys):
-    model, args = random_model(kind), settings()
-    tracerl.self_check(model, args)
-    assert "self-check" in capsys.readouterr().out
-    other = random_model(kind, seed=1)
-    monkeypatch.setattr(rollout, "replay", lambda model, *more, **settings: replay(other, *more, **settings))
-    with pytest.raises(RuntimeError, match="replay law"):
-        tracerl.self_check(model, args)
-
-
-def test_truncated_importance_weighs_every_token_by_what_decoding_recorded():
-    """The gradient with weights is that of advantages multiplied by them, at most by 2."""
-    model = random_model()
-    rollouts = rollouts_with_rewards(model)
-    kept, _ = give_advantages(rollouts, None, plan_of(settings()), settings())
-    for r in kept:
-        shift = [(j % 4 - 1) * 0.4 for j in range(len(r.logp))]  # as if decoding had rounded so
-        r.logp = [x - s for x, s in zip(r.logp, shift)]
-        r.token_rewards = [min(2.0, math.exp(s)) for s in shift]  # what the weights should be
-    plain = model_gradient(model, kept, settings(importance="truncated"))
-    for r in kept:
-        r.advantage = [a * w for a, w in zip(r.advantage, r.token_rewards)]
-    weighted = model_gradient(model, kept, settings())
-    for ours, theirs in zip(plain, weighted):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
-
-
-def test_what_is_asked_of_the_policy_is_asked_of_the_value_model():
-    tiny = str(FIXTURES / "tiny")
-    args = tracerl.parse_args([f"--model={tiny}", "--train_data=a", "--eval_data=b", "--advantage=value"])
-    trainers, _ = tracerl.load_start(args)
-    for layers in (trainers.model.layers, trainers.critic.backbone.layers):
-        assert all(layer.has_gradient_checkpointing for layer in layers)  # the default with --model
-    assert not trainers.critic.value_head.weight.any()
-    with pytest.raises(ValueError, match="--importance truncated needs --views trace and --shrink 1"):
-        tracerl.load_start(settings(importance="truncated", shrink=2, model=tiny))
-
-
-def model_gradient(model, kept, args):
-    """The gradient of one update, which moves nothing."""
-    gradients = []
-
-    def keep(model, optimizer, max_norm):
-        gradients.extend(p.grad.clone() for p in model.parameters())
-        model.zero_grad()
-        return 1.0, True
-
-    trainers = Trainers(model, None, None, None)
-    batch, = tracerl.make_batches(kept, trainers, plan_of(args), args, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "optimizer_step", keep)
-        tracerl.update(model, None, batch, policy_loss, True, args)
-    return gradients
-
-
-def test_random_masks_are_theirs_alone_and_coupled_ones_make_every_token_a_target_once():
-    model = random_model()
-    rollouts = rollouts_with_rewards(model)
-    random, coupled = (all_rows(rollouts, model.config, views=rollout.VIEWS[name])
-                       for name in ("random", "coupled"))
-    assert sorted(seen(coupled)) == [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.response))]
-    assert 0.3 < len(seen(random)) / len(seen(coupled)) < 0.7
-    alone = all_rows(rollouts[5:6], model.config, views=rollout.random_views)
-    assert [j for n, j in seen(random) if n == 5] == [j for _, j in seen(alone)]
-
-
-@pytest.mark.parametrize("views", ["random", "coupled"])
-def test_the_baselines_go_through_the_same_update(views):
-    results = []
-    for tokens in (1, 100_000):
-        model = random_model()
-        kept = keep(rollouts_with_rewards(model))
-        results.append(one_update(model, kept, views=views, minibatches=2, tokens_per_micro_batch=tokens))
-    assert results[0][0]["trained_tokens"] == results[1][0]["trained_tokens"] > 0
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-5)
-
-
-def test_a_value_model_learns_the_returns_and_the_policy_waits_for_its_warm_up():
-    model = random_model()
-    critic, args = value.ValueModel(model), settings(advantage="value", value_warmup=30)
-    optimizers = [torch.optim.Adam(m.parameters(), lr=3e-3) for m in (model, critic)]
-    trainers = Trainers(model, optimizers[0], critic, optimizers[1])
-    start = [p.clone() for p in model.parameters()]
-    rollouts = rollouts_with_rewards(model)
-
-    def one_step(step):
-        plan = plan_of(args, trainers, step=step)
-        kept, line = give_advantages(rollouts, critic, plan, args)
-        batches = tracerl.make_batches(kept, trainers, plan, args, 1)
-        assert kept == rollouts and plan.updates_policy == (step > 30)
-        return line | tracerl.learn(trainers, batches, plan, args)
-
-    lines = [one_step(step) for step in range(1, 31)]
-    assert lines[0]["explained_variance"] == 0 and lines[-1]["explained_variance"] > 0.5
-    assert lines[-1]["value_loss"] < 0.3 * lines[0]["value_loss"] and "ratio_max" not in lines[-1]
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
-    for r in rollouts:  # gamma = lambda = 1: the return is the reward, the advantage what the value missed
-        assert r.returns[:r.num_tokens] == pytest.approx([r.reward] * r.num_tokens)
-        assert r.advantage[:r.num_tokens] == pytest.approx(
-            [r.reward - v for v in r.value_old[:r.num_tokens]], abs=1e-5)
-    assert one_step(31)["ratio_max"] == 1
-    assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
-
-
-@pytest.mark.parametrize("post_num", [0, 3])
-def test_process_rewards_are_what_is_returned(post_num):
-    model = random_model()
-    rollouts = rollouts_with_rewards(model, num_groups=1)
-    for i, r in enumerate(rollouts):  # each token's own, and not their sum at the end once more
-        r.token_rewards = [float((i + j) % 2) for j in range(r.num_tokens)]
-        r.reward = sum(r.token_rewards)
-    args = settings(post_num=post_num, advantage="value")
-    critic = value.ValueModel(model)
-    give_advantages(rollouts, critic, plan_of(args, Trainers(model, None, critic, None)), args)
+def test_a_loss_that_asks_for_groups_sees_them_whole(kind, number, monkeypatch):
+    """Where a group fits into a micro-batch, and on however many processes."""
+    model = random_model(kind)
+    rollouts = groups_of(model, 4)
     for r in rollouts:
-        steps = sorted(set(r.step_map[:r.num_tokens + post_num]))
-        places = [[j for j in range(min(r.num_tokens + post_num, len(r.response))) if r.step_map[j] == t]
-                  for t in steps]
-        rewards = r.token_rewards + [0.0] * len(r.response)
-        later = sum(fmean(rewards[j] for j in at) for at in places[1:])
-        assert [r.returns[j] for j in places[0]] == pytest.approx([rewards[j] + later for j in places[0]])
+        r.advantage = [1.0] * len(r.response)
+    sizes = {r.group: 0 for r in rollouts}  # trained tokens of each group
+    for r in rollouts:
+        sizes[r.group] += r.num_tokens
+    met = []
+
+    def watch(logp, targets, num_groups):
+        for group in targets.group.unique().tolist():
+            met.append(group)
+            assert (targets.group == group).sum() == sizes[group], "a part of a group"
+        assert num_groups == 4
+        return logp.sum()
+
+    for rank in range(number):
+        monkeypatch.setattr(parallel, "deal", lambda items: items[rank::number])
+        for max_tokens in (2000, 100_000):
+            met.clear()
+            method = method_of(loss=watch, compute=FAST._replace(max_tokens=max_tokens))
+            batch = tracerl.make_batch(learners_of(model), list(by_group(rollouts)), method, recipe_of())
+            tracerl.update(learners_of(model).policy, batch, method, True, recipe_of())
+            assert len(met) == len(set(met)) == len(range(rank, 4, number))
 
 
-# -------------------------------------------------------------------------------------------------- plug-ins
+def by_group(rollouts):
+    """Lists of the responses to one prompt."""
+    for group in sorted({r.group for r in rollouts}):
+        yield [r for r in rollouts if r.group == group]
 
 
 REWARDS = """
 import numpy, torch
 def short(problem, text, tokens): return -len(tokens)
 def each(problem, text, tokens): return [0.5] * len(tokens)
-def record(problem, text, tokens, rollout): return torch.tensor(float(max(rollout.step_map)))
-def numpys(problem, text, tokens): return numpy.float32(0.25)
+def record(rollout): return torch.tensor(float(max(rollout.step_map)))
+def numpys(text): return numpy.float32(0.25)
 def few(problem, text, tokens): return [1.0]
-def nan(problem, text, tokens): return float("nan")
-def word(problem, text, tokens): return "good"
-def none(problem, text, tokens): return None
+def nan(problem): return float("nan")
+def word(problem): return "good"
+def none(problem): return None
+def unknown(problem, answer): return 1.0
 """
 
 
@@ -443,68 +317,232 @@ def test_a_reward_function_gives_one_number_or_one_per_token(tmp_path):
     rollouts, problems = [Rollout([3], [4, 5, 1, 1], 3, [1, 2, 3, 4])], [eval_math.Problem("1+1=", "")]
 
     def rewarded(name):
-        function = runs.load_function(f"{tmp_path}/mine.py:{name}", {}, "--reward")
-        eval_math.give_rewards(rollouts, problems, sft.tiny_tokenizer(), function)
+        function = flags.load_function(f"{tmp_path}/mine.py:{name}", {}, "--reward")
+        eval_math.give_rewards(rollouts, problems, tiny.tiny_tokenizer(), function)
         return rollouts[0].reward, rollouts[0].token_rewards
 
     assert rewarded("short") == (-3, []) and rewarded("each") == (1.5, [0.5] * 3)
     assert rewarded("record") == (4.0, []) and rewarded("numpys") == (0.25, [])
     for name, message in (("few", "1 numbers for 3 tokens"),
-                          ("nan", "gave nan for '1.1=': a reward is a finite number"), 
-                          ("word", "gave 'good'"), ("none", "gave None")):
+                          ("nan", "gave nan for '1.1=': a reward is a finite number"),
+                          ("word", "gave 'good'"), ("none", "gave None"),
+                          ("unknown", "unknown asks for answer, .* there are problem, text, tokens, rollout")):
         with pytest.raises(ValueError, match=message):
             rewarded(name)
     for spec, message in (("nowhere.py:f", "no file 'nowhere.py'"),
                           (f"{tmp_path}/mine.py:g", "no function 'g'"),
                           ("best", "no file 'best'; give file.py:function, or one of math")):
         with pytest.raises(ValueError, match=message):
-            runs.load_function(spec, dict(math=None), "--reward")
+            flags.load_function(spec, dict(math=None), "--reward")
 
 
-def test_a_sequence_ratio_sees_whole_responses():
-    """GSPO by hand, and the same gradient however the rows are cut."""
-    logp, old = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    owner = torch.tensor([5, 5, 9, 9, 9, 2, 2])
-    advantage = torch.tensor([1.0, 1, -2, -2, -2, 0.5, 0.5])
-    total = 0.0
-    for n, A in ((5, 1.0), (9, -2.0), (2, 0.5)):
-        ratio = (logp - old)[owner == n].mean().exp()
-        total -= torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
-    ours = forks.sequence_ratio(logp, targets_of(old, advantage, owner), 7, 3, 0.2, 0.0)
-    torch.testing.assert_close(ours, total / 3)
-    weights = []
-    for tokens in (300, 100_000):
-        model = random_model("llada")
-        kept = keep(rollouts_with_rewards(model))
-        metrics, after, _ = one_update(model, kept, loss=forks.sequence_ratio, tokens_per_micro_batch=tokens)
-        assert metrics["skipped_updates"] == 0
-        weights.append(after)
-    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
+# ------------------------------------------------------------------------------------------------- the update
 
 
-def test_forks_are_what_their_papers_say():
+def test_the_first_update_has_ratio_1_and_no_gap():
+    model = random_model()
+    kept = keep(groups_of(model))
+    line, _, _ = one_update(model, kept)
+    assert line["ratio_max"] == 1 and line["kl"] == 0 and line["clip_fraction"] == 0
+    assert line["gap_max"] < 1e-4 and line["trained_tokens"] == sum(r.num_tokens for r in kept)
 
-    rewards = torch.tensor([[1.0, 0, 0, 1], [0.5, 0.5, 0.5, 0.5]])
-    assert forks.centered(rewards).tolist() == [[0.5, -0.5, -0.5, 0.5], [0] * 4]
-    weights = forks.softmax_weights(rewards)
-    assert weights.sum(-1).tolist() == pytest.approx([0, 0], abs=1e-6) and not weights[1].any()
-    logp, zero = torch.tensor([0.25, 0.25]), torch.zeros(2)
-    targets = targets_of(zero, torch.tensor([1.0, -1.0]))
-    ratio = 2.718281828**0.25  # 1.284: above 1.28
-    assert forks.clip_higher(logp, targets, 1, 1, 0.2, 0).item() == pytest.approx(-1.28 + ratio, abs=1e-6)
-    constant = forks.constant_length(logp, targets, 7, 2, 0.2, 0).item()
-    assert constant == pytest.approx((-1.2 + ratio) / 40, abs=1e-6)
-    assert forks.ratio_free(logp, targets, 4, 1, 0, 0).item() == pytest.approx(0)
-    r = Rollout([3], [5, 6, 7, 8], 4, [1, 3, 1, 2])
-    assert forks.fully_masked(r, [0, 1, 2, 3], 1, None) == [([0, 1, 2, 3], [0, 1, 2, 3])]
-    chosen = forks.some_steps(r, [0, 1, 2, 3], 1, random.Random(1))
-    assert 0 < len(chosen) < 3 and all(view in rollout.trace_views(r, [0, 1, 2, 3], 1) for view in chosen)
+
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+def test_the_gradient_does_not_depend_on_micro_batches_nor_on_the_twins(kind, unclipped):
+    cases = [PLAIN._replace(max_tokens=100_000)]
+    cases += [compute._replace(max_tokens=tokens) for compute in COMPUTES.values() for tokens in (1, 100)]
+    cases += [FAST._replace(max_tokens=1000, is_packed=True)]
+    results = []
+    for compute in cases:
+        model = random_model(kind)
+        kept = keep(groups_of(model, 2))
+        results.append(one_update(model, kept, method_of(compute=compute)))
+    for line, weights, _ in results[1:]:
+        torch.testing.assert_close(weights, results[0][1], atol=1e-6, rtol=1e-5)
+        for name, number in line.items():
+            assert number == pytest.approx(results[0][0][name], rel=1e-4, abs=2e-6), name
+
+
+@pytest.mark.parametrize("views", ["random", "coupled"])
+def test_the_baselines_go_through_the_same_update(views, unclipped):
+    results = []
+    for tokens in (1, 100_000):
+        model = random_model()
+        method = method_of(views=rollout.VIEWS[views], compute=FAST._replace(max_tokens=tokens))
+        results.append(one_update(model, keep(groups_of(model)), method, minibatches=2))
+    assert results[0][0]["trained_tokens"] == results[1][0]["trained_tokens"] > 0
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-5)
+
+
+def test_the_clip_acts_on_the_gradient_of_the_whole_update(monkeypatch):
+    """With a bound below the norm, the step is lr * bound long, however small the micro-batches are."""
+    monkeypatch.setattr(
+        parallel, "optimizer_step", functools.partial(parallel.optimizer_step, max_grad_norm=0.05))
+    for tokens in (1, 100_000):
+        model = random_model()
+        start = flat(model)
+        kept = keep(groups_of(model))
+        line, weights, _ = one_update(model, kept, method_of(compute=FAST._replace(max_tokens=tokens)))
+        assert line["gradient_norm"] > 0.1
+        assert (weights - start).norm().item() == pytest.approx(0.1 * 0.05, rel=1e-3)
+
+
+def test_later_updates_use_the_start_of_step_policy(unclipped):
+    """Two epochs: logp_old is replayed before the first update, and equals the recorded log-probabilities."""
+    model = random_model()
+    kept = keep(groups_of(model))
+    line, _, batches = one_update(model, kept, epochs=2, minibatches=2)
+    assert line["ratio_max"] > 1.001 and line["gap_max"] < 1e-4 and len(batches) == 2
+    for rows in [rows for batch in batches for rows in batch.rows]:
+        torch.testing.assert_close(rows.targets.logp_old, rows.targets.logp, atol=1e-4, rtol=0)
+
+
+def test_every_kept_rollout_is_trained_once_per_epoch_and_groups_stay_together(monkeypatch):
+    groups = [[Rollout([g + 3], [i + 3], 1, [1], group=g) for i in range(4)] for g in range(7)]
+    monkeypatch.setattr(tracerl, "make_batch", lambda learners, groups, method, recipe: groups)
+    monkeypatch.setattr(rollout, "replay_gap", lambda *more: dict(gap=0.0, gap_max=0.0))
+
+    def batches(kept, step):
+        learners = learners_of(random_model())._replace(value=True)  # in its head start nothing is replayed
+        recipe = recipe_of(minibatches=3, value_warmup=99)
+        return tracerl.old_logprobs(learners, kept, kept, method_of(), recipe, step)[0]
+
+    found = batches(sum(groups, []), 5)
+    assert sorted(map(len, found)) == [2, 2, 3]
+    assert sorted(group[0].group for batch in found for group in batch) == list(range(7))
+    assert all(group == groups[group[0].group] for batch in found for group in batch)
+    assert found == batches(sum(groups, []), 5) != batches(sum(groups, []), 6)
+    assert len(batches(groups[0], 5)) == 1 and batches([], 5) == []
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = random_model()
+    kept = keep(groups_of(model))
+    start = flat(model)
+    kept[0].advantage = [float("nan")] * len(kept[0].response)
+    line, weights, _ = one_update(model, kept)
+    assert torch.equal(start, weights) and line["skipped_updates"] == 1
+
+
+def test_an_update_raises_the_probability_of_what_was_rewarded(unclipped):
+    model = random_model()
+    kept = keep(groups_of(model))
+    total = lambda: sum(logp[:r.num_tokens].sum().item() * r.advantage[0]
+                        for r, logp in zip(kept, rollout.replay(model, kept)))
+    before = total()
+    line, _, _ = one_update(model, kept, lr=0.003)
+    assert total() > before
+    assert line["ratio_max"] == 1 != line["drift_ratio_max"] and line["kl"] == 0 < line["drift_kl"]
+
+
+def test_random_masks_are_theirs_alone_and_coupled_ones_make_every_token_a_target_once():
+    model = random_model()
+    rollouts = groups_of(model)
+    random, coupled = (all_rows(rollouts, model.config, views=rollout.VIEWS[name])
+                       for name in ("random", "coupled"))
+    assert sorted(seen(coupled)) == [(n, i) for n, r in enumerate(rollouts) for i in range(len(r.response))]
+    assert 0.3 < len(seen(random)) / len(seen(coupled)) < 0.7
+    alone = all_rows(rollouts[5:6], model.config, views=rollout.random_views)
+    assert [j for n, j in seen(random) if n == 5] == [j for _, j in seen(alone)]
+
+
+# ------------------------------------------------------------------------------------------------- the replay law
+
+
+def test_a_broken_replay_law_stops_a_float32_run():
+    ReplayLaw(True).enforce(gap=1e-6, gap_max=2e-4)
+    for gap in (dict(gap=1e-3, gap_max=2e-3), dict(gap=1e-5, gap_max=0.1),
+                dict(gap=float("nan"), gap_max=float("nan"))):
+        with pytest.raises(RuntimeError, match="replay law"):
+            ReplayLaw(True).enforce(**gap)
+    ReplayLaw(True, temperature=0.1).enforce(gap=5e-4, gap_max=5e-3)  # logits are ten times as large
+    with pytest.raises(RuntimeError, match="replay law"):
+        ReplayLaw(True, temperature=2.0).enforce(gap=2e-4, gap_max=2e-4)  # but rounding does not shrink
+    ReplayLaw(True, max_gap=0.01).enforce(gap=1e-3, gap_max=2e-3)
+
+
+def test_a_wide_gap_in_bfloat16_is_said_and_stops_a_run_in_the_third_step(capsys):
+    law = ReplayLaw(False)
+    wide, narrow = dict(gap=0.2, gap_max=1.0), dict(gap=0.01, gap_max=9.0)
+    for gap in (wide, wide, narrow, wide, wide):
+        law.enforce(**gap)
+    assert capsys.readouterr().out.count("WARNING: the replay law is broken") == 4
+    with pytest.raises(RuntimeError, match="replay law"):
+        law.enforce(**wide)
+    ReplayLaw(False, max_gap=0.3).enforce(**wide)
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+def test_the_self_check_passes_and_finds_what_does_not_replay(kind, monkeypatch, capsys):
+    model, other = random_model(kind), random_model(kind, seed=1)
+    machine.self_check(model, method_of())
+    assert "self-check" in capsys.readouterr().out
+    replay = rollout.replay
+    monkeypatch.setattr(rollout, "replay", lambda model, *more, **settings: replay(other, *more, **settings))
+    with pytest.raises(RuntimeError, match="replay law"):
+        machine.self_check(model, method_of())
+    with pytest.raises(RuntimeError, match="replay law"):  # and so does every step, before it is trained on
+        one_update(model, keep(groups_of(model)))
+
+
+# ------------------------------------------------------------------------------------------------ the value model
+
+
+def test_a_value_model_learns_the_returns_and_the_policy_waits_for_its_head_start():
+    model = random_model()
+    models = (model, value.ValueModel(model))
+    learners = Learners(*(parallel.Learner(m, torch.optim.Adam(m.parameters(), lr=3e-3)) for m in models))
+    recipe = recipe_of(lr=3e-3, value_warmup=30, value_clip=None)
+    start = flat(model)
+    rollouts = groups_of(model)
+
+    def one_step(step):
+        kept, line = give_advantages(rollouts, learners.value, method_of(), recipe)
+        assert kept == rollouts and line["kept_groups"] == 3
+        batches, _ = tracerl.old_logprobs(learners, rollouts, kept, method_of(), recipe, step)
+        return line | tracerl.learn(learners, batches, rollouts, method_of(), recipe, step)
+
+    lines = [one_step(step) for step in range(1, 31)]
+    assert lines[0]["explained_variance"] == 0 and lines[-1]["explained_variance"] > 0.5
+    assert lines[-1]["value_loss"] < 0.3 * lines[0]["value_loss"] and "ratio_max" not in lines[-1]
+    assert torch.equal(flat(model), start)
+    for r in rollouts:  # gamma = lambda = 1: the return is the reward, the advantage what the value missed
+        assert r.returns[:r.num_tokens] == pytest.approx([r.reward] * r.num_tokens)
+        assert r.advantage[:r.num_tokens] == pytest.approx(
+            [r.reward - v for v in r.value_old[:r.num_tokens]], abs=1e-5)
+    assert one_step(31)["ratio_max"] == 1
+    assert not torch.equal(flat(model), start)
+
+
+def test_process_rewards_are_what_is_returned():
+    model = random_model()
+    rollouts = groups_of(model, 1)
+    for i, r in enumerate(rollouts):  # each token's own, and not their sum at the end once more
+        r.token_rewards = [float((i + j) % 2) for j in range(r.num_tokens)]
+        r.reward = sum(r.token_rewards)
+    give_advantages(rollouts, parallel.Learner(value.ValueModel(model), None), method_of(), recipe_of())
+    for r in rollouts:
+        steps = sorted(set(r.step_map[:r.num_tokens]))
+        places = [[j for j in range(r.num_tokens) if r.step_map[j] == t] for t in steps]
+        later = sum(fmean(r.token_rewards[j] for j in at) for at in places[1:])
+        assert [r.returns[j] for j in places[0]] == pytest.approx(
+            [r.token_rewards[j] + later for j in places[0]])
+
+
+def test_what_is_asked_of_the_policy_is_asked_of_the_value_model():
+    args = tracerl.parse_args(["--advantage=value", "--gradient_checkpointing"])
+    args.model = str(FIXTURES / "tiny")
+    learners, _ = tracerl.load_start(args)
+    for layers in (learners.policy.model.layers, learners.value.model.backbone.layers):
+        assert all(layer.has_gradient_checkpointing for layer in layers)
+    assert not learners.value.model.value_head.weight.any() and learners.pairs() == list(learners)
 
 
 # --------------------------------------------------------------------------------------- the authors' numbers
 
 
 def authors_case(stem, name):
+    """A case of the fixtures: its settings, tensors, model and rollouts."""
     case = next(c for c in fixture_cases(f"{stem}_tracerl") if c["id"] == name)
     data = fixture_tensors(f"{stem}_tracerl_{name}")
     model, _ = checkpoints.load_model(FIXTURES / "authors" / stem, block_size=case.get("block_size"))
@@ -530,24 +568,24 @@ def only(rows, keys):
     return Rows(rows.tokens, rows.layout, Targets(*(t[pick] for t in rows.targets)))
 
 
+@pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("name", ["aligned_b4", "aligned_b4_clamp", "aligned_b4_advmatrix",
-                                  "aligned_b4_shrink2", "aligned_b8_shrink3", "rightpad_b4_postnum1"])
-def test_the_block_loss_and_gradient_are_the_authors(name, authors_policy):
+                                  "aligned_b4_shrink2", "aligned_b8_shrink3"])
+def test_the_block_loss_and_gradient_are_the_authors(name, compute, authors_policy):
     """Theirs: the sum is divided by rows and padded length L1 (ours: trained tokens), and the KL is
     exp(-d) - 1 + d (ours: exp(d) - 1 - d), so the KL part is written out here; the policy part and all
     log-probabilities are ours."""
     case, data, model, rollouts = authors_case("sdar", name)
-    # their pads are visible tokens of the trace; the first post_num of each row are trained
-    for r in rollouts:
+    for r in rollouts:  # their pads are visible tokens of the trace
         pad = case["L1"] - len(r.response)
         r.response, r.step_map = r.response + [2] * pad, r.step_map + [max(r.step_map) + 1] * pad
     where = fixture_rows(case, data, case["row_to_response"])
     rows = only(all_rows(rollouts, model.config, shrink=case["shrink"]), where)
-    logp, _ = rollout.forward_rows(model, rows)
+    logp, _ = rollout.forward_rows(model, rows, authors_compute(compute))
     old, advantage = (at_token(where, rows, data[name], case["L0"]) for name in ("logp_old", "adv"))
     scale = case["n_rows"] * case["L1"]
     targets = rows.targets._replace(logp_old=old, advantage=advantage)
-    policy = policy_loss(logp, targets, scale, 1, clip_eps=case["eps"], kl_coef=0.0)
+    policy = policy_loss(logp, targets, scale, clip_eps=case["eps"], kl_coef=0.0)
     d = (logp - old).clamp(-10, 10)
     loss = policy + case["beta"] * ((-d).exp() - 1 + (logp - old)).sum() / scale
     loss.backward()
@@ -555,6 +593,11 @@ def test_the_block_loss_and_gradient_are_the_authors(name, authors_policy):
     assert policy.item() == pytest.approx(case["policy_loss"], abs=1e-5)
     assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
     compare_gradients(model, case, data)
+
+
+def authors_compute(name):
+    """The definitions or the twins, for the authors' policy, which may also say "mask"."""
+    return COMPUTES[name] if name == "plain" else FAST._replace(logprobs=PLAIN.logprobs)
 
 
 @pytest.mark.parametrize("stem, name", [
@@ -566,13 +609,13 @@ def test_the_full_attention_loss_and_gradient_are_the_authors(stem, name, author
     where = fixture_rows(
         case, data, [n for n, count in enumerate(counts) for _ in range(-(-count // case["shrink"]))])
     rows = all_rows(rollouts, model.config, shrink=case["shrink"])
-    logp, _ = rollout.forward_rows(model, rows)
+    logp, _ = rollout.forward_rows(model, rows, PLAIN)
     old = at_token(where, rows, data["logp_old"], case["L0"] - (stem == "dream"))
     reward, at_row = (at_token(where, rows, table, 0)
                       for table in (data["row_reward"], torch.arange(case["n_rows"])))
     per_row = torch.bincount(at_row, minlength=case["n_rows"])[at_row]
     policy = sum(policy_loss(logp[at_row == row], targets_of(old[at_row == row], reward[at_row == row]),
-                             per_row[at_row == row][0] * case["n_rows"], 1, clip_eps=case["eps"], kl_coef=0.0)
+                             per_row[at_row == row][0] * case["n_rows"], clip_eps=case["eps"], kl_coef=0.0)
                  for row in range(case["n_rows"]))
     d = logp - old
     loss = policy + case["beta"] * ((-d).exp() - 1 + d).sum() / case["n_rows"]
@@ -583,6 +626,7 @@ def test_the_full_attention_loss_and_gradient_are_the_authors(stem, name, author
 
 
 def compare_gradients(model, case, data):
+    """The model's gradients are those of the fixture."""
     for name, p in model.named_parameters():
         theirs = checkpoints.family_name(model.config, name)
         if theirs in case["grad_norms"]:
@@ -604,23 +648,25 @@ def test_the_authors_shifted_layout_is_not_ours(authors_policy):
     assert off.mean() > 0.3
 
 
-# -------------------------------------------------------------------------------------------------- the flags
+# --------------------------------------------------------------------------------------- the flags, and a whole run
 
 
-@pytest.mark.parametrize("flags, message", [
+@pytest.mark.parametrize("arguments, message", [
     (["--steps=0"], "--steps: must be at least 1, got 0"), (["--lr=-1"], "--lr: must be above 0"),
-    (["--group_size=1"], "--group_size"), (["--keep_range", "0.9", "0.1"], "--keep_range"),
-    (["--slots=0"], "--slots"), (["--block_size=0"], "--block_size"), (["--top_p=0"], "--top_p"),
-    (["--strategy=best"], "invalid choice"), (["--name=a/b"], "plain folder name"),
-    (["--unknown=1"], "unrecognized"), (["--step=5"], "unrecognized"),
+    (["--group_size=1"], "--group_size"), (["--slots=0"], "--slots"), (["--block_size=0"], "--block_size"),
+    (["--top_p=0"], "--top_p"), (["--unknown=1"], "unrecognized"), (["--step=5"], "unrecognized"),
     (["--model=x"], "--train_data and --eval_data"), (["--temperature=0"], "--temperature"),
-    (["--top_k=1"], "greedy"),
-    (["--lr=nan"], "--lr"),
+    (["--top_k=1"], "greedy"), (["--lr=nan"], "--lr"), (["--keep_range", "0.9"], "--keep_range"),
 ])
-def test_a_bad_flag_is_refused_by_name(flags, message, capsys):
+def test_a_bad_flag_is_refused_by_name(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        tracerl.parse_args(flags)
+        tracerl.parse_args(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_range_that_keeps_nothing_is_refused():
+    with pytest.raises(ValueError, match="keep_range 0.9 0.1 keeps nothing"):
+        Recipe(keep_range=(0.9, 0.1))
 
 
 def test_defaults_are_the_embedded_tasks_or_the_papers():
@@ -633,29 +679,19 @@ def test_defaults_are_the_embedded_tasks_or_the_papers():
     assert tracerl.parse_args([*real, "--reward=mine.py:f"]).keep_range is None  # a scale of its own
 
 
-def test_a_canvas_stays_what_it_was_while_larger_blocks_are_learnt(tmp_path, monkeypatch):
-    """Full attention has one canvas whatever the block size: a step of adapting replays what was sampled."""
-    monkeypatch.chdir(tmp_path)
-    checkpoints.save_checkpoint(random_model("llada"), sft.tiny_tokenizer(), "random")
-    (tmp_path / "few.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n')
-    tracerl.main(["--model=random", "--train_data=few.jsonl", "--eval_data=few.jsonl", "--steps=1",
-                  "--prompts=1", "--group_size=4", "--max_new_tokens=14", "--block_size=8",
-                  "--rollout_block_size=4"])
-    assert json.loads(open("runs/tracerl/metrics.jsonl").read())["gap_max"] < 1e-4
-
-
 def test_all_groups_dropped_is_a_normal_event(tmp_path, monkeypatch):
     """An untrained model is never right: no update, weights unchanged, metrics and summary all the same."""
     monkeypatch.chdir(tmp_path)
-    checkpoints.save_checkpoint(random_model(), sft.tiny_tokenizer(), "random")
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)  # slow, and seen by other tests
+    checkpoints.save_checkpoint(random_model(), tiny.tiny_tokenizer(), "random")
     (tmp_path / "few.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n' * 20)
     tracerl.main(["--model=random", "--train_data=few.jsonl", "--eval_data=arithmetic-test",
                   "--dev_data=few.jsonl", "--steps=2", "--prompts=3", "--group_size=2",
-                  "--max_new_tokens=8", "--eval_every=1"])
+                  "--max_new_tokens=8", "--eval_every=1", "--eval_limit=10"])
     lines = [json.loads(line) for line in open("runs/tracerl/metrics.jsonl")]
     assert len(lines) == 2 and all(line["kept_groups"] == 0 and line["gap_max"] < 1e-4 for line in lines)
     model, _ = checkpoints.load_model("runs/tracerl/checkpoints/step-2")
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), random_model().parameters()))
+    assert torch.equal(flat(model), flat(random_model()))
     summary = json.load(open("runs/tracerl/summary.json"))
-    assert summary["after"]["dynamic"]["n"] == 400 and summary["seed"] == 0
+    assert summary["after"]["dynamic"]["n"] == 10 and summary["seed"] == 0
     assert set(summary["before"]) == {"dynamic", "static", "greedy"}

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen
+from conftest import (
+    COMPUTES, FIXTURES, all_rows, decode, fixture_cases, fixture_tensors, random_model, random_prompts, seen)
 
-import rollout
 import value
 from plumbing import checkpoints
-from rollout import Rollout
+from rollout import PLAIN, Rollout
 from value import explained_variance, place_rewards, returns_and_advantages, value_loss
 
 
@@ -59,11 +59,9 @@ def test_without_discounting_a_return_is_the_reward_and_an_advantage_what_the_va
     total = rewards.amax(-1) + rewards.amin(-1)  # one of them is 0
     returns, advantages = returns_and_advantages(rewards, values, steps, 1.0, 1.0)
     is_trained = steps > 0
-    last = steps == steps.amax(-1, keepdim=True)
     torch.testing.assert_close(returns, torch.where(is_trained, total[:, None], 0.0))
     torch.testing.assert_close(
         advantages, torch.where(is_trained, total[:, None] - values, 0.0), atol=1e-5, rtol=1e-5)
-    assert last.any()
 
 
 def test_with_lambda_0_an_advantage_is_one_step_ahead():
@@ -85,21 +83,51 @@ def test_a_sequence_reward_lies_on_the_last_step_that_has_trained_tokens():
 def test_trace_steps_count_blocks_in_turn_and_skip_steps_without_trained_tokens():
     config = random_model().config
     r = Rollout([7, 7], [3, 4, 5, 6, 1, 8], 5, [2, 1, 4, 3, 6, 5])
-    assert value.trace_steps(r, config, 4) == [2, 1, 4, 3, 5, 0]
-    assert value.trace_steps(r, config, 4, shrink=2) == [1, 1, 2, 2, 3, 0]
-    assert value.trace_steps(r, config, 4, post_num=1) == [2, 1, 4, 3, 6, 5]
+    assert value.trace_steps(r, config) == [2, 1, 4, 3, 5, 0]
+    assert value.trace_steps(r, config, shrink=2) == [1, 1, 2, 2, 3, 0]
     full = random_model("llada").config
     r.canvas = 8
-    assert value.trace_steps(r, full, 4, shrink=3) == [1, 1, 2, 1, 2, 0]
+    assert value.trace_steps(r, full, shrink=3) == [1, 1, 2, 1, 2, 0]
+
+
+def test_the_picture_at_the_top_of_the_file_is_right():
+    steps = torch.tensor([[1, 3, 1, 2]])
+    rewards = place_rewards(torch.tensor([1.0]), steps)
+    assert rewards.tolist() == [[0, 1, 0, 0]]
+    values = torch.tensor([[0.5, 0.9, 0.7, 0.6]])
+    for lam, expected in ((1.0, [0.5, 0.1, 0.3, 0.4]), (0.0, [0.1, 0.1, -0.1, 0.3])):
+        _, advantages = returns_and_advantages(rewards, values, steps, 1.0, lam)
+        torch.testing.assert_close(advantages, torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+def test_every_response_gets_the_numbers_it_would_get_alone(kind):
+    """Values are sorted back to their tokens, however rows are cut and by whatever functions."""
+    policy = random_model(kind)
+    model = value.ValueModel(policy)
+    model.value_head.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    rollouts = decode(policy, random_prompts([3, 6, 8, 9]), max_new_tokens=12, threshold=0.4)
+    for number, r in enumerate(rollouts):
+        r.reward = float(number)
+    lonely = []
+    for r in rollouts:
+        value.value_advantages(model, [r], PLAIN, 1, 0.9, 0.5)
+        lonely.append((r.value_old, r.returns, r.advantage))
+    for compute in COMPUTES.values():
+        value.value_advantages(model, rollouts, compute._replace(max_tokens=60), 1, 0.9, 0.5)
+        for r, expected in zip(rollouts, lonely):
+            ours = torch.tensor([r.value_old, r.returns, r.advantage])
+            torch.testing.assert_close(ours, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+            assert not ours[:, r.num_tokens:].any() and ours[0, :r.num_tokens].all()
 
 
 @pytest.mark.parametrize("kind", ["sdar", "dream"])
 def test_a_new_value_model_says_0_everywhere_and_its_head_learns_first(kind):
     policy = random_model(kind)
-    rollouts = rollout.generate(policy, random_prompts([3, 6, 8]), max_new_tokens=12, eos_ids=(1,))
+    rollouts = decode(policy, random_prompts([3, 6, 8]), max_new_tokens=12)
     model = value.ValueModel(policy)
     rows = all_rows(rollouts, policy.config)
-    values = model(rows)
+    values = model(rows, PLAIN)
     assert torch.equal(values, torch.zeros(len(rows.targets.token))) and values.dtype == torch.float32
     value_loss(values, values.detach(), torch.ones_like(values), len(values)).backward()
     assert model.value_head.weight.grad.norm() > 0 and model.backbone.embed.weight.grad.norm() == 0
@@ -141,6 +169,13 @@ def test_returns_and_advantages_are_the_authors(case):
     torch.testing.assert_close(advantages, data[f"{case['id']}.advantages"], atol=1e-5, rtol=0)
 
 
+def test_the_loss_is_the_larger_error_of_the_value_and_of_its_clip():
+    values, old, returns = torch.tensor([[0.1, 0.9, 0.9], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    # The second value has moved by .9 to 1, which the clip does not believe: it counts as .2.
+    assert value_loss(values, old, returns, 6, clip=0.2).item() == pytest.approx((0.81 + 0.64 + 0.01) / 12)
+    assert value_loss(values, old, returns, 6).item() == pytest.approx((0.81 + 0.01 + 0.01) / 12)
+
+
 @pytest.mark.parametrize("K", [4, 8])
 def test_the_value_loss_and_gradient_are_the_authors(K):
     """Theirs is divided by rows and padded length L1; ours by trained tokens."""
@@ -157,7 +192,7 @@ def test_the_value_loss_and_gradient_are_the_authors(K):
              for row, column in data["p_mask"].nonzero().tolist()}
     keys = [where[key] for key in seen(rows)]
     at = lambda name: torch.stack([data[name][key] for key in keys])
-    values = model(rows)
+    values = model(rows, PLAIN)
     torch.testing.assert_close(values, at("values"), atol=2e-4, rtol=0)
     loss = value_loss(values, at("old_values"), at("returns"), case["n_rows"] * case["L1"], clip=0.2)
     loss.backward()

@@ -1,0 +1,71 @@
+"""examples/code_reward.py - a reward that runs the Python code of a response against the tests of its problem.
+
+    torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data code.jsonl --eval_data code.jsonl \
+        --reward examples/code_reward.py:passes_tests --instruction "" --name code
+
+A line of code.jsonl: {"problem": "Write add(a, b) in Python, in a ```python block.", "answer":
+"assert add(1, 2) == 3"}. The answer is the tests. The code never runs inside the trainer, but in a process of
+its own: with limits of time, memory and files, an empty folder, no environment, and Python's -I.
+
+This bounds mistakes. It is no wall against malice: such code can read files and use the network. Train as a
+user without rights, or in a container.
+"""
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+
+SECONDS = 5
+MEGABYTES = 512
+
+# What the process runs. The limits hold for the code, too, and for all that it starts. A program that ends
+# before its tests are done never writes the secret word, whatever its exit status is.
+PROGRAM = f"""
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
+resource.setrlimit(resource.RLIMIT_AS, ({MEGABYTES} << 20, {MEGABYTES} << 20))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+code, tests, secret = json.load(sys.stdin)
+space = dict(__name__="__main__")
+exec(compile(code, "response", "exec"), space)
+exec(compile(tests, "tests", "exec"), space)
+print("\\n" + secret)
+"""
+
+
+def passes_tests(problem, text, rollout):
+    """--reward: 1 if the last code block of the response passes the problem's tests, else 0."""
+    blocks = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
+    code = blocks[-1] if blocks else text
+    return 0.0 if rollout.is_truncated else float(succeeds(code, problem.answer))
+
+
+def succeeds(code, tests):
+    """Whether code, then tests, run to their end without an error."""
+    secret = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", PROGRAM], cwd=folder, env={}, stdin=subprocess.PIPE, stdout=output,
+            stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.communicate(json.dumps([code, tests, secret]).encode(), timeout=SECONDS)
+        except subprocess.TimeoutExpired:  # it sleeps, or waits: that is no time of the CPU
+            pass
+        finally:
+            stop(process)
+        output.seek(0)
+        return output.read().endswith(f"\n{secret}\n".encode())
+
+
+def stop(process):
+    """Ends a process and all that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # all have ended
+        pass
+    process.wait()

@@ -1,0 +1,329 @@
+"""examples/forks.py - published variants of the method, each as a function: examples to copy.
+
+Every function is given by name what it declares. What there is stands in the docstrings marked FORK HERE, in
+tracerl.py, rollout.py and eval_math.py. Here are the commands; F is short for examples/forks.py.
+
+    TraceRL as the paper weighs it      --loss F:paper_weights
+    DAPO, 2503.14476                    --loss F:clip_higher
+    Dr. GRPO, 2503.20783                --advantage F:centered --loss F:constant_length
+    GSPO, 2507.18071                    --loss F:sequence_ratio
+    truncated importance sampling       --loss F:truncated_importance
+    DiPO, 2512.22234                    --loss F:group_mean
+    StableDRL, 2603.06743               --advantage F:centered --loss F:self_normalized
+    EBPO, 2602.05165                    --advantage F:shrunk_baseline
+    LightningRL, 2603.13319             --advantage F:accuracy_and_speed
+    wd1, 2507.08838                     --advantage F:softmax_weights --loss F:ratio_free
+    ESPO, 2512.03759                    --views F:elbo_views --loss F:elbo_ratio
+    EBPO of LLaDA2.1, 2602.08676        --views F:elbo_views --loss F:block_elbo
+    BGPO, 2510.11683                    --views F:elbo_views --loss F:linear_bound
+    SPG, 2510.09541                     --views F:elbo_views --loss F:sandwiched --advantage F:centered
+    GDPO, 2510.08554                    --views F:quadrature_views --loss F:quadrature_ratio --advantage F:centered
+    d1 (diffu-GRPO), 2504.12216         --views F:fully_masked
+    AGRPO, 2510.04019                   --views F:some_steps
+    JustGRPO, 2601.15165                --strategy sequential
+
+These are the estimators alone. Other choices of a paper (sampler, data, learning rate, a KL to a frozen
+reference) are not part of them. A loss that needs a whole response, or a whole group, finds it in one
+micro-batch only where it fits: raise --tokens_per_micro_batch for long responses.
+"""
+
+import torch
+
+from rollout import random_views, trace_views
+from sft import noise_views
+from tracerl import group_advantages, policy_loss
+
+DRAWS = 2  # random masks of each block, for the losses that estimate an ELBO. Their papers take up to 16
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What several of them need.
+
+
+def sum_by(key, values):
+    """Sums of values (n,) over equal keys (n,): one for each key, in rising order of the keys."""
+    keys, place = key.unique(return_inverse=True)
+    return torch.zeros(len(keys)).to(values).index_add(0, place, values)
+
+
+def mean_by(key, values):
+    """Means of values (n,) over equal keys (n,), in the same order."""
+    return sum_by(key, values) / sum_by(key, torch.ones_like(values))
+
+
+def gain(ratio, advantage, low, high):
+    """PPO's min(ratio A, clip(ratio, low, high) A), which is to become large."""
+    return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Losses on the states of the trace.
+
+
+def paper_weights(logp, targets, num_responses, clip_eps, kl_coef):
+    """--loss: the objective of TraceRL as its paper writes it (arXiv 2509.06949).
+
+    In each trace step the mean over its tokens, then the sum over the steps of a response. A step counts for
+    the same, however many tokens it revealed. A trace step is a view, whatever --shrink is. All its tokens
+    stand in one row, so no micro-batch cuts it, and the divisor is one of the whole update: this is exact.
+    """
+    step = targets.rollout_index * (targets.view.max() + 1) + targets.view  # one number for each trace step
+    log_ratio = logp - targets.logp_old
+    ratio = log_ratio.clamp(-10, 10).exp()
+    k3 = ratio - 1 - log_ratio
+    loss = kl_coef * k3 - gain(ratio, targets.advantage, 1 - clip_eps, 1 + clip_eps)
+    return mean_by(step, loss).sum() / num_responses
+
+
+def clip_higher(logp, targets, num_tokens, clip_eps):
+    """--loss: more room upwards than downwards, so that rare tokens may grow, and no KL (DAPO)."""
+    ratio = (logp - targets.logp_old).exp()
+    return -gain(ratio, targets.advantage, 1 - clip_eps, 1.28).sum() / num_tokens
+
+
+def constant_length(logp, targets, num_responses, clip_eps):
+    """--loss: long and short responses divided by the same constant, 20 tokens (Dr. GRPO)."""
+    ratio = (logp - targets.logp_old).exp()
+    return -gain(ratio, targets.advantage, 1 - clip_eps, 1 + clip_eps).sum() / (num_responses * 20)
+
+
+def sequence_ratio(logp, targets, num_responses, clip_eps):
+    """--loss: one ratio per response, the geometric mean of its tokens' (GSPO)."""
+    ratio = mean_by(targets.rollout_index, logp - targets.logp_old).exp()
+    advantage = mean_by(targets.rollout_index, targets.advantage)
+    return -gain(ratio, advantage, 1 - clip_eps, 1 + clip_eps).sum() / num_responses
+
+
+def truncated_importance(logp, targets, num_tokens, clip_eps, kl_coef):
+    """--loss: each token's advantage times min(pi_old / pi_recorded, 2).
+
+    Where decoding and training round differently, as in bfloat16 on a GPU, responses come from a slightly
+    other policy than the one that is trained. This corrects for it (truncated importance sampling, as in
+    Espeholt et al., arXiv 1802.01561). It needs --views trace and --shrink 1: other views are other states.
+    """
+    weight = (targets.logp_old - targets.logp).exp().clamp(max=2.0)
+    weighed = targets._replace(advantage=targets.advantage * weight)
+    return policy_loss(logp, weighed, num_tokens, clip_eps, kl_coef)
+
+
+def group_mean(logp, targets, num_groups, clip_eps):
+    """--loss: the mean over the tokens of a group, then the mean over groups (DiPO, of DiRL).
+
+    The states are those of the trace, and the clip leaves more room upwards. This is their train/dapo.py.
+    Not part of it: their KL to a frozen reference.
+    """
+    ratio = (logp - targets.logp_old).exp()
+    gains = gain(ratio, targets.advantage, 1 - clip_eps, 1.28)
+    return -mean_by(targets.group, gains).sum() / num_groups
+
+
+def self_normalized(logp, targets, num_groups):
+    """--loss: weights of a group that sum to 1, bounded whatever the sign of the advantage (StableDRL).
+
+    sum_i w_i A_i log p_i with w_i = min(ratio_i, 5) / sum_k min(ratio_k, 5), over the responses of a group.
+    ratio_i is the geometric mean over tokens, log p_i the mean. No gradient goes through w. The bound 5 and
+    the means are those of the authors' code (github.com/JianyuanZhong/StableDRL). Not part of it: the bounds
+    of SPG, which the authors use in place of log p.
+    """
+    response = targets.rollout_index
+    ratio = mean_by(response, logp - targets.logp_old).exp()
+    weight = ratio.detach().clamp(max=5.0)  # (responses,)
+    _, group = mean_by(response, targets.group.double()).unique(return_inverse=True)
+    weight = weight / sum_by(group, weight)[group]
+    advantage = mean_by(response, targets.advantage)
+    return -(weight * advantage * mean_by(response, logp)).sum() / num_groups
+
+
+def ratio_free(logp, targets, num_tokens):
+    """--loss for softmax_weights: a weighted log-likelihood, without a ratio (wd1)."""
+    return -(targets.advantage * logp).sum() / num_tokens
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Advantages.
+
+
+def centered(rewards):
+    """--advantage: no division by the group's standard deviation (Dr. GRPO)."""
+    return rewards - rewards.mean(-1, keepdim=True)
+
+
+def mean_per_step(rewards, rollouts):
+    """--advantage: A / (tokens of the denoising step), so that each step weighs the same.
+
+    The loss still divides by tokens, and its KL still weighs tokens alike: see paper_weights.
+    """
+    out = torch.zeros(len(rollouts), max(len(r.response) for r in rollouts))
+    for row, A, r in zip(out, group_advantages(rewards).flatten(), rollouts):
+        steps = r.step_map[:r.num_tokens]
+        row[:len(steps)] = A / torch.tensor([steps.count(step) for step in steps])
+    return out.view(*rewards.shape, -1)
+
+
+def shrunk_baseline(rewards):
+    """--advantage: the group's mean is drawn towards the mean of all (EBPO, "empirical Bayes").
+
+    baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise: the
+    variance of all rewards / G; spread: the variance of the group means. Then a standard score over the whole
+    RL step. A group that fails everywhere has negative advantages: for a real checkpoint give --keep_range 0 1.
+    The paper keeps these statistics over all steps so far. Here they are those of this RL step.
+    """
+    means = rewards.mean(-1, keepdim=True)
+    noise = rewards.var(unbiased=False) / rewards.shape[1]
+    spread = means.var(unbiased=False)
+    pull = noise / (noise + spread).clamp(min=1e-6)
+    raw = rewards - ((1 - pull) * means + pull * rewards.mean())
+    return (raw - raw.mean()) / raw.std(unbiased=False).clamp(min=1e-6)
+
+
+def accuracy_and_speed(rewards, rollouts):
+    """--advantage: standard scores of the reward and of the tokens per denoising step, added (LightningRL).
+
+    Scores are taken in the group, for each of the two by itself. A group is left out if all its responses
+    are wrong, or if their speeds differ by less than 0.01.
+    Not part of it: the likelihood of right responses in the loss, since a loss is not told rewards.
+    """
+    speed = torch.tensor([r.num_tokens / max(r.step_map) for r in rollouts]).view_as(rewards)
+    is_kept = (rewards.amax(-1) > 0) & (speed.amax(-1) - speed.amin(-1) >= 0.01)
+    return (group_advantages(rewards) + group_advantages(speed)) * is_kept[:, None]
+
+
+def softmax_weights(rewards):
+    """--advantage for ratio_free: the good ones' weights less the bad ones' (wd1)."""
+    A = centered(rewards)
+    is_equal = (A.abs() < 1e-6).all(-1, keepdim=True)
+    return (A.softmax(-1) - (-A).softmax(-1)).masked_fill(is_equal, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Other states than those of the trace.
+
+
+def fully_masked(block):
+    """--views: the whole block (full attention: the response) masked, and predicted at once (d1).
+
+    Not part of it: the paper's masks in the prompt.
+    """
+    return [(block, block)]
+
+
+def some_steps(rollout, block, shrink, rng):
+    """--views: each trace step with probability one half (AGRPO: a random subset of them)."""
+    views = trace_views(rollout, block, shrink)
+    return [view for view in views if rng.random() < 0.5]
+
+
+def as_many_random(rollout, block, rng):
+    """--views: random masks, but as many views of them as the trace has, so that an update costs the same.
+
+    (With full attention the authors' baseline, too, draws many masks for each response: 35.)
+    """
+    steps = {rollout.step_map[j] for j in block}
+    return [view for _ in steps for view in random_views(block, rng)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Losses on a bound of the response's log-likelihood (ELBO). It is the expected sum of log p / t over the masked
+# tokens of random masks, t the masked fraction of a block: a token that is seldom masked counts for more. The
+# sum of 1 / t over the masked tokens of one mask of every block is the length of the response. (In the last
+# block it is so on average only, if tokens behind eos are masked, too.) Old and new policy meet the same masks.
+
+
+def elbo_views(block, rng):
+    """--views: DRAWS masks of each block, k of its c tokens masked, k uniform in 1 to c."""
+    return [view for _ in range(DRAWS) for view in noise_views(block, rng)]
+
+
+def elbo_ratio(logp, targets, num_responses, clip_eps, kl_coef):
+    """--loss: one ratio per response, exp((ELBO - ELBO_old) / length), and a squared KL (ESPO).
+
+    The KL is k2 = (ELBO - ELBO_old)^2 / (2 length), here to the policy of the rollout, and in the paper to a
+    frozen reference. Not part of it: their masks come in pairs, one the complement of the other.
+    """
+    response = targets.rollout_index
+    length = sum_by(response, 1 / targets.masked_share) / DRAWS
+    difference = sum_by(response, (logp - targets.logp_old) / targets.masked_share) / DRAWS
+    gains = gain((difference / length).exp(), mean_by(response, targets.advantage), 1 - clip_eps, 1 + clip_eps)
+    k2 = difference ** 2 / (2 * length)
+    return (kl_coef * k2 - gains).sum() / num_responses
+
+
+def block_elbo(logp, targets, num_responses, clip_eps):
+    """--loss: one ratio per response, exp(sum over masks and blocks of w (log p - log p_old)) (EBPO).
+
+    This is equation 5 of the LLaDA2.1 report: the ratio is that of the whole response, and no root of it is
+    taken. The report leaves the weights w open. Here they are those of the ELBO.
+    """
+    response = targets.rollout_index
+    difference = sum_by(response, (logp - targets.logp_old) / targets.masked_share) / DRAWS
+    ratio = difference.clamp(-10, 10).exp()
+    return -gain(ratio, mean_by(response, targets.advantage), 1 - clip_eps, 1 + clip_eps).sum() / num_responses
+
+
+def linear_bound(logp, targets, num_responses, clip_eps):
+    """--loss: a lower bound of elbo_ratio's objective in which the masks stand side by side (BGPO).
+
+    With d_n the difference of mask n per token, exp(mean of d_n) is replaced by the mean of 1 + d_n where
+    A > 0 (the tangent), and by the mean of exp(d_n) where A < 0 (Jensen). Both bound the objective from
+    below. Each mask's part could have a micro-batch of its own, which is what the paper wants: memory for
+    one mask at a time. The clip of each part is that of the authors' code.
+    """
+    mask = targets.rollout_index * DRAWS + (targets.view - 1) % DRAWS  # views of a block: draw 0, draw 1, ...
+    weight = 1 / targets.masked_share
+    d = sum_by(mask, (logp - targets.logp_old) * weight) / sum_by(mask, weight)
+    advantage = mean_by(mask, targets.advantage)
+    ratio = torch.where(advantage > 0, 1 + d, d.exp())
+    return -gain(ratio, advantage, 1 - clip_eps, 1 + clip_eps).sum() / (num_responses * DRAWS)
+
+
+def sandwiched(logp, targets, num_responses):
+    """--loss: A times a lower bound of log p where A > 0, and times an upper one where A < 0 (SPG).
+
+    Lower: the ELBO per token. Upper: the mean over tokens of 1/beta log(mean over masks of p^beta / t), where a
+    mask that leaves the token in sight counts as 0, and beta is 1.5. It is mixed half and half with the lower
+    one, as in the authors' code. Here all responses weigh the same, and there they weigh by length.
+    """
+    response = targets.rollout_index
+    beta = 1.5
+    weight = 1 / targets.masked_share
+    lower = sum_by(response, weight * logp) / sum_by(response, weight)
+    token = response * 2**32 + targets.response_index  # one number for each token of each response
+    power = (beta * logp.clamp(min=-40)).exp()  # p^beta; the clamp keeps its logarithm finite
+    upper = sum_by(token, weight * power / DRAWS).log() / beta  # one for each token that was masked
+    upper = mean_by(token.unique() // 2**32, upper)
+    advantage = mean_by(response, targets.advantage)
+    return -(advantage * torch.where(advantage > 0, lower, (upper + lower) / 2)).sum() / num_responses
+
+
+def quadrature_views(block, rng):
+    """--views: masks at two fixed fractions, the points of Gauss's quadrature on 0 to 1 (GDPO).
+
+    A random fraction is what makes an ELBO noisy, says the paper. Which tokens are masked is still drawn.
+    """
+    views = []
+    for fraction in (0.2113, 0.7887):  # 1/2 -+ 1/(2 sqrt 3), and each has the weight 1/2
+        masked = sorted(rng.sample(block, max(1, round(fraction * len(block)))))
+        views.append((masked, masked))
+    return views
+
+
+def quadrature_ratio(logp, targets, num_responses, clip_eps):
+    """--loss: one ratio per response, exp(ELBO - ELBO_old), and a response's gain divided by its length (GDPO).
+
+    Not part of it: their KL to a frozen reference.
+    """
+    response = targets.rollout_index
+    length = sum_by(response, 1 / targets.masked_share) / 2
+    difference = sum_by(response, (logp - targets.logp_old) / targets.masked_share) / 2
+    ratio = difference.clamp(-10, 10).exp()
+    gains = gain(ratio, mean_by(response, targets.advantage), 1 - clip_eps, 1 + clip_eps)
+    return -(gains / length).sum() / num_responses
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A control.
+
+
+def always_one():
+    """--reward: every response earns the same, with --advantage raw. What does becoming surer alone do?"""
+    return 1.0

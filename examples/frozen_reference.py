@@ -1,0 +1,74 @@
+"""examples/frozen_reference.py - a KL to a frozen reference model, in the loss or in the reward.
+
+    REFERENCE=assets/tiny-block torchrun tracerl.py --advantage examples/frozen_reference.py:with_reference \
+        --loss examples/frozen_reference.py:loss --name reference
+    REFERENCE=assets/tiny-block torchrun tracerl.py --advantage examples/frozen_reference.py:penalized \
+        --name penalized
+
+tracerl.py keeps the policy near the one that made the rollout, step by step. Over many steps it may still go
+anywhere. Here a second model stays as it was, and the policy is kept near it for the whole run. It replays the
+same traces: a log-probability of a token is one of its state, whichever model computes it. (A second model
+takes memory: every process holds it whole.)
+
+It needs --views trace, --shrink 1 and --temperature 1, so that the states are those of the record, and a
+reference with the same K.
+"""
+
+import functools
+import os
+
+import torch
+
+import rollout
+from plumbing import checkpoints, engine, parallel
+from tracerl import group_advantages, policy_loss
+
+BETA = 0.05  # weight of the KL
+
+
+@functools.cache
+def reference():
+    """The frozen model, read when it is first used."""
+    path = os.environ.get("REFERENCE")
+    if path is None:
+        raise ValueError("say which model is the reference: REFERENCE=folder torchrun tracerl.py ...")
+    model, _ = checkpoints.load_model(path)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def reference_logp(rollouts):
+    """Its log-probability of every response token, on every process -> a list for each rollout."""
+    own = parallel.deal(rollouts)  # each process replays a part
+    replayed = rollout.replay(reference(), own, engine.fast(reference().device))
+    return parallel.gather([logp.tolist() for logp in replayed])
+
+
+def with_reference(rewards, rollouts):
+    """--advantage: the usual one. On the way the reference's log-probabilities go to the loss.
+
+    They travel in value_old, which nobody uses without a value model.
+    """
+    for r, logp in zip(rollouts, reference_logp(rollouts)):
+        r.value_old = logp
+    return group_advantages(rewards)
+
+
+def loss(logp, targets, num_tokens, clip_eps, kl_coef):
+    """--loss: the usual one, and BETA KL(policy || reference), as GRPO estimates it."""
+    log_ratio = targets.value_old - logp  # of the reference to the policy
+    k3 = log_ratio.clamp(max=10).exp() - 1 - log_ratio
+    return policy_loss(logp, targets, num_tokens, clip_eps, kl_coef) + BETA * k3.sum() / num_tokens
+
+
+def penalized(rewards, rollouts):
+    """--advantage: the usual one, less BETA times how far the response's KL is above its group's mean.
+
+    KL of a response: sum_j (log p(j) - log p_reference(j)), as in RLHF. It is not divided by a standard
+    deviation: else groups of equal rewards would be trained on the KL alone, at full strength.
+    """
+    kl = []
+    for r, logp in zip(rollouts, reference_logp(rollouts)):
+        kl.append(sum(r.logp[:r.num_tokens]) - sum(logp[:r.num_tokens]))
+    kl = torch.tensor(kl).view_as(rewards)
+    return group_advantages(rewards) - BETA * (kl - kl.mean(-1, keepdim=True))

