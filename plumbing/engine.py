@@ -350,7 +350,7 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
     """Twin of rollout.generate_each: decodes all prompts, some of them together -> list[Rollout], in order.
 
     slots: sequences decoded together (default: as many as fit). Results do not depend on it. cache: one of
-    CACHES. ValueError for an empty prompt, a prompt without a seed, more slots than memory, a cache that the
+    CACHES. ValueError for an empty prompt, a prompt without a seed, memory for no slot, a cache that the
     attention does not know, and logits that are not finite.
     """
     config = model.config
@@ -391,13 +391,13 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
 
 
 def to_device(table, device):
-    """A tensor on the device. The host does not wait for the copy.
+    """A tensor on the device. The host does not wait for the copy, see `pinned`."""
+    return pinned(table, device).to(device, non_blocking=True)
 
-    It would wait if the memory were not pinned. The one read at the end of a denoising step is its only wait.
-    """
-    if device.type == "cuda" and not table.is_cuda:
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)
+
+def pinned(table, device):
+    """A tensor of the host in memory from which a GPU copies by itself. From other memory the host would wait."""
+    return table.pin_memory() if device.type == "cuda" and not table.is_cuda else table
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ class Captured:
         if key not in self.recorded:
             self.recorded[key] = self.record(inputs, *sizes)
         graph, held, out = self.recorded[key]
-        held.copy_(inputs.pin_memory(), non_blocking=True)
+        held.copy_(pinned(inputs, held.device), non_blocking=True)
         graph.replay()
         return out[:, :B]
 

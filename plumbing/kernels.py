@@ -247,11 +247,10 @@ class ChunkedLogprobs(torch.autograd.Function):
         return grad_states, grad_weight.to(weight.dtype) if needs_weight else None, None, None, None, None
 
 
-def chunked_logprobs(states, weight, tokens, mask_id, temperature, max_logits=None):
+def chunked_logprobs(states, weight, tokens, mask_id, temperature, max_logits):
     """Log-probabilities of tokens (N,) and entropies, at states (N, C), of a head (V, C): float32 (N,) each.
 
-    At most max_logits logits exist at a time: 2**23 of them are 32 MiB. On a GPU it is 2**27, since the head's
-    gradient is read and written once per chunk.
+    At most max_logits logits exist at a time. The head's gradient is read and written once per chunk.
     """
-    chunk = max(1, (max_logits or (2**27 if states.is_cuda else 2**23)) // len(weight))
+    chunk = max(1, max_logits // len(weight))
     return ChunkedLogprobs.apply(states, weight, tokens, mask_id, temperature, chunk)
