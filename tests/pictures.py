@@ -2,9 +2,9 @@
 
     python tests/pictures.py --seed 20
 
-It writes assets/mask.png: the training row of the running example beside the attention mask. The example is the
-prompt 894+396= and the block 1 0 1 ; with step_map 1 3 1 2, as in the docstrings. No model is needed for that.
-It writes assets/decode.gif, too: a decoding of the tiny model, step by step. Flags are those of rollout.py.
+It writes assets/mask.png: the training row of the running example beside the attention mask. The example is
+the prompt 894+396= and the block 1 0 1 ; with step_map 1 3 1 2, as in the docstrings. It needs no model.
+It also writes assets/decode.gif: a decoding of the tiny model, step by step. Flags are those of rollout.py.
 """
 
 import sys
@@ -74,7 +74,8 @@ def draw_mask(row, config, tokenizer, path):
         if (row.block[place], row.view[place]) != (row.block[place - 1], row.view[place - 1]):
             axes.axhline(place - 0.5, color="0.6", linewidth=0.5)
             axes.axvline(place - 0.5, color="0.6", linewidth=0.5)
-    axes.set_xlabel("dark: seen by the token on the left; red: to be predicted; ? is the mask token", fontsize=9)
+    text = "dark: seen by the token on the left; red: to be predicted; ? is the mask token"
+    axes.set_xlabel(text, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
