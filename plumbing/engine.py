@@ -16,7 +16,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import rollout
 from model import Layout, Rotation, SwiGLU, attention, dense_mask, may_attend
@@ -38,6 +37,7 @@ class SlotCache:
         shape = (config.num_layers, num_slots, length, config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.heads_per_key = config.num_heads // config.num_kv_heads
 
     def write(self, layer, k, v, slots, position):
         """Stores k and v (B, H_kv, T, D) of one layer at slots (B,) and positions (B, T)."""
@@ -46,7 +46,7 @@ class SlotCache:
 
     def filling(self, slots, layout):
         """An `attend` for prefill: by the rule within each row; row b is kept in slot slots[b]."""
-        mask = dense_mask(layout)
+        mask = kernels.as_added(dense_mask(layout), self.keys.dtype)
 
         def fill(layer, q, k, v):
             self.write(layer, k, v, slots, layout.position)
@@ -60,12 +60,12 @@ class SlotCache:
         before any row reads. longest: an int, no end is beyond it. num_in_place: so many of the first rows are
         the slots 0, 1, 2, ...
         """
-        key_position = torch.arange(longest, device=position.device)
-        is_seen = (key_position < end[:, None])[:, None, None]  # (B, 1, 1, longest)
+        num_queries = position.shape[1] * self.heads_per_key
+        reader = kernels.CacheReader(slots, end, longest, num_in_place, num_queries, self.keys)
 
         def read(layer, q, k, v):
             self.write(layer, k, v, slots, position)
-            return kernels.read_cache(q, self.keys[layer], self.values[layer], slots, end, is_seen, num_in_place)
+            return reader(q, self.keys[layer], self.values[layer])
         return read
 
     def copy(self, source, target, length):
@@ -147,9 +147,9 @@ class Decoder:
         for table in self.tables:
             table[rows] = 0
         self.token[rows, longest:] = self.config.mask_id
-        self.token[rows, :longest] = torch.tensor(padded, device=self.device)
+        self.token[rows, :longest] = to_device(torch.tensor(padded), self.device)
         position = torch.arange(self.token.shape[1], device=self.device)
-        prompt_end, response_end = torch.tensor(ends, device=self.device).T[..., None]  # (n, 1) each
+        prompt_end, response_end = to_device(torch.tensor(ends), self.device).T[..., None]  # (n, 1) each
         self.is_masked[rows] = (position >= prompt_end) & (position < response_end)
 
     def prefill_groups(self, slots, prompts):
@@ -163,7 +163,7 @@ class Decoder:
         others = [(first[key], slot) for slot, key in zip(slots, map(tuple, prompts))
                   if key in first and first[key] != slot]
         if others:
-            source, target = torch.tensor(others, device=self.device).T
+            source, target = to_device(torch.tensor(others), self.device).T
             # As long as the longest prompt: what is too much is overwritten before it is read.
             self.cache.copy(source, target, max(map(len, prompts)) // K * K)
 
@@ -173,7 +173,7 @@ class Decoder:
         Prompts of similar length share a forward. Otherwise one long prompt would pad 256 short ones.
         """
         for group in packing.by_length([(length, 1) for length in lengths], max_tokens):
-            chosen = torch.tensor([slots[i] for i in group], device=self.device)
+            chosen = to_device(torch.tensor([slots[i] for i in group]), self.device)
             longest = max(lengths[i] for i in group)
             # Shorter ones write some of their masks, too: decoding writes there again.
             position = torch.arange(longest, device=self.device).expand(len(group), -1)
@@ -186,15 +186,14 @@ class Decoder:
         lanes = self.lanes
         # All that the device needs to know of a slot. Slot 0 at the third denoising step of its response, the
         # second of the block of positions 8..11, one token a step, seed 7: (8, 3, 1, 7, 1).
-        numbers = [(lane.start, lane.step, self.decoding.quota(K, lane.step_in_block), lane.seed,
-                    lane.step_in_block) for lane in lanes]
+        lines = [(lane.start, lane.step, self.decoding.quota(K, lane.step_in_block), lane.seed,
+                  lane.step_in_block) for lane in lanes]
         # Slot 1 has just gone on to the block of positions 12..15. The cache still holds the block before it,
         # 8..11, as it was in its last step, with masks. (1, 8): write that block once more, clean.
-        commits = [(slot, lane.start - K) for slot, lane in enumerate(lanes) if not lane.is_committed]
-        found = self.denoise(
-            torch.tensor(numbers, device=self.device).T,  # (5, B)
-            torch.tensor(commits, dtype=torch.int64, device=self.device).view(-1, 2).T,  # (2, M)
-            sum(lane.num_masked for lane in lanes), max(lane.start for lane in lanes) + K)
+        commits = [(slot, lane.start - K, 0, 0, 0) for slot, lane in enumerate(lanes) if not lane.is_committed]
+        # One table for both, since each copy to the device costs time.
+        found = self.denoise(torch.tensor(lines + commits), len(lanes),
+                             sum(lane.num_masked for lane in lanes), max(lane.start for lane in lanes) + K)
         ended = []
         for slot, (lane, num_masked, has_eos) in enumerate(zip(lanes, *found.tolist())):  # the one read
             lane.num_masked = num_masked
@@ -213,15 +212,16 @@ class Decoder:
                 lane.num_masked = min(K, lane.end - lane.start)
         return ended
 
-    def denoise(self, numbers, commits, num_masked, longest):
+    def denoise(self, inputs, B, num_masked, longest):
         """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): masks left in each block, and has it an eos.
 
-        numbers (5, B): start, step, quota, seed, step in the block. commits (2, M): see `states`. num_masked
-        and longest are ints: how many masks these blocks have together, and how far the blocks reach. Larger
-        numbers do no harm. So no shape depends on what the device computes.
+        inputs (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block; then a line
+        for each commit, see `states`. num_masked and longest: how many masks these blocks have together, and how
+        far they reach. Larger numbers do no harm. So no shape depends on what the device computes.
         """
-        start, step, quota, seed, step_in_block = numbers
-        B = numbers.shape[1]
+        inputs = to_device(inputs, self.device)
+        start, step, quota, seed, step_in_block = inputs[:B].T  # (B,) each
+        commits = inputs[B:, :2].T  # (2, M)
         K = self.config.block_size
         columns = start[:, None] + self.offset  # (B, K) absolute positions of the blocks
         is_masked = self.is_masked[:B].gather(1, columns)  # (B, K)
@@ -249,7 +249,7 @@ class Decoder:
         """Draws tokens for masks, by their states (N, C) -> token, confidence, logp, entropy (N,)."""
         decoding = self.decoding
         parts = []
-        chunk = max(1, memory.MOST_LOGITS // self.config.vocab_size)  # V = 152k: 220 positions at a time
+        chunk = max(1, memory.most_logits(self.device) // self.config.vocab_size)  # V = 152k: 220 positions
         # Entropies are one more pass over all logits: for the strategies that look at them.
         with_entropy = flags.declares(decoding.function, "entropy")
         for states, u in zip(h.split(chunk), draws.split(chunk)):
@@ -299,7 +299,7 @@ class Decoder:
             groups.setdefault((first, stop, lane.end), []).append(slot)
         out = columns.new_empty(*columns.shape, self.config.hidden_size, dtype=self.model.embed.weight.dtype)
         for (first, stop, end), slots in groups.items():
-            slots = torch.tensor(slots, device=self.device)
+            slots = to_device(torch.tensor(slots), self.device)
             position = torch.arange(first, stop, device=self.device).expand(len(slots), -1)
             attend = lambda layer, q, k, v: attention(q, k, v)
             if kind != "none":
@@ -317,9 +317,10 @@ class Decoder:
         The last busy slots move into the gaps. Slots 0 and 2 of five have ended: three stay busy, 3 moves into
         0 and 4 into 2.
         """
-        # One read for all. float64 holds token ids and float32 alike.
+        # One copy and one read for all. float64 holds token ids and float32 alike.
+        index = to_device(torch.tensor(ended), self.device)
         columns = self.token, self.step_map, self.confidence, self.logp
-        read = torch.stack([table[ended].double() for table in columns]).tolist()
+        read = torch.stack([table[index].double() for table in columns]).tolist()
         done = []
         for slot, *columns in zip(ended, *read):
             lane = self.lanes[slot]
@@ -332,7 +333,7 @@ class Decoder:
         gaps = [slot for slot in ended if slot < n]
         movers = [slot for slot in range(n, len(self.lanes)) if slot not in set(ended)]
         if gaps:
-            source, target = torch.tensor([movers, gaps], device=self.device)
+            source, target = to_device(torch.tensor([movers, gaps]), self.device)
             for table in self.tables:
                 table[target] = table[source]
             self.is_masked[n:len(self.lanes)] = False  # of an idle slot, which may fill up a batch
@@ -349,7 +350,7 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
     """Twin of rollout.generate_each: decodes all prompts, some of them together -> list[Rollout], in order.
 
     slots: sequences decoded together (default: as many as fit). Results do not depend on it. cache: one of
-    CACHES. ValueError for an empty prompt, a prompt without a seed, more slots than memory, a cache that the
+    CACHES. ValueError for an empty prompt, a prompt without a seed, memory for no slot, a cache that the
     attention does not know, and logits that are not finite.
     """
     config = model.config
@@ -381,10 +382,22 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
         if ended:
             for number, r in decoder.release(ended):
                 rollouts[number] = r
-    decoder.denoise = None  # on a GPU it points back at the decoder, and the cache would outlive this call
+    # Graphs and the decoder point at each other. Without this line both would outlive the call.
+    decoder.denoise = None
+    del decoder
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # gives the cache's memory back: NCCL cannot use what torch keeps
+        torch.cuda.empty_cache()  # now the cache's memory is free: NCCL cannot use what torch keeps
     return rollouts
+
+
+def to_device(table, device):
+    """A tensor on the device. The host does not wait for the copy, see `pinned`."""
+    return pinned(table, device).to(device, non_blocking=True)
+
+
+def pinned(table, device):
+    """A tensor of the host in memory from which a GPU copies by itself. From other memory the host would wait."""
+    return table.pin_memory() if device.type == "cuda" and not table.is_cuda else table
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -392,6 +405,12 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
 
 
 RECORD_AT = 8  # the call at which a graph is recorded: half of all sizes come up fewer times than ten
+
+
+@functools.cache
+def recording_stream():
+    """The stream on which graphs are recorded: one for all, as the matrix library keeps memory for each."""
+    return torch.cuda.Stream()
 
 
 class Captured:
@@ -404,6 +423,9 @@ class Captured:
 
     The first calls of each sizes run as they are, so that kernels are compiled and chosen. Call RECORD_AT is
     recorded, and from then on replayed.
+
+    Graphs live as long as one call of `generate`. A graph reads fixed addresses: with FSDP2 the whole weights
+    are gathered to new ones at each RL step. And the cache that it reads would be missing in the update.
     """
 
     def __init__(self, denoise, num_slots, block_size, length, reach):
@@ -416,42 +438,51 @@ class Captured:
         self.recorded = {}  # by sizes: the replay
         self.pool = None  # the memory of all graphs
 
-    def __call__(self, numbers, commits, num_masked, longest):
+    def __call__(self, inputs, B, num_masked, longest):
         """As denoise."""
-        B = numbers.shape[1]
-        M = commits.shape[1]
+        M = len(inputs) - B
         lanes = min(1 << (B - 1).bit_length(), self.num_slots)  # a power of two
         eighth = -(-lanes // 8)
         extra = -(-M // eighth) * eighth  # commits: a multiple of an eighth of the lanes
         quarter = -(-lanes * self.block_size // 4)
         reach = min(-(-longest // self.reach) * self.reach, self.length)
-        sizes = (-(-num_masked // quarter) * quarter, reach)
-        numbers = F.pad(numbers, (0, lanes - B))
-        commits = F.pad(commits, (0, extra - M))
-        commits[0, M:] = self.num_slots  # the spare slot, whose first block may be overwritten
-        key = (lanes, extra, *sizes)
+        sizes = (lanes, -(-num_masked // quarter) * quarter, reach)
+        idle = inputs.new_zeros(lanes - B, 5)
+        spare = inputs.new_zeros(extra - M, 5)
+        spare[:, 0] = self.num_slots  # the spare slot, whose first block may be overwritten
+        inputs = torch.cat([inputs[:B], idle, inputs[B:], spare])
+        key = (extra, *sizes)
         self.calls[key] += 1
         if self.calls[key] < RECORD_AT:
-            return self.denoise(numbers, commits, *sizes)[:, :B]
+            return self.denoise(inputs, *sizes)[:, :B]
         if key not in self.recorded:
-            self.recorded[key] = self.record(numbers, commits, *sizes)
-        return self.recorded[key](numbers, commits)[:, :B]
+            self.recorded[key] = self.record(inputs, *sizes)
+        graph, held, out = self.recorded[key]
+        held.copy_(pinned(inputs, held.device), non_blocking=True)
+        graph.replay()
+        return out[:, :B]
 
-    def record(self, numbers, commits, *sizes):
-        """A function of (numbers, commits) that replays the step of these sizes."""
-        held = (numbers.clone(), commits.clone())
+    def record(self, inputs, *sizes):
+        """The step of these sizes as a graph -> the graph, the memory that it reads, and that of its result.
+
+        torch.cuda.graph would do the same. But it gives all cached memory back before each recording, and to
+        get that memory again takes longer than to record. While torch records, it cannot take cached memory
+        back. So this is done only where less than an eighth of the GPU's memory is free.
+        """
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 8:
+            torch.cuda.empty_cache()
+        held = inputs.cuda()
         graph = torch.cuda.CUDAGraph()
         # One pool for all: no two replay at once, and what one leaves is read before the next.
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):  # computes nothing
-            out = self.denoise(*held, *sizes)
-
-        def replay(*inputs):
-            for kept, new in zip(held, inputs):
-                kept.copy_(new)
-            graph.replay()
-            return out
-        return replay
+        with torch.cuda.stream(recording_stream()):  # nothing is computed here, so no stream has to wait
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                out = self.denoise(held, *sizes)
+            finally:
+                graph.capture_end()
+        return graph, held, out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -473,7 +504,8 @@ def attend(layout):
 
 def logprobs(model, states, tokens, temperature=1.0):
     """Twin of model.token_logprobs."""
-    return kernels.chunked_logprobs(states, model.head.weight, tokens, model.config.mask_id, temperature or 1.0)
+    return kernels.chunked_logprobs(states, model.head.weight, tokens, model.config.mask_id, temperature or 1.0,
+                                    memory.most_logits(states.device, is_training=True))
 
 
 def fast(device, max_tokens=4096, slots=None, cache="none"):

@@ -2,7 +2,7 @@
 
 Nothing here knows the project; plumbing/engine.py puts these functions in the place of the definitions.
   masked_attention   twin of model.attention, with masks in three forms
-  read_cache         the same over a cache of many sequences, whose keys are read where they are
+  CacheReader        the same over a cache of many sequences, whose keys are read where they are
   chunked_logprobs   twin of model.token_logprobs, which never holds all logits at once
 """
 
@@ -95,35 +95,86 @@ def masked_attention(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=has_groups)
 
 
+def as_added(mask, dtype):
+    """A dense bool mask as CUDA's kernels take it: a number that is added to each score, 0 or -inf.
+
+    They would make it of bools again in every layer. Lines must lie a multiple of eight numbers apart.
+    """
+    if not mask.is_cuda:
+        return mask
+    width = mask.shape[-1]
+    padded = F.pad(mask, (0, -width % 8))
+    return torch.zeros_like(padded, dtype=dtype).masked_fill(~padded, -math.inf)[..., :width]
+
+
 def uses_flash(q):
     """Whether flash-attn is there, and computes tensors of this kind."""
     return flash_attn_with_kvcache is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
 
 
-def read_cache(q, keys, values, slots, end, is_seen, num_in_place):
-    """Attention of rows over a cache: q (B, H, K, D); keys, values (slots, length, H_kv, D) -> (B, H, K, D).
+class CacheReader:
+    """Attention of rows over a cache of many sequences: made once per forward, and called by every layer.
 
-    Row b sees the first end[b] tokens of slot slots[b]; is_seen bool (B, 1, 1, longest) says the same. The
-    first num_in_place rows are the slots 0, 1, 2, ...: their keys are read where they are. Those of the other
-    rows are copied.
+    Row b sees the first end[b] tokens of slot slots[b]; no end is beyond longest. The first num_in_place rows
+    are the slots 0, 1, 2, ...: their keys are read where they are. The keys of other rows are copied.
+
+    On a GPU no keys are copied. There a row is a slot with two blocks of queries, its own and the one that it
+    commits. For a slot that commits nothing the second block is zeros, and what comes of it is dropped:
+
+        rows     slot 0    slot 1    slot 1 (commit)         line 0  queries of slot 0   zeros
+        end      12        16        12                      line 1  queries of slot 1   of its commit
     """
-    if uses_flash(q):
-        out = flash_attn_with_kvcache(q.transpose(1, 2), keys, values, causal=False,
-                                      cache_seqlens=end.int(), cache_batch_idx=slots.int())
-        return out.transpose(1, 2)
-    # All K queries of a block see the same keys, and H / H_kv heads share each key. So these heads can count
-    # as more queries, and no key is copied for them: with H = 4, H_kv = 2, K = 4, (B, 4, 4, D) -> (B, 2, 8, D).
-    folded = q.reshape(len(q), keys.shape[2], -1, q.shape[-1])
-    longest = is_seen.shape[-1]
-    in_place = slice(0, num_in_place)
-    others = slice(num_in_place, len(q))
-    out = []
-    for rows, where in ((in_place, in_place), (others, slots[others])):
-        if len(slots[rows]):
-            out.append(F.scaled_dot_product_attention(
-                folded[rows], keys[where, :longest].transpose(1, 2), values[where, :longest].transpose(1, 2),
-                attn_mask=is_seen[rows]))
-    return torch.cat(out).reshape(q.shape)
+
+    def __init__(self, slots, end, longest, num_in_place, num_queries, cache):
+        """num_queries: of one row for one head of keys, see `__call__`. cache: the keys of all layers."""
+        self.slots = slots
+        self.longest = longest
+        self.num_in_place = num_in_place
+        self.has_pairs = cache.is_cuda and num_in_place > 0
+        if uses_flash(cache):
+            self.flash = dict(cache_seqlens=end.int(), cache_batch_idx=slots.int(), causal=False)
+            return
+        if self.has_pairs:
+            # Captured.__call__ adds commits of a spare slot: they go to one more line, which is cut off.
+            self.line = slots[num_in_place:].clamp(max=num_in_place)  # (M,) of the commits
+            pairs = F.pad(end[:num_in_place, None].expand(-1, 2), (0, 0, 0, 1))  # (lines + 1, 2)
+            pairs[self.line, 1] = end[num_in_place:]
+            end = pairs[:num_in_place].repeat(1, num_queries)  # (lines, 2 num_queries): own, second, own, second
+        is_seen = torch.arange(longest, device=end.device) < end[..., None]
+        self.mask = as_added(is_seen.view(len(end), 1, -1, longest), cache.dtype)  # (rows, 1, 1 or queries, longest)
+
+    def __call__(self, q, keys, values):
+        """q (B, H, K, D); keys, values (slots, length, H_kv, D) of one layer -> (B, H, K, D)."""
+        # All K queries of a block see the same keys, and H / H_kv heads share each key. So these heads can count
+        # as more queries, and no key is copied for them: with H = 4, H_kv = 2, K = 4, (B, 4, 4, D) -> (B, 2, 8, D).
+        folded = q.reshape(len(q), keys.shape[2], -1, q.shape[-1])
+        if uses_flash(q):  # by itself flash-attn folds only single queries
+            out = flash_attn_with_kvcache(folded.transpose(1, 2), keys, values, **self.flash)
+            return out.transpose(1, 2).reshape(q.shape)
+        in_place = slice(0, self.num_in_place)
+        if self.has_pairs:
+            return self.read_pairs(folded, keys[in_place], values[in_place]).reshape(q.shape)
+        others = slice(self.num_in_place, len(q))
+        out = []
+        for rows, where in ((in_place, in_place), (others, self.slots[others])):
+            if len(self.slots[rows]):
+                out.append(F.scaled_dot_product_attention(
+                    folded[rows], keys[where, :self.longest].transpose(1, 2),
+                    values[where, :self.longest].transpose(1, 2), attn_mask=self.mask[rows]))
+        return torch.cat(out).reshape(q.shape)
+
+    def read_pairs(self, folded, keys, values):
+        """The same for a GPU: folded queries (B, H_kv, Q, D) -> (B, H_kv, Q, D)."""
+        B = self.num_in_place
+        _, heads, number, D = folded.shape
+        pairs = folded.new_zeros(B + 1, heads, number, 2, D)
+        pairs[:B, :, :, 0] = folded[:B]
+        pairs[self.line, :, :, 1] = folded[B:]
+        out = F.scaled_dot_product_attention(
+            pairs[:B].flatten(2, 3), keys[:, :self.longest].transpose(1, 2),
+            values[:, :self.longest].transpose(1, 2), attn_mask=self.mask)
+        own, second = out.view(B, heads, number, 2, D).unbind(3)
+        return torch.cat([own, second[self.line.clamp(max=B - 1)]])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,11 +247,10 @@ class ChunkedLogprobs(torch.autograd.Function):
         return grad_states, grad_weight.to(weight.dtype) if needs_weight else None, None, None, None, None
 
 
-def chunked_logprobs(states, weight, tokens, mask_id, temperature, max_logits=None):
+def chunked_logprobs(states, weight, tokens, mask_id, temperature, max_logits):
     """Log-probabilities of tokens (N,) and entropies, at states (N, C), of a head (V, C): float32 (N,) each.
 
-    At most max_logits logits exist at a time: 2**23 of them are 32 MiB. On a GPU it is 2**27, since the head's
-    gradient is read and written once per chunk.
+    At most max_logits logits exist at a time. The head's gradient is read and written once per chunk.
     """
-    chunk = max(1, (max_logits or (2**27 if states.is_cuda else 2**23)) // len(weight))
+    chunk = max(1, max_logits // len(weight))
     return ChunkedLogprobs.apply(states, weight, tokens, mask_id, temperature, chunk)

@@ -9,7 +9,18 @@ from torch import nn
 from model import BlockDiffusionLM
 from plumbing import parallel
 
-MOST_LOGITS = 2**25  # that the sampler holds at a time
+
+PLANNED = {}  # bytes of the update, as `plan` has computed them
+
+
+def most_logits(device, is_training=False):
+    """How many logits exist at a time, in float32: 2**25 of them are 128 MiB.
+
+    More on a GPU, where the head's weight is read for each chunk. In training its gradient is, too.
+    """
+    if device.type == "cuda":
+        return 2**27 if is_training else 2**26
+    return 2**23 if is_training else 2**25
 
 
 def free_bytes(device):
@@ -25,8 +36,8 @@ def free_bytes(device):
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-# A control group of Linux: where its folder is under the root, and the names of its limit, of what it uses, and
-# of the part of that which files take that were read and may be forgotten. Version 2, then 1.
+# A control group of Linux: where its folder is under the root, and the names of its limit and of what it uses.
+# The last name is of a part of that use: files that were read, and may be forgotten. Version 2, then 1.
 GROUPS = (("", "memory.max", "memory.current", "inactive_file"),
           ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
@@ -79,20 +90,25 @@ def slot_bytes(config, length, itemsize, has_cache):
 def fit_slots(asked, number, per_slot, config, device):
     """How many of `number` sequences are decoded together: as many as asked (None: as fit).
 
-    ValueError, with the numbers, before anything is decoded.
+    What fits may be fewer than asked: the optimizer's moments, for example, are there from the second RL step
+    on. The results are the same, so this is said and no error. ValueError if not even one fits.
     """
     if asked is not None and asked < 1:
         raise ValueError(f"slots must be at least 1, got {asked}")
-    logits = max(MOST_LOGITS, config.vocab_size) * 4 * 6  # of the sampler, see engine.Decoder.draw
+    logits = max(most_logits(device), config.vocab_size) * 4 * 6  # of the sampler, see engine.Decoder.draw
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps is in pieces, and a cache wants few large ones
     free = free_bytes(device)
     most = max(0, int((0.8 * free - logits) // per_slot))  # the rest: prefill, and what fragments
     wanted = min(asked or number, number)
     if most >= wanted:
         return wanted
-    if asked or not most:
-        remedy = f"--slots {most} would" if most else "lower --max_new_tokens"
-        raise ValueError(f"{wanted} slots of {per_slot / 2**20:,.0f} MiB each do not fit into the "
-                         f"{free / 2**30:.1f} GiB that are free: {remedy}")
+    if not most:
+        raise ValueError(f"not one sequence of {per_slot / 2**20:,.0f} MiB fits into the {free / 2**30:.1f} GiB "
+                         "that are free: lower --max_new_tokens")
+    if asked:
+        parallel.say(f"--slots {asked}: {most} of {per_slot / 2**20:,.0f} MiB each fit into the "
+                     f"{free / 2**30:.1f} GiB that are free, so {most} sequences are decoded together")
     return most
 
 
@@ -116,7 +132,7 @@ def plan(config, args, num_models):
     kept = config.hidden_size * wide if args.gradient_checkpointing else layer  # per layer, until backward
     per_token = 3 * layer + config.num_layers * kept
     # Logits of a chunk; the head's gradient in float32, twice; embedding, head and a gradient are whole.
-    head = 3 * 4 * 2**(27 if device.type == "cuda" else 23) + config.vocab_size * config.hidden_size * (8 + 3 * wide)
+    head = 3 * 4 * most_logits(device, is_training=True) + config.vocab_size * config.hidden_size * (8 + 3 * wide)
     sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), moments=own * 12, head=head)
     free = free_bytes(device)
     room = 0.85 * free - sum(sizes.values())
@@ -130,6 +146,7 @@ def plan(config, args, num_models):
         f"GiB on each: weights {GB(sizes['weights'])}, gradients and moments {GB(sizes['moments'])}, head "
         f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch); while "
         f"decoding {GB(max(cached, 0))} for sequences; free {GB(free)}")
+    PLANNED["update"] = sum(sizes.values())
     if sum(sizes.values()) > 0.85 * free or cached < 0:
         remedies = ["a smaller --tokens_per_micro_batch"] * (tokens > 1024)
         remedies += ["--gradient_checkpointing"] * (not args.gradient_checkpointing)
@@ -142,3 +159,9 @@ def plan(config, args, num_models):
         parallel.say(f"WARNING: {args.max_new_tokens} tokens decoded one token a step are a row of {longest} "
                      f"tokens, and rows are never cut: {GB(longest * per_token)} GiB of activations")
     return tokens
+
+
+def say_peak(update, rollouts):
+    """Says what the first RL step took at most, in bytes of tensors, beside what was planned."""
+    planned = f", planned {PLANNED['update'] / 2**30:.1f}" if PLANNED else ""
+    parallel.say(f"peak of this GPU: update {update / 2**30:.1f} GiB{planned}; decoding {rollouts / 2**30:.1f} GiB")

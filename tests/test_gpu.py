@@ -6,7 +6,7 @@ the CPU.
 
 import pytest
 import torch
-from conftest import all_rows, decode, random_model, random_prompts
+from conftest import decode, random_model, random_prompts
 
 import model as lm
 import rollout
@@ -21,7 +21,7 @@ PROMPTS = random_prompts([5, 9, 30, 64] * 8)
 
 
 def wide_model(kind, dtype=torch.float32):
-    """random_model on the GPU, without an eos, its heads of 16 channels: FlexAttention takes none narrower."""
+    """random_model on the GPU, without an eos. Heads have 16 channels: FlexAttention takes none narrower."""
     model = random_model(kind, head_dim=16).to(GPU, dtype)
     model.config.eos_ids = ()
     engine.compile_small_functions(model)
@@ -86,7 +86,8 @@ def test_an_update_has_the_gradient_of_the_cpu(kind):
 @torch.no_grad()
 def test_flex_attention_sees_what_the_dense_mask_shows():
     model = wide_model("sdar")
-    rows = packing.to_device(all_rows(decode_fast(model)[:3], model.config, multiple=128), GPU)
+    built = rollout.build_rows(decode_fast(model)[:3], model.config)
+    rows = packing.pack([row for rows in built for row in rows], 0, GPU, multiple=128)
     flex = kernels.flex_mask(lm.may_attend, rows.layout)
     under_flex = lambda layer, q, k, v: kernels.masked_attention(q, k, v, flex)
     ours, theirs = (model.states(rows.tokens, rows.layout.position, attend)
