@@ -1,7 +1,7 @@
 """examples/forks.py - published variants of the method, each as a function: examples to copy.
 
 Every function is given by name what it declares. What there is stands in the docstrings marked FORK HERE, in
-tracerl.py, rollout.py and eval_math.py. Here are the commands; F is short for examples/forks.py.
+tracerl.py, rollout.py and eval_math.py. These are the flags; F is short for examples/forks.py.
 
     TraceRL as the paper weighs it      --loss F:paper_weights
     DAPO, 2503.14476                    --loss F:clip_higher
@@ -17,7 +17,8 @@ tracerl.py, rollout.py and eval_math.py. Here are the commands; F is short for e
     EBPO of LLaDA2.1, 2602.08676        --views F:elbo_views --loss F:block_elbo
     BGPO, 2510.11683                    --views F:elbo_views --loss F:linear_bound
     SPG, 2510.09541                     --views F:elbo_views --loss F:sandwiched --advantage F:centered
-    GDPO, 2510.08554                    --views F:quadrature_views --loss F:quadrature_ratio --advantage F:centered
+    GDPO, 2510.08554                    --views F:quadrature_views --loss F:quadrature_ratio
+                                        --advantage F:centered
     d1 (diffu-GRPO), 2504.12216         --views F:fully_masked
     AGRPO, 2510.04019                   --views F:some_steps
     JustGRPO, 2601.15165                --strategy sequential
@@ -33,7 +34,7 @@ from rollout import random_views, trace_views
 from sft import noise_views
 from tracerl import group_advantages, policy_loss
 
-DRAWS = 2  # random masks of each block, for the losses that estimate an ELBO. Their papers take up to 16
+DRAWS = 2  # random masks of each block, for the losses that estimate an ELBO
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -164,8 +165,8 @@ def shrunk_baseline(rewards):
     """--advantage: the group's mean is drawn towards the mean of all (EBPO, "empirical Bayes").
 
     baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise: the
-    variance of all rewards / G; spread: the variance of the group means. Then a standard score over the whole
-    RL step. A group that fails everywhere has negative advantages: for a real checkpoint give --keep_range 0 1.
+    variance of all rewards / G; spread: the variance of the group means. Then a standard score over the RL
+    step. A group that fails everywhere has negative advantages, so for a real checkpoint give --keep_range 0 1.
     The paper keeps these statistics over all steps so far. Here they are those of this RL step.
     """
     means = rewards.mean(-1, keepdim=True)

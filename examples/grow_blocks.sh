@@ -10,9 +10,11 @@
 set -euo pipefail
 MODEL=${MODEL:-assets/tiny-block}
 DATA=${DATA:-arithmetic}
+DEV=${DEV:-arithmetic-dev}
+TEST=${TEST:-arithmetic-test}
 K=${K:-8}
 PROBLEMS=${PROBLEMS:-2000}
-UPDATES=${UPDATES:-400}
+UPDATES=${UPDATES:-600}
 STEPS=${STEPS:-45}
 
 # 1. Answers in the model's own blocks, two to each problem.
@@ -32,8 +34,8 @@ PY
 
 # 3. Fine-tuning at the new size, on random masks. (--views trace would show states of the small blocks only.)
 python sft.py --model "$MODEL" --data runs/grow-answers/right.jsonl --block_size "$K" --steps "$UPDATES" \
-    --dev_data "$DATA-dev" --name grow-start
+    --dev_data "$DEV" --name grow-start
 
 # 4. TraceRL at the new size.
-torchrun tracerl.py --model runs/grow-start/checkpoint --train_data "$DATA" --block_size "$K" --steps "$STEPS" \
-    --name grow
+torchrun tracerl.py --model runs/grow-start/checkpoint --train_data "$DATA" --dev_data "$DEV" --eval_data "$TEST" \
+    --block_size "$K" --steps "$STEPS" --name grow

@@ -18,7 +18,7 @@ def columns(problem, text, tokens, rollout):
     """--reward: a list with a number for each token, for --advantage value.
 
     A return is the sum over denoising steps of the MEAN reward in the step. So all tokens of the step that
-    completes a part get what this part earns.
+    completes a part get what this part earns. (The reward in the log is a sum over tokens: it may exceed 1.)
     """
     a, b = map(int, re.findall(r"\d+", problem.problem))
     right = work_out(a, b, 0.0, random.Random(0)).split(";")  # of a pupil who never slips: four parts

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAST, FIXTURES, all_rows, decode, decoded, random_model, random_prompts, seen, small_data
+from conftest import CPU, FAST, FIXTURES, all_rows, decode, decoded, random_model, random_prompts, seen, small_data
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -492,23 +492,23 @@ def test_rows_packed_end_to_end_give_the_numbers_of_padded_rows(kind):
     rollouts = decode(model, random_prompts(range(2, 12)), max_new_tokens=14)
     rows = [row for rows in rollout.build_rows(rollouts, model.config) for row in rows]
     groups = packing.by_length([(len(row.tokens), 1) for row in rows], 256, is_packed=True)
-    packed = [packing.pack([rows[i] for i in group], 0, 256) for group in groups]
+    packed = [packing.pack([rows[i] for i in group], 0, CPU, 256) for group in groups]
     assert all(part.tokens.shape == (1, 256) for part in packed) and len(packed) > 3
     numbers = []
-    for parts, compute in (([packing.pad(rows, 0)], PLAIN), (packed, FAST)):
+    for parts, compute in (([packing.pad(rows, 0, CPU)], PLAIN), (packed, FAST)):
         table = torch.zeros(2, 10, 24)
         for part in parts:
             at = slice(None), part.targets.rollout_index, part.targets.response_index
             table[at] = torch.stack(rollout.forward_rows(model, part, compute))
         numbers.append(table)
     torch.testing.assert_close(*numbers, atol=1e-5, rtol=1e-5)
-    assert sorted(sum(map(seen, packed), [])) == sorted(seen(packing.pad(rows, 0)))
+    assert sorted(sum(map(seen, packed), [])) == sorted(seen(packing.pad(rows, 0, CPU)))
 
 
 def test_packed_rows_have_few_lengths():
     """Kernels are compiled for each: of multiples of 128, the first four, and beyond them each fourth."""
     row = lambda size: lm.Row([5] * size, [0] * size, [0] * size, [0] * size)
-    length = lambda *sizes: packing.pack([row(size) for size in sizes], 0, 128).tokens.shape
+    length = lambda *sizes: packing.pack([row(size) for size in sizes], 0, CPU, 128).tokens.shape
     assert [length(1), length(100, 29), length(512), length(513), length(900, 130)] == [
         (1, 128), (1, 256), (1, 512), (1, 1024), (1, 1536)]
 

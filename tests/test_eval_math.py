@@ -1,6 +1,5 @@
 """Laws of what is asked, and of what counts as right."""
 
-import functools
 import itertools
 import json
 import random
@@ -15,9 +14,10 @@ from conftest import FIXTURES, small_data
 
 import eval_math
 import rollout
-from eval_math import Problem, Prompting, encode_prompts, evaluate, load_problems
+from eval_math import Examinee, Problem, load_problems
 from plumbing import checkpoints, grading, show, tasks, tiny
-from rollout import Rollout
+from plumbing.prompts import Prompting, encode_prompts
+from rollout import PLAIN, Decoding, Rollout
 
 TINY = str(FIXTURES / "tiny")
 
@@ -167,12 +167,17 @@ def test_a_reward_reads_special_tokens_but_not_eos_or_what_stands_behind_it():
 # Accuracy.
 
 
+def examinee(generate):
+    """One whose rollouts come from a function."""
+    return Examinee(torch.nn.Identity(), tiny.tiny_tokenizer(), Decoding(), PLAIN._replace(generate=generate))
+
+
 def graded(monkeypatch, problems, rewards, num_samples=1):
     """The table of problems whose responses earn these rewards, in order."""
     monkeypatch.setattr(eval_math, "give_rewards", lambda rollouts, *_: [
         setattr(r, "reward", reward) for r, reward in zip(rollouts, rewards, strict=True)])
-    respond = lambda prompts, seeds: [Rollout(prompt, [4, 1], 2, [1, 2]) for prompt in prompts]
-    return evaluate(respond, tiny.tiny_tokenizer(), problems, num_samples)
+    one = examinee(lambda model, prompts, seeds, decoding: [Rollout(p, [4, 1], 2, [1, 2]) for p in prompts])
+    return one.evaluate(problems, num_samples=num_samples)
 
 
 def test_accuracy_has_the_standard_error_of_the_mean_over_problems(monkeypatch):
@@ -286,10 +291,9 @@ def test_two_seeds_of_an_evaluation_share_no_draws(folder, monkeypatch):
     monkeypatch.setattr(rollout, "generate_everywhere", generate)
     for seed in (0, 1):
         table(f"--seed={seed}", f"--name=seed{seed}", "--n=3", "--strategy=dynamic", "--max_new_tokens=4")
-    respond = lambda prompts, seeds: seen.extend(seeds) or [Rollout(p, [1], 1, [1]) for p in prompts]
+    one = examinee(lambda model, prompts, seeds, decoding: [Rollout(p, [1], 1, [1]) for p in prompts])
     for seed in (2, 3):
-        problems = [Problem("1+1=", "2", tokens=[3])] * 50
-        evaluate(respond, tiny.tiny_tokenizer(), problems, num_samples=3, seed=seed)
+        one.evaluate([Problem("1+1=", "2", tokens=[3])] * 50, num_samples=3, seed=seed)
     assert len(seen) == len(set(seen)) == 2 * 4 * 3 + 2 * 50 * 3
 
 
@@ -315,7 +319,7 @@ def test_flags_of_decoding_hold_in_every_mode_and_bad_ones_are_refused_at_the_do
         with pytest.raises(SystemExit):
             table(flag)
         assert f"argument {flag.partition('=')[0]}: must be at least" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # a file to grade needs a file for the verdicts
         eval_math.main(["--grade=answers.jsonl"])
     assert "--grade needs --out" in capsys.readouterr().err
 

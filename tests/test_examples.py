@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import random
 import re
 import shlex
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import COMPUTES, FIXTURES, ROOT, decode, random_model, random_prompts, small_data
+from conftest import COMPUTES, FIXTURES, ROOT, decode, random_model, random_prompts
 from test_tracerl import flat, groups_of, keep, method_of, one_update, targets_of
 
 import eval_math
@@ -22,15 +21,15 @@ import sft
 import tracerl
 import value
 from examples import code_reward, entropy_bonus, forks, frozen_reference, process_reward, strategy
-from plumbing import checkpoints, flags, parallel, runs, tasks, tiny
+from plumbing import checkpoints, flags, runs, tasks, tiny
 from rollout import PLAIN, ReplayLaw, Rollout
 from tracerl import group_advantages, policy_loss
 
-# ------------------------------------------------------------- forks.py: formulas, against slow loops over tokens
+# --------------------------------------------------------- forks.py: formulas, against slow loops over tokens
 
 
 def made_up(seed=0):
-    """Targets of seven responses in three groups with two masks of each block, in no order -> a list of tokens."""
+    """Tokens of seven responses in three groups, with two masks of each block, in no order."""
     rng = random.Random(seed)
     tokens = []
     for owner, group in ((5, 0), (9, 0), (2, 0), (7, 1), (1, 1), (30, 4), (31, 4)):
@@ -273,7 +272,7 @@ def test_views_are_what_their_papers_say():
         assert all(sum(1 / view.masked_share for _ in view.masked) == pytest.approx(4) for view in found)
 
 
-# ------------------------------------------------------------------------------------- forks.py: a whole RL step
+# ---------------------------------------------------------------------------------- forks.py: a whole RL step
 
 
 @functools.cache
@@ -336,7 +335,7 @@ def test_the_papers_weights_follow_trace_steps_whatever_shrink_is(shrink):
     assert line["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-# -------------------------------------------------------------------------------------------- the runnable diffs
+# ----------------------------------------------------------------------------------------- the runnable diffs
 
 
 @pytest.fixture
@@ -405,9 +404,9 @@ ADD = "Here it is:\n```python\ndef add(a, b):\n    {}\n```\nThat is all."
 @pytest.mark.parametrize("body, expected", [
     ("return a + b", 1), ("return a - b", 0), ("return", 0), ("syntax error", 0),
     ("import sys; sys.exit(0)", 0), ("import os; os._exit(0)", 0),  # no test was passed
-    ("return [0] * (1 << 30)", 0),  # 8 GiB
+    ("everything = bytearray(1 << 30); return a + b", 0),  # a GiB
     ("print('x' * (1 << 22)); return a + b", 0),  # a flood
-    ("import os; return a + b + len(set(os.environ) & {'SECRET'}) + len(os.listdir('.'))", 1),  # nothing is there
+    ("import os; return a + b + ('SECRET' in os.environ) + len(os.listdir('.'))", 1),  # nothing is there
 ])
 def test_code_earns_only_by_passing_its_tests(body, expected, monkeypatch):
     monkeypatch.setenv("SECRET", "1")
@@ -435,12 +434,13 @@ def test_a_falling_threshold_reveals_more_with_every_step():
     confidence = torch.tensor([[0.85, 0.75, 0.95, 0.6]] * 3)
     is_masked = torch.tensor([[True, True, True, False]] * 3)
     reveal = lambda function: flags.call(
-        function, confidence=confidence, entropy=None, is_masked=is_masked, quota=torch.ones(3, dtype=torch.int64),
+        function, confidence=confidence, entropy=None, is_masked=is_masked, quota=torch.tensor([1, 1, 1]),
         token=None, step=torch.tensor([0, 1, 2]), threshold=0.9).tolist()
     assert reveal(strategy.falling) == [[False, False, True, False], [True, False, True, False],
                                         [True, True, True, False]]
     assert reveal(strategy.steep)[1] == [True, True, True, False]
-    assert flags.load_function(f"{ROOT}/examples/strategy.py:steep", {}, "--strategy").keywords == dict(fall=0.3)
+    steep = flags.load_function(f"{ROOT}/examples/strategy.py:steep", {}, "--strategy")
+    assert steep.keywords == dict(fall=0.3)
     settings = dict(max_new_tokens=14, threshold=0.6, strategy=f"{ROOT}/examples/strategy.py:falling")
     model = random_model()
     prompts = random_prompts([3, 6, 9])
@@ -505,7 +505,10 @@ def test_blocks_grow_from_answers_in_small_blocks(tmp_path, monkeypatch):
 
 def test_a_diff_is_one_that_the_commands_at_its_top_name():
     """Every command in a docstring names files and functions that are there, and each file is short."""
+    scripts = {"smollm2.py"}  # run by itself
     for path in sorted((ROOT / "examples").glob("*.py")):
+        if path.name in scripts:
+            continue
         text = path.read_text()
         module = text.split('"""')[1]
         named = re.findall(r"(examples/\w+\.py|F):(\w+)", module)
@@ -515,4 +518,3 @@ def test_a_diff_is_one_that_the_commands_at_its_top_name():
             flags.load_function(f"{target}:{function}", {}, "--loss")
         code = [line for line in text.split('"""', 2)[2].splitlines() if line.strip()]
         assert path.name == "forks.py" or len(code) <= 60, f"{path.name} has {len(code)} lines"
-    assert os.access(ROOT / "examples/grow_blocks.sh", os.R_OK)

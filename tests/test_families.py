@@ -40,7 +40,7 @@ LLADA = dict(SIZES, d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, mlp_hid
     ("dream", None, 2, ["--dtype=bfloat16"]),
     ("dream", None, 1, ["--dtype=float32", "--lora_rank=8", "--advantage=value", "--value_warmup=0"]),
     ("llada", None, 2, ["--dtype=float32"]),
-    ("llada", None, 1, ["--dtype=bfloat16", "--lora_rank=8", "--shrink=1", "--importance=truncated"]),
+    ("llada", None, 1, ["--dtype=bfloat16", "--lora_rank=8", "--shrink=1"]),
 ])
 def test_the_whole_loop(family, attention, processes, more, tmp_path):
     torch.manual_seed(0)

@@ -27,8 +27,10 @@ SETTINGS = dict(max_new_tokens=24, threshold=0.5, eos_ids=(), seed=3, slots=6)
 
 
 def wide_model(kind, dtype=torch.float32, device=GPU):
-    """random_model with heads of 16 channels, as narrow as FlexAttention's kernels take them."""
-    return random_model(kind, head_dim=16).to(device, dtype)
+    """random_model with heads of 16 channels: FlexAttention takes none narrower."""
+    model = random_model(kind, head_dim=16).to(device, dtype)
+    engine.compile_small_functions(model)
+    return model
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -126,13 +128,13 @@ def test_flex_attention_sees_what_the_dense_mask_shows():
 
 
 def test_fused_functions_are_the_plain_ones():
-    model = wide_model("sdar")
-    layer = model.layers[0]
-    x = torch.randn(2, 4, 8, 16, device=GPU)
-    cos, sin = lm.rotary(torch.arange(8, device=GPU).expand(2, 8), 16, 1e4)
-    plain = layer.rotate(x, cos, sin), layer.activation(x, x + 1)
-    engine.compile_small_functions(model)
-    torch.testing.assert_close((layer.rotate(x, cos, sin), layer.activation(x, x + 1)), plain)
+    fused = wide_model("sdar").layers[0]
+    plain = random_model("sdar", head_dim=16).layers[0].to(GPU)
+    for B, T in ((2, 8), (3, 4), (1, 1)):
+        x = torch.randn(B, 4, T, 16, device=GPU)
+        cos, sin = lm.rotary(torch.arange(T, device=GPU).expand(B, T), 16, 1e4)
+        torch.testing.assert_close(fused.rotate(x, cos, sin), plain.rotate(x, cos, sin))
+        torch.testing.assert_close(fused.activation(x, x + 1), plain.activation(x, x + 1))
 
 
 # ---------------------------------------------------------------------------------------------------- commands

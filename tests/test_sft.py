@@ -7,7 +7,6 @@ import torch
 from conftest import (
     COMPUTES, FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen)
 
-import model as lm
 import rollout
 import sft
 from eval_math import Problem
@@ -30,7 +29,7 @@ def examples(lengths=((5, 7), (8, 12), (3, 9)), canvas=False):
             for p, r in zip(prompts, responses)]
 
 
-# ---------------------------------------------------------------------------------------------------- examples
+# --------------------------------------------------------------------------------------------------- examples
 
 
 def test_the_end_is_filled_with_eos_to_the_block_or_the_canvas():
@@ -57,7 +56,7 @@ def test_a_step_map_of_the_data_is_the_trace_and_the_end_comes_after_it():
         sft.to_examples(problems, tokenizer, random_model().config, 16)
 
 
-# --------------------------------------------------------------------------------------- masks and their weights
+# ------------------------------------------------------------------------------------ masks and their weights
 
 
 @pytest.mark.parametrize("P, is_full", [(6, False), (6, True)])
@@ -113,7 +112,7 @@ def test_a_masked_token_is_predicted_from_its_block_and_the_clean_past(kind):
         torch.testing.assert_close(value, logits.log_softmax(-1)[text[at]], atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 
 @pytest.mark.parametrize("is_weighted", [True, False])
@@ -173,8 +172,8 @@ def test_accuracy_ends_the_training_after_its_cooldown(tmp_path, monkeypatch):
     """From a model that has the skill: the first evaluation starts the cooldown, and training ends with it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(tasks.EMBEDDED, "arithmetic", small_task)
-    sft.main(["--model", str(FIXTURES / "tiny"), "--data=arithmetic", "--steps=30", "--warmup=1", "--cooldown=3",
-              "--lr=1e-4", "--batch_size=8", "--eval_every=2", "--stop_accuracy=0.1"])
+    sft.main(["--model", str(FIXTURES / "tiny"), "--data=arithmetic", "--steps=30", "--warmup=1",
+              "--cooldown=3", "--lr=1e-4", "--batch_size=8", "--eval_every=2", "--stop_accuracy=0.1"])
     lines = [json.loads(line) for line in open("runs/sft/metrics.jsonl")]
     assert lines[1]["accuracy"] >= 0.1  # after two updates; three more are the cooldown
     assert [line["lr"] for line in lines] == pytest.approx([1e-4, 1e-4, 7e-5, 4e-5, 1e-5])
@@ -241,7 +240,7 @@ def test_a_bad_flag_is_refused_by_name(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------- the authors' numbers
+# --------------------------------------------------------------------------------------- the authors' numbers
 
 
 @pytest.mark.parametrize("K", [4, 8])

@@ -202,7 +202,7 @@ def test_beyond_the_clip_there_is_no_gradient_and_k3_is_never_negative():
     assert far.grad.item() == pytest.approx(-1, abs=1e-3)
 
 
-# --------------------------------------------------------------------------------- what a loss of one's own gets
+# ------------------------------------------------------------------------------ what a loss of one's own gets
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -246,7 +246,8 @@ def test_a_function_gets_by_name_what_it_declares():
 
     one_update(model, kept, method_of(loss=loss, views=views), kl_coef=0.3, shrink=2)
     num_tokens = sum(r.num_tokens for r in kept)
-    assert got == dict(loss=(num_tokens, len(kept), len({r.group for r in kept}), 0.3, 7), views=(2, True, True))
+    num_groups = len({r.group for r in kept})
+    assert got == dict(loss=(num_tokens, len(kept), num_groups, 0.3, 7), views=(2, True, True))
     assert flags.call(lambda **more: sorted(more), a=1, b=2) == ["a", "b"]  # **more takes all there is
 
 
@@ -446,7 +447,7 @@ def test_random_masks_are_theirs_alone_and_coupled_ones_make_every_token_a_targe
     assert [j for n, j in seen(random) if n == 5] == [j for _, j in seen(alone)]
 
 
-# ------------------------------------------------------------------------------------------------- the replay law
+# --------------------------------------------------------------------------------------------- the replay law
 
 
 def test_a_broken_replay_law_stops_a_float32_run():
@@ -485,7 +486,7 @@ def test_the_self_check_passes_and_finds_what_does_not_replay(kind, monkeypatch,
         one_update(model, keep(groups_of(model)))
 
 
-# ------------------------------------------------------------------------------------------------ the value model
+# -------------------------------------------------------------------------------------------- the value model
 
 
 def test_a_value_model_learns_the_returns_and_the_policy_waits_for_its_head_start():
@@ -648,7 +649,7 @@ def test_the_authors_shifted_layout_is_not_ours(authors_policy):
     assert off.mean() > 0.3
 
 
-# --------------------------------------------------------------------------------------- the flags, and a whole run
+# --------------------------------------------------------------------------------- the flags, and a whole run
 
 
 @pytest.mark.parametrize("arguments, message", [
