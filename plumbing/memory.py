@@ -10,7 +10,7 @@ from model import BlockDiffusionLM
 from plumbing import parallel
 
 
-PLANNED = {}  # bytes of the update, as `plan` has computed them
+PLANNED = {}  # update: the bytes that `plan` has computed for it, until they are compared
 
 
 def most_logits(device, is_training=False):
@@ -161,7 +161,8 @@ def plan(config, args, num_models):
     return tokens
 
 
-def say_peak(update, rollouts):
-    """Says what the first RL step took at most, in bytes of tensors, beside what was planned."""
-    planned = f", planned {PLANNED['update'] / 2**30:.1f}" if PLANNED else ""
-    parallel.say(f"peak of this GPU: update {update / 2**30:.1f} GiB{planned}; decoding {rollouts / 2**30:.1f} GiB")
+def say_peak(gib):
+    """Says once, after the first RL step, what the update took on this GPU, beside what was planned."""
+    planned = PLANNED.pop("update", None)
+    if planned is not None:
+        parallel.say(f"the update took up to {gib:.1f} GiB of this GPU; planned were {planned / 2**30:.1f}")
