@@ -97,6 +97,7 @@ def fit_slots(asked, number, per_slot, config, device):
         raise ValueError(f"slots must be at least 1, got {asked}")
     logits = max(most_logits(device), config.vocab_size) * 4 * 6  # of the sampler, see engine.Decoder.draw
     if device.type == "cuda":
+        logits *= 2  # recorded steps have memory of their own
         torch.cuda.empty_cache()  # what torch keeps is in pieces, and a cache wants few large ones
     free = free_bytes(device)
     most = max(0, int((0.8 * free - logits) // per_slot))  # the rest: prefill, and what fragments
