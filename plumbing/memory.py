@@ -10,7 +10,7 @@ from model import BlockDiffusionLM
 from plumbing import parallel
 
 
-PLANNED = {}  # bytes of the update, as `plan` has computed them
+PLANNED = {}  # update: the bytes that `plan` has computed for it, until they are compared
 
 
 def most_logits(device, is_training=False):
@@ -97,6 +97,7 @@ def fit_slots(asked, number, per_slot, config, device):
         raise ValueError(f"slots must be at least 1, got {asked}")
     logits = max(most_logits(device), config.vocab_size) * 4 * 6  # of the sampler, see engine.Decoder.draw
     if device.type == "cuda":
+        logits *= 2  # recorded steps have memory of their own
         torch.cuda.empty_cache()  # what torch keeps is in pieces, and a cache wants few large ones
     free = free_bytes(device)
     most = max(0, int((0.8 * free - logits) // per_slot))  # the rest: prefill, and what fragments
@@ -161,7 +162,8 @@ def plan(config, args, num_models):
     return tokens
 
 
-def say_peak(update, rollouts):
-    """Says what the first RL step took at most, in bytes of tensors, beside what was planned."""
-    planned = f", planned {PLANNED['update'] / 2**30:.1f}" if PLANNED else ""
-    parallel.say(f"peak of this GPU: update {update / 2**30:.1f} GiB{planned}; decoding {rollouts / 2**30:.1f} GiB")
+def say_peak(gib):
+    """Says once, after the first RL step, what the update took on this GPU, beside what was planned."""
+    planned = PLANNED.pop("update", None)
+    if planned is not None:
+        parallel.say(f"the update took up to {gib:.1f} GiB of this GPU; planned were {planned / 2**30:.1f}")

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from plumbing import flags, parallel
+from plumbing import flags, memory, parallel
 from plumbing.checkpoints import read_json, save_checkpoint, write_json
 from plumbing.flags import setting
 
@@ -115,30 +115,40 @@ def run_command(main):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Seconds of a step, by what was done.
+# Seconds of a step, by what was done. On a GPU also the most memory that tensors took.
 
 
 SECONDS = Counter()
+PEAKS = Counter()  # GiB
 
 
 def timed(name):
-    """A decorator: adds the seconds that a function takes to SECONDS[name]."""
+    """A decorator: adds the seconds that a function takes to SECONDS[name]. name: what_seconds."""
     def wrap(function):
         @functools.wraps(function)
         def measured(*arguments, **more):
             started = time.perf_counter()
+            has_gpu = parallel.default_device().type == "cuda"
+            if has_gpu:
+                torch.cuda.reset_peak_memory_stats()
             try:
                 return function(*arguments, **more)
             finally:
                 SECONDS[name] += time.perf_counter() - started
+                if has_gpu:
+                    peak = name.replace("seconds", "gib")
+                    PEAKS[peak] = max(PEAKS[peak], torch.cuda.max_memory_allocated() / 2**30)
         return measured
     return wrap
 
 
 def take_seconds():
-    """The seconds since the last call, by name; starts again from 0."""
-    taken = dict(SECONDS)
+    """The seconds since the last call, by name, and on a GPU the peaks of memory; starts again from 0."""
+    taken = dict(SECONDS | PEAKS)
+    if "update_gib" in PEAKS:
+        memory.say_peak(PEAKS["update_gib"])
     SECONDS.clear()
+    PEAKS.clear()
     return taken
 
 

@@ -26,10 +26,11 @@ sys.path[:0] = [ROOT]
 
 import torch
 import torch._dynamo  # before functions of torch.cuda are replaced: it makes a table of them
+import torch.distributed.checkpoint as dcp
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from plumbing import checkpoints, engine, kernels, runs
+from plumbing import checkpoints, engine, kernels
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -206,39 +207,8 @@ def flex_attention(q, k, v, block_mask, enable_gqa):
         q, k, v, attn_mask=block_mask.mask, enable_gqa=enable_gqa)
 
 
-class SafeOpen:
-    """safetensors.safe_open, which gives tensors on the device that it is told."""
-
-    open = staticmethod(checkpoints.safe_open)
-
-    def __init__(self, path, framework, device):
-        self.file = self.open(path, framework, device="cpu")
-        self.is_gpu = torch.device(device).type == "cuda"
-        self.keys = self.file.keys
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def get_slice(self, name):
-        part = Slice()
-        part.inner = self.file.get_slice(name)
-        part.get_shape = part.inner.get_shape
-        part.is_gpu = self.is_gpu
-        return part
-
-
-class Slice:
-    """A tensor of a file, of which rows are read."""
-
-    def __getitem__(self, rows):
-        return on_gpu(self.inner[rows]) if self.is_gpu else self.inner[rows]
-
-
 def on_host(write):
-    """A function that writes files, with the tensors where they really are: how torch writes is its own."""
+    """A function that writes or reads files, with the tensors where they really are: how torch does it is its own."""
     def call(state, *args, **kwargs):
         state = tree_map(lambda x: x.detach().inner if isinstance(x, Pretended) else x, state)
         with mock.patch("torch.cuda.is_available", lambda: False):
@@ -258,9 +228,9 @@ def pretended():
         Stream=object, stream=contextlib.nullcontext)
     ours = [(kernels, "compiled", lambda function: function), (kernels, "BlockMask", DenseMask),
             (kernels, "create_block_mask", DenseMask), (kernels, "flex_attention", flex_attention),
-            (torch.nn.Module, "compile", lambda self, **settings: None), (checkpoints, "safe_open", SafeOpen)]
+            (torch.nn.Module, "compile", lambda self, **settings: None)]
     ours += [(module, name, on_host(getattr(module, name))) for module, name in (
-        (checkpoints, "save_torch_state_dict"), (checkpoints, "save_file"), (runs.dcp, "save"), (runs.dcp, "load"))]
+        (checkpoints, "save_torch_state_dict"), (checkpoints, "save_file"), (dcp, "save"), (dcp, "load"))]
     MEETINGS.clear()
     engine.recording_stream.cache_clear()
     with contextlib.ExitStack() as stack:
