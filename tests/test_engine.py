@@ -591,16 +591,17 @@ def is_twin(function):
     return file in (engine.__file__, kernels.__file__) or function == (packing.__file__, "pack")
 
 
-def test_plain_runs_no_line_of_the_twins(two_steps):
-    for advantage in ("group", "value"):
-        _, _, functions = two_steps("block", advantage, True)
-        assert not [function for function in functions if is_twin(function)]
-        assert {(rollout.__file__, "generate"), (lm.__file__, "attend_by_rule"),
-                (lm.__file__, "token_logprobs"), (packing.__file__, "pad")} <= functions
-        _, _, functions = two_steps("block", advantage, False)
-        assert (rollout.__file__, "generate") not in functions
-        assert {(engine.__file__, "generate"), (engine.__file__, "attend"),
-                (kernels.__file__, "chunked_logprobs")} <= functions
+@pytest.mark.parametrize("advantage", ["group", "value"])
+@pytest.mark.parametrize("attention", ["block", "full"])
+def test_plain_runs_no_line_of_the_twins(attention, advantage, two_steps):
+    _, _, functions = two_steps(attention, advantage, True)
+    assert not [function for function in functions if is_twin(function)]
+    assert {(rollout.__file__, "generate"), (lm.__file__, "attend_by_rule"),
+            (lm.__file__, "token_logprobs"), (packing.__file__, "pad")} <= functions
+    _, _, functions = two_steps(attention, advantage, False)
+    assert (rollout.__file__, "generate") not in functions
+    assert {(engine.__file__, "generate"), (engine.__file__, "attend"),
+            (kernels.__file__, "chunked_logprobs")} <= functions
 
 
 @pytest.mark.parametrize("advantage", ["group", "value"])
