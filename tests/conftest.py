@@ -70,10 +70,10 @@ def decode(model, prompts, compute=FAST, seed=0, eos_ids=None, slots=None, cache
 
 @functools.cache
 def decoded(name, kind="sdar", K=4, lengths=None, **settings):
-    """Rollouts of a random model by the compute of this name, decoded once for all tests: to read, not to change.
+    """Rollouts of a random model by the compute of this name, decoded once for all tests. Do not change them.
 
-    lengths: of the prompts. None: every length modulo K, three times, of which the definition decodes the first
-    ten, because it is slow.
+    lengths: of the prompts. None: every length modulo K, three times. Of these the definition, which is slow,
+    decodes the first ten.
     """
     chosen = lengths or [*range(1, 2 * K + 2)] * 3
     if lengths is None and name == "plain":

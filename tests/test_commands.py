@@ -68,22 +68,21 @@ def test_the_readme_gives_the_install_and_main_commands():
 def commands():
     """Every command of the READMEs, the six files and examples/ -> list of (script, flags, is only parsed).
 
-    Only parsed is what needs a GPU, or a model or data from the hub, and all of examples/.
+    Only parsed: what needs a GPU, or a model or data from the hub; and examples/, which has its own tests.
     """
     found = {}
     files = [ROOT / "README.md", ROOT / "assets/README.md", ROOT / "model.py", ROOT / "value.py",
              *(ROOT / f"{name}.py" for name in COMMANDS), *sorted(ROOT.glob("examples/*.py"))]
     for file in files:
         text = re.sub(r"\\\n", " ", file.read_text())  # a command may go on in the next line
-        text = re.sub(r'"\$\w+"', "1", text)  # variables of a shell script
         for line in text.splitlines():
             command, _, comment = line.partition("  #")
             match = re.match(r" *(?:\w+=\S+ )?(?:torchrun|python) (?:--\S+ )*(\w+)\.py( .*|)$", command)
             if match and match[1] in COMMANDS:
                 flags = shlex.split(match[2])
                 model = flags[flags.index("--model") + 1] if "--model" in flags else "runs/"
-                is_remote = "GPU" in comment or not model.startswith("runs/") or file.parent.name == "examples"
-                found[match[1], *flags] = (match[1], flags, is_remote)
+                is_local = model.startswith("runs/") and file.parent.name != "examples"
+                found[match[1], *flags] = (match[1], flags, "GPU" in comment or not is_local)
     return list(found.values())
 
 
@@ -107,9 +106,9 @@ def test_every_command_of_the_readme_and_the_docstrings_is_understood_and_runs(f
     os.symlink(ROOT / "examples", "examples")
     Path("answers.jsonl").write_text('{"gold": "5", "response": "\\\\boxed{5}"}\n')
     ran = set()
-    for script, flags, is_remote in commands():
+    for script, flags, is_only_parsed in commands():
         main = COMMANDS[script].main
-        if is_remote:
+        if is_only_parsed:
             with monkeypatch.context() as patch, pytest.raises(Understood):
                 patch.setattr(parallel, "start_processes", begin)
                 main(flags)
@@ -144,8 +143,8 @@ def test_a_run_leaves_behind_what_the_readme_says(folder, monkeypatch, capsys):
     monkeypatch.setattr(runs.Run, "plot", PLOT)
     few = tasks.arithmetic("test", 30)
     Path("test.jsonl").write_text("\n".join(map(json.dumps, few)))
-    tracerl.main(["--model", TINY, "--train_data=train.jsonl", "--eval_data=test.jsonl", "--dev_data=test.jsonl",
-                  "--steps=2", "--eval_every=2", "--prompts=4", "--group_size=4"])
+    tracerl.main(["--model", TINY, "--train_data=train.jsonl", "--eval_data=test.jsonl",
+                  "--dev_data=test.jsonl", "--steps=2", "--eval_every=2", "--prompts=4", "--group_size=4"])
     assert {path.name for path in Path("runs/tracerl").iterdir()} - {"lock"} == {
         "args.json", "checkpoints", "curves.png", "metrics.jsonl", "summary.json", "trace.html"}
     assert Path("runs/tracerl/curves.png").read_bytes().startswith(b"\x89PNG")
@@ -153,7 +152,7 @@ def test_a_run_leaves_behind_what_the_readme_says(folder, monkeypatch, capsys):
     assert set(summary) == {"before", "after", "seed", "replay_gap_max"}
     for part in (summary["before"], summary["after"]):
         assert set(part) == {"dynamic", "static", "greedy"}
-        assert all(found["n"] == 30 and {"accuracy", "standard_error"} <= set(found) for found in part.values())
+        assert all(found["n"] == 30 and found["standard_error"] is not None for found in part.values())
     assert 0.3 < summary["before"]["dynamic"]["accuracy"] < 0.75 and summary["replay_gap_max"] < 1e-4
     assert summary["before"]["static"]["tokens_per_step"] == 1
     said = capsys.readouterr().out
@@ -207,8 +206,8 @@ def leftmost(is_masked, quota):
     ["--reward=mine.py:own_pool", "--advantage=mine.py:centered", "--loss=mine.py:per_group",
      "--views=mine.py:whole_block", "--strategy=mine.py:leftmost", "--prompts=2"],
     # Baselines, larger blocks, another policy.
-    ["--advantage=batch", "--views=coupled", "--reward=mine.py:share", "--strategy=static", "--denoising_steps=3",
-     "--temperature=0.8", "--top_k=9", "--block_size=8", "--minibatches=2", "--epochs=2"],
+    ["--advantage=batch", "--views=coupled", "--reward=mine.py:share", "--strategy=static",
+     "--denoising_steps=3", "--temperature=0.8", "--top_k=9", "--block_size=8", "--epochs=2"],
     # Full attention, merged trace steps.
     ["--model=full", "--attention=full", "--advantage=raw", "--reward=mine.py:share", "--shrink=2",
      "--max_new_tokens=8"],

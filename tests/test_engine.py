@@ -1,4 +1,4 @@
-"""Laws of the fast twins: the same rollouts, the same numbers, the same update; with --plain none of them runs."""
+"""Laws of the fast twins: the same rollouts, numbers and updates; with --plain none of them runs."""
 
 import functools
 import gc
@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, FAST, FIXTURES, all_rows, decode, decoded, random_model, random_prompts, seen, small_data
+from conftest import (
+    CPU, FAST, FIXTURES, all_rows, decode, decoded, random_model, random_prompts, seen, small_data)
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,13 +37,13 @@ def check_same(ours, theirs):
                 torch.tensor(getattr(a, name)), torch.tensor(getattr(b, name)), atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------ decoding: as the definition does
+# -------------------------------------------------------------------------- decoding: as the definition does
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("K", [1, 4, 8])
 def test_the_engine_gives_the_definitions_rollouts(K, strategy):
-    """Prompts of every length modulo K, decoded among many others; ends everywhere in a block, and truncation."""
+    """Prompts of every length modulo K, decoded among many others; ends everywhere in a block, truncation."""
     settings = dict(max_new_tokens=19, strategy=strategy, threshold=0.4, seed=1)
     theirs = decoded("plain", K=K, **settings)
     check_same(decoded("fast", K=K, **settings)[:len(theirs)], theirs)
@@ -93,7 +94,7 @@ def test_a_strategy_of_ones_own_reveals_the_same_in_both(tmp_path):
         check_same(decode(model, prompts, slots=2, **settings), decode(model, prompts, PLAIN, **settings))
 
 
-# ------------------------------------------------------------------------------------- decoding: what it costs
+# ----------------------------------------------------------------------------------- decoding: what it costs
 
 
 class SeparateCommits(engine.Decoder):
@@ -119,9 +120,13 @@ def test_a_commit_that_rides_along_is_a_commit(strategy, monkeypatch):
 
 def watch_forwards(model, monkeypatch):
     """A list that grows by the tokens (B, T) of every forward of a model."""
-    forwards = []
-    states = model.states
-    monkeypatch.setattr(model, "states", lambda tokens, *others: (forwards.append(tokens), states(tokens, *others))[1])
+    forwards, states = [], model.states
+
+    def watched(tokens, *others):
+        forwards.append(tokens)
+        return states(tokens, *others)
+
+    monkeypatch.setattr(model, "states", watched)
     return forwards
 
 
@@ -137,7 +142,7 @@ def test_a_block_costs_its_denoising_steps_and_no_forward_more(monkeypatch):
 
 
 def test_responses_to_one_prompt_share_its_prefill(monkeypatch):
-    """Two prompts, three responses to each, side by side and in few slots: all that is computed is two prompts."""
+    """Three responses to each of two prompts: what is computed is two prompts."""
     model = random_model()
     a, b = random_prompts([9, 14])
     settings = dict(max_new_tokens=8, seed=3, eos_ids=())
@@ -241,7 +246,7 @@ def test_steps_padded_for_graphs_decode_the_same(strategy, monkeypatch):
 
 
 class CompiledDecoder(engine.Decoder):
-    """A decoder whose first step with commits is traced whole: fullgraph is an error where a trace would break."""
+    """A decoder whose first step with commits is traced whole. fullgraph: a break is an error."""
 
     num_compiled = 0
 
@@ -254,6 +259,7 @@ class CompiledDecoder(engine.Decoder):
         return step(inputs, B, *sizes)
 
 
+@pytest.mark.filterwarnings("ignore")  # the tracer sees through functools.cache, and says so
 def test_a_step_compiles_without_a_break(monkeypatch):
     """One graph from token ids to token ids, as a CUDA graph needs it."""
     model, prompts = random_model(), random_prompts([6, 9, 10])
@@ -267,7 +273,7 @@ def test_a_step_compiles_without_a_break(monkeypatch):
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("kind", ["llada", "dream"])
 def test_approximate_caches_are_exact_where_nothing_is_stale(cache, kind):
-    """One denoising step per block never reads from a cache. Of more steps the first is exact, and draws the same."""
+    """One denoising step per block reads no cache. Of more steps the first is exact, and draws the same."""
     model, prompts = random_model(kind, block_size=8), random_prompts([5, 9, 5])
     settings = dict(max_new_tokens=16, strategy="static", eos_ids=(), seed=3)
     for steps, is_exact in ((1, True), (8, False)):
@@ -294,10 +300,11 @@ def test_of_slots_that_do_not_fit_as_many_as_fit_are_taken(monkeypatch, capsys):
     length, logits = 5 + 8 + 4, memory.most_logits(model.device) * 4 * 6
     per_slot = memory.slot_bytes(model.config, length, 4, True)
     monkeypatch.setattr(memory, "free_bytes", lambda device: (logits + 3.5 * per_slot) / 0.8)
-    decoders, init = [], engine.Decoder.__init__
-    monkeypatch.setattr(engine.Decoder, "__init__", lambda self, *args: (decoders.append(args), init(self, *args))[1])
+    made, init = [], engine.Decoder.__init__
+    remember = lambda self, *args: (made.append(args), init(self, *args))[1]
+    monkeypatch.setattr(engine.Decoder, "__init__", remember)
     for slots, said in ((None, ""), (4, "--slots 4: 3 of ")):
-        assert len(decode(model, prompts, slots=slots, **settings)) == 6 and decoders[-1][2] == 3
+        assert len(decode(model, prompts, slots=slots, **settings)) == 6 and made[-1][2] == 3
         assert said in capsys.readouterr().out
     monkeypatch.setattr(memory, "free_bytes", lambda device: logits)
     with pytest.raises(ValueError, match="lower --max_new_tokens"):
@@ -320,7 +327,14 @@ def test_a_thousand_ragged_prompts_through_64_slots():
         check_same(decode(model, [prompts[i]], slots=3, seed=i, **settings), [rollouts[i]])
 
 
-# ------------------------------------------------------------------------------------------- log-probabilities
+# ----------------------------------------------------------------------------------------- log-probabilities
+
+
+def chunks_of_7(model, states, tokens, temperature=1.0):
+    """engine.logprobs, with the logits of 7 positions at a time."""
+    V, _ = model.head.weight.shape
+    return kernels.chunked_logprobs(
+        states, model.head.weight, tokens, model.config.mask_id, temperature, max_logits=7 * V)
 
 
 @pytest.mark.parametrize("has_entropy", [False, True])
@@ -333,20 +347,17 @@ def test_chunked_logprobs_are_the_definitions(is_frozen, has_entropy):
     states = torch.randn(50, 32, generator=generator)
     for temperature in (1.0, 0.7):
         found = []
-        for is_chunked in (False, True):
+        for logprobs in (lm.token_logprobs, chunks_of_7):
             model = random_model()
             model.head.weight.requires_grad_(not is_frozen)
             own = states.clone().requires_grad_()
-            if is_chunked:
-                numbers = kernels.chunked_logprobs(own, model.head.weight, tokens, 2, temperature, max_logits=7 * 18)
-            else:
-                numbers = lm.token_logprobs(model, own, tokens, temperature)
-            loss = (weights[0] * numbers[0]).sum() + (weights[1] * numbers[1]).sum() * has_entropy
-            if not has_entropy:  # as in a loss that does not use it
-                loss = (weights[0] * numbers[0]).sum()
+            logp, entropy = logprobs(model, own, tokens, temperature)
+            loss = (weights[0] * logp).sum()
+            if has_entropy:
+                loss = loss + (weights[1] * entropy).sum()
             loss.backward()
             assert (model.head.weight.grad is None) == is_frozen
-            found.append([*numbers, own.grad, *([] if is_frozen else [model.head.weight.grad])])
+            found.append([logp, entropy, own.grad, *([] if is_frozen else [model.head.weight.grad])])
         for ours, theirs in zip(*found):
             scale = max(1.0, float(theirs.detach().abs().max()))
             torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=1e-5)
@@ -355,28 +366,26 @@ def test_chunked_logprobs_are_the_definitions(is_frozen, has_entropy):
 def test_the_gradient_of_an_entropy_alone_is_the_definitions():
     model, tokens = random_model(), torch.arange(3, 18)
     states = torch.randn(15, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    of = lambda function: torch.autograd.grad(function(model, states, tokens)[1].sum(), [states, model.head.weight])
-    for ours, theirs in zip(of(engine.logprobs), of(lm.token_logprobs)):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(logprobs(model, states, tokens)[1].sum(), [states, model.head.weight])
+                    for logprobs in (engine.logprobs, lm.token_logprobs))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_chunked_logprobs_of_bfloat16_weights_are_float32():
-    """Values to 1e-5. Gradients are stored as bfloat16, with three digits: they agree to those, also added up."""
+    """Values to 1e-5. Gradients are bfloat16 themselves, which has three digits: they agree to those."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 18, (300,), generator=generator)
     states = torch.randn(300, 32, generator=generator).bfloat16()
     weights = torch.randn(2, 300, generator=generator)
     found = []
-    for is_chunked in (False, True):
+    for logprobs in (lm.token_logprobs, chunks_of_7):
         model = random_model().bfloat16()
         own = states.clone().requires_grad_()
-        if is_chunked:
-            numbers = kernels.chunked_logprobs(own, model.head.weight, tokens, 2, 1.0, max_logits=7 * 18)
-        else:
-            numbers = lm.token_logprobs(model, own, tokens)
+        numbers = logprobs(model, own, tokens)
         (weights[0] * numbers[0] + weights[1] * numbers[1]).sum().backward()
         found.append((numbers, own.grad, model.head.weight.grad))
-    ours, theirs = found
+    theirs, ours = found
     for a, b in zip(ours[0], theirs[0]):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -384,7 +393,7 @@ def test_chunked_logprobs_of_bfloat16_weights_are_float32():
         assert a.dtype == torch.bfloat16 and (a - b).float().norm() < 2**-8 * b.float().norm()
 
 
-# --------------------------------------------------------------------------------------- attention and packing
+# ------------------------------------------------------------------------------------- attention and packing
 
 
 def rows_of_views(model, number=5, multiple=None):
@@ -419,7 +428,8 @@ def test_tiles_see_what_the_dense_mask_shows(kind):
         rows = rows_of_views(model)
         tiles = kernels.tiles(lm.dense_mask(rows.layout), size=16)
         attend = attend_under(tiles) if is_tiled else lm.attend_by_rule(rows.layout)
-        states = model.states(rows.tokens, rows.layout.position, attend).flatten(0, 1)[rows.targets.logit_index]
+        states = model.states(rows.tokens, rows.layout.position, attend).flatten(0, 1)
+        states = states[rows.targets.logit_index]
         states.square().sum().backward()
         numbers.append([states, *(p.grad for p in model.layers.parameters())])
     for ours, theirs in zip(*numbers):
@@ -513,20 +523,21 @@ def test_packed_rows_have_few_lengths():
         (1, 128), (1, 256), (1, 512), (1, 1024), (1, 1536)]
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
+# -------------------------------------------------------------------------------------------------- the loop
 
 
 def train(attention, advantage, is_plain):
-    """Two RL steps of two updates each -> weights by name at the start and at the end, and all functions that ran.
+    """Two RL steps of two updates each, in a folder with small_data and mine.py.
 
-    To be called in a folder with small_data and mine.py; functions: (file, name) of each.
+    -> weights by name at the start and at the end, and (file, name) of all functions that ran.
     """
     start = str(FIXTURES / "tiny") if attention == "block" else "full"
     name = f"{attention}-{advantage}-{'plain' if is_plain else 'fast'}"
     argv = [f"--model={start}", f"--name={name}", "--train_data=train.jsonl", "--eval_data=test.jsonl",
-            "--eval_limit=1", "--eval_strategies", "dynamic", "--eval_every=0", "--reward=mine.py:f", "--steps=2",
-            "--prompts=2", "--group_size=3", "--max_new_tokens=12", f"--advantage={advantage}", "--value_warmup=0",
-            "--value_epochs=1", "--value_lr=0.01", "--lr=0.01", "--warmup=0", "--save_every=0"]
+            "--eval_limit=1", "--eval_strategies", "dynamic", "--eval_every=0", "--reward=mine.py:f",
+            "--steps=2", "--prompts=2", "--group_size=3", "--max_new_tokens=12", f"--advantage={advantage}",
+            "--value_warmup=0", "--value_epochs=1", "--value_lr=0.01", "--lr=0.01", "--warmup=0",
+            "--save_every=0"]
     functions = set()
     sys.setprofile(lambda frame, event, argument: functions.add(frame.f_code))
     try:
@@ -538,7 +549,8 @@ def train(attention, advantage, is_plain):
     if advantage == "value":
         value = load_file(f"{end}/value/model.safetensors")
         weights |= {f"value.{key}": tensor for key, tensor in value.items()}
-    return load_file(f"{start}/model.safetensors"), weights, {(code.co_filename, code.co_name) for code in functions}
+    names = {(code.co_filename, code.co_name) for code in functions}
+    return load_file(f"{start}/model.safetensors"), weights, names
 
 
 @pytest.fixture(scope="module")
@@ -550,8 +562,8 @@ def two_steps(tmp_path_factory):
         small_data(folder)
         (folder / "mine.py").write_text("def f(tokens):\n    return float(sum(tokens) % 7)\n")
         checkpoints.save_checkpoint(random_model("llada"), tiny.tiny_tokenizer(), "full")
-        # Adam divides by the size of the gradient. Where that is zero but for rounding, it would make of rounding
-        # a step of full size. A larger epsilon keeps small what is small.
+        # Adam divides by the size of the gradient. Where the gradient is zero but for rounding, rounding
+        # would become a step of full size. A larger epsilon keeps small what is small.
         patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-2))
         patch.setattr(runs.Run, "plot", lambda run: None)  # takes longer than all the rest
         yield functools.cache(train)

@@ -131,7 +131,7 @@ def test_a_prompt_ends_as_its_style_says(style, end):
 
 
 def test_a_bad_setting_of_prompts_is_refused_by_name():
-    with pytest.raises(ValueError, match="prompt_style 'best' is not possible: it must be one of chat, trado"):
+    with pytest.raises(ValueError, match="prompt_style 'best' is not possible: it must be one of chat"):
         Prompting(prompt_style="best")
     with pytest.raises(ValueError, match="max_prompt_tokens 0 is not possible: it must be at least 1"):
         Prompting(max_prompt_tokens=0)
@@ -309,7 +309,7 @@ def test_greedy_samples_are_one_sample_and_this_is_said(folder, capsys):
     assert "WARNING" not in capsys.readouterr().out
 
 
-def test_flags_of_decoding_hold_in_every_mode_and_bad_ones_are_refused_at_the_door(folder, monkeypatch, capsys):
+def test_flags_hold_in_every_mode_and_bad_ones_are_refused_at_the_door(folder, monkeypatch, capsys):
     found = table("--strategy", "static", "greedy", "--denoising_steps=2")  # 4 tokens in 2 steps
     assert found["static"]["tokens_per_step"] == 2 and found["greedy"]["tokens_per_step"] >= 2
     monkeypatch.setattr(checkpoints, "load_model", lambda *_, **__: pytest.fail("this loads a model"))

@@ -1,10 +1,10 @@
-"""Laws of the network: who sees whom, cache or no cache, log-probabilities, adapters, what fits into memory."""
+"""Laws of the network: who sees whom, cache or no cache, log-probabilities, adapters, what fits."""
 
 import re
 
 import pytest
 import torch
-from conftest import all_rows, decode, random_model, random_prompts
+from conftest import CPU, all_rows, decode, random_model, random_prompts
 
 import model as lm
 import rollout
@@ -48,15 +48,16 @@ def test_the_mask_is_the_rule_told_by_a_double_loop(seed, is_full):
 
 
 def test_the_mask_is_the_picture_on_top_of_model_py():
-    """Twelve clean tokens and three views of the last block: an x where the token on the left sees the other."""
+    """Twelve clean tokens and three views of the last block; an x is a token that is seen."""
     lines = lm.__doc__.splitlines()
-    top = next(number for number, line in enumerate(lines) if line.split() == "894+ 396= 101; ???? 1?1? 1?1;".split())
+    shown = "894+ 396= 101; ???? 1?1? 1?1;".split()
+    top = next(number for number, line in enumerate(lines) if line.split() == shown)
     columns = [match.start() for match in re.finditer(r"\S", lines[top])]  # of the text, token by token
     tokens = []  # (position, document, block, view)
     told = []
     for line in lines[top + 1:top + 7]:
         text, block, view = re.match(r" +(\S{4})  block (\d) .* view (\d)", line).groups()
-        assert text == lines[top].split()[len(told) // 4]
+        assert text == shown[len(told) // 4]
         tokens += [(4 * int(block) + place, 0, int(block), int(view)) for place in range(4)]
         told += [[line[column] == "x" for column in columns]] * 4
     assert len(told) == len(columns) == 24
@@ -115,27 +116,27 @@ def test_a_cache_gives_the_states_of_one_forward(K):
         noisy = torch.full_like(clean, model.config.mask_id)
         assert not torch.allclose(logits_of(noisy, cache.read), expected[:, start:start + K], atol=0.1)
         for attend in (cache.read, cache.read, cache.append):
-            torch.testing.assert_close(logits_of(clean, attend), expected[:, start:start + K], atol=1e-5, rtol=1e-5)
+            logits = logits_of(clean, attend)
+            torch.testing.assert_close(logits, expected[:, start:start + K], atol=1e-5, rtol=1e-5)
         assert cache.keys[1].shape[2] == cache.values[1].shape[2] == start + K
 
 
-# -------------------------------------------------------------------------------------------- log-probabilities
+# ----------------------------------------------------------------------------------------- log-probabilities
 
 
 def test_token_logprobs_are_log_softmax_without_the_mask_token():
     model = random_model()
     states, tokens = torch.randn(50, 32, requires_grad=True), torch.randint(3, 18, (50,))
     for temperature in (0.7, 0):  # greedy decoding counts as temperature 1
-        logits = model.head(states)
-        logits = torch.cat([logits[:, :2], logits[:, 3:]], dim=1) / (temperature or 1)  # the mask token is number 2
-        expected = logits.log_softmax(-1)
+        logits = model.head(states) / (temperature or 1)
+        without_mask = torch.cat([logits[:, :2], logits[:, 3:]], dim=1)  # the mask token is number 2
+        expected = without_mask.log_softmax(-1)
         picked = expected.gather(1, (tokens - 1)[:, None])[:, 0]
         logp, entropy = lm.token_logprobs(model, states, tokens, temperature)
-        torch.testing.assert_close(logp, picked)
-        torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))
         for ours, theirs in ((logp, picked), (entropy, -(expected.exp() * expected).sum(-1))):
-            gradient, = torch.autograd.grad(ours.sum(), states, retain_graph=True)
-            torch.testing.assert_close(gradient, torch.autograd.grad(theirs.sum(), states, retain_graph=True)[0])
+            torch.testing.assert_close(ours, theirs)
+            gradients = [torch.autograd.grad(x.sum(), states, retain_graph=True)[0] for x in (ours, theirs)]
+            torch.testing.assert_close(*gradients)
 
 
 def test_log_probabilities_are_float32_whatever_the_weights_are():
@@ -155,7 +156,8 @@ def test_log_probabilities_are_float32_whatever_the_weights_are():
 
 def rows_of_views(model):
     """A micro-batch of the traces of a few responses."""
-    return all_rows(decode(model, random_prompts(range(2, 7)), max_new_tokens=14, threshold=0.4), model.config)
+    rollouts = decode(model, random_prompts(range(2, 7)), max_new_tokens=14, threshold=0.4)
+    return all_rows(rollouts, model.config)
 
 
 def test_computing_activations_again_changes_no_gradient():
@@ -173,7 +175,7 @@ def test_computing_activations_again_changes_no_gradient():
 def test_micro_batches_of_nothing_have_gradients_of_zero():
     """What a process without work goes along on: every parameter takes part, none moves."""
     model = random_model("sdar")
-    rows = packing.pad([Row([0], [0], [0], [1])], 0, torch.device("cpu"))
+    rows = packing.pad([Row([0], [0], [0], [1])], 0, CPU)
     assert len(rows.targets.token) == 0
     logp, _ = rollout.forward_rows(model, rows, PLAIN)
     logp.sum().backward()
@@ -244,7 +246,8 @@ V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/me
 V2 = ("memory.max", "memory.current", "memory.stat")
 
 
-@pytest.mark.parametrize("names, limit, rest", [(V2, 500, 200), (V2, 100, 0), (V2, "max", torch.inf), (V1, 500, 200)])
+@pytest.mark.parametrize("names, limit, rest", [
+    (V2, 500, 200), (V2, 100, 0), (V2, "max", torch.inf), (V1, 500, 200)])
 def test_the_limit_of_a_container_bounds_what_is_free(names, limit, rest, tmp_path, monkeypatch):
     """Files that were read count as used, though the system would forget them for whoever needs the room."""
     (tmp_path / "memory").mkdir()
@@ -263,7 +266,8 @@ def test_the_limit_of_a_batch_job_stands_in_its_own_group_or_one_above(tmp_path)
     assert memory.container_rest(tmp_path, own="/nowhere") == torch.inf
     own = tmp_path / "cgroup"
     own.write_text("3:cpu:/\n0::/slurm/job_7/step_0\n")
-    for group, limit, used in (("slurm", "max", 900), ("slurm/job_7", 500, 300), ("slurm/job_7/step_0", 900, 100)):
+    groups = (("slurm", "max", 900), ("slurm/job_7", 500, 300), ("slurm/job_7/step_0", 900, 100))
+    for group, limit, used in groups:
         (tmp_path / group).mkdir()
         (tmp_path / group / "memory.max").write_text(f"{limit}\n")
         (tmp_path / group / "memory.current").write_text(f"{used}\n")

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import (
-    COMPUTES, FAST, FIXTURES, all_rows, decode, decoded, fixture_cases, fixture_tensors, random_model, random_prompts,
-    seen)
+    COMPUTES, FAST, FIXTURES, all_rows, decode, decoded, fixture_cases, fixture_tensors, random_model,
+    random_prompts, seen)
 from torch.nn.utils.rnn import pad_sequence
 
 import model as lm
@@ -105,7 +105,8 @@ def test_the_replay_law_in_full_attention(compute, kind, strategy):
 def test_a_wrong_replay_breaks_the_law(compute):
     """The law can fail: another order, another temperature or merged steps give other numbers."""
     model, compute = random_model(), COMPUTES[compute]
-    rollouts = decode(model, random_prompts([5, 6, 7]), compute, max_new_tokens=16, strategy="static", eos_ids=())
+    prompts = random_prompts([5, 6, 7])
+    rollouts = decode(model, prompts, compute, max_new_tokens=16, strategy="static", eos_ids=())
     assert gap(model, rollouts, compute) < 1e-4
     assert gap(model, rollouts, compute, temperature=0.9) > 1e-2
     assert gap(model, rollouts, compute, shrink=2) > 1e-2
@@ -117,9 +118,9 @@ def test_a_wrong_replay_breaks_the_law(compute):
 def test_a_gap_beyond_rounding_stops_a_run_in_float32():
     law = ReplayLaw(is_float32=True)
     law.enforce(gap=1e-6, gap_max=2e-4)
-    for wide in (dict(gap=1e-3, gap_max=2e-3), dict(gap=1e-5, gap_max=0.1), dict(gap=torch.nan, gap_max=torch.nan)):
+    for gap, gap_max in ((1e-3, 2e-3), (1e-5, 0.1), (torch.nan, torch.nan)):
         with pytest.raises(RuntimeError, match="the replay law is broken"):
-            law.enforce(**wide)
+            law.enforce(gap, gap_max)
     ReplayLaw(is_float32=True, temperature=0.5).enforce(gap=1.5e-4, gap_max=1e-3)  # logits are divided by T
 
 
@@ -134,7 +135,7 @@ def test_a_wide_gap_in_bfloat16_is_said_and_stops_a_run_in_the_third_step(capsys
     ReplayLaw(is_float32=False, max_gap=0.3).enforce(**wide)
 
 
-# ------------------------------------------------------------------------ the replay against one row per state
+# ---------------------------------------------------------------------- the replay against one row per state
 
 
 @pytest.mark.parametrize("kind, K, shrink", [
@@ -278,8 +279,9 @@ def test_a_row_is_the_picture_in_the_docstring_of_lay_out():
         assert list(map(int, told[name])) == getattr(row, name), name
     # A target stands under the place whose output predicts it.
     first = lines["tokens"].index("8  9")
-    columns = {match.start(): number for number, match in enumerate(re.finditer(r"\S", lines["tokens"][first:]))}
-    targets = {columns[match.start()]: match[0] for match in re.finditer(r"\S", lines["target"][first:])}
+    characters = lambda name: re.finditer(r"\S", lines[name][first:])
+    columns = {match.start(): number for number, match in enumerate(characters("tokens"))}
+    targets = {columns[match.start()]: match[0] for match in characters("target")}
     assert {t.logit_index: as_text([t.token])[0] for t in row.targets} == targets
     assert [t.response_index for t in row.targets] == [0, 2, 3, 1] and list(targets.values()) == list("11;0")
 
@@ -294,9 +296,10 @@ def test_blocks_are_cut_at_absolute_positions():
 
 @both
 def test_sequential_with_one_token_a_step_is_decoding_from_left_to_right(compute):
-    """With its trace it is JustGRPO's setting: each token is predicted from what stands to its left, and masks."""
+    """With its trace it is JustGRPO's setting: each token is predicted from those on its left and masks."""
     model = random_model()
-    r, = decode(model, random_prompts([6]), COMPUTES[compute], max_new_tokens=14, strategy="sequential", eos_ids=())
+    settings = dict(max_new_tokens=14, strategy="sequential", eos_ids=())
+    r, = decode(model, random_prompts([6]), COMPUTES[compute], **settings)
     assert r.step_map == list(range(1, 15))
     rows = all_rows([r], model.config)
     for column, i in zip(rows.targets.logit_index.tolist(), rows.targets.response_index.tolist()):
@@ -307,8 +310,8 @@ def test_sequential_with_one_token_a_step_is_decoding_from_left_to_right(compute
 
 @both
 def test_same_seed_same_trace_other_seed_other_trace(compute):
-    one, two, other = (decode(random_model(), random_prompts([5]), COMPUTES[compute], max_new_tokens=24, seed=seed,
-                              eos_ids=())[0] for seed in (3, 3, 4))
+    one, two, other = (decode(random_model(), random_prompts([5]), COMPUTES[compute], seed, eos_ids=(),
+                              max_new_tokens=24)[0] for seed in (3, 3, 4))
     assert one == two and one.response != other.response
 
 
@@ -382,7 +385,7 @@ def test_a_strategy_that_cannot_be_called_says_what_is_missing(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     with pytest.raises(ValueError, match="--strategy .*mine.py has no function 'blunt'"):
         Decoding(strategy=f"{tmp_path}/mine.py:blunt")
-    with pytest.raises(ValueError, match="sharp asks for sharpness, which it cannot be given: there are confidence"):
+    with pytest.raises(ValueError, match="sharp asks for sharpness, which it cannot be given: there are"):
         reveal(f"{tmp_path}/mine.py:sharp", *torch.rand(2, 1, 4), torch.ones(1, 4).bool(), 1)
 
 
@@ -399,8 +402,9 @@ def test_a_response_ends_at_the_first_eos_of_the_response(compute):
         assert r.num_tokens == (21 if r.is_truncated else early.index(1) + 1)
         if not r.is_truncated:
             assert 0 <= len(r.response) - r.num_tokens < 4
-        blocks = [[r.step_map[j] for j in block] for block in rollout.blocks_of(len(r.prompt), len(r.response), 4)]
-        assert all(max(a) < min(b) for a, b in zip(blocks, blocks[1:]))
+        blocks = rollout.blocks_of(len(r.prompt), len(r.response), 4)
+        steps = [[r.step_map[j] for j in block] for block in blocks]
+        assert all(max(a) < min(b) for a, b in zip(steps, steps[1:]))
         assert set(r.step_map) == set(range(1, max(r.step_map) + 1))
 
 
@@ -439,7 +443,7 @@ def test_sampling_is_inverse_cdf_after_top_k_then_top_p():
 
 
 def test_a_token_of_probability_0_is_never_drawn():
-    """Neither between others nor at the end of 152,000, where sums of float32 would reach 1 too early or never."""
+    """Neither between others nor at the end of 152,000, where sums of float32 would reach 1 too early."""
     p = torch.rand(4, 151_936, generator=torch.Generator().manual_seed(0))
     p[:, ::3] = 0
     p[:, -1000:] = 0
@@ -456,7 +460,8 @@ def test_the_hash_is_uniform_and_its_words_do_not_mix():
         assert 0 <= u.min() and u.max() < 1 and len(u.unique()) == len(n)
         assert abs(u.mean() - 0.5) < 0.005 and abs((u[1:] * u[:-1]).mean() - 0.25) < 0.005
         assert (torch.histc(u.float(), 20, 0, 1) / 5000 - 1).abs().max() < 0.06
-    assert torch.equal(rollout.uniform(7, 3, n), rollout.uniform(n * 0 + 7, n * 0 + 3, n))  # numbers and tensors
+    # numbers and tensors
+    assert torch.equal(rollout.uniform(7, 3, n), rollout.uniform(n * 0 + 7, n * 0 + 3, n))
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -527,14 +532,16 @@ def test_sdar_decoding_is_the_authors(compute, name, authors_policy, monkeypatch
     data = fixture_tensors("sdar_generate")
     is_drawn = case["sampling"] == "inverse_cdf"
     if is_drawn:
-        draws = pad_sequence([data[f"{case['id']}.u"] for case in SDAR[name]], batch_first=True)  # (cases, steps, K)
-        monkeypatch.setattr(rollout, "uniform", lambda seed, step, position: draws[seed, step - 1, position % K])
+        stored = [data[f"{case['id']}.u"] for case in SDAR[name]]
+        draws = pad_sequence(stored, batch_first=True)  # (cases, steps, K)
+        monkeypatch.setattr(
+            rollout, "uniform", lambda seed, step, position: draws[seed, step - 1, position % K])
     rollouts = decode(
         authors_model("sdar", K), [case["prompt"] for case in SDAR[name]], COMPUTES[compute],
         max_new_tokens=case["gen_length"], denoising_steps=case["denoising_steps"],
-        strategy=case["strategy"].removeprefix("low_confidence_"), threshold=case["confidence_threshold"] or 0.9,
-        temperature=T if is_drawn else 0, top_k=case["top_k"], top_p=case["top_p"],
-        eos_ids=case["stop_token_ids"] or ())
+        strategy=case["strategy"].removeprefix("low_confidence_"),
+        threshold=case["confidence_threshold"] or 0.9, temperature=T if is_drawn else 0,
+        top_k=case["top_k"], top_p=case["top_p"], eos_ids=case["stop_token_ids"] or ())
     for r, case in zip(rollouts, SDAR[name], strict=True):
         P = len(r.prompt)
         end = P + len(r.response)
