@@ -88,8 +88,8 @@ def choose_compute(settings, model):
 def self_check(model, method):
     """The replay law on a few random prompts, before the first RL step, with the kernels of this run.
 
-    On a GPU or in bfloat16 no two kernels round alike. There this says what the gap is made of: recorded numbers
-    against a replay by the definitions, and that replay against its fast twin.
+    On a GPU or in bfloat16 no two kernels round alike. There this says what the gap is made of: recorded
+    numbers against a replay by the definitions, and that replay against its fast twin.
     """
     config = model.config
     rng = random.Random(0)
@@ -104,7 +104,8 @@ def self_check(model, method):
     text = f"self-check: replayed and recorded log-probabilities differ by {size(fast):.1e}"
     if model.device.type == "cuda" or not method.law.is_float32:
         plain = rollout.replay_differences(model, rollouts, rollout.PLAIN, temperature)
-        text += f"; replayed by the definitions by {size(plain):.1e}, and the two replays by {size(fast - plain):.1e}"
+        text += (f"; replayed by the definitions by {size(plain):.1e}, and the two replays by "
+                 f"{size(fast - plain):.1e}")
     parallel.say(text)
     method.law.enforce(gap=size(fast), gap_max=float(fast.abs().max()))
 
