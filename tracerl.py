@@ -67,18 +67,7 @@ def group_advantages(rewards):
     return (rewards - mean) / std.masked_fill(std < 1e-6, torch.inf)  # 0 / inf = 0 where all are equal
 
 
-def batch_advantages(rewards):
-    """The reward minus the mean over all responses of the RL step."""
-    return rewards - rewards.mean()
-
-
-def raw_advantages(rewards):
-    """The reward itself: plain REINFORCE without a baseline."""
-    return rewards
-
-
-ADVANTAGES = dict(  # --advantage; value: by a value model, see value.value_advantages
-    group=group_advantages, batch=batch_advantages, raw=raw_advantages, value=None)
+ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see value.value_advantages
 
 
 def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
@@ -115,20 +104,6 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
 
 
 LOSSES = dict(clip=policy_loss)  # --loss
-
-
-@torch.no_grad()
-def diagnose(logp, entropy, targets, clip_eps):
-    """Numbers for the log, whatever the loss is -> three sums over the targets, and the largest ratio.
-
-    float64 (3,): k3, ratios outside the clip range, entropy.
-    """
-    # float64: these are sums over a whole update.
-    log_ratio = (logp - targets.logp_old).double()
-    ratio = log_ratio.clamp(-10, 10).exp()
-    is_clipped = ((ratio - 1).abs() > clip_eps).double()
-    sums = torch.stack([(ratio - 1 - log_ratio).sum(), is_clipped.sum(), entropy.double().sum()])
-    return sums, torch.cat([ratio, ratio.new_zeros(1)]).max()  # the zero is for a micro-batch without targets
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -273,9 +248,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
                          "responses, or some that are not finite (0 / 0?)")
     # If no group is left there is no update. The step is logged, and the next one asks other prompts.
     is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
-    if method.advantage in (batch_advantages, raw_advantages):  # not relative to a group: all or none
-        is_kept[:] = is_kept.any()
-    elif recipe.keep_range is not None:
+    if recipe.keep_range is not None:
         low, high = recipe.keep_range  # problems that are too easy or too hard teach little
         is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
     longest = max(len(r.response) for r in rollouts)
@@ -413,7 +386,7 @@ def update(policy, batch, method, is_first, recipe):
         else:
             loss = logp.sum()  # a dummy: 0, but with a backward like everybody's
         loss.backward()  # adds to the gradients of the micro-batches before
-        part, part_max = diagnose(logp, entropy, rows.targets, recipe.clip_eps)
+        part, part_max = show.diagnose(logp, entropy, rows.targets, recipe.clip_eps)
         total += loss.detach()  # parts of one sum: they were divided by the tokens of the whole update
         sums += part
         ratio_max = torch.maximum(ratio_max, part_max)
@@ -482,8 +455,7 @@ class Choice:
                                    "model also dynamic, static and greedy", number="+")
     name: str = setting("tracerl", "of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if the boxed answer is right")
-    advantage: str = setting("group", "group: standard score in the group; value: a value model with GAE; batch: "
-                             "minus the mean of the step; raw: the reward")
+    advantage: str = setting("group", "group: standard score in the group; value: a value model with GAE")
     loss: str = setting("clip", "clip: the clipped policy gradient with a KL")
     views: str = setting("trace", "trace, or masks drawn at random: random, coupled (with complement)")
 
@@ -507,7 +479,7 @@ def parse_args(argv=None):
         args.eval_strategies = list(dict.fromkeys([*usual, args.strategy]))
     if args.lr is None:  # adapters start at zero and are scaled: they want about ten times as much
         args.lr = 1e-5 if args.lora_rank else 1e-6
-    if args.keep_range is None and args.reward == "math" and not is_tiny:
+    if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
         args.keep_range = [0.2, 0.8]  # the authors' filter, for rewards from 0 to 1
     if args.train_data is None or args.eval_data is None:
         parser.error("--model needs --train_data and --eval_data")

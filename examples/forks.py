@@ -149,6 +149,16 @@ def centered(rewards):
     return rewards - rewards.mean(-1, keepdim=True)
 
 
+def minus_step_mean(rewards):
+    """--advantage: the reward minus the mean over all responses of the RL step."""
+    return rewards - rewards.mean()
+
+
+def raw(rewards):
+    """--advantage: the reward itself, plain REINFORCE without a baseline."""
+    return rewards
+
+
 def mean_per_step(rewards, rollouts):
     """--advantage: A / (tokens of the denoising step), so that each step weighs the same.
 

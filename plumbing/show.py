@@ -4,6 +4,8 @@ import json
 import os
 from statistics import fmean
 
+import torch
+
 from plumbing import parallel, runs
 
 
@@ -14,6 +16,20 @@ def lengths(rollouts):
         truncated=fmean(r.is_truncated for r in rollouts),
         # How fast it decodes: 1 is as slow as an autoregressive model, K is a block at once.
         tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
+
+
+@torch.no_grad()
+def diagnose(logp, entropy, targets, clip_eps):
+    """Numbers for the log, whatever the loss is -> three sums over the targets, and the largest ratio.
+
+    float64 (3,): k3, ratios outside the clip range, entropy.
+    """
+    # float64: these are sums over a whole update.
+    log_ratio = (logp - targets.logp_old).double()
+    ratio = log_ratio.clamp(-10, 10).exp()
+    is_clipped = ((ratio - 1).abs() > clip_eps).double()
+    sums = torch.stack([(ratio - 1 - log_ratio).sum(), is_clipped.sum(), entropy.double().sum()])
+    return sums, torch.cat([ratio, ratio.new_zeros(1)]).max()  # the zero is for a micro-batch without targets
 
 
 def means(updates, value_updates):

@@ -76,8 +76,8 @@ ARMS = {  # what is compared: flags of tracerl.py
     "coupled": ["--views=coupled"],
     "value": ["--advantage=value"],
     "value-clip": ["--advantage=value", "--value_clip=0.2"],
-    "batch": ["--advantage=batch"],
-    "raw": ["--advantage=raw"],
+    "batch": [f"--advantage={FORKS}:minus_step_mean"],
+    "raw": [f"--advantage={FORKS}:raw"],
     "shrink-2": ["--shrink=2"],
     "shrink-4": ["--shrink=4"],
     "static": ["--strategy=static"],
@@ -90,7 +90,7 @@ ARMS = {  # what is compared: flags of tracerl.py
     "just-grpo": ["--strategy=sequential"],
     "as-many-random": [f"--views={FORKS}:as_many_random"],  # random masks at the cost of the trace
     "mean-per-step": [f"--advantage={FORKS}:mean_per_step"],  # the paper's weights
-    "no-reward": [f"--reward={FORKS}:always_one", "--advantage=raw"],  # a control: what sharpening alone does
+    "no-reward": [f"--reward={FORKS}:always_one", f"--advantage={FORKS}:raw"],  # a control: what sharpening alone does
     "rejection": [],  # see `fine_tune_on_right`
 }
 VIEWS = ("tracerl", "random", "coupled")
@@ -533,6 +533,8 @@ def variance(setting, args):
     views = dict(rollout.VIEWS)
     views["as-many-random"] = flags.load_function(f"{FORKS}:as_many_random", {}, "--views")
     asked = [problem for problem in problems[:recipe.prompts] for _ in range(recipe.group_size)]
+    plug_in = lambda name: flags.load_function(f"{FORKS}:{name}", {}, "--advantage")
+    advantages = dict(batch=plug_in("minus_step_mean"), raw=plug_in("raw"), value=None)
     gradients = {}
     for turn in range(args.resamples):
         seeds = [mix(turn, i) for i in range(len(asked))]
@@ -540,7 +542,7 @@ def variance(setting, args):
         rollouts = rollout.generate_everywhere(model, prompts, seeds, decoding, method.compute)
         give_rewards(rollouts, asked, tokenizer)
         for name in ("group", "batch", "raw", "value", "random", "as-many-random", "coupled"):
-            changed = method._replace(advantage=tracerl.ADVANTAGES.get(name, tracerl.group_advantages),
+            changed = method._replace(advantage=advantages.get(name, tracerl.group_advantages),
                                       views=views.get(name, rollout.trace_views))
             value_learner = learners.value if name == "value" else None
             kept, _ = tracerl.give_advantages(rollouts, value_learner, changed, recipe)

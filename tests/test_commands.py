@@ -21,6 +21,7 @@ import tracerl
 from plumbing import checkpoints, machine, parallel, player, runs, tasks, tiny
 
 TINY = str(FIXTURES / "tiny")
+FORKS = str(ROOT / "examples/forks.py")
 SMALL = ["--model", TINY, "--train_data=train.jsonl", "--eval_data=test.jsonl", "--steps=2", "--prompts=4",
          "--group_size=4", "--lr=1e-3", "--warmup=0", "--value_epochs=1", "--eval_every=0",
          "--eval_strategies=dynamic", "--eval_limit=2"]
@@ -206,10 +207,10 @@ def leftmost(is_masked, quota):
     ["--reward=mine.py:own_pool", "--advantage=mine.py:centered", "--loss=mine.py:per_group",
      "--views=mine.py:whole_block", "--strategy=mine.py:leftmost", "--prompts=2"],
     # Baselines, larger blocks, another policy.
-    ["--advantage=batch", "--views=coupled", "--reward=mine.py:share", "--strategy=static",
+    [f"--advantage={FORKS}:minus_step_mean", "--views=coupled", "--reward=mine.py:share", "--strategy=static",
      "--denoising_steps=3", "--temperature=0.8", "--top_k=9", "--block_size=8", "--epochs=2"],
     # Full attention, merged trace steps.
-    ["--model=full", "--attention=full", "--advantage=raw", "--reward=mine.py:share", "--shrink=2",
+    ["--model=full", "--attention=full", f"--advantage={FORKS}:raw", "--reward=mine.py:share", "--shrink=2",
      "--max_new_tokens=8"],
 ], ids=["value", "plug-ins", "baselines", "full"])
 def test_every_variant_runs_and_its_checkpoint_is_the_policy(flags, folder, monkeypatch):

@@ -15,9 +15,9 @@ import rollout
 import tracerl
 import value
 from model import Rows, Targets
-from plumbing import checkpoints, flags, machine, parallel, runs, tiny
+from plumbing import checkpoints, flags, machine, parallel, runs, show, tiny
 from rollout import PLAIN, Decoding, ReplayLaw, Rollout
-from tracerl import ADVANTAGES, Learners, Method, Recipe, give_advantages, group_advantages, policy_loss
+from tracerl import Learners, Method, Recipe, give_advantages, group_advantages, policy_loss
 
 DECODING = Decoding(max_new_tokens=14, threshold=0.4)
 
@@ -104,17 +104,6 @@ def test_a_group_is_kept_or_dropped_whole():
     assert all(r.advantage == [pytest.approx(3**0.5 if r.reward else -(3**-0.5))] * 2 for r in rollouts[8:12])
 
 
-def test_batch_and_raw_advantages_keep_every_group_unless_nothing_differs():
-    make = lambda rewards: [Rollout([1], [2, 3], 2, [1, 2], reward=float(r)) for r in rewards]
-    batch, raw = (method_of(advantage=ADVANTAGES[name]) for name in ("batch", "raw"))
-    rollouts = make([1, 1, 0, 0, 0, 0])
-    assert keep(rollouts, batch, group_size=2) == rollouts
-    assert [r.advantage[0] for r in rollouts] == pytest.approx([2 / 3, 2 / 3] + [-1 / 3] * 4)
-    assert keep(rollouts, raw, group_size=2) == rollouts
-    assert [r.advantage[1] for r in rollouts] == [1, 1, 0, 0, 0, 0]
-    assert keep(make([1] * 4), batch, group_size=2) == [] == keep(make([0] * 4), raw, group_size=2)
-
-
 def test_advantages_may_be_per_token_and_see_the_records():
     """One function gives each token its own; a token behind the end of the answer gets none of another's."""
     model = random_model()
@@ -164,13 +153,13 @@ def test_the_loss_is_the_formula():
 
 def test_the_numbers_of_the_log_are_what_they_say():
     logp, old = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
-    sums, largest = tracerl.diagnose(logp, old.abs(), targets_of(old, old), 0.2)
+    sums, largest = show.diagnose(logp, old.abs(), targets_of(old, old), 0.2)
     ratio = (logp - old).exp()
     k3 = ratio - 1 - (logp - old)
     expected = (k3.sum(), ((ratio - 1).abs() > 0.2).sum(), old.abs().sum())
     assert sums.tolist() == pytest.approx([float(x) for x in expected], rel=1e-5)
     assert float(largest) == pytest.approx(float(ratio.max()), rel=1e-5)
-    sums, largest = tracerl.diagnose(old[:0], old[:0], targets_of(old[:0], old[:0]), 0.2)
+    sums, largest = show.diagnose(old[:0], old[:0], targets_of(old[:0], old[:0]), 0.2)
     assert not sums.any() and not largest
 
 
@@ -195,7 +184,7 @@ def test_beyond_the_clip_there_is_no_gradient_and_k3_is_never_negative():
     assert (logp.grad != 0).tolist() == [False, False, True, True]
     for x in torch.linspace(-50, 50, 101):
         targets = targets_of(torch.zeros(1), torch.ones(1))
-        assert tracerl.diagnose(x[None], torch.zeros(1), targets, 0.2)[0][0] >= 0
+        assert show.diagnose(x[None], torch.zeros(1), targets, 0.2)[0][0] >= 0
         assert policy_loss(x[None], targets, 1).isfinite()
     far = torch.tensor([-12.0], requires_grad=True)  # the KL pulls back however far the policy has gone
     policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, kl_coef=1.0).backward()
