@@ -190,7 +190,8 @@ class Decoder:
                   lane.step_in_block) for lane in lanes]
         # Slot 1 has just gone on to the block of positions 12..15. The cache still holds the block before it,
         # 8..11, as it was in its last step, with masks. (1, 8): write that block once more, clean.
-        commits = [(slot, lane.start - K, 0, 0, 0) for slot, lane in enumerate(lanes) if not lane.is_committed]
+        commits = [(slot, lane.start - K, 0, 0, 0) for slot, lane in enumerate(lanes)
+                   if not lane.is_committed]
         # One table for both, since each copy to the device costs time.
         found = self.denoise(torch.tensor(lines + commits), len(lanes),
                              sum(lane.num_masked for lane in lanes), max(lane.start for lane in lanes) + K)
@@ -215,9 +216,9 @@ class Decoder:
     def denoise(self, inputs, B, num_masked, longest):
         """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): masks left in each block, and has it an eos.
 
-        inputs (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block; then a line
-        for each commit, see `states`. num_masked and longest: how many masks these blocks have together, and how
-        far they reach. Larger numbers do no harm. So no shape depends on what the device computes.
+        inputs (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block. Then a
+        line for each commit, see `states`. num_masked and longest: how many masks these blocks have together,
+        and how far they reach. Larger numbers do no harm. So no shape depends on what the device computes.
         """
         inputs = to_device(inputs, self.device)
         start, step, quota, seed, step_in_block = inputs[:B].T  # (B,) each
@@ -396,7 +397,7 @@ def to_device(table, device):
 
 
 def pinned(table, device):
-    """A tensor of the host in memory from which a GPU copies by itself. From other memory the host would wait."""
+    """A tensor of the host in memory from which a GPU copies by itself: the host need not wait."""
     return table.pin_memory() if device.type == "cuda" and not table.is_cuda else table
 
 
@@ -504,8 +505,9 @@ def attend(layout):
 
 def logprobs(model, states, tokens, temperature=1.0):
     """Twin of model.token_logprobs."""
-    return kernels.chunked_logprobs(states, model.head.weight, tokens, model.config.mask_id, temperature or 1.0,
-                                    memory.most_logits(states.device, is_training=True))
+    max_logits = memory.most_logits(states.device, is_training=True)
+    return kernels.chunked_logprobs(
+        states, model.head.weight, tokens, model.config.mask_id, temperature or 1.0, max_logits)
 
 
 def fast(device, max_tokens=4096, slots=None, cache="none"):

@@ -139,14 +139,17 @@ class CacheReader:
             self.line = slots[num_in_place:].clamp(max=num_in_place)  # (M,) of the commits
             pairs = F.pad(end[:num_in_place, None].expand(-1, 2), (0, 0, 0, 1))  # (lines + 1, 2)
             pairs[self.line, 1] = end[num_in_place:]
-            end = pairs[:num_in_place].repeat(1, num_queries)  # (lines, 2 num_queries): own, second, own, second
+            # (lines, 2 num_queries): own, second, own, second, ...
+            end = pairs[:num_in_place].repeat(1, num_queries)
         is_seen = torch.arange(longest, device=end.device) < end[..., None]
-        self.mask = as_added(is_seen.view(len(end), 1, -1, longest), cache.dtype)  # (rows, 1, 1 or queries, longest)
+        # (rows, 1, 1, longest), or (lines, 1, 2 num_queries, longest)
+        self.mask = as_added(is_seen.view(len(end), 1, -1, longest), cache.dtype)
 
     def __call__(self, q, keys, values):
         """q (B, H, K, D); keys, values (slots, length, H_kv, D) of one layer -> (B, H, K, D)."""
-        # All K queries of a block see the same keys, and H / H_kv heads share each key. So these heads can count
-        # as more queries, and no key is copied for them: with H = 4, H_kv = 2, K = 4, (B, 4, 4, D) -> (B, 2, 8, D).
+        # All K queries of a block see the same keys, and H / H_kv heads share each key. So these heads can
+        # count as more queries, and no key is copied for them. With H = 4, H_kv = 2 and K = 4:
+        # (B, 4, 4, D) -> (B, 2, 8, D).
         folded = q.reshape(len(q), keys.shape[2], -1, q.shape[-1])
         if uses_flash(q):  # by itself flash-attn folds only single queries
             out = flash_attn_with_kvcache(folded.transpose(1, 2), keys, values, **self.flash)

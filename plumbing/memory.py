@@ -105,8 +105,8 @@ def fit_slots(asked, number, per_slot, config, device):
     if most >= wanted:
         return wanted
     if not most:
-        raise ValueError(f"not one sequence of {per_slot / 2**20:,.0f} MiB fits into the {free / 2**30:.1f} GiB "
-                         "that are free: lower --max_new_tokens")
+        raise ValueError(f"not one sequence of {per_slot / 2**20:,.0f} MiB fits into the "
+                         f"{free / 2**30:.1f} GiB that are free: lower --max_new_tokens")
     if asked:
         parallel.say(f"--slots {asked}: {most} of {per_slot / 2**20:,.0f} MiB each fit into the "
                      f"{free / 2**30:.1f} GiB that are free, so {most} sequences are decoded together")

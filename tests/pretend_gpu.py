@@ -1,4 +1,4 @@
-"""pretend_gpu.py - runs the GPU's path on a machine without one: tensors say "cuda:0", and compute on the CPU.
+"""pretend_gpu.py - runs the GPU's path on a machine without one: tensors say "cuda:0" and compute on the CPU.
 
     python tests/pretend_gpu.py pytest tests/test_gpu.py
     python tests/pretend_gpu.py tracerl.py --device cuda --dtype float32 --steps 2 --name pretended
@@ -8,8 +8,8 @@ This finds faults in the order of things, and none of speed. As on a GPU:
   2. host and device meet where a value is read or sent; `MEETINGS` counts that, by function of the project
   3. a CUDA graph is recorded without being computed. It may not meet the host, and it replays on fixed memory
 
-Not as on a GPU: nothing is compiled, FlexAttention is a dense mask, kernels and their rounding are the CPU's. There
-is no process group, so training is float32. Copies from pinned memory are counted like all others.
+Not as on a GPU: nothing is compiled, FlexAttention is a dense mask, kernels and their rounding are the CPU's.
+There is no process group, so training is float32. Copies from pinned memory are counted like all others.
 """
 
 import contextlib
@@ -34,8 +34,10 @@ from plumbing import checkpoints, engine, kernels
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
-READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten._unique2}
-TAKES_HOST = {aten.copy_, aten.index, aten.index_put_, aten._index_put_impl_}  # a GPU copies what is the host's
+READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero,
+         aten._unique2}
+# These take tensors of the host as well: a GPU copies them first.
+TAKES_HOST = {aten.copy_, aten.index, aten.index_put_, aten._index_put_impl_}
 MEETINGS = Counter()  # (what, function, line) -> times
 RECORDING = []  # the graph that is being recorded, if any
 
@@ -67,7 +69,8 @@ class Pretended(torch.Tensor):
     @staticmethod
     def __new__(cls, inner):
         self = torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), dtype=inner.dtype, storage_offset=inner.storage_offset())
+            cls, inner.size(), strides=inner.stride(), dtype=inner.dtype,
+            storage_offset=inner.storage_offset())
         self.inner = inner
         return self
 
@@ -135,7 +138,7 @@ class Devices(TorchFunctionMode):
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = "cpu"
-            if not any(isinstance(a, Pretended) for a in args):  # torch.zeros(..., device="cuda") and the like
+            if not any(isinstance(a, Pretended) for a in args):  # torch.zeros(..., device="cuda")
                 if name in ("tensor", "as_tensor"):
                     meet("send")
                 return tree_map(on_gpu, call(*args, **kwargs))
@@ -157,7 +160,7 @@ def move(x, name, others, call, args, kwargs):
 
 
 class Graph:
-    """torch.cuda.CUDAGraph: recording changes no memory; a replay computes the same again on the same memory."""
+    """torch.cuda.CUDAGraph: recording changes no memory; a replay computes it on the same memory."""
 
     def __init__(self):
         self.tape = []
@@ -208,7 +211,7 @@ def flex_attention(q, k, v, block_mask, enable_gqa):
 
 
 def on_host(write):
-    """A function that writes or reads files, with the tensors where they really are: how torch does it is its own."""
+    """A function that writes or reads files, with the tensors where they really are."""
     def call(state, *args, **kwargs):
         state = tree_map(lambda x: x.detach().inner if isinstance(x, Pretended) else x, state)
         with mock.patch("torch.cuda.is_available", lambda: False):

@@ -3,12 +3,12 @@
 import functools
 import gc
 import random
-import re
 import resource
 import sys
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,28 +206,15 @@ def test_the_host_reads_once_per_step(strategy, sampler, monkeypatch):
     assert len(lists) - num_lists <= len(calls) + len(prompts)
 
 
-class FakeGraph:
-    """What a CUDA graph does, on any device: nothing when it is recorded, and a step at every replay."""
-
-    def __init__(self, step, held, sizes):
-        self.step = step
-        self.inputs = held, *sizes
-        self.out = torch.zeros(2, sizes[0], dtype=torch.int64)
-
-    def replay(self):
-        """The step again, of what now stands in the memory that was recorded."""
-        self.out.copy_(self.step(*self.inputs))
-
-
-class FakeGraphs(engine.Captured):
-    """What a GPU does, with such graphs."""
+class EagerGraphs(engine.Captured):
+    """What a GPU does, with a call in place of the recorded graph."""
 
     kinds = []
 
     def record(self, inputs, *sizes):
         self.kinds.append(sizes)
-        graph = FakeGraph(self.denoise, inputs.clone(), sizes)
-        return graph, graph.inputs[0], graph.out
+        denoise, held, out = self.denoise, inputs.clone(), torch.zeros(2, sizes[0], dtype=torch.int64)
+        return SimpleNamespace(replay=lambda: out.copy_(denoise(held, *sizes))), held, out
 
 
 class PaddedDecoder(engine.Decoder):
@@ -237,7 +224,7 @@ class PaddedDecoder(engine.Decoder):
 
     def __init__(self, model, decoding, num_slots, length, cache):
         super().__init__(model, decoding, num_slots, length, cache)
-        self.denoise = FakeGraphs(self.denoise, num_slots, model.config.block_size, length, reach=16)
+        self.denoise = EagerGraphs(self.denoise, num_slots, model.config.block_size, length, reach=16)
         self.alive.append(weakref.ref(self))
 
 
@@ -248,15 +235,14 @@ def test_steps_padded_for_graphs_decode_the_same(strategy, monkeypatch):
     ours = decode(model, prompts, **settings)
     monkeypatch.setattr(engine, "Decoder", PaddedDecoder)
     monkeypatch.setattr(engine, "RECORD_AT", 2)
-    FakeGraphs.kinds.clear()
+    EagerGraphs.kinds.clear()
     gc.disable()  # a decoder must go with its call, since its cache may be most of a GPU's memory
     padded = decode(model, prompts, **settings)
     assert PaddedDecoder.alive[-1]() is None
     gc.enable()
     check_same(padded, ours)
     # few kinds, although every sequence has a length of its own
-    assert FakeGraphs.kinds and {lanes for lanes, _, _ in FakeGraphs.kinds} <= {1, 2, 4, 5}
-    assert {reach % 16 for _, _, reach in FakeGraphs.kinds if reach < 20 + 26 + 4} == {0}
+    assert EagerGraphs.kinds and {lanes for lanes, _, _ in EagerGraphs.kinds} <= {1, 2, 4, 5}
 
 
 class CompiledDecoder(engine.Decoder):
@@ -306,24 +292,22 @@ def test_a_cache_must_be_one_that_the_attention_knows():
         decode(random_model("sdar"), [[3]], max_new_tokens=4, cache="dual")
 
 
-def test_slots_that_do_not_fit_are_fewer_and_said_and_not_one_is_refused(monkeypatch, capsys):
+def test_of_slots_that_do_not_fit_as_many_as_fit_are_taken(monkeypatch, capsys):
     model, prompts = random_model(), random_prompts([5] * 6)
     settings = dict(max_new_tokens=8, eos_ids=())
     with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
         decode(model, prompts, slots=0, **settings)
-    theirs = decode(model, prompts, slots=4, **settings)
     length, logits = 5 + 8 + 4, memory.most_logits(model.device) * 4 * 6
     per_slot = memory.slot_bytes(model.config, length, 4, True)
     monkeypatch.setattr(memory, "free_bytes", lambda device: (logits + 3.5 * per_slot) / 0.8)
     made, init = [], engine.Decoder.__init__
     remember = lambda self, *args: (made.append(args), init(self, *args))[1]
     monkeypatch.setattr(engine.Decoder, "__init__", remember)
-    for slots, said in ((4, "--slots 4: 3 of .* each fit .* 3 sequences are decoded together"), (None, "^$")):
-        check_same(decode(model, prompts, slots=slots, **settings), theirs)
-        assert made.pop()[2] == 3
-        assert re.search(said, capsys.readouterr().out)
+    for slots, said in ((None, ""), (4, "--slots 4: 3 of ")):
+        assert len(decode(model, prompts, slots=slots, **settings)) == 6 and made[-1][2] == 3
+        assert said in capsys.readouterr().out
     monkeypatch.setattr(memory, "free_bytes", lambda device: logits)
-    with pytest.raises(ValueError, match="not one sequence of .* fits .* lower --max_new_tokens"):
+    with pytest.raises(ValueError, match="lower --max_new_tokens"):
         decode(model, prompts, **settings)
 
 
@@ -591,17 +575,17 @@ def is_twin(function):
     return file in (engine.__file__, kernels.__file__) or function == (packing.__file__, "pack")
 
 
-@pytest.mark.parametrize("advantage", ["group", "value"])
-@pytest.mark.parametrize("attention", ["block", "full"])
-def test_plain_runs_no_line_of_the_twins(attention, advantage, two_steps):
-    _, _, functions = two_steps(attention, advantage, True)
-    assert not [function for function in functions if is_twin(function)]
-    assert {(rollout.__file__, "generate"), (lm.__file__, "attend_by_rule"),
-            (lm.__file__, "token_logprobs"), (packing.__file__, "pad")} <= functions
-    _, _, functions = two_steps(attention, advantage, False)
-    assert (rollout.__file__, "generate") not in functions
-    assert {(engine.__file__, "generate"), (engine.__file__, "attend"),
-            (kernels.__file__, "chunked_logprobs")} <= functions
+def test_plain_runs_no_line_of_the_twins(two_steps):
+    for advantage in ("group", "value"):
+        _, _, functions = two_steps("block", advantage, True)
+        assert not [function for function in functions if is_twin(function)]
+        definitions = {(rollout.__file__, "generate"), (lm.__file__, "attend_by_rule"),
+                       (lm.__file__, "token_logprobs"), (packing.__file__, "pad")}
+        assert definitions <= functions
+        _, _, functions = two_steps("block", advantage, False)
+        assert not functions & (definitions - {(packing.__file__, "pad")})
+        assert {(engine.__file__, "generate"), (engine.__file__, "attend"),
+                (kernels.__file__, "chunked_logprobs")} <= functions
 
 
 @pytest.mark.parametrize("advantage", ["group", "value"])

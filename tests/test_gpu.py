@@ -1,7 +1,7 @@
 """What only a GPU can show: pytest tests/test_gpu.py
 
-Nobody has run this file on a GPU yet. tests/pretend_gpu.py runs it without one, see there. All other tests hide
-the GPU (conftest.py): their laws are float32 on the CPU.
+Nobody has run this file on a GPU yet. tests/pretend_gpu.py runs it without one, see there. All other tests
+hide the GPU (conftest.py): their laws are float32 on the CPU.
 """
 
 import json
@@ -39,7 +39,7 @@ def wide_model(kind, dtype=torch.float32, device=GPU):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("kind", ["sdar", "dream", "llada"])
 def test_the_replay_law(kind, dtype, bound):
-    """CUDA graphs, flash-attn in bfloat16 if it is installed; then packed rows, padded rows, and the definition."""
+    """CUDA graphs, and flash-attn in bfloat16 if it is there; packed rows, padded rows, and the definition."""
     model = wide_model(kind, dtype)
     rollouts = decode(model, random_prompts(LENGTHS), **SETTINGS)
     fast = engine.fast(GPU)
@@ -143,8 +143,8 @@ def test_fused_functions_are_the_plain_ones():
 def run(name, *flags):
     """A short run of tracerl.py on the GPU -> its log, and the weights of its end."""
     tracerl.main([
-        f"--model={FIXTURES / 'tiny'}", "--train_data=arithmetic", "--device=cuda", "--dtype=float32", "--prompts=3",
-        "--group_size=4", "--steps=2", "--eval_limit=3", "--eval_every=0", "--eval_strategies=dynamic",
+        f"--model={FIXTURES / 'tiny'}", "--train_data=arithmetic", "--device=cuda", "--dtype=float32",
+        "--prompts=3", "--group_size=4", "--steps=2", "--eval_limit=3", "--eval_every=0", "--eval_strategies=dynamic",
         "--value_warmup=1", f"--name={name}", *flags])
     with open(f"runs/{name}/metrics.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
@@ -197,8 +197,8 @@ def test_fine_tuning_runs(attention, at_home):
 
 
 def test_evaluation_in_bfloat16(at_home):
-    summary = eval_math.main([f"--model={FIXTURES / 'tiny'}", "--device=cuda", "--dtype=bfloat16", "--limit=20"])
-    assert summary
+    assert eval_math.main([
+        f"--model={FIXTURES / 'tiny'}", "--device=cuda", "--dtype=bfloat16", "--limit=20"])
 
 
 # ------------------------------------------------------------------------------------------- one process, NCCL
@@ -216,7 +216,8 @@ def test_a_sharded_run_has_the_weights_of_an_unsharded_one(at_home):
 
 
 @has_nccl
-@pytest.mark.parametrize("flags", [[], ["--advantage=value"], ["--lora_rank=2"]], ids=["groups", "value", "lora"])
+@pytest.mark.parametrize("flags", [[], ["--advantage=value"], ["--lora_rank=2"]],
+                         ids=["groups", "value", "lora"])
 def test_a_sharded_run_in_bfloat16_resumes(flags, at_home):
     run("half", "--dtype=bfloat16", "--steps=1", *flags)
     parallel.end_processes()

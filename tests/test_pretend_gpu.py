@@ -53,7 +53,10 @@ def test_host_and_device_meet_twice_per_denoising_step(gpu, monkeypatch):
     def counted(self):
         before = Counter(MEETINGS)
         ended = advance(self)
-        steps.append(Counter(what for (what, _, _), times in (MEETINGS - before).items() for _ in range(times)))
+        step = Counter()
+        for (what, _, _), times in (MEETINGS - before).items():
+            step[what] += times
+        steps.append(step)
         return ended
 
     monkeypatch.setattr(engine.Decoder, "advance", counted)
@@ -71,7 +74,8 @@ def test_the_cache_is_free_before_memory_is_given_back(gpu, monkeypatch):
     make = engine.Decoder.__init__
     monkeypatch.setattr(engine.Decoder, "__init__",
                         lambda self, *args: (decoders.append(weakref.ref(self)), make(self, *args))[1])
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: is_alive.append([ref() is not None for ref in decoders]))
+    look = lambda: is_alive.append([ref() is not None for ref in decoders])
+    monkeypatch.setattr(torch.cuda, "empty_cache", look)
     decode(random_model().to(GPU), random_prompts(LENGTHS), **SETTINGS)
     assert MEETINGS["graph recorded", "", ""] > 0 and is_alive[-1] == [False]
 
@@ -136,11 +140,13 @@ def test_two_blocks_of_a_slot_in_one_row_see_what_two_rows_see(gpu):
     torch.testing.assert_close(ours[is_used], theirs[is_used], atol=1e-6, rtol=0)
     for row, (slot, stop) in enumerate(zip(slots.tolist(), end.tolist())):
         seen = [x[slot, :stop].transpose(0, 1)[None] for x in (keys, values)]
-        torch.testing.assert_close(theirs[row:row + 1], lm.attention(q[row:row + 1], *seen), atol=1e-6, rtol=0)
+        definition = lm.attention(q[row:row + 1], *seen)[0]
+        torch.testing.assert_close(theirs[row], definition, atol=1e-6, rtol=0)
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes: SLOW=1")
 def test_all_of_test_gpu_passes():
-    command = [sys.executable, "tests/pretend_gpu.py", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    command = [sys.executable, "tests/pretend_gpu.py", "pytest", "-q", "-p", "no:cacheprovider",
+               "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
