@@ -53,12 +53,14 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     eos = config.eos_ids[0]  # the one to teach; in decoding any of them ends a response
     # LLaDA was trained on canvases that are filled with its <|endoftext|>, which is its padding token.
     filler = config.pad_id if config.is_full and config.pad_id in config.eos_ids else eos
+    lacking = [p.problem for p in problems if not p.solution]
+    if lacking:
+        raise ValueError(f"no solution to learn from: {str(lacking[0])[:80]!r}")
+    # Text is made into tokens once, here. From here on the record is token ids.
+    solutions = encode([p.solution for p in problems], tokenizer)
     examples = []
-    for p in problems:
-        if not p.solution:
-            raise ValueError(f"no solution to learn from: {str(p.problem)[:80]!r}")
-        # Text is made into tokens once, here. From here on the record is token ids.
-        response = encode(p.solution, tokenizer) + [eos]
+    for p, solution in zip(problems, solutions):
+        response = solution + [eos]
         # Without a step map, the solution counts as written from left to right, one token a step.
         steps = list(p.step_map or range(1, len(response)))
         if len(steps) != len(response) - 1:

@@ -411,11 +411,11 @@ class Recorder:
 
     chat_template = "any"
 
-    def apply_chat_template(self, chat, **_):
-        return "|".join(f"{message['role']}:{message['content']}" for message in chat)
+    def apply_chat_template(self, chats, **_):
+        return ["|".join(f"{message['role']}:{message['content']}" for message in chat) for chat in chats]
 
-    def __call__(self, text, add_special_tokens):
-        return type("Encoding", (), dict(input_ids=list(text)))
+    def __call__(self, texts, add_special_tokens):
+        return type("Encoding", (), dict(input_ids=[list(text) for text in texts]))
 
 
 def prompt(problem, **settings):

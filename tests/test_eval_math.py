@@ -105,15 +105,15 @@ class Characters:
         "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
         "{% endif %}")
 
-    def apply_chat_template(self, chat, tokenize, **settings):
-        """The text of a chat."""
+    def apply_chat_template(self, chats, tokenize, **settings):
+        """The texts of chats."""
         assert not tokenize
         template = jinja2.Template(self.chat_template, keep_trailing_newline=True)
-        return template.render(messages=chat, **settings)
+        return [template.render(messages=chat, **settings) for chat in chats]
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, texts, add_special_tokens):
         assert not add_special_tokens  # the template has written them
-        return type("Encoding", (), dict(input_ids=list(text)))
+        return type("Encoding", (), dict(input_ids=[list(text) for text in texts]))
 
 
 @pytest.mark.parametrize("style, end", [
