@@ -191,10 +191,10 @@ def test_a_target_carries_what_the_record_says():
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("kind", ["sdar", "llada"])
-def test_micro_batches_hold_the_same_targets_within_their_budget(kind, is_packed):
+@pytest.mark.parametrize("kind, number", [("sdar", 24), ("llada", 10)])
+def test_micro_batches_hold_the_same_targets_within_their_budget(kind, number, is_packed):
     model = random_model(kind)
-    rollouts = decode(model, random_prompts(range(1, 25)), max_new_tokens=30, eos_ids=())
+    rollouts = decode(model, random_prompts(range(1, number + 1)), max_new_tokens=30, eos_ids=())
     built = rollout.build_rows(rollouts, model.config, shrink=8)
     compute = PLAIN._replace(max_tokens=512, is_packed=is_packed)
     parts = packing.micro_batches(built, compute, model)
