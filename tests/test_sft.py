@@ -1,12 +1,14 @@
 """Laws of supervised fine-tuning: which tokens are masked, how they are weighted, the authors' loss."""
 
 import json
+import os
 
 import pytest
 import torch
 from conftest import (
-    COMPUTES, FIXTURES, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen)
+    COMPUTES, FIXTURES, ROOT, all_rows, fixture_cases, fixture_tensors, random_model, random_prompts, seen)
 
+import eval_math
 import rollout
 import sft
 from eval_math import Problem
@@ -268,3 +270,14 @@ def test_the_sft_loss_is_the_authors(K, authors_policy):
         assert p.grad.norm().item() == pytest.approx(case["grad_norms"][theirs], rel=1e-4)
         if f"grad.{theirs}" in data:
             assert (p.grad - data[f"grad.{theirs}"]).norm() <= 1e-4 * p.grad.norm()
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes: SLOW=1")
+@pytest.mark.parametrize("name, lowest, highest", [("tiny-block", 0.45, 0.6), ("tiny-full", 0.2, 0.5)])
+def test_the_command_in_assets_still_makes_a_start(name, lowest, highest, tmp_path, monkeypatch):
+    """Neither too good nor too bad for reinforcement learning; another processor makes another start."""
+    monkeypatch.chdir(tmp_path)
+    line = next(line for line in open(ROOT / "assets/README.md") if line.rstrip().endswith(name))
+    path = sft.main(line.split()[2:])
+    found = eval_math.main(["--model", path, "--strategy", "dynamic"])
+    assert lowest <= found["dynamic"]["accuracy"] <= highest
