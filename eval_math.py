@@ -30,7 +30,7 @@ from statistics import fmean
 import torch
 
 import rollout
-from plumbing import autoregressive, data, flags, grading, machine, parallel, runs, show
+from plumbing import data, flags, grading, machine, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.prompts import Prompting, encode_prompts
 from plumbing.tasks import EMBEDDED
@@ -183,6 +183,7 @@ class Examinee:
             decoding = dataclasses.replace(decoding, temperature=0.0)
         elif strategy is not None:
             decoding = dataclasses.replace(decoding, strategy=strategy)
+        # Every process decodes a part of the prompts, and gets all rollouts.
         started = time.perf_counter()
         rollouts = rollout.generate_everywhere(
             self.model, [p.tokens for p in problems], seeds, decoding, self.compute)
@@ -228,7 +229,7 @@ def accuracy(samples):
     problems with the samples 1 1 0 and 0 0 0 have the means .67 and 0, so accuracy .33, n = 2.
     """
     means = [fmean(numbers) for numbers in samples]
-    mean = fmean(means)
+    mean = fmean(means)  # every problem counts the same, however many samples it has
     n = len(means)
     error = None  # one problem alone says nothing about others
     if n > 1:
@@ -260,22 +261,16 @@ def pass_at(k, numbers):
 
 def evaluate_command(args):
     """Samples, grades, tabulates. Each response is in runs/<name>/responses.jsonl at once: a run can go on."""
-    parallel.start_processes(args.device, is_tiny=args.ar is None and machine.is_tiny(args.model))
-    settings = flags.read_flags(machine.Inference, args)
     strategies = ["autoregressive"] if args.ar else args.strategy
-    for name in strategies if not args.ar else []:  # a wrong name is said before a model is loaded
-        flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--strategy")
-    if args.ar:  # the yardstick goes through the same prompts, the same grader and the same table
-        model, tokenizer = autoregressive.load(args.ar)
-        compute = rollout.PLAIN._replace(generate=autoregressive.generate)
-    else:
-        model, tokenizer = machine.load_model(args.model or machine.start_of(args.attention), settings)
-        compute = machine.choose_compute(settings, model)
-    if tokenizer is None:
-        raise ValueError(f"{args.model or args.ar} has no tokenizer: prompts cannot be encoded")
+    if not args.ar:
+        for name in strategies:  # a wrong name is said before a model is loaded
+            flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--strategy")
+    # With --ar, a left-to-right model: the same prompts, the same grader and the same table.
+    model, tokenizer, compute = machine.load_to_answer(args)
     # The same problems, in the same order, whenever this command is called again.
     problems = load_prompts(args.data, tokenizer, flags.read_flags(Prompting, args))[:args.limit]
     examinee = Examinee(model, tokenizer, flags.read_flags(Decoding, args, strategy="dynamic"), compute)
+    # The folder's default name says what was asked of whom:
     # "runs/x/checkpoints/step-45" and "test.jsonl" -> eval-runs-x-checkpoints-step-45-test.jsonl
     name = f"eval-{args.ar or args.model or 'tiny'}-{args.data}"
     name = args.name or re.sub(r"[^\w.-]+", "-", name).strip("-.")
@@ -286,6 +281,7 @@ def evaluate_command(args):
         # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
         for strategy in strategies:
+            # Greedy samples have nothing to draw. So n of them say no more than one.
             if args.n > 1 and (strategy == "greedy" or args.temperature == 0 or args.top_k == 1):
                 parallel.say(f"WARNING: {strategy} is greedy: all {args.n} samples of a problem are the same")
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
@@ -299,9 +295,11 @@ def evaluate_command(args):
                 seeds = [mix(args.seed, number, sample) for _, number, sample in chunk]
                 asked = [problems[number] for _, number, _ in chunk]
                 lines = examinee.ask(asked, seeds, None if args.ar else strategy)
+                # On the disk at once, with what it answers to: its strategy, its problem and its number.
                 for key, line in zip(chunk, lines):
                     done[key] = dict(strategy=key[0], problem=key[1], sample=key[2]) | line
                     run.write(done[key])
+        # A column per strategy, from all lines, whenever they were made.
         summary = {strategy: summarize([line for key, line in done.items() if key[0] == strategy])
                    for strategy in strategies}
         run.finish(summary)

@@ -257,7 +257,9 @@ def generate(model, prompt, decoding, seed=0):
     begins with the response, and the room for the whole response is there from the start.
     ValueError for an empty prompt, and for logits that are not finite.
     """
-    config, K, P = model.config, model.config.block_size, len(prompt)
+    config = model.config
+    K = config.block_size
+    P = len(prompt)
     check_prompt(prompt, decoding, config)
     start, end = decoded_span(P, decoding.max_new_tokens, config)
     tokens = torch.full((end,), config.mask_id, device=model.device)
@@ -431,7 +433,9 @@ def blocks_of(prompt_length, response_length, K):
 
 def views_of(rollout, config, views=trace_views, shrink=1):
     """All views of a response, in the order of its blocks -> list[View]."""
-    P, R, K = len(rollout.prompt), len(rollout.response), config.block_size
+    P = len(rollout.prompt)
+    R = len(rollout.response)
+    K = config.block_size
     blocks = [list(range(R))] if config.is_full else blocks_of(P, R, K)
     rng = random.Random(rollout.seed)  # the same views on every process, and after every resume
     found = []
@@ -484,7 +488,8 @@ def lay_out(r, rollout_index, views, config):
     all views, because it sees none of them. With full attention there is no such text: there every token sees
     what a step reveals. So each view is a row of its own, the whole canvas, and costs a whole forward.
     """
-    P, R = len(r.prompt), len(r.response)
+    P = len(r.prompt)
+    R = len(r.response)
     text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
     size = len(text) if config.is_full else config.block_size  # of a block
     text += [config.mask_id] * (-len(text) % size)  # larger blocks than those of decoding end in masks

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import rollout
-from plumbing import checkpoints, engine, kernels, memory, parallel
+from plumbing import autoregressive, checkpoints, engine, kernels, memory, parallel
 from plumbing.flags import setting
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -127,6 +127,18 @@ def load_model(path, settings):
     """A checkpoint to decode with -> model, tokenizer or None."""
     return checkpoints.load_model(
         path, settings.block_size, getattr(torch, settings.dtype), attention=settings.attention)
+
+
+def load_to_answer(args):
+    """What answers problems -> model, tokenizer, rollout.Compute; with --ar a left-to-right model."""
+    parallel.start_processes(args.device, is_tiny=args.ar is None and is_tiny(args.model))
+    if args.ar:
+        model, tokenizer = autoregressive.load(args.ar)
+        return model, tokenizer, rollout.PLAIN._replace(generate=autoregressive.generate)
+    model, tokenizer = load_model(args.model or start_of(args.attention), args)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
+    return model, tokenizer, choose_compute(args, model)
 
 
 def load_to_train(path, args, make_value=None):
