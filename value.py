@@ -91,7 +91,7 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     """Returns and GAE advantages over trace steps -> two float (N, R), 0 where nothing is trained.
 
     rewards, values: per token, float (N, R). steps: int64 (N, R), from 1 up without gaps, 0 = not trained.
-    Take token j of step t. A star marks a mean over the trained tokens of a step. All is 0 after the last step.
+    Take token j of step t. A star marks a mean over the trained tokens of a step. All is 0 after the last.
 
         R*_t = r*_t + gamma R*_{t+1}
         A*_t = delta_t + gamma lam A*_{t+1}     with delta_t = r*_t - V*_t + gamma V*_{t+1}
