@@ -294,6 +294,7 @@ def main(argv=None):
         run.begin()
         if args.resume:
             run.restore([learner])
+        run.check_data(runs.mark([(r.prompt, r.response) for r in examples]), f"--data {args.data}")
         train(learner, examples, evaluate_dev, compute, recipe, run)
         if not os.path.isdir(f"{run.folder}/checkpoints/step-{run.progress['step']}"):
             run.save([learner])  # the end is always saved

@@ -543,11 +543,7 @@ def main(argv=None):
         run.begin()
         if args.resume:
             run.restore(learners.pairs())
-        mark = data.fingerprint(task.problems)  # of problems, answers and prompt tokens
-        if run.progress.setdefault("data", mark) != mark:
-            raise ValueError(f"--train_data {args.train_data} or its prompts have changed since {run.folder} "
-                             "began: bring the old ones back, or start a new run (--name, --model) from its "
-                             "newest checkpoint")
+        run.check_data(data.fingerprint(task.problems), f"--train_data {args.train_data}")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
         train(learners, method, task, recipe, run)

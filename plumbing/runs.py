@@ -415,6 +415,12 @@ class Run:
         parallel.say(f"resuming {self.folder} after step {self.progress['step']}")
         return True
 
+    def check_data(self, mark, name):
+        """ValueError if a resumed run would go on with other data; mark: a short hash of the data."""
+        if self.progress.setdefault("data", mark) != mark:
+            raise ValueError(f"{name} or its prompts have changed since {self.folder} began: bring the old ones "
+                             "back, or start a new run (--name, --model) from its newest checkpoint")
+
     def finish(self, summary):
         """Writes summary.json."""
         if self.is_writer:

@@ -45,6 +45,17 @@ def test_the_end_is_filled_with_eos_to_the_block_or_the_canvas():
     assert sft.to_examples(problems, tokenizer, random_model().config, 8) == []
 
 
+def test_a_canvas_is_filled_with_the_padding_token_where_that_ends_a_response_too():
+    """LLaDA: <|eot_id|> ends a turn, and <|endoftext|>, its padding token, fills the canvas."""
+    tokenizer = tiny.tiny_tokenizer()
+    problems, _ = encode_prompts([Problem("12+3=", "15", "5;1;\\boxed{15}")], tokenizer)
+    config = random_model("llada").config
+    config.eos_ids = (1, 0)
+    config.pad_id = 0
+    full, = sft.to_examples(problems, tokenizer, config, 16)
+    assert full.response[8:] == [1] + [0] * 7 and full.num_tokens == 9
+
+
 def test_a_step_map_of_the_data_is_the_trace_and_the_end_comes_after_it():
     tokenizer = tiny.tiny_tokenizer()
     problems, _ = encode_prompts([Problem("12+3=", "15", "5;1;", step_map=[2, 1, 1, 2])], tokenizer)
