@@ -5,7 +5,7 @@
 Problems come from an embedded task, a local file or the hub. A prompt is put around each. A response is right
 if its last \\boxed{} equals the answer. Accuracy is the mean over problems, with its standard error.
 
-    python eval_math.py                                                # the tiny model on its 400 test problems
+    python eval_math.py                                                # the tiny model, 400 test problems
     python eval_math.py --model JetLM/SDAR-4B-Chat --data math500 --n 3
     python eval_math.py --grade answers.jsonl --out verdicts.jsonl     # grade a file, without a model
 
@@ -76,11 +76,11 @@ def load_prompts(source, tokenizer, prompting, needs_answer=True):
     # Long prompts are left out, and counted aloud.
     problems = load_problems(source, prompting, needs_answer)
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
-    skipped = f"; skipped {num_long} with a prompt over {prompting.max_prompt_tokens} tokens" if num_long else ""
+    skipped = f"; skipped {num_long} of over {prompting.max_prompt_tokens} tokens" if num_long else ""
     parallel.say(f"{source}: {len(problems)} problems{skipped}")
     num_different = len(data.group_repeats(problems))
     if num_different < len(problems):
-        parallel.say(f"{source}: {len(problems)} rows are {num_different} problems; an error is over problems")
+        parallel.say(f"{source}: {len(problems)} rows are {num_different} problems; errors are over problems")
     return problems
 
 
@@ -91,28 +91,29 @@ def load_prompts(source, tokenizer, prompting, needs_answer=True):
 def math_reward(problem, text, rollout):
     """1 if the last \\boxed{} is right and the response has ended, else 0.
 
-    A truncated response is wrong whatever it says. Otherwise a model learns to box a guess early, and never to
-    stop.
+    A truncated response is wrong whatever it says. Otherwise a model learns to box a guess early, and never
+    to stop.
 
     FORK HERE. --reward file.py:function calls a function of yours for each response, by the names of its
     parameters:
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... Truncation costs nothing unless you make it
-    It gives a number, or a list with one number per token. The list is a process reward, for --advantage value
-    or an advantage of your own. Give every token of a denoising step the reward of that step. Returns are sums
-    over trace steps of the MEAN in the step.
+        rollout    the record: step_map, is_truncated, ... A truncated response is punished only by you
+    It gives a number, or a list with one number per token. The list is a process reward, for --advantage
+    value or an advantage of your own. Give every token of a denoising step the reward of that step. Returns
+    are sums over trace steps of the MEAN in the step. (`reward` in the log is the sum over tokens.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
-    return float(not rollout.is_truncated and grading.is_correct(grading.extract_answer(text), problem.answer))
+    answer = grading.extract_answer(text)
+    return float(not rollout.is_truncated and grading.is_correct(answer, problem.answer))
 
 
 def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     """Sets Rollout.reward and token_rewards, on every process. ValueError for a reward that is not finite.
 
-    Each process judges a part. A verdict that a time limit decided must be the same on every process: else
-    they would train on different groups.
+    Each response is judged once, and all processes share the verdict. A check that runs into its time limit
+    might end otherwise elsewhere, and processes would then train on different groups.
     """
     # The grader's checks run in worker processes. A function of the user's may not like threads.
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
@@ -125,7 +126,7 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
 
 
 def judge(r, problem, tokenizer, reward):
-    """One response's reward, and its process rewards if the function gives those -> (float, list of float)."""
+    """One response's reward, and its process rewards if there are any -> (float, list of float)."""
     tokens = r.response[:r.num_tokens]  # up to and including eos: what stands behind it is filling
     given = flags.call(reward, problem=problem, text=response_text(r, tokenizer), tokens=tokens, rollout=r)
     try:
@@ -144,7 +145,7 @@ def judge(r, problem, tokenizer, reward):
 
 
 def response_text(r, tokenizer):
-    """The response before eos as text, to be judged or read. Nothing is ever encoded again.
+    """The response before eos as text, to be judged or read. It is never turned back into tokens.
 
     Special tokens stay, since a reward may look for one such as </think>.
     """
@@ -206,8 +207,8 @@ def summarize(lines):
     """What a table shows of many responses: accuracy, lengths, speed."""
     samples = {}  # by problem; a file may hold the same problem many times
     for line in lines:
-        samples.setdefault(str(line["text"]), []).append(float(line["correct"]))
-    # {"894+396=": [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
+        samples.setdefault((str(line["text"]), line["gold"]), []).append(float(line["correct"]))
+    # {("894+396=", "1290"): [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
     found = accuracy(list(samples.values()))
     if not any(line["gold"] for line in lines):  # with a reward of one's own: nothing is right or wrong
         found = dict.fromkeys(found)
@@ -225,7 +226,7 @@ def summarize(lines):
 def accuracy(samples):
     """Lists of each problem's samples (1 right, 0 wrong) -> accuracy, its standard error, n, and pass@k.
 
-    The error is over problems: samples of one problem are alike, and count as one observation together. Two
+    The standard error is over problems: samples of one problem are alike, and count as one observation. Two
     problems with the samples 1 1 0 and 0 0 0 have the means .67 and 0, so accuracy .33, n = 2.
     """
     means = [fmean(numbers) for numbers in samples]
@@ -260,7 +261,7 @@ def pass_at(k, numbers):
 
 
 def evaluate_command(args):
-    """Samples, grades, tabulates. Each response is in runs/<name>/responses.jsonl at once: a run can go on."""
+    """Samples, grades, tabulates. A response is written as soon as it is graded: a stopped call can go on."""
     strategies = ["autoregressive"] if args.ar else args.strategy
     if not args.ar:
         for name in strategies:  # a wrong name is said before a model is loaded
@@ -313,10 +314,10 @@ class Evaluation:
     """What the command does."""
 
     model: str = setting(None, "diffusion model: checkpoint folder or hub id; None: the tiny model")
-    ar: str = setting(None, "an autoregressive model instead, by transformers' generate, under the same prompts")
+    ar: str = setting(None, "an autoregressive model instead, by transformers' own generate")
     data: str = setting("arithmetic-test", f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id")
     limit: int = setting(None, "only the first problems", low=1)
-    n: int = setting(1, "samples per problem; a finished evaluation may be given more", low=1, may_change=True)
+    n: int = setting(1, "samples per problem; more may be asked for later", low=1, may_change=True)
     strategy: str = setting(("static", "dynamic"), "how to decode: any of --strategy in training, and greedy",
                             number="+")
     seed: int = setting(0, "of the samples")

@@ -4,8 +4,8 @@ A block diffusion language model is an ordinary decoder-only transformer with th
 
   1. It has a mask token, "?" below. Its output at position i predicts the token AT position i.
   2. Attention looks back by whole blocks of K tokens, not by single tokens.
-  3. A training row holds the clean text and, behind it, *views*. A view is a copy of one block, as that block
-     was at some moment of its decoding.
+  3. A training row holds the clean text and, behind it, *views*. A view is a copy of one block with some of
+     its tokens masked, as that block was at some moment of its decoding.
 
 Changes 2 and 3 are one rule over three small numbers that every token has: document, block, view. The picture
 shows that rule for the prompt 894+396= and its first response block, 1 0 1 ; with K = 4. An x means that the
@@ -20,7 +20,8 @@ token on the left may see the token on top.
       1?1?  block 2  xxxx xxxx                 xxxx         view 2   and itself. It sees no other view,
       1?1;  block 2  xxxx xxxx                       xxxx   view 3   and not the finished block 101;
 
-The same rule is prefill, decoding, replay and fine-tuning. Dream and LLaDA use full attention, where every
+(The clean 101; is there for the blocks after it, if there are any.) The same rule governs prefill, decoding,
+replay and fine-tuning. Dream and LLaDA use full attention, where every
 token sees every token. There the whole text counts as one block.
 
 Read in this order: ModelConfig, Layout, may_attend, dense_mask, attention, KVCache, Layer, BlockDiffusionLM,
@@ -36,7 +37,7 @@ Single capital letters are sizes in every file. (In formulas T is also the tempe
 advantage.)
   B rows            T tokens in a row   P prompt tokens   R response tokens   K tokens per block
   S trace steps     V vocabulary        C channels        H heads             D channels of a head
-  G responses per prompt                N items of a list, such as the targets of a micro-batch
+  G responses per prompt                N items of a list, such as targets; in a loss, those of a whole update
 """
 
 import math
@@ -64,7 +65,7 @@ class ModelConfig:
     is_full: bool = False  # True: every token sees every token (Dream, LLaDA). False: block attention
     block_size: int = 4  # K. With full attention, K only orders the decoding
     has_qk_norm: bool = True  # RMSNorm on every head of q and k, before the rotation (Qwen3, SDAR)
-    has_qkv_bias: bool = False  # (Qwen2, Dream)
+    has_qkv_bias: bool = False  # True for Qwen2 and Dream
     # Dream was made from an autoregressive model, and kept its habit: the output at position i predicts the
     # token at i + 1. So whoever wants the prediction for i reads the output at i - 1.
     shifts_logits: bool = False
@@ -139,7 +140,7 @@ def dense_mask(layout):
 
 # ------------------------------------------------------------------------------------------------------------
 # How the network attends. Its forward is given an `attend`: a function of (layer number, q, k, v) that
-# returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). There are three of them here:
+# returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). Three of them are made here:
 #     attend_by_rule(layout)   the tokens of each row see one another, by the rule        (training, replay)
 #     cache.read               a noisy block sees the cached clean blocks, and itself     (denoising)
 #     cache.append             a clean block does the same, and then stays in the cache   (after denoising)
@@ -219,7 +220,7 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention, then a gated feed-forward, each behind its RMSNorm."""
+    """One transformer layer: attention, then a gated feed-forward. Each normalises its input first."""
 
     def __init__(self, config, number):
         super().__init__()
@@ -249,7 +250,8 @@ class Layer(nn.Module):
         is slower by about a third, and needs a fraction of the memory.
         """
         if self.has_gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False,
+                              preserve_rng_state=False)
         return self.compute(x, cos, sin, attend)
 
     def compute(self, x, cos, sin, attend):
@@ -320,8 +322,9 @@ def policy_logits(model, states):
     If the mask token could be drawn, the text would then contain it for ever. Every later forward would take
     it for a position that is still to be filled.
 
-    Float32 also where the weights are bfloat16. A bfloat16 logit between 16 and 32 is a multiple of 0.125. A
-    ratio exp(logp - logp_old) could then only move in steps of 13 percent, and the clip range is 20 percent.
+    The logits are float32, even if the weights are bfloat16. A bfloat16 logit between 16 and 32 is a multiple
+    of 0.125. A ratio exp(logp - logp_old) could then only move in steps of 13 percent, and the clip range is
+    20 percent.
     """
     logits = states.float() @ model.head.weight.float().T
     logits[..., model.config.mask_id] = -math.inf
@@ -351,14 +354,14 @@ class Targets(NamedTuple):
     Whole numbers are int64. The others are float32, and 0 where nobody has filled them in.
     """
 
-    logit_index: torch.Tensor  # which output predicts this token, counted through the whole micro-batch
+    logit_index: torch.Tensor  # which output predicts it: counted in its row, then through all rows
     token: torch.Tensor  # the token to predict
     rollout_index: torch.Tensor  # whose token it is: a number among the rollouts that were laid out together
     response_index: torch.Tensor  # its index in that rollout's response
     step: torch.Tensor  # the denoising step that revealed it, counted from 1 over the whole response
     view: torch.Tensor  # the view that predicts it, counted from 1 over the whole response: its trace step
     group: torch.Tensor  # the number of its prompt in this RL step: responses of one group share it
-    masked_share: torch.Tensor  # float: the fraction of its block that its view masks, see sft.sft_loss
+    masked_share: torch.Tensor  # float: the fraction of its block's response tokens that its view masks
     logp: torch.Tensor  # float: its log-probability, recorded when it was drawn
     logp_old: torch.Tensor  # float: the same by the policy at the start of the RL step, see tracerl.py
     advantage: torch.Tensor  # float

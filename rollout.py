@@ -11,7 +11,7 @@ Twelve words:
   clean           of a block: all its tokens are revealed. They never change again
   trace           which denoising step revealed which token; `step_map` holds the number of that step
   view            a copy of a block as it was before one denoising step, or before several merged ones
-  trace step      the denoising steps that share one view: --shrink of them, normally 1
+  trace step      the denoising steps that share one view: --shrink of them, mostly 1
   row             one training input: the clean text, and behind it the views
   replay          to compute the log-probability of every token again, in the state in which it was drawn
   group           the G responses to one prompt
@@ -25,8 +25,13 @@ This is one block of K = 4 tokens while it is decoded, and what the record keeps
     clean            1 0 1 ;
 
 The three states on the left are the views of this block. The token 0 was drawn while 1, 1 and ; were in
-sight. Its probability in another state is another number. A policy gradient that used that other number would
-be the gradient of another policy.
+sight. In another state it has another probability. Training on that number would not follow the gradient of
+the policy that drew the token.
+
+The sum of these log-probabilities is what TraceRL takes for the log-probability of the response. Strictly it
+is a surrogate. Whether a token is revealed depends on the draw, and draws that are not revealed are thrown
+away. So tokens of which the model is unsure are too few among those that are trained. And the order gets
+no gradient.
 
 THE REPLAY LAW. In the states of the trace, one view per denoising step, the replayed log-probability of every
 token equals the recorded one, up to rounding. If it does not, then sampling and training disagree about
@@ -35,7 +40,11 @@ wrong in the same way. So every RL step prints the gap.
 
 Read in this order: Rollout, Decoding; sample, the strategies, generate; views, build_rows, lay_out; replay.
 The definitions here decode one prompt at a time. plumbing/engine.py does the same for many at once, and tests
-hold it to what stands here.
+compare it with these functions. Five calls into plumbing/ matter here and in the files that follow:
+  parallel.deal, gather      a process's part of a list; the whole list again, on every process
+  packing.micro_batches      rows as tensors; `dealt_batches` makes as many of them on every process
+  parallel.optimizer_step    clips the gradient to norm 1, and moves the weights
+  flags.call                 calls a function with those of the arguments that it declares
 """
 
 import math
@@ -56,15 +65,16 @@ from plumbing.flags import setting
 class Rollout:
     """One response and the trace by which it was decoded: the one record from decoding to update.
 
-    Lists have one entry per response token, unless their comment says otherwise. The response holds whole
-    blocks. Tokens behind the end of the answer are kept, since they were in sight when others were drawn.
+    Lists have one entry per response token, unless their comment says otherwise. The response ends with a
+    whole block. Tokens behind the end of the answer are kept, since they were in sight when others were
+    drawn.
     """
 
     prompt: list  # token ids of the prompt
     response: list  # token ids of every decoded block
-    num_tokens: int  # the answer: up to and including eos. These tokens earn the reward, and are trained
+    num_tokens: int  # how many there are up to and including eos. These earn the reward, and are trained
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
-    confidence: list = field(default_factory=list)  # its probability in what it was drawn from, see `sample`
+    confidence: list = field(default_factory=list)  # its probability after top-k and top-p, see `sample`
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
     canvas: int = 0  # full attention: the response positions that every forward sees. Block attention: 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
@@ -85,9 +95,9 @@ class Rollout:
 def uniform(seed, step, position):
     """Draws in [0, 1), float64, of the shape of `position`: a hash of three whole numbers (or int64 tensors).
 
-    uniform(7, 3, 11) is the draw of the response with seed 7 at its denoising step 3 for position 11. It
-    depends on nothing else: not on the batch, not on the process. A generator that is advanced draw by draw
-    would give a response other draws in another batch.
+    seed and step may be plain numbers. uniform(7, 3, tensor([11])) is the draw of the response with seed 7 at
+    its denoising step 3 for position 11. It depends on nothing else: not on the batch, not on the process. A
+    generator that is advanced draw by draw would give a response other draws in another batch.
     """
     x = torch.zeros_like(position)
     for word in (seed, step, position):  # a round of splitmix64 for each; int64 arithmetic wraps around
@@ -101,7 +111,7 @@ def uniform(seed, step, position):
 def mix(*numbers):
     """One seed made of several whole numbers, such as (seed of the run, RL step, number of the response).
 
-    A large odd factor keeps them apart, so that no two responses of a run share their draws.
+    A large odd factor keeps them apart, so that no two rollouts of a training run share their draws.
     """
     seed = 0
     for number in numbers:
@@ -133,7 +143,7 @@ def inverse_cdf(p, draws):
 
     p = .5 .3 .2 has the cumulative probabilities .5 .8 1., so the draw .6 gives token 1.
     """
-    cdf = p.cumsum(-1, dtype=torch.float64)  # float64: 151,936 rounded terms must still sum to 1
+    cdf = p.cumsum(-1, dtype=torch.float64)  # float64: in a sum of 151,936 terms float32 would round too much
     total = cdf[:, -1:]
     target = draws[:, None] * total
     target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))  # below the total, so one exists
@@ -144,8 +154,8 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
     """Draws a token at each position: logits (N, V), draws float64 (N,) -> token, confidence, logp, entropy.
 
     All four are (N,). The confidence is the token's probability after the filters, in the distribution from
-    which it was drawn. It says how sure the draw was. logp is log softmax(logits / T) BEFORE the filters,
-    because that is the policy which the loss trains.
+    which it was drawn. It says how sure the draw was. The entropy is of the same distribution. logp is
+    log softmax(logits / T) BEFORE the filters, because that is the policy which the loss trains.
     """
     logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (N, V)
     if temperature == 0 or top_k == 1:
@@ -161,11 +171,12 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
     return token, confidence, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
-# The strategies: what a denoising step reveals. All tensors are (B, K), one line per block.
+# The strategies: what a denoising step reveals. Tensors are (B, K), one line per block; quota is (B,), and
+# says how many tokens n a step is to reveal in each block.
 
 
 def reveal_static(confidence, is_masked, quota):
-    """The n most confident masked positions, n = quota int64 (B,)."""
+    """The n most confident masked positions."""
     return best(confidence, is_masked, quota)
 
 
@@ -213,11 +224,11 @@ class Decoding:
         "dynamic", "what a denoising step reveals: static, dynamic, sequential, entropy, or file.py:function")
     threshold: float = setting(0.9, "confidence above which dynamic reveals a token", low=0, high=1)
     denoising_steps: int = setting(
-        None, "steps per block: static reveals K / steps tokens in each, dynamic at least so many. None is K",
+        None, "steps per block: static reveals K / steps tokens in each, dynamic no fewer; None is K",
         low=1)
     temperature: float = setting(1.0, "T, of decoding and of the policy that is trained; 0 is greedy", low=0)
     top_k: int = setting(0, "draw among the k most probable tokens; 0 is all", low=0)
-    top_p: float = setting(1.0, "draw among the most probable tokens up to this sum; 1 is all", above=0, high=1)
+    top_p: float = setting(1.0, "draw among the most probable up to this sum; 1 is all", above=0, high=1)
 
     def __post_init__(self):
         flags.check(self)
@@ -235,7 +246,7 @@ class Decoding:
             confidence, entropy, token    of the draws, (B, K)
             is_masked                     (B, K)
             quota                         how many tokens the step is to reveal, (B,)
-            step                          the denoising step, counted from 0 in its block, (B,)
+            step                          the denoising step, here counted from 0 in its block, (B,)
             threshold                     the flag of that name
         It must reveal at least one mask of every block that has one, and only masks. Use tensor operations
         only: `if x.any()` makes a GPU wait, and no CUDA graph can hold it.
@@ -252,9 +263,9 @@ class Decoding:
 def generate(model, prompt, decoding, seed=0):
     """Decodes a response to one prompt (token ids) and records its trace -> Rollout.
 
-    Block attention: the text is cut at absolute positions. With P = 9 and K = 4, positions 0 to 7 are clean at
-    once. Decoding begins at position 8, with one prompt token and three masks. Full attention: the first block
-    begins with the response, and the room for the whole response is there from the start.
+    Block attention: the text is cut at absolute positions. With P = 9 and K = 4, positions 0 to 7 are clean
+    at once. Decoding begins at position 8, with one prompt token and three masks. Full attention: the first
+    block begins with the response, and the room for the whole response is there from the start.
     ValueError for an empty prompt, and for logits that are not finite.
     """
     config = model.config
@@ -310,11 +321,11 @@ def check_prompt(prompt, decoding, config):
     if not prompt:
         raise ValueError("a prompt is empty: a response needs at least one token before it")
     if max(prompt) >= config.vocab_size:
-        raise ValueError(f"token id {max(prompt)} is outside the vocabulary of {config.vocab_size} tokens: is "
-                         "this the tokenizer of another model?")
+        raise ValueError(f"token id {max(prompt)} is outside the vocabulary of {config.vocab_size} tokens: "
+                         "is this the tokenizer of another model?")
     if decoding.denoising_steps is not None and decoding.denoising_steps > config.block_size:
-        raise ValueError(f"denoising_steps {decoding.denoising_steps} is not possible: it must be from 1 to the "
-                         f"block size, {config.block_size}")
+        raise ValueError(f"denoising_steps {decoding.denoising_steps} is not possible: it must be from 1 to "
+                         f"the block size, {config.block_size}")
 
 
 def decoded_span(P, max_new_tokens, config):
@@ -367,7 +378,7 @@ class View(NamedTuple):
     block: int  # absolute number of the block; 0 with full attention
     masked: list  # response indices that are masks in this view
     targets: list  # response indices to predict, all of them among `masked`
-    masked_share: float  # len(masked) / size of the block
+    masked_share: float  # the masked fraction of the block's response tokens
 
 
 def trace_views(rollout, block, shrink):
@@ -381,8 +392,9 @@ def trace_views(rollout, block, shrink):
         rng       random.Random, seeded by the rollout: it draws the same on every process
     It gives a list of (masked, targets): the indices that are masks in a view, and those to predict there.
 
-    step_map 1 3 1 2 of the block 1 0 1 ; has the views below. With shrink 2 two denoising steps share one view.
-    The token ; is then predicted without the two 1s in sight: a state in which the policy never was.
+    step_map 1 3 1 2 of the block 1 0 1 ; has the views below. With shrink 2 two denoising steps share one
+    view. The token ; is then predicted in the state ????, although it was drawn in the state 1?1?. So its
+    replayed log-probability differs from the recorded one.
 
         shrink 1   ([0, 1, 2, 3], [0, 2])   ([1, 3], [3])   ([1], [1])
         shrink 2   ([0, 1, 2, 3], [0, 2, 3])   ([1], [1])
@@ -454,10 +466,11 @@ def views_of(rollout, config, views=trace_views, shrink=1):
 
 
 def build_rows(rollouts, config, views=trace_views, shrink=1, trained_only=False):
-    """The training rows of rollouts -> a list of Rows for each: one, or with full attention one per view.
+    """The training rows of rollouts -> a list of Row for each: one, with full attention one per view.
 
     trained_only: targets are the first num_tokens tokens of a response; the others are still seen. A view
-    without targets is left out. ValueError for a view that predicts what it shows.
+    without targets is left out. A rollout without views has no row. ValueError for a view that predicts what
+    it shows.
     """
     rows_of_each = []
     for index, r in enumerate(rollouts):
@@ -484,15 +497,16 @@ def lay_out(r, rollout_index, views, config):
         view       0  0  0  0    0  0  0  0    1  1  1  1    2  2  2  2    3  3  3  3
         target                                 1     1                ;       0
 
-    The clean text ends before the block of the last view, since no view looks further. One clean text serves
-    all views, because it sees none of them. With full attention there is no such text: there every token sees
+    The clean text ends before the block of the last view, since no view looks further. If another block were
+    decoded after this one, the clean 1 0 1 ; would stand before the views. One clean text serves all views,
+    because it sees none of them. With full attention there is no such text: there every token sees
     what a step reveals. So each view is a row of its own, the whole canvas, and costs a whole forward.
     """
     P = len(r.prompt)
     R = len(r.response)
     text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
     size = len(text) if config.is_full else config.block_size  # of a block
-    text += [config.mask_id] * (-len(text) % size)  # larger blocks than those of decoding end in masks
+    text += [config.mask_id] * (-len(text) % size)  # if K is larger now than in decoding: ends in masks
     # Numbers of each response token that travel with it. A list that is not filled yet counts as zeros.
     known = {name: getattr(r, name) or [0.0] * R for name in ("logp", "advantage", "value_old", "returns")}
     rows = []
@@ -524,12 +538,15 @@ def lay_out(r, rollout_index, views, config):
 
 
 class Compute(NamedTuple):
-    """The functions that have a fast twin, and how much is computed at once. Both give the same numbers."""
+    """The functions that have a fast twin, and how much is computed at once.
+
+    Definition and twin give the same numbers.
+    """
 
     generate: Callable  # (model, prompts, seeds, decoding) -> list[Rollout]
     attend: Callable  # layout -> attend, see model.py
     logprobs: Callable  # (model, states, tokens, temperature) -> logp, entropy
-    is_packed: bool = False  # micro-batches: rows end to end, or each row padded to the longest
+    is_packed: bool = False  # True: rows stand end to end. False: each row is padded to the longest
     max_tokens: int = 4096  # of a micro-batch
 
 
@@ -568,7 +585,8 @@ def replay(model, rollouts, compute=PLAIN, temperature=1.0, shrink=1):
     """
     built = build_rows(rollouts, model.config, shrink=shrink)
     parts = packing.micro_batches(built, compute, model)
-    return per_response(rollouts, parts, [forward_rows(model, rows, compute, temperature)[0] for rows in parts])
+    logps = [forward_rows(model, rows, compute, temperature)[0] for rows in parts]
+    return per_response(rollouts, parts, logps)
 
 
 def per_response(rollouts, parts, numbers):
@@ -605,8 +623,8 @@ def replay_gap(model, rollouts, compute, temperature):
 def drift(model, rollouts, compute, temperature):
     """How far updates have moved the policy since it made these rollouts: KL(old || new), the largest ratio.
 
-    An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are 1
-    whatever comes of it, and nothing else would show a collapse.
+    An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are
+    always 1, so they cannot show a collapse.
     """
     log_ratio = replay_differences(model, rollouts, compute, temperature)
     ratio = log_ratio.clamp(-10, 10).exp()

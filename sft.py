@@ -1,22 +1,23 @@
 """sft.py - how the starting model is made.
 
-Supervised fine-tuning of a block diffusion model masks some tokens of every block. The model predicts them from
-the rest of the block and the clean blocks before it. The rows are those of TraceRL, made by rollout.build_rows.
-Three things differ: the views are random, what fills the last block behind eos is trained as well, and the
-loss is a plain log-likelihood.
+Supervised fine-tuning of a block diffusion model masks some tokens of every block. The model predicts them
+from the rest of the block and the clean blocks before it. The rows are those of TraceRL, made by
+rollout.build_rows. Three things differ: the views are random, what fills the last block behind eos is trained
+as well, and the loss is a plain log-likelihood.
 
-    response, K = 4    1 0 1 ;   0 9 1 ;   ...
+    response, K = 4    1 0 1 ;   1 9 1 ;   ...
     views              1 ? ? ;   ? ? ? ?   ...
 
-There is one view per block. It masks k of the block's 4 tokens, k uniform in 1 to 4, and the loss is minus the
-log-probability of these. An autoregressive checkpoint predicts the NEXT token at each position. Fine-tuning
-teaches it to predict the token AT the position, where a mask stands in the input. Nothing else has to change.
-(This is the recipe of SDAR, arXiv 2510.06303.)
+There is one view per block. It masks k of the block's 4 tokens, k uniform in 1 to 4, and the loss is minus
+the log-probability of these. An autoregressive checkpoint predicts the NEXT token at each position.
+Fine-tuning teaches it to predict the token AT the position, where a mask stands in the input. Nothing else
+has to change. (This is the recipe of SDAR, arXiv 2510.06303.)
 
     python sft.py                     # a tiny model on additions, two minutes: how assets/tiny-block was made
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --name qwen3-block
 
-In this file a step is one update. Read in this order: to_examples, noise_views, sft_loss, train_step, train.
+In the loop of this file a step is one update. Read in this order: to_examples, noise_views, sft_loss,
+train_step, train.
 
 Left out:
   1. a loss on the prompt: only the response is masked and predicted;
@@ -99,11 +100,12 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
     """Minus the log-likelihood of the masked tokens, divided by the whole update's normaliser; all (N,).
 
     is_weighted: each token by 1 / t, where t is the masked fraction of its block. A token is masked with
-    probability t, so this sum estimates the one over ALL response tokens without bias: the diffusion bound. Its
-    normaliser is their number. Without weights (the authors' choice) it is the number of masked tokens.
+    probability t. So the weighted sum is an unbiased estimate of the sum over ALL response tokens, the
+    diffusion bound, and the normaliser is the number of those. Without weights (the authors' choice) the
+    normaliser is the number of masked tokens.
     """
-    # In the block 1 ? ? ; two of four tokens are masked, t = .5: with weights each of them counts twice, and
-    # so stands for a token that was not masked this time.
+    # In the block 1 ? ? ; two of four tokens are masked, t = .5. With weights each of them counts twice: for
+    # itself, and for one that is not masked this time.
     return -(logp / masked_share if is_weighted else logp).sum() / normalizer
 
 
@@ -113,8 +115,8 @@ def train_step(learner, examples, views, is_weighted, compute):
     # Every process has the same batch, and lays out its part of it as rows.
     built = rollout.build_rows(parallel.deal(examples), model.config, views)
     parts, num_masked = packing.dealt_batches(built, compute, model)
-    # One number for the whole update, taken before it is split. A mean per micro-batch would make the gradient
-    # depend on how the batch was cut.
+    # One number for the whole update, taken before it is split. A mean per micro-batch would make the
+    # gradient depend on how the batch was cut.
     normalizer = sum(len(r.response) for r in examples) if is_weighted else num_masked
     total = torch.zeros((), device=model.device)
     for part in parts:
@@ -143,8 +145,8 @@ class Recipe:
     cooldown: int = setting(200, "updates of falling learning rate at the end", low=1)
     weight_decay: float = setting(0.0, "of AdamW, on matrices", tiny=0.2, low=0)
     weighted: bool = setting(False, "weight each masked token by 1 / masked fraction (the diffusion bound)")
-    views: str = setting("random", "what is masked. random: some tokens of every block; trace: by the step map "
-                         "of the data, left to right where there is none; or file.py:function")
+    views: str = setting("random", "what is masked. random: some tokens of every block; trace: by the step "
+                         "map of the data, left to right where there is none; or file.py:function")
     stop_accuracy: float = setting(None, "start the cooldown at this accuracy on --dev_data", low=0, high=1)
     eval_every: int = setting(100, "updates between evaluations on --dev_data", low=1, may_change=True)
 
@@ -200,14 +202,14 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
         if evaluate_dev is not None and number % recipe.eval_every == 0:
             # Accuracy by decoding, not the loss: a loss can still fall when the answers are already right.
             line["accuracy"] = evaluate_dev()["accuracy"]
-            # A start that is too good leaves reinforcement learning nothing to do. The skill comes suddenly, at
-            # another time from each seed: so accuracy ends the training, and not a number of updates.
+            # A start that is too good leaves reinforcement learning nothing to do. The skill comes suddenly,
+            # at another time from each seed: so accuracy ends the training, and not a number of updates.
             is_reached = recipe.stop_accuracy is not None and line["accuracy"] >= recipe.stop_accuracy
             if is_reached and "decay_start" not in run.progress:
                 run.progress["decay_start"] = number
         run.write(line)
         if is_shown:
-            accuracy = f", accuracy on development problems {line['accuracy']:.3f}" if "accuracy" in line else ""
+            accuracy = f", development accuracy {line['accuracy']:.3f}" if "accuracy" in line else ""
             parallel.say(f"sft: update {number}, loss {loss:.3f}{accuracy}")
         save_every = run.settings["save_every"]
         if save_every and number % save_every == 0:
@@ -223,8 +225,8 @@ class Lesson:
                         "prompt and response, or messages; optionally step_map", tiny="arithmetic")
     dev_data: str = setting(None, "problems with answers for --eval_every")
     name: str = setting("sft", "of the folder under runs/", may_change=True)
-    max_new_tokens: int = setting(2000, "longer responses are skipped and counted; full attention: length of the "
-                                  "canvas", tiny=20, low=1)
+    max_new_tokens: int = setting(2000, "longer responses are skipped and counted; full attention: length of "
+                                  "the canvas", tiny=20, low=1)
     slip: float = setting(0.6, "embedded data: how often the pupil makes a mistake", low=0, high=1)
     raw_solutions: bool = setting(False, "keep solutions as they are: GSM8K's end in #### 72, and not in "
                                   "\\boxed{72}, which a reward looks for")

@@ -1,8 +1,8 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
-TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered. What is the log-probability of a text that
-was not written from left to right? The answer is that of its trace: each token in the state in which it was
-revealed.
+TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered. What is the log-probability of a text
+that was not written from left to right? The answer is that of its trace: each token in the state in which it
+was revealed.
 
 One RL step has six stages. `train` calls them in this order, and the README numbers them in the same way:
 
@@ -10,19 +10,20 @@ One RL step has six stages. `train` calls them in this order, and the README num
   2 reward      1 if the boxed answer is right and the response has ended, else 0  eval_math.give_rewards
   3 advantage   how much better than the other responses to the same prompt,       give_advantages
                 or than the value model expected
-  4 old logp    replay the traces with the policy that made them                   old_logprobs
+  4 old logp    replay with the policy that made the rollouts: the gap, and the    old_logprobs
+                old log-probabilities of all updates but the first
   5 update      clipped policy gradient on the states of the trace                 learn, update, policy_loss
   6 finish      log, evaluate, save                                                finish_step
 
-An *RL step* is these six stages. An *update* is one step of the optimizer. An RL step makes --minibatches times
---epochs updates of the policy, and the value model makes updates of its own.
+An *RL step* is these six stages. An *update* is one step of the optimizer. An RL step makes --minibatches
+times --epochs updates of the policy, and the value model makes updates of its own.
 
     torchrun tracerl.py                           # a laptop: the tiny model in assets/, additions
     torchrun tracerl.py --plain                   # the same by the definitions alone, without any fast twin
     torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data gsm8k-train --eval_data math500
 
-Read in this order: group_advantages, policy_loss, train, and then the stages. FORK HERE, in a docstring, marks
-what a paper can replace by a function in a file of its own.
+Read in this order: group_advantages, policy_loss, train, and then the stages. FORK HERE, in a docstring,
+marks what a paper can replace by a function in a file of its own.
 
 Left out:
   1. a frozen reference model: the KL is to the policy that made the rollout (examples/ has the other one);
@@ -59,8 +60,8 @@ def group_advantages(rewards):
     FORK HERE. --advantage file.py:function calls a function of yours, by the names of its parameters:
         rewards    float (groups, G)
         rollouts   the records, group by group: step_map, confidence, logp, ... of every response
-    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, tokens of the longest
-    response). A group of zeros is left out of the update.
+    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, tokens of the
+    longest response). A group of zeros is left out of the update.
     """
     mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
     std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, not by G - 1, as the authors do
@@ -75,29 +76,30 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 
-    with ratio_j = exp(logp_j - logp_old_j). logp: float32 (n,), the targets of one micro-batch under the policy
-    that is trained. num_tokens: N, the targets of the WHOLE update, over all micro-batches and processes. With
-    this divisor losses and gradients simply add, however the update was split.
+    with ratio_j = exp(logp_j - logp_old_j). logp: float32 (n,), the targets of one micro-batch under the
+    policy that is trained. num_tokens: N, the targets of the WHOLE update, over all micro-batches and
+    processes. With this divisor losses and gradients simply add, however the update was split.
 
     All trained tokens weigh the same. The paper first averages inside each trace step: see examples/forks.py.
     In the first update of an RL step every ratio is 1, so nothing is clipped and k3 is 0.
 
-    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). The tokens were drawn from the
-    OLD policy, so the mean of -log ratio is that KL. ratio - 1 has mean 0, and only lowers the noise.
+    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). The tokens were drawn from
+    the OLD policy (without top-k and top-p), so the mean of -log ratio is that KL. ratio - 1 has mean 0, and
+    only lowers the noise.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch, by the names of its
     parameters. Beside those above it may have
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
-        num_groups       the same. A loss with this parameter is given whole groups, where they fit
+        num_groups       groups of the whole update. A loss that has it sees whole groups, where they fit
     A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, view,
     group, rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # with eps .2: between .8 and 1.2
-    # The smaller of the two. Once a ratio has left the range in the direction that its advantage asks for, the
-    # gain is constant and its gradient 0. In the other direction a mistake may still be undone.
+    # The smaller of the two. Once a ratio has left the range in the direction that its advantage asks for,
+    # the gain is constant and its gradient 0. In the other direction a mistake may still be undone.
     gain = torch.minimum(ratio * targets.advantage, clipped * targets.advantage)
     k3 = ratio - 1 - log_ratio  # ratio 1.2: .2 - .182 = .018
     return (kl_coef * k3 - gain).sum() / num_tokens
@@ -114,14 +116,14 @@ LOSSES = dict(clip=policy_loss)  # --loss
 class Recipe:
     """The numbers of the method. For real checkpoints the defaults are the paper's for SDAR.
 
-    Two are ours: one update per RL step (the authors' code makes several), and the value model's head start.
+    Some are ours: one update per RL step (the authors' code makes several), and the value model's head start.
     """
 
     seed: int = setting(0, "of prompts, rollouts and views")
     steps: int = setting(80, "RL steps", tiny=45, low=1, may_change=True)
     prompts: int = setting(64, "prompts per RL step", tiny=32, low=1)
     group_size: int = setting(16, "G, responses per prompt", low=1)
-    lr: float = setting(None, "learning rate of AdamW; None: 1e-6, and 1e-5 with --lora_rank", tiny=1e-4, above=0)
+    lr: float = setting(None, "learning rate; None: 1e-6, and 1e-5 with --lora_rank", tiny=1e-4, above=0)
     warmup: int = setting(0, "RL steps of rising learning rate", tiny=10, low=0)
     minibatches: int = setting(1, "updates per pass over the rollouts of an RL step", tiny=2, low=1)
     epochs: int = setting(1, "passes over the rollouts of an RL step", low=1)
@@ -130,17 +132,17 @@ class Recipe:
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy of the rollout", low=0)
     keep_range: float = setting(None, "mean rewards of the groups to train on. None: 0.2 to 0.8 for a real "
-                                "checkpoint with the math reward, else all groups of unequal rewards", number=2)
+                                "checkpoint with the math reward, else all of unequal rewards", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "RL steps that train the value model only", tiny=10, low=0)
     value_epochs: int = setting(1, "the value model's passes over the rollouts", tiny=4, low=1)
-    value_clip: float = setting(0.2, "bound on a value's change in its loss; None is none", tiny=None, above=0)
+    value_clip: float = setting(0.2, "bound on a value's change; None is none", tiny=None, above=0)
     gamma: float = setting(1.0, "discount per trace step", low=0, high=1)
     gae_lambda: float = setting(1.0, "lambda of GAE", low=0, high=1)
     eval_every: int = setting(10, "RL steps between evaluations on --dev_data; 0 is never", tiny=20, low=0,
                               may_change=True)
-    max_gap: float = setting(None, "bound on the mean gap of the replay law, in nats; None is 1e-4, and 0.05 in "
-                             "bfloat16", above=0, may_change=True)
+    max_gap: float = setting(None, "bound on the mean gap of the replay law, in nats; None is 1e-4, and 0.05 "
+                             "in bfloat16", above=0, may_change=True)
 
     def __post_init__(self):
         flags.check(self)
@@ -156,7 +158,7 @@ class Learners(NamedTuple):
     value: parallel.Learner = None
 
     def pairs(self):
-        """Those that are there."""
+        """The learners that exist."""
         return [learner for learner in self if learner is not None]
 
 
@@ -184,9 +186,9 @@ class Task(NamedTuple):
 def train(learners, method, task, recipe, run):
     """The RL steps, from where `run` stands to recipe.steps.
 
-    All randomness is a function of (seed, step). So weights, optimizer states and the number of the step are
-    the whole state of a run. Every process runs this code on the same records, and computes a part of the
-    forwards and backwards. RuntimeError when the replay law is broken.
+    All randomness is a function of (seed, step). So weights, optimizer states and run.progress, a few
+    numbers, are the whole state of a run. Every process runs this code on the same records, and computes a
+    part of the forwards and backwards. RuntimeError when the replay law is broken.
     """
     for step in run.steps(recipe.steps, "tracerl"):
         rollouts, asked = roll_out(learners.policy.model, task.problems, method, recipe, step)  # 1
@@ -227,8 +229,9 @@ def give_advantages(rollouts, value_learner, method, recipe):
     """Sets the advantage of every rollout -> those to train on (maybe none), and numbers for the log.
 
     Groups that teach nothing are left out: those of equal rewards, and with --keep_range those whose mean
-    reward is outside it. Whole records are kept or dropped. Separate lists of prompts, rewards and step maps,
-    filtered one by one, are how a response gets its neighbour's reward.
+    reward is outside it. (With a value model every group is kept.) Whole records are kept or dropped. If
+    lists of prompts, rewards and step maps were filtered one by one, a response might get its neighbour's
+    reward.
     """
     # The flat list as a table: a line per prompt. With G = 4, responses 0 to 3 are line 0, and 4 to 7 line 1.
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, recipe.group_size)
@@ -243,15 +246,16 @@ def give_advantages(rollouts, value_learner, method, recipe):
                          "response: use --advantage value or a function of yours, or their sum")
     # A function of yours may draw at random: all processes take what the first one got.
     advantages = parallel.from_first(flags.call(method.advantage, rewards=rewards, rollouts=rollouts))
-    if advantages.shape[:2] != rewards.shape or not advantages.isfinite().all():
-        raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers for the {tuple(rewards.shape)} "
-                         "responses, or some that are not finite (0 / 0?)")
+    longest = max(len(r.response) for r in rollouts)
+    is_shaped = advantages.shape in (rewards.shape, (*rewards.shape, longest))
+    if not is_shaped or not advantages.isfinite().all():
+        raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers for the "
+                         f"{tuple(rewards.shape)} responses, or some that are not finite (0 / 0?)")
     # If no group is left there is no update. The step is logged, and the next one asks other prompts.
     is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
     if recipe.keep_range is not None:
         low, high = recipe.keep_range  # problems that are too easy or too hard teach little
         is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
-    longest = max(len(r.response) for r in rollouts)
     for r, numbers in zip(rollouts, advantages.flatten(0, 1)):
         r.advantage = numbers.expand(longest)[:len(r.response)].tolist()  # one number stands for all tokens
     kept = [r for r, keep in zip(rollouts, is_kept.repeat_interleave(recipe.group_size).tolist()) if keep]
@@ -263,8 +267,8 @@ def give_advantages(rollouts, value_learner, method, recipe):
 # One process and eight make the same update, to rounding, because
 #   1. a draw depends on its response's seed, denoising step and position, and on nothing else;
 #   2. every process holds all records of a step, and chooses from them by the same seeded rules;
-#   3. only forwards and backwards are dealt out, and each loss is a part of one sum, divided beforehand by the
-#      tokens of the WHOLE update.
+#   3. only forwards and backwards are dealt out, and each loss is a part of one sum, divided beforehand by
+#      the tokens of the WHOLE update.
 
 
 class Batch(NamedTuple):
@@ -296,8 +300,8 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     for r in kept:
         groups.setdefault(r.group, []).append(r)
     groups = list(groups.values())
-    # Groups stay whole, so that every update has positive and negative advantages. The order is seeded: five
-    # groups in two updates are 0 2 4 and 1 3 of it.
+    # Groups stay whole, so that every update has positive and negative advantages. The order is seeded. Of
+    # five groups, the first of two updates takes the 1st, 3rd and 5th in this order, the second the others.
     groups = [groups[i] for i in parallel.shuffled(len(groups), mix(recipe.seed, step))]
     batches = [make_batch(learners, groups[start::recipe.minibatches], method, recipe)
                for start in range(min(recipe.minibatches, len(groups)))]
@@ -315,21 +319,22 @@ def make_batch(learners, groups, method, recipe):
     needs_groups = flags.declares(method.loss, "num_groups")
     units = groups if needs_groups else [[r] for group in groups for r in group]
     # Dealt like cards, the longest first: then every process has about the same work.
-    units = sorted(units, key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
+    units.sort(key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
     own = parallel.deal(units)  # item i goes to process i modulo their number
 
-    rows, num_tokens = lay_out(own, model, method.views, method, recipe)
+    rows, num_tokens = micro_batches_of(own, model, method.views, method, recipe)
     value_rows = []
     num_value_tokens = 0
     if learners.value is not None:
-        value_rows, num_value_tokens = lay_out(own, model, rollout.trace_views, method, recipe)
+        value_rows, num_value_tokens = micro_batches_of(own, model, rollout.trace_views, method, recipe)
     return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups))
 
 
-def lay_out(units, model, views, method, recipe):
+def micro_batches_of(units, model, views, method, recipe):
     """Micro-batches of this process's units of work, and the number of targets of all processes."""
-    rows = iter(rollout.build_rows([r for unit in units for r in unit], model.config, views, recipe.shrink, True))
-    together = [[row for _ in unit for row in next(rows)] for unit in units]  # the rows of a unit stay together
+    rollouts = [r for unit in units for r in unit]
+    rows = iter(rollout.build_rows(rollouts, model.config, views, recipe.shrink, trained_only=True))
+    together = [[row for _ in unit for row in next(rows)] for unit in units]  # rows of a unit stay together
     return packing.dealt_batches(together, method.compute, model)
 
 
@@ -345,8 +350,9 @@ def learn(learners, batches, rollouts, method, recipe, step):
     if learners.value is not None:
         for batch in batches * recipe.value_epochs:
             value_updates.append(update_value(learners.value, batch, method.compute, recipe))
-    num_steps = step - head_start(learners, recipe)  # of the policy; a value model that has only begun is a poor
-    if num_steps > 0:                                # baseline, so the policy waits for it
+    # A value model that has only begun is a poor baseline. So the policy waits for it.
+    num_steps = step - head_start(learners, recipe)  # RL steps of the policy, this one included
+    if num_steps > 0:
         ramp = min(1.0, num_steps / max(recipe.warmup, 1))
         parallel.set_learning_rate(policy.optimizer, recipe.lr * ramp)
         for number, batch in enumerate(batches * recipe.epochs):
@@ -468,8 +474,9 @@ def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser(
-        "TraceRL: reinforcement learning of a diffusion language model on its traces. Defaults are for billions "
-        "of parameters where --model names such a checkpoint, else for the tiny model.", GROUPS, is_tiny)
+        "TraceRL: reinforcement learning of a diffusion language model on its traces. Defaults are for "
+        "billions of parameters where --model names such a checkpoint, else for the tiny model.",
+        GROUPS, is_tiny)
     args = runs.parse(parser, argv, GROUPS)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
@@ -496,8 +503,8 @@ def load_start(args):
     path = args.model or machine.start_of(args.attention)
     make_value = value.ValueModel if args.advantage == "value" else None
     model, value_model, tokenizer = machine.load_to_train(path, args, make_value)
-    # Optimizer states live as long as the run. If they were thrown away every step, each step of AdamW would be
-    # its first, which uses little but the sign of the gradient.
+    # Optimizer states live as long as the run. If they were thrown away every step, each step of AdamW would
+    # be its first, which uses little but the sign of the gradient.
     policy = parallel.make_learner(model, args.lr, (0.9, 0.95))
     if value_model is None:
         return Learners(policy), tokenizer
@@ -511,7 +518,8 @@ def main(argv=None):
     recipe, decoding, prompting = (flags.read_flags(group, args) for group in (Recipe, Decoding, Prompting))
     # What a fork replaces: found and imported before anything else, so that a wrong name is said at once.
     functions = [flags.load_function(getattr(args, name), known, f"--{name}") for name, known in (
-        ("reward", dict(math=math_reward)), ("advantage", ADVANTAGES), ("loss", LOSSES), ("views", rollout.VIEWS))]
+        ("reward", dict(math=math_reward)), ("advantage", ADVANTAGES), ("loss", LOSSES),
+        ("views", rollout.VIEWS))]
     machine.start(args)
     with runs.Run(args.name, vars(args), args.resume, args.overwrite, GROUPS) as run:
         learners, tokenizer = load_start(args)

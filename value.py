@@ -3,12 +3,13 @@
 The diffusion value model (arXiv 2509.06949, section on the diffusion value model) is a copy of the policy's
 backbone with a linear head that gives one number. It reads the rows of the trace at the same outputs at which
 the policy predicts tokens. So V_j is the value of the state just BEFORE the trace step that reveals token j.
-That is what a baseline must be: it may know the state, but not the token that is about to be drawn.
+A baseline may know the state, but not the token that is about to be drawn.
 
-Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one state.
-The value model still says a number for each of these tokens, since it is read at their positions, and these
-numbers differ. Their mean V* stands for the step. The table shows the response 1 0 1 ; with step_map 1 3 1 2.
-It is right and earns 1. The last two lines are its advantages, with gamma = 1.
+Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one
+state. The value model is read at the position of each token, so V differs between the tokens of one step.
+Each token has its own baseline V_j. Their mean V* stands for the step, where a later step looks like the
+future. The table shows the response 1 0 1 ; with step_map 1 3 1 2. It is right and earns 1. The last two
+lines are its advantages, with gamma = 1.
 
     token                  1    0    1    ;
     step_map               1    3    1    2
@@ -21,7 +22,7 @@ It is right and earns 1. The last two lines are its advantages, with gamma = 1.
 Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, value_advantages,
 value_loss.
 
-Left out: a value model that is smaller than the policy. (With LoRA the frozen part is shared with it.)
+Left out: a value model that is smaller than the policy. (With LoRA it shares the frozen part of the policy.)
 """
 
 import copy
@@ -89,8 +90,8 @@ def place_rewards(rewards, steps):
 def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     """Returns and GAE advantages over trace steps -> two float (N, R), 0 where nothing is trained.
 
-    rewards, values: per token, float (N, R). steps: int64 (N, R), from 1 up without gaps, 0 = not trained. For
-    token j of step t, with means over the trained tokens of a step marked *, and all 0 after the last step:
+    rewards, values: per token, float (N, R). steps: int64 (N, R), from 1 up without gaps, 0 = not trained.
+    Take token j of step t. A star marks a mean over the trained tokens of a step. All is 0 after the last.
 
         R*_t = r*_t + gamma R*_{t+1}
         A*_t = delta_t + gamma lam A*_{t+1}     with delta_t = r*_t - V*_t + gamma V*_{t+1}
@@ -111,7 +112,8 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
         returns[:, t] = r[:, t] + gamma * returns[:, t + 1]
         delta = r[:, t] - v[:, t] + gamma * v[:, t + 1]  # what this step alone brought beyond the expected
         advantages[:, t] = delta + gamma * lam * advantages[:, t + 1]
-    # Back from steps to tokens. What follows step t is the same for all its tokens; r_j and V_j are their own.
+    # Back from steps to tokens. What follows step t is the same for all its tokens; r_j and V_j are their
+    # own.
     following = steps + 1
     token_returns = rewards + gamma * returns.gather(1, following)
     token_advantages = (rewards - values + gamma * v.gather(1, following)

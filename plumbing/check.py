@@ -1,9 +1,9 @@
 """plumbing/check.py - does another engine's trace replay? `python rollout.py --check traces.jsonl --model M`.
 
 Each line of the file is one response: {"prompt": [token ids], "response": [token ids], "step_map": [...],
-"logp": [...]}. step_map says which denoising step revealed each token, and logp is the log-probability that the
-engine recorded. The replay should give the same numbers. Where it does not, three usual mistakes are tried. One
-that makes the gap vanish is the cause.
+"logp": [...]}. step_map says which denoising step revealed each token, and logp is the log-probability that
+the engine recorded. The replay should give the same numbers. Where it does not, three usual mistakes are
+tried. One that makes the gap vanish is the cause.
 """
 
 import dataclasses

@@ -56,9 +56,9 @@ class SlotCache:
     def reading(self, slots, position, end, longest, num_in_place=0):
         """An `attend` for decoding: row b is the tokens at position[b] (T,) of the sequence in slots[b].
 
-        They see all that the slot holds before end[b] (B,). Two rows may be blocks of one slot: all rows write
-        before any row reads. longest: an int, no end is beyond it. num_in_place: so many of the first rows are
-        the slots 0, 1, 2, ...
+        They see all that the slot holds before end[b] (B,). Two rows may be blocks of one slot: all rows
+        write before any row reads. longest: an int, no end is beyond it. num_in_place: so many of the first
+        rows are the slots 0, 1, 2, ...
         """
         num_queries = position.shape[1] * self.heads_per_key
         reader = kernels.CacheReader(slots, end, longest, num_in_place, num_queries, self.keys)
@@ -93,8 +93,8 @@ class Lane:
 class Decoder:
     """The sequences being decoded. Tables are (slots + 1, length) by absolute position.
 
-    The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each. When a sequence ends, a later
-    one takes its slot. So a batch is a slice of every table, and is read without being copied.
+    The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each. When a sequence ends, a
+    later one takes its slot. So a batch is a slice of every table, and is read without being copied.
     """
 
     def __init__(self, model, decoding, num_slots, length, cache="none"):
@@ -214,7 +214,8 @@ class Decoder:
         return ended
 
     def denoise(self, inputs, B, num_masked, longest):
-        """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): masks left in each block, and has it an eos.
+        """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): masks left in each block, and has it an
+        eos.
 
         inputs (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block. Then a
         line for each commit, see `states`. num_masked and longest: how many masks these blocks have together,
@@ -227,8 +228,8 @@ class Decoder:
         columns = start[:, None] + self.offset  # (B, K) absolute positions of the blocks
         is_masked = self.is_masked[:B].gather(1, columns)  # (B, K)
         h = self.states(columns, commits, longest)  # (B, K, C)
-        # The head and the sampler see masks only: at one token a step five of eight positions, with K = 4. They
-        # are sorted to the front. Masks 0 1 0 1 | 1 1 1 1 of slots 0 and 1: places 1 3 4 5 6 7.
+        # The head and the sampler see masks only: at one token a step five of eight positions, with K = 4.
+        # They are sorted to the front. Masks 0 1 0 1 | 1 1 1 1 of slots 0 and 1: places 1 3 4 5 6 7.
         places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
         slot = places // K  # (N,) whose place it is
         draws = rollout.uniform(seed[slot], step[slot], columns.flatten()[places])
@@ -306,8 +307,8 @@ class Decoder:
             if kind != "none":
                 attend = self.cache.reading(slots, position, torch.full_like(slots, end), end)
             h = self.model.states(self.token[slots, first:stop], position, attend)
-            # Dream: the output at i - 1 predicts token i. clamp: the last block may stick out of the canvas; no
-            # position there is a mask, so what is read is not used.
+            # Dream: the output at i - 1 predicts token i. clamp: the last block may stick out of the canvas;
+            # no position there is a mask, so what is read is not used.
             source = (columns[slots] - shift - first).clamp(0, stop - first - 1)
             out[slots] = h.gather(1, source[..., None].expand(-1, -1, h.shape[-1]))
         return out
@@ -315,8 +316,8 @@ class Decoder:
     def release(self, ended):
         """Empties the slots of the list `ended` -> their (prompt's number, Rollout).
 
-        The last busy slots move into the gaps. Slots 0 and 2 of five have ended: three stay busy, 3 moves into
-        0 and 4 into 2.
+        The last busy slots move into the gaps. Slots 0 and 2 of five have ended: three stay busy, 3 moves
+        into 0 and 4 into 2.
         """
         # One copy and one read for all. float64 holds token ids and float32 alike.
         index = to_device(torch.tensor(ended), self.device)
@@ -418,9 +419,9 @@ class Captured:
     """Decoder.denoise for a GPU: sizes rounded up to a few, a CUDA graph for each.
 
     A forward of 36 layers is a thousand kernels and more. For few sequences a GPU finishes them faster than
-    Python starts them. A graph starts all of them at once, but only for the sizes and addresses it was recorded
-    with. So sequences, commits, masks and reach are rounded up. What is too much computes on idle slots, on the
-    spare slot, or on positions that are no masks, and changes nothing.
+    Python starts them. A graph starts all of them at once, but only for the sizes and addresses it was
+    recorded with. So sequences, commits, masks and reach are rounded up. What is too much computes on idle
+    slots, on the spare slot, or on positions that are no masks, and changes nothing.
 
     The first calls of each sizes run as they are, so that kernels are compiled and chosen. Call RECORD_AT is
     recorded, and from then on replayed.

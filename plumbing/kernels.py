@@ -21,8 +21,8 @@ except ImportError as error:  # not installed, or broken
     flash_attn_with_kvcache = None
     flash_attn_error = error
 
-# On Hopper torch prefers cuDNN's attention where there is a mask. That makes a plan for every new shape, which
-# takes half a second as reported, and our shapes change with every batch of prompts.
+# On Hopper torch prefers cuDNN's attention where there is a mask. That makes a plan for every new shape,
+# which takes half a second as reported, and our shapes change with every batch of prompts.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # torch's own switch to go without compiled kernels, where one does not work. It turns CUDA graphs off, too.

@@ -29,8 +29,8 @@ class Machine:
     attention: str = setting(None, "of the tiny model, or of a checkpoint that leaves it open",
                              choices=("block", "full"))
     block_size: int = setting(None, "K; None is the checkpoint's own", low=1)
-    slots: int = setting(None, "sequences decoded together on one process; None: as many as fit", tiny=64, low=1,
-                         may_change=True)
+    slots: int = setting(None, "sequences decoded together on a process; None: as many as fit", tiny=64,
+                         low=1, may_change=True)
 
 
 @dataclass
@@ -47,9 +47,9 @@ class Training(Machine):
 
     tokens_per_micro_batch: int = setting(None, "tokens of one forward and backward; None: as many as fit",
                                           tiny=4096, low=1, may_change=True)
-    gradient_checkpointing: bool = setting(True, "compute activations again in the backward pass: slower by a "
-                                           "third, fits far longer rows", tiny=False, may_change=True)
-    lora_rank: int = setting(0, "train adapters of this rank beside frozen weights; 0 trains everything", low=0)
+    gradient_checkpointing: bool = setting(True, "compute activations again in the backward pass: slower by "
+                                           "a third, fits far longer rows", tiny=False, may_change=True)
+    lora_rank: int = setting(0, "train adapters of this rank; 0 trains everything", low=0)
 
 
 def start_of(attention):
@@ -58,7 +58,7 @@ def start_of(attention):
 
 
 def is_tiny(path):
-    """Whether a checkpoint (None: the one in assets/) is as small as the embedded one: for default settings."""
+    """Whether a checkpoint (None: the one in assets/) is a tiny one: for default settings."""
     if path is None:
         return True
     config = os.path.join(path, "config.json")
@@ -142,11 +142,12 @@ def load_to_answer(args):
 
 
 def load_to_train(path, args, make_value=None):
-    """A checkpoint to train, by the flags -> (model, value model or None, tokenizer), sharded over all processes.
+    """A checkpoint to train, by the flags -> (model, value model or None, tokenizer), sharded over all
+    processes.
 
     make_value: from the policy, not yet filled, to a value model (value.ValueModel). Its weights are those of
-    the policy, or the folder's own in value/. Without adapters each process reads its part of every weight, as
-    float32. With adapters the frozen weights stay whole on every process, in --dtype.
+    the policy, or the folder's own in value/. Without adapters each process reads its part of every weight,
+    as float32. With adapters the frozen weights stay whole on every process, in --dtype.
     """
     folder, config, tokenizer = checkpoints.find_checkpoint(path, args.block_size, args.attention)
     if tokenizer is None:

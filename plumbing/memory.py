@@ -36,8 +36,8 @@ def free_bytes(device):
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-# A control group of Linux: where its folder is under the root, and the names of its limit and of what it uses.
-# The last name is of a part of that use: files that were read, and may be forgotten. Version 2, then 1.
+# A control group of Linux: where its folder is under the root, and the names of its limit and of what it
+# uses. The last name is of a part of that use: files that were read, and may be forgotten. Version 2, then 1.
 GROUPS = (("", "memory.max", "memory.current", "inactive_file"),
           ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
@@ -114,7 +114,8 @@ def fit_slots(asked, number, per_slot, config, device):
 
 
 def plan(config, args, num_models):
-    """Says what training takes of this process's memory, before the weights are read -> tokens per micro-batch.
+    """Says what training takes of this process's memory, before the weights are read -> tokens per
+    micro-batch.
 
     num_models: 2 with a value model, else 1. ValueError where it cannot fit, with what would.
     """

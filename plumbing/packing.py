@@ -104,7 +104,8 @@ def by_length(sizes, max_tokens, is_packed=False):
 
 
 def dealt_batches(units, compute, model):
-    """The micro-batches of this process's part of the work -> parts, and the number of all processes' targets.
+    """The micro-batches of this process's part of the work -> parts, and the number of all processes'
+    targets.
 
     To be called on every process. Sharded layers (FSDP2) gather their weights from all processes, in forward
     and backward: a process that stopped early would leave the others waiting for ever. So one with fewer

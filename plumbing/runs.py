@@ -1,8 +1,8 @@
 """plumbing/runs.py - a run: its folder, its metrics and curves, its checkpoints to resume from.
 
-runs/<name>/ belongs to one command at a time, and is never emptied unless --overwrite asks for it. Whatever is
-replaced is written aside and renamed. So a command may be killed at any moment: what lies under a proper name
-is whole.
+runs/<name>/ belongs to one command at a time, and is never emptied unless --overwrite asks for it. Whatever
+is replaced is written aside and renamed. So a command may be killed at any moment: what lies under a proper
+name is whole.
 """
 
 import functools
@@ -99,8 +99,8 @@ def run_command(main):
         text = f"{program}: error: {error} (--debug shows where)"
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's last words are what it finds there
         if path:
-            # Of several processes torchrun names the earliest, in whole seconds. Whoever only lost its connection
-            # to one that failed is a minute late: it is not the cause.
+            # Of several processes torchrun names the earliest, in whole seconds. Whoever only lost its
+            # connection to one that failed is a minute late: it is not the cause.
             is_lost = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(dict(message=text, timestamp=int(time.time()) + 60 * is_lost), file)
@@ -200,9 +200,9 @@ def weight_mark(model):
 class Run:
     """runs/<name>/ while a command works in it. To be used in a `with`; only the first process writes.
 
-    resume: what is there is kept. overwrite: what is there goes, once `begin` is called: when the settings, the
-    model and the data have proved good. Neither: a name that holds a run is an error. groups: the classes of
-    the settings, which know what a resumed run may change.
+    resume: what is there is kept. overwrite: what is there goes, once `begin` is called: when the settings,
+    the model and the data have proved good. Neither: a name that holds a run is an error. groups: the classes
+    of the settings, which know what a resumed run may change.
     """
 
     def __init__(self, name, settings, resume=False, overwrite=False, groups=None, log="metrics.jsonl"):
@@ -332,8 +332,8 @@ class Run:
             os.replace(f"{self.path}.partial", self.path)
 
     def save(self, learners, write_more=None):
-        """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, and in train_state/
-        all that `restore` needs. All but the newest few are deleted after.
+        """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, and in
+        train_state/ all that `restore` needs. All but the newest few are deleted after.
 
         write_more(folder, dtype) may add files of its own.
         """
