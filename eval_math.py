@@ -105,7 +105,7 @@ def math_reward(problem, text, rollout):
     are sums over trace steps of the MEAN in the step. (`reward` in the log is the sum over tokens.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
-    answer = grading.extract_answer(text)
+    answer = grading.extract_answer(text)  # of the last box; None if there is none
     return float(not rollout.is_truncated and grading.is_correct(answer, problem.answer))
 
 
