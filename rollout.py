@@ -40,7 +40,7 @@ wrong in the same way. So every RL step prints the gap.
 
 Read in this order: Rollout, Decoding; sample, the strategies, generate; views, build_rows, lay_out; replay.
 The definitions here decode one prompt at a time. plumbing/engine.py does the same for many at once, and tests
-compare it with these functions. Five calls into plumbing/ matter here and in the files that follow:
+compare it with these functions. These calls into plumbing/ matter here and in the files that follow:
   parallel.deal, gather      a process's part of a list; the whole list again, on every process
   packing.micro_batches      rows as tensors; `dealt_batches` makes as many of them on every process
   parallel.optimizer_step    clips the gradient to norm 1, and moves the weights

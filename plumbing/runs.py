@@ -125,8 +125,10 @@ PEAKS = Counter()  # GiB
 def timed(name):
     """A decorator: adds the seconds that a function takes to SECONDS[name]. name: what_seconds."""
     def wrap(function):
+        """The same function, timed."""
         @functools.wraps(function)
         def measured(*arguments, **more):
+            """Calls it, and adds its seconds."""
             started = time.perf_counter()
             has_gpu = parallel.default_device().type == "cuda"
             if has_gpu:
