@@ -51,7 +51,7 @@ class Problem:
     tokens: list = field(default_factory=list)  # the prompt, once load_prompts has made it
 
 
-def load_problems(source, prompting=Prompting(), needs_answer=True):
+def load_problems(source, needs_answer=True):
     """Problems from any source -> list[Problem].
 
     source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local file or folder; a name (math500, gsm8k,
@@ -64,8 +64,7 @@ def load_problems(source, prompting=Prompting(), needs_answer=True):
         # The same 400 or 20,000 problems for everyone: seed 0, and a pupil who never slips.
         rows = EMBEDDED[task](split or "train", 400 if split else 20000)
         return [Problem(**row) for row in rows]
-    rows, num_skipped = data.read_problems(
-        source, prompting.problem_column, prompting.answer_column, needs_answer, prompting.strict)
+    rows, num_skipped = data.read_problems(source, needs_answer)
     if num_skipped:
         parallel.say(f"{source}: skipped {num_skipped} rows without an answer")
     return [Problem(**row) for row in rows]
@@ -74,7 +73,7 @@ def load_problems(source, prompting=Prompting(), needs_answer=True):
 def load_prompts(source, tokenizer, prompting, needs_answer=True):
     """load_problems and encode_prompts -> list[Problem]; says how many there are."""
     # Long prompts are left out, and counted aloud.
-    problems = load_problems(source, prompting, needs_answer)
+    problems = load_problems(source, needs_answer)
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
     skipped = f"; skipped {num_long} of over {prompting.max_prompt_tokens} tokens" if num_long else ""
     parallel.say(f"{source}: {len(problems)} problems{skipped}")

@@ -275,7 +275,7 @@ def main(argv=None):
     recipe = flags.read_flags(Recipe, args)
     prompting = flags.read_flags(Prompting, args)
     machine.start(args)
-    with runs.Run(args.name, vars(args), args.resume, args.overwrite, GROUPS) as run:
+    with runs.Run(args.name, vars(args), args.resume, GROUPS) as run:
         if args.model is None:  # random weights: the tiny model is made from nothing
             model, tokenizer = tiny.new_model(args.seed, args.block_size or 4, args.attention or "block")
         else:

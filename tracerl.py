@@ -521,7 +521,7 @@ def main(argv=None):
         ("reward", dict(math=math_reward)), ("advantage", ADVANTAGES), ("loss", LOSSES),
         ("views", rollout.VIEWS))]
     machine.start(args)
-    with runs.Run(args.name, vars(args), args.resume, args.overwrite, GROUPS) as run:
+    with runs.Run(args.name, vars(args), args.resume, GROUPS) as run:
         learners, tokenizer = load_start(args)
         run.tokenizer = tokenizer
         model = learners.policy.model

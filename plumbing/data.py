@@ -57,7 +57,7 @@ MAX_BARE = 200  # characters: a longer text without a mark is a solution, and no
 
 
 class MissingAnswer(ValueError):
-    """A row that has no answer. Such rows are skipped and counted, unless that is forbidden."""
+    """A row that has no answer. Such rows are skipped and counted."""
 
 
 # What a row without a problem, or without an answer, raises.
@@ -67,45 +67,42 @@ ERRORS = dict(problem=ValueError, answer=MissingAnswer)
 # From rows to problems.
 
 
-def read_problems(source, problem_column=None, answer_column=None, needs_answer=True, strict=False):
+def read_problems(source, needs_answer=True):
     """The problems of a source -> (dicts with the fields of eval_math.Problem, number of rows skipped).
 
-    needs_answer: rows without an answer are skipped, or refused if strict. A source without any is refused.
-    Without needs_answer, an answer may be "", and a list or an object is handed on as JSON text: a reward
-    function of one's own can read it. Raises FileNotFoundError or ValueError.
+    needs_answer: rows without an answer are skipped. A source without any answer is refused. Without
+    needs_answer, an answer may be "", and a list or an object is handed on as JSON text: a reward function of
+    one's own can read it. Raises FileNotFoundError or ValueError.
     """
-    problems, missing, given = [], [], dict(problem=problem_column, answer=answer_column)
+    problems = []
+    missing = []
     for number, row in enumerate(read_rows(source), 1):
-        where = f"{source}, row {number}"
         try:
-            problems.append(read_fields(row, where, given, needs_answer))
+            problems.append(read_fields(row, f"{source}, row {number}", needs_answer))
         except MissingAnswer as error:
             missing.append(error)
-    # A mistyped --answer_column is missing in every row. In MATH's training split a few rows have no answer.
-    if missing and (strict or not needs_answer or not problems):
+    if missing and not problems:  # in MATH's training split only a few rows have no answer
         raise missing[0]
     if not problems:
         raise ValueError(f"{source} holds no problems")
     return problems, len(missing)
 
 
-def read_fields(row, where, given, needs_answer):
+def read_fields(row, where, needs_answer):
     """One row -> dict with problem, answer, solution, step_map.
 
-    where: source and row, for messages. given: the names of columns that the user has named, by field.
-    Raises MissingAnswer where a needed answer is missing, and ValueError for every other fault.
+    where: source and row, for messages. Raises MissingAnswer where a needed answer is missing, and ValueError
+    for every other fault.
     """
     if not isinstance(row, dict) or None in row:  # None: more cells in a line of a table than it has names
         raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}")
     columns, cells = flatten(row), {}
     for field, usual in COLUMNS.items():
-        name = given.get(field) or next((name for name in usual if not is_empty(columns.get(name))), None)
-        if name and name not in columns:
-            raise ERRORS[field](f"{where}: no column {name!r}; it has {', '.join(row)}")
+        name = next((name for name in usual if not is_empty(columns.get(name))), None)
         cells[field] = columns.get(name), f"{where}, column {name}"
     problem, response = read_prompt(*cells["problem"])
     solution = read_solution(*cells["solution"]) or response
-    answer = read_answer(*cells["answer"], given.get("answer"), needs_answer)
+    answer = read_answer(*cells["answer"], needs_answer)
     written = cells["answer"][0]
     if is_empty(written):  # no column of its own: the answer is what the solution arrives at
         answer = find_answer(solution) or bare_answer(solution) or ("" if needs_answer else solution.strip())
@@ -114,9 +111,9 @@ def read_fields(row, where, given, needs_answer):
     prose = f"; the only answer is a text of {len(solution)} characters without a \\boxed{{}}"
     for field, value, is_needed in (("problem", problem, True), ("answer", answer, needs_answer)):
         if is_needed and not value:
-            raise ERRORS[field](f"{where}: no {field}; columns are {', '.join(row)}, looked for "
-                                f"{', '.join(COLUMNS[field])}{prose if solution else ''}: name the column "
-                                f"(--{field}_column)")
+            raise ERRORS[field](f"{where}: no {field}; columns are {', '.join(row)}"
+                                f"{prose if solution else ''}: rename the column of the {field} in the data "
+                                f"to one of {', '.join(COLUMNS[field])}")
     steps = read_step_map(*cells["step_map"])
     return dict(problem=problem, answer=answer, solution=solution, step_map=steps)
 
@@ -190,19 +187,19 @@ def read_step_map(cell, place):
     return None if is_empty(cell) else cell
 
 
-def read_answer(cell, place, is_given, needs_answer):
-    """The cell of the answer -> the answer, or "". is_given: the user has named this column."""
+def read_answer(cell, place, needs_answer):
+    """The cell of the answer -> the answer, or ""."""
     if isinstance(cell, (list, dict)) and not needs_answer:
         return json.dumps(cell, ensure_ascii=False, default=str)  # the tests of a program, for example
     as_list = re.fullmatch(LIST_TEXT, cell) if isinstance(cell, str) and needs_answer else None
     if as_list:
         cell = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\"))
-    text = as_text(cell, place, "name a column of one answer (--answer_column, for example "
-                   "reward_model.ground_truth), or use a reward of your own (--reward)").strip()
+    text = as_text(cell, place, "write one answer, rename a column that holds one to "
+                   f"{COLUMNS['answer'][0]}, or use a reward of your own (--reward)").strip()
     is_marked = "\\boxed" in text or "####" in text
     if not needs_answer and not is_marked:
         return text
-    is_solution = is_marked or len(text) > MAX_BARE and not is_given
+    is_solution = is_marked or len(text) > MAX_BARE
     return find_answer(text) or ("" if needs_answer and is_solution else text)
 
 

@@ -19,10 +19,6 @@ class Prompting:
     instruction: str = setting(
         "\nPlease reason step by step, and put your final answer within \\boxed{}.",
         "text after each problem; empty for data with whole prompts")
-    system: str = setting(None, "a system message before each problem")
-    problem_column: str = setting(None, "column of the problem, if it has an uncommon name")
-    answer_column: str = setting(None, "column of the answer, if it has an uncommon name")
-    strict: bool = setting(False, "refuse data that have rows without an answer")
 
     def __post_init__(self):
         flags.check(self)
@@ -38,12 +34,7 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
     if style != "plain" and not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
     switch = dict(enable_thinking=False) if style == "no_think" else {}  # templates without it ignore it
-    chats = []
-    for p in problems:
-        chat = data.as_chat(p.problem, prompting.instruction)  # ends with the user's message
-        if prompting.system is not None and chat[0]["role"] != "system":  # the data's own message wins
-            chat = [dict(role="system", content=prompting.system), *chat]
-        chats.append(chat)
+    chats = [data.as_chat(p.problem, prompting.instruction) for p in problems]
     if style == "plain":
         texts = ["\n".join(message["content"] for message in chat) for chat in chats]
     else:  # all at once: one by one, 20,000 problems would take several times as long

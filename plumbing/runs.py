@@ -1,8 +1,7 @@
 """plumbing/runs.py - a run: its folder, its metrics and curves, its checkpoints to resume from.
 
-runs/<name>/ belongs to one command at a time, and is never emptied unless --overwrite asks for it. Whatever
-is replaced is written aside and renamed. So a command may be killed at any moment: what lies under a proper
-name is whole.
+runs/<name>/ belongs to one command at a time, and no command empties it. Whatever is replaced is written aside
+and renamed. So a command may be killed at any moment: what lies under a proper name is whole.
 """
 
 import functools
@@ -51,7 +50,6 @@ class RunSettings:
 
     resume: bool = setting(False, "go on with the run of this name, with its settings, from its newest "
                            "checkpoint", may_change=True)
-    overwrite: bool = setting(False, "replace a run of this name", may_change=True)
     save_every: int = setting(20, "steps between checkpoints; 0 is at the end only", low=0, may_change=True)
     report_to: str = setting(None, "where metrics go, too, if it is installed", may_change=True,
                              choices=("wandb", "tensorboard"))
@@ -202,12 +200,11 @@ def weight_mark(model):
 class Run:
     """runs/<name>/ while a command works in it. To be used in a `with`; only the first process writes.
 
-    resume: what is there is kept. overwrite: what is there goes, once `begin` is called: when the settings,
-    the model and the data have proved good. Neither: a name that holds a run is an error. groups: the classes
-    of the settings, which know what a resumed run may change.
+    resume: goes on with the run that is there. Without it, a name that holds a run is an error. groups: the
+    classes of the settings, which know what a resumed run may change.
     """
 
-    def __init__(self, name, settings, resume=False, overwrite=False, groups=None, log="metrics.jsonl"):
+    def __init__(self, name, settings, resume=False, groups=None, log="metrics.jsonl"):
         check_name(name)
         self.folder = os.path.join("runs", name)
         self.path = os.path.join(self.folder, log)
@@ -223,7 +220,7 @@ class Run:
         if self.is_writer:
             self.take()
             try:
-                self.check_use(resume, overwrite, flags.changeable(groups or {}))
+                self.check_use(resume, flags.changeable(groups or {}))
             except BaseException:
                 self.lock.release()
                 raise
@@ -241,33 +238,23 @@ class Run:
             raise ValueError(f"cannot write to {self.folder} ({error.strerror}): run this from a folder "
                              "of your own, or free the name") from error
 
-    def check_use(self, resume, overwrite, may_change):
+    def check_use(self, resume, may_change):
         """ValueError if this command may not work in what the folder holds."""
         args_path = os.path.join(self.folder, "args.json")
         has_lines = os.path.isfile(self.path) and os.path.getsize(self.path) > 0
         is_used = bool(checkpoints_of(self.folder)) or has_lines
-        self.replaces = is_used and not resume
-        if is_used and resume and not os.path.isfile(args_path):
+        if is_used and not resume:
+            raise ValueError(f"{self.folder} holds a run: go on with it (--resume), delete the folder, or "
+                             "choose another --name")
+        if is_used and not os.path.isfile(args_path):
             raise ValueError(f"{self.folder} holds a run without its args.json: put it back to go on")
         if resume and os.path.isfile(args_path):
             flags.check_same(read_json(args_path), self.settings, may_change, args_path)
-        if self.replaces and not overwrite:
-            raise ValueError(f"{self.folder} holds a run: go on with it (--resume), replace it "
-                             "(--overwrite), or choose another --name")
-        model = os.path.realpath(self.settings.get("model") or "/")
-        if self.replaces and model.startswith(os.path.realpath(self.folder) + os.sep):
-            raise ValueError(f"--model {self.settings['model']} lies inside {self.folder}, which "
-                             "--overwrite would delete: choose another --name")
 
     def begin(self):
-        """From here on the run is under way: what it replaces goes, settings are written, the log opens."""
+        """From here on the run is under way: its settings are written, and its log opens."""
         if not self.is_writer:
             return
-        if self.replaces:
-            names = set(os.listdir(self.folder)) - {"lock"}
-            for name in sorted(names, key=lambda name: name != "checkpoints"):  # these first
-                path = os.path.join(self.folder, name)
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         path = os.path.join(self.folder, "args.json")
         with writing(path, f"{path}.partial"):
             write_json(path, self.settings)

@@ -134,9 +134,10 @@ def make_start(setting, seed):
     if attention == "full":  # learns more slowly, and at 6e-3 not from every seed
         stop_accuracy = 0.2
         lr = 2e-3
+    shutil.rmtree(f"runs/start-{setting}-{seed}", ignore_errors=True)  # half of one, if it was stopped
     sft.main([f"--data={task}", f"--block_size={block_size}", f"--attention={attention}", f"--seed={seed}",
               f"--stop_accuracy={stop_accuracy}", f"--lr={lr}", "--save_every=0",
-              f"--name=start-{setting}-{seed}", "--overwrite"])
+              f"--name=start-{setting}-{seed}"])
 
 
 def command(trial, args):

@@ -52,6 +52,7 @@ train() {
         --dtype bfloat16 --prompts 8 --group_size 8 --eval_limit 50 --eval_every 0 --eval_strategies dynamic --debug "$@")
 }
 export -f laws machine train
+rm -rf "$OUT/runs/first" "$OUT/runs/value"  # of an earlier call
 export PYTHON OUT ROOT
 
 count='[0-9]+ (passed|failed).*'
@@ -61,10 +62,10 @@ item "small kernels"         60 "$count"            bash -c 'laws "fused or flex
 item "graphs and memory"     90 "$count"            bash -c 'laws "recorded_steps or memory_back"'
 item "gradient"              60 "$count"            bash -c 'laws "gradient_of_the_cpu"'
 item "replay law"           100 "$count"            bash -c 'laws "replay_law"'
-item "run in bfloat16"       70 'self-check.*'      bash -c 'train --steps 2 --name first --overwrite'
+item "run in bfloat16"       70 'self-check.*'      bash -c 'train --steps 2 --name first'
 item "resumed"               60 'gap [^ ]+ max [^ ]+' bash -c 'train --steps 3 --name first --resume'
 item "value model and LoRA"  60 'gap [^ ]+ max [^ ]+' bash -c \
-    'train --steps 2 --name value --overwrite --advantage value --value_warmup 1 --lora_rank 4'
+    'train --steps 2 --name value --advantage value --value_warmup 1 --lora_rank 4'
 item "0.6B decoding"        110 "$rate"             "$PYTHON" tests/bench_rollout.py --preset 0.6B --quick \
     --max_new_tokens 32
 item "0.6B update"           70 '[{].*[}]'          "$PYTHON" tests/bench_update.py --preset 0.6B --layout packed \

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,13 +119,15 @@ def test_every_command_of_the_readme_and_the_docstrings_is_understood_and_runs(f
         model = flags[flags.index("--model") + 1] if "--model" in flags else None
         if model and not os.path.isdir(model):  # of a run that somebody else has made
             save_tiny(model)
+        if script in ("tracerl", "sft") and "--resume" not in flags:  # some commands share a name
+            shutil.rmtree(f"runs/{COMMANDS[script].parse_args(flags).name}", ignore_errors=True)
         if script == "tracerl" and "--resume" in flags:
             main([*flags, "--steps=2"])
         elif script == "tracerl":
             main([*flags, "--steps=1", "--prompts=2", "--group_size=2", "--eval_every=0", "--eval_limit=2",
-                  "--max_new_tokens=8", "--overwrite"])
+                  "--max_new_tokens=8"])
         elif script == "sft":
-            main([*flags, "--steps=1", "--batch_size=8", "--eval_every=1", "--overwrite"])
+            main([*flags, "--steps=1", "--batch_size=8", "--eval_every=1"])
         elif script == "eval_math" and "--grade" not in flags:
             main([*flags, "--limit=2", "--max_new_tokens=8"])
         else:

@@ -123,11 +123,10 @@ class Characters:
 ])
 def test_a_prompt_ends_as_its_style_says(style, end):
     problem = Problem("1+1?", "2")
-    encode_prompts([problem], Characters(), Prompting(prompt_style=style, system="be brief"))
+    encode_prompts([problem], Characters(), Prompting(prompt_style=style))
     text = "".join(problem.tokens)
-    assert text.endswith(end) and "1+1?\nPlease reason" in text and text.count("be brief") == 1
-    start = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n1+1?"
-    assert style == "plain" or text.startswith(start)
+    assert text.endswith(end) and "1+1?\nPlease reason" in text
+    assert style == "plain" or text.startswith("<|im_start|>user\n1+1?")
 
 
 def test_a_bad_setting_of_prompts_is_refused_by_name():

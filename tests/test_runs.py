@@ -255,13 +255,10 @@ def test_processes_end_when_their_launcher_dies(folder):
 # Nothing is lost.
 
 
-def test_a_run_is_never_replaced_without_being_asked(folder):
+def test_a_run_is_never_replaced(folder):
     tracerl.main([*SMALL, "--steps=1", "--name=mine"])
-    saved = "runs/mine/checkpoints/step-1"
-    with pytest.raises(ValueError, match="runs/mine holds a run: go on with it .--resume., replace it"):
+    with pytest.raises(ValueError, match="runs/mine holds a run: go on with it .--resume., delete the folder"):
         tracerl.main([*SMALL, "--name=mine"])
-    with pytest.raises(ValueError, match="lies inside runs/mine, which --overwrite would delete"):
-        tracerl.main([*SMALL, "--model", saved, "--name=mine", "--overwrite"])
     os.rename("runs/mine/args.json", "args.json")
     with pytest.raises(ValueError, match="runs/mine holds a run without its args.json: put it back"):
         runs.Run("mine", {}, resume=True)
@@ -270,25 +267,21 @@ def test_a_run_is_never_replaced_without_being_asked(folder):
     with runs.Run("mine", json.loads(Path("runs/mine/args.json").read_text()), resume=True) as run:
         run.begin()
     assert os.listdir("runs/mine/checkpoints") == ["step-1"] and len(metrics("mine")) == 1
-    with runs.Run("mine", {}, overwrite=True) as run:  # a new run of that name takes nothing over
-        run.begin()
-        assert run.files() == ["args.json", "metrics.jsonl"] and metrics("mine") == []
     Path("runs/taken").write_text("a file")
     with pytest.raises(ValueError, match="cannot write to runs/taken"):
         runs.Run("taken", {})
 
 
 def test_a_command_that_cannot_start_changes_nothing(folder):
-    with runs.Run("tracerl", {}) as run:
-        run.begin()
-        run.write(dict(step=1))
-    missing = ["--eval_data=missing.jsonl"]
-    for flags in (["--model=nowhere"], missing):
-        with pytest.raises(FileNotFoundError):
-            tracerl.main([*SMALL, *flags, "--overwrite"])
-        assert metrics("tracerl") == [dict(step=1)]
+    tracerl.main([*SMALL, "--steps=1"])
+    args = Path("runs/tracerl/args.json").read_bytes()
+    os.remove("test.jsonl")
     with pytest.raises(FileNotFoundError):
-        tracerl.main([*SMALL, *missing, "--name=free"])
+        tracerl.main(["--resume", "--steps=2"])
+    assert len(metrics("tracerl")) == 1 and Path("runs/tracerl/args.json").read_bytes() == args
+    for flags in (["--model=nowhere"], ["--eval_data=missing.jsonl"]):
+        with pytest.raises(FileNotFoundError):
+            tracerl.main([*SMALL, *flags, "--name=free"])
     with pytest.raises(KeyboardInterrupt), runs.Run("free", {}):  # nor does one that is stopped there
         raise KeyboardInterrupt
     with runs.Run("free", {}) as run:
@@ -298,7 +291,7 @@ def test_a_command_that_cannot_start_changes_nothing(folder):
 def test_two_commands_never_work_in_one_folder(folder):
     with runs.Run("r", {}):
         with pytest.raises(ValueError, match="runs/r is in use by another command: wait for it, or choose"):
-            runs.Run("r", {}, overwrite=True)
+            runs.Run("r", {})
 
     def hold():
         """Works in the folder for long."""
@@ -310,10 +303,10 @@ def test_two_commands_never_work_in_one_folder(folder):
     holder = start(hold, [])
     wait_for("held", "output.txt", holder)
     with pytest.raises(ValueError, match="in use"):
-        runs.Run("r", {}, overwrite=True)
+        runs.Run("r", {})
     os.kill(holder, signal.SIGKILL)  # the kernel lets go of the lock of whoever dies
     os.waitpid(holder, 0)
-    with runs.Run("r", {}, overwrite=True):
+    with runs.Run("r", {}):
         pass
 
 
