@@ -10,58 +10,43 @@ Each of these becomes a problem (a text or chat messages), the answer "7", and a
 one. An answer that is read wrongly makes every reward 0, and nothing else would show it. So a row that is not
 understood is refused. The message names source, row and column, and says what to do.
 
-Read in this order: COLUMNS, read_problems, read_fields, read_answer, find_answer, bare_answer. The second
-part serves prompts, solutions and tables. The last part turns a source into rows.
+Read in this order: COLUMNS, read_problems, read_fields, read_answer, find_answer. The second part serves
+prompts, solutions and tables. The last part turns a source into rows.
 """
 
 import csv
-import gzip
 import hashlib
-import io
 import json
 import math
-import numbers
 import os
 import re
-import tempfile
-import zlib
 
 from plumbing.grading import extract_answer
 
 HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:test",
        "gsm8k-train": "openai/gsm8k:main:train", "aime2024": "Maxwell-Jia/AIME_2024::train"}
-FILES = ("jsonl", "ndjson", "json", "parquet", "csv", "tsv")  # each may have .gz behind it
-# What is taken for the name of a file, and so is never looked for on the hub.
-FILE_NAME = r"(?i)\.(jsonl?|ndjson|parquet|[ct]sv|txt|arrow|gz|zip|zst|xz|bz2|xlsx?|pkl)$"
+FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 # The table of shapes: the columns in which public data keep the fields of a problem. The first that is not
-# empty counts. Case does not matter. "reward_model.ground_truth" is a column inside a column.
+# empty counts. Case does not matter. verl keeps ground_truth inside its column reward_model.
 COLUMNS = dict(
     problem=("problem", "question", "query", "prompt", "messages", "conversation", "conversations"),
     solution=("solution", "response", "completion", "generated_solution"),
-    answer=("answer", "final_answer", "ground_truth_answer", "expected_answer", "ground_truth",
-            "reward_model.ground_truth"),
+    answer=("answer", "final_answer", "ground_truth_answer", "expected_answer", "ground_truth"),
     step_map=("step_map",))
-# A chat message has a role and a content. ShareGPT calls them "from" and "value", and some roles otherwise.
-ROLES = dict(human="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant")
+# A chat message has a role and a content. ShareGPT calls them "from" and "value", and two roles otherwise.
+ROLES = dict(human="user", gpt="assistant")
 
-# What announces the answer in a solution without a box. Three or five hashes are only headings.
-MARKS = (r"(?<!#)####(?!#)", r"(?im)\bthe (?:final )?answer is:?|^\W*(?:final )?answer:")
-# A word has two letters or more. LaTeX commands, and what stands in \text{}, are no words.
-WORD = r"\\(?:text|mbox|mathrm)\w*\s*\{[^{}]*\}|\\[a-zA-Z]+|([a-zA-Z]{2,})"
-# Signs that a line is no answer: "So it is 5", "5 is even.", "Step 2", "2. Add", "2 Adding up", an empty box.
-PROSE = (r"(?i:\b(?:is|are|we|so|the|thus|hence|step|case|part|proof|answer|conclusion|summary)\b)"
-         r"|[a-z]{2}[.:]$|^\d+[.):]?\s+[A-Z][a-z]|\\boxed|####")
+# How a solution without a box ends: with "#### 72" in GSM8K. MetaMathQA has "The answer is: 72" in place of
+# this line, or as one line more. Three or five hashes are only headings.
+END = r"(?m)(?:^####(?!#)[^\n]*\n)?^(?:####(?!#)|The answer is:) *([^\n]+?)\s*\Z"
 LIST_TEXT = r"(?s)\s*\[\s*(['\"])(.*)\1\s*\]\s*"  # a list that became a text: ["34"]
-MAX_BARE = 200  # characters: a longer text without a mark is a solution, and no answer
+MAX_ANSWER = 200  # characters: a longer text is a solution, and no answer
 
 
 class MissingAnswer(ValueError):
     """A row that has no answer. Such rows are skipped and counted."""
 
-
-# What a row without a problem, or without an answer, raises.
-ERRORS = dict(problem=ValueError, answer=MissingAnswer)
 
 # ------------------------------------------------------------------------------------------------------------
 # From rows to problems.
@@ -70,13 +55,15 @@ ERRORS = dict(problem=ValueError, answer=MissingAnswer)
 def read_problems(source, needs_answer=True):
     """The problems of a source -> (dicts with the fields of eval_math.Problem, number of rows skipped).
 
-    needs_answer: rows without an answer are skipped. A source without any answer is refused. Without
-    needs_answer, an answer may be "", and a list or an object is handed on as JSON text: a reward function of
-    one's own can read it. Raises FileNotFoundError or ValueError.
+    source: a local file, a local folder in the hub's layout, or a set on the hub. needs_answer: rows without
+    an answer are skipped. A source without any answer is refused. Without needs_answer, an answer may be "",
+    and a list or an object is handed on as JSON text: a reward function of one's own can read it. Raises
+    FileNotFoundError or ValueError.
     """
+    rows = read_file(source) if os.path.isfile(source) else read_set(source)
     problems = []
     missing = []
-    for number, row in enumerate(read_rows(source), 1):
+    for number, row in enumerate(rows, 1):
         try:
             problems.append(read_fields(row, f"{source}, row {number}", needs_answer))
         except MissingAnswer as error:
@@ -96,7 +83,10 @@ def read_fields(row, where, needs_answer):
     """
     if not isinstance(row, dict) or None in row:  # None: more cells in a line of a table than it has names
         raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}")
-    columns, cells = flatten(row), {}
+    columns = {name.lower(): cell for name, cell in row.items()}
+    if isinstance(columns.get("reward_model"), dict):
+        columns |= columns["reward_model"]
+    cells = {}
     for field, usual in COLUMNS.items():
         name = next((name for name in usual if not is_empty(columns.get(name))), None)
         cells[field] = columns.get(name), f"{where}, column {name}"
@@ -105,27 +95,19 @@ def read_fields(row, where, needs_answer):
     answer = read_answer(*cells["answer"], needs_answer)
     written = cells["answer"][0]
     if is_empty(written):  # no column of its own: the answer is what the solution arrives at
-        answer = find_answer(solution) or bare_answer(solution) or ("" if needs_answer else solution.strip())
+        answer = find_answer(solution)
     elif not solution and isinstance(written, str) and len(written) > len(answer) + 20:
         solution = written  # GSM8K's column of the answer holds more than the answer and a box
-    prose = f"; the only answer is a text of {len(solution)} characters without a \\boxed{{}}"
-    for field, value, is_needed in (("problem", problem, True), ("answer", answer, needs_answer)):
-        if is_needed and not value:
-            raise ERRORS[field](f"{where}: no {field}; columns are {', '.join(row)}"
-                                f"{prose if solution else ''}: rename the column of the {field} in the data "
-                                f"to one of {', '.join(COLUMNS[field])}")
+    rename = "rename a column in the data to one of"
+    if not problem:
+        raise ValueError(f"{where}: no problem; columns are {', '.join(row)}: {rename} "
+                         f"{', '.join(COLUMNS['problem'])}")
+    if needs_answer and not answer:
+        hint = f"box it in the solution of {len(solution)} characters, or " if solution else ""
+        raise MissingAnswer(f"{where}: no answer; columns are {', '.join(row)}: {hint}{rename} "
+                            f"{', '.join(COLUMNS['answer'])}")
     steps = read_step_map(*cells["step_map"])
     return dict(problem=problem, answer=answer, solution=solution, step_map=steps)
-
-
-def flatten(row):
-    """{"Answer": "2", "a": {"b": 3}} -> the same columns, with "answer" and "a.b" as further names."""
-    columns = dict(row)
-    for name, cell in row.items():
-        columns.setdefault(name.lower(), cell)
-        inner = cell if isinstance(cell, dict) else {}
-        columns |= {f"{name}.{inner_name}".lower(): inner_cell for inner_name, inner_cell in inner.items()}
-    return columns
 
 
 def is_empty(cell):
@@ -138,18 +120,15 @@ def as_text(cell, place, remedy="write one text"):
     """A text, a number, or a list of one of these -> str; "" if empty. ValueError for everything else."""
     while isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
-    if not is_empty(cell) and not isinstance(cell, (str, numbers.Number)):
+    if is_empty(cell):
+        return ""
+    if not isinstance(cell, (str, int, float)):
         raise ValueError(f"{place}: {str(cell)[:80]!r} is neither one text nor one number: {remedy}")
-    text = "" if is_empty(cell) else str(cell)
-    if re.search("[\ud800-\udfff]", text):  # half of an emoji, for example: no tokenizer takes it
-        raise ValueError(f"{place}: {text[:80]!r} holds half of a character: mend or delete the row")
-    return text
+    return str(cell)
 
 
 def read_prompt(cell, place):
     """The cell of the problem -> (text or chat messages, the response at their end or "")."""
-    if isinstance(cell, list) and len(cell) == 1:
-        cell = cell[0]
     if isinstance(cell, str) or is_empty(cell):
         return as_text(cell, place), ""
     messages = cell if isinstance(cell, list) else [cell]
@@ -164,27 +143,29 @@ def read_prompt(cell, place):
 def read_message(message, place):
     """A chat message in either spelling -> dict(role, content)."""
     found = message if isinstance(message, dict) else {}
-    role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
+    role = found.get("role", found.get("from"))
+    content = found.get("content", found.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"{place}: {str(message)[:80]!r} is neither a text nor a chat message: write one "
                          'problem per row, a text in quotes or [{"role": "user", "content": "..."}]')
-    return dict(role=ROLES.get(role.lower(), role.lower()), content=as_text(content, place))
+    return dict(role=ROLES.get(role, role), content=content)
 
 
 def read_solution(cell, place):
     """The cell of the solution -> str: a text, or a chat message; of several solutions the first."""
-    while isinstance(cell, list) and cell:
+    if isinstance(cell, list) and cell:
         cell = cell[0]
     return as_text(read_message(cell, place)["content"] if isinstance(cell, dict) else cell, place)
 
 
 def read_step_map(cell, place):
     """The cell of the step map -> list of int, or None if it is empty."""
-    is_step_map = isinstance(cell, list) and all(isinstance(step, int) for step in cell)
-    if not is_empty(cell) and not is_step_map:
+    if is_empty(cell):
+        return None
+    if not isinstance(cell, list) or not all(isinstance(step, int) for step in cell):
         raise ValueError(f"{place}: {str(cell)[:80]!r} is not a list of whole numbers: write one for each "
                          "token of the solution, or leave the column out")
-    return None if is_empty(cell) else cell
+    return cell
 
 
 def read_answer(cell, place, needs_answer):
@@ -196,35 +177,16 @@ def read_answer(cell, place, needs_answer):
         cell = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\"))
     text = as_text(cell, place, "write one answer, rename a column that holds one to "
                    f"{COLUMNS['answer'][0]}, or use a reward of your own (--reward)").strip()
-    is_marked = "\\boxed" in text or "####" in text
-    if not needs_answer and not is_marked:
-        return text
-    is_solution = is_marked or len(text) > MAX_BARE
-    return find_answer(text) or ("" if needs_answer and is_solution else text)
+    is_solution = "\\boxed" in text or "####" in text
+    if is_solution or needs_answer and len(text) > MAX_ANSWER:
+        return find_answer(text) or ("" if needs_answer else text)
+    return text
 
 
 def find_answer(text):
-    """The answer that a solution states, or "": in its last \\boxed{}; without one, behind the last mark."""
-    answer = (extract_answer(text) or "").strip()
-    for mark in MARKS:
-        parts = re.split(mark, text)
-        if not answer and len(parts) > 1:
-            answer = bare_answer(parts[-1])
-    return answer
-
-
-def bare_answer(text):
-    """The first line of a text if it looks like an answer, else "".
-
-    7 and 18 dollars do, whatever follows. Monday does if nothing follows. Headings and sentences never do.
-    """
-    line, _, rest = text.strip().partition("\n")
-    line = line.strip(" \t\r*")  # * is bold in Markdown
-    num_words = sum(bool(word) for word in re.findall(WORD, line))
-    # With something behind the line, words are allowed only behind a number: they are its unit.
-    max_words = 3 if re.match(r"[-+$.]*\d", line) or not rest.strip() else 0
-    is_answer = num_words <= max_words and len(line) <= MAX_BARE and not re.search(PROSE, line)
-    return re.sub(r"(?<![a-zA-Z])\.$", "", line) if is_answer else ""
+    """The answer that a solution states, or "": in its last \\boxed{}; without one, in its last line."""
+    end = re.search(END, text)
+    return (extract_answer(text) or "").strip() or (end[1].strip() if end else "")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -249,13 +211,12 @@ def boxed_solution(text):
 
     "48/2 = <<48/2=24>>24 clips.\\n#### 24" -> "48/2 = 24 clips.\\nThe answer is \\boxed{24}."
     """
-    # MetaMathQA has one more line behind the mark: The answer is: 24. The new sentence replaces it.
-    end = re.search(r"\s*(?<!#)####[ \t]*([^\n#]+?)\s*(\nThe answer is[^\n]*)?\s*$", text)
-    if not end or not bare_answer(end[1]) or "\\boxed" in text:
+    end = re.search(END, text)
+    if not end or "\\boxed" in text:
         return text
     # <<48/2=24>> is for a calculator that the authors of GSM8K had beside their model.
     work = re.sub(r"<<[^<>]*>>", "", text[:end.start()])
-    return f"{work}\nThe answer is \\boxed{{{bare_answer(end[1])}}}."
+    return f"{work}The answer is \\boxed{{{end[1]}}}."
 
 
 def group_repeats(problems):
@@ -277,78 +238,52 @@ def fingerprint(problems):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# From a source to rows.
-
-
-def read_rows(source):
-    """The rows of a local file, a local folder in the hub's layout, or a set on the hub -> list of dicts."""
-    try:
-        return read_file(source) if os.path.isfile(source) else read_set(source)
-    except ImportError as error:
-        raise ValueError(f"{source}: {error}: pip install datasets, or give JSON lines") from None
+# From a source to rows: lists of dicts.
 
 
 def read_set(source):
-    """The rows of a local folder, or of a set on the hub. FileNotFoundError where there is neither."""
+    """The rows of a local folder, or of a set on the hub. FileNotFoundError for a name that is no hub id."""
     name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
-    is_folder = os.path.isdir(name)
     # "data/mistyped.csv" and "./mistyped" look like ids, and should not be looked for on the hub.
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}", source) and not re.search(FILE_NAME, name)
-    if source not in HUB and not is_folder and (not is_id or os.path.isdir(os.path.dirname(name))):
+    is_path = name.endswith(FILES) or os.path.isdir(os.path.dirname(name))
+    is_id = source in HUB or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not is_path
+    if not is_id and not os.path.isdir(name):
         raise FileNotFoundError(f"no data file {source!r}: no such file or folder, and no hub id. Those are "
                                 f"{', '.join(HUB)}, and owner/name[:config[:split]] unless owner is a folder")
-    import datasets  # not at the top: JSON lines are read on machines without this library
-    with tempfile.TemporaryDirectory() as cache:
-        # A folder is read as it is now: the usual cache may be out of date, or on a disk that is read-only.
-        settings = dict(streaming=True, cache_dir=cache) if is_folder else {}
-        try:
-            return list(datasets.load_dataset(name, config or None, split=split or "train", **settings))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            if is_folder or not isinstance(error, (FileNotFoundError, ConnectionError)):
-                raise ValueError(f"{source} cannot be read as name:config:split ({error})") from None
-            raise FileNotFoundError(
-                f"{source}: no such file or folder, and not on the hub ({error})") from None
+    import datasets  # not at the top: it takes a second, and most runs read files
+    try:
+        return list(datasets.load_dataset(name, config or None, split=split or "train"))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{source}: no file, and as a folder or hub id (name:config:split) it cannot be read: "
+                         f"{error}") from None
 
 
 def read_file(path):
     """The rows of one file, by the end of its name. ValueError that names the file and what is broken."""
-    opener = gzip.open if path.lower().endswith(".gz") else open
-    kind = path.lower().removesuffix(".gz").rpartition(".")[2]
-    if kind not in FILES:
-        raise ValueError(f"{path}: the name must end in .{', .'.join(FILES)}, or in one of these and .gz")
+    if not path.endswith(FILES):
+        raise ValueError(f"{path}: the name must end in {', '.join(FILES)}")
     try:
-        with opener(path, "rb") as file:
-            content = file.read()
-        if kind == "parquet":  # from the file itself: `datasets` would first copy it to a cache
+        if path.endswith(".parquet"):  # from the file itself: `datasets` would first copy it to a cache
             import pyarrow.parquet  # not at the top, as above
-            return pyarrow.parquet.ParquetFile(io.BytesIO(content)).read().to_pylist()
-        text = content.decode("utf-8-sig")  # -sig: with or without a byte order mark
-        if kind in ("csv", "tsv"):
-            csv.field_size_limit(1 << 30)  # solutions may be long
-            lines = io.StringIO(text, newline="")
-            return list(csv.DictReader(lines, delimiter="," if kind == "csv" else "\t", strict=True))
-        return read_json(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-    except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
+            return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: also with a byte order mark
+            if path.endswith(".csv"):
+                csv.field_size_limit(1 << 30)  # solutions may be long
+                return list(csv.DictReader(file, strict=True))
+            return read_json(file.read())
+    except (ValueError, OSError, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def read_json(text):
-    """The rows of JSON lines, of one array, or of the one array in an object: {"data": [...]}."""
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):  # JSON lines, or broken
-        is_array, whole = text.lstrip().startswith("["), []
-        # not splitlines: JSON strings may hold U+2028
-        for number, part in enumerate([text] if is_array else text.split("\n"), 1):
-            try:
-                if part.strip():
-                    whole.append(json.loads(part))
-            except (ValueError, RecursionError) as error:
-                place = "" if is_array else f"line {number}: "
-                raise ValueError(f"{place}broken JSON ({error})") from None
-    if isinstance(whole, dict) and not set(flatten(whole)) & set(COLUMNS["problem"]):
-        arrays = [value for value in whole.values() if isinstance(value, list) and value]
-        whole = arrays[0] if len(arrays) == 1 and isinstance(arrays[0][0], dict) else whole
-    return whole if isinstance(whole, list) else [whole]
+    """The rows of JSON lines, or of one array."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: broken JSON ({error})") from None
+    return rows

@@ -1,16 +1,14 @@
 """Laws of data: every public shape is read, and what is not understood is refused with its row."""
 
 import csv
-import gzip
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES, ROOT, small_data
+from conftest import FIXTURES, small_data
 
 import eval_math
 from eval_math import Problem
@@ -60,7 +58,8 @@ SHAPES = {
     "dLLM-RL": {"question": "2+3?", "ground_truth_answer": "5"},
     "OpenMathInstruct-2": {"problem": "2+3?", "generated_solution": "So 5.", "expected_answer": "5"},
     "DAPO-Math-17k": {"prompt": ASK, "reward_model": {"ground_truth": "5", "style": "rule"}},
-    "DAPO-Math-17k, processed": {"prompt": "2+3?", "solution": "5", "source_prompt": ASK},
+    "DAPO-Math-17k, processed": {"prompt": "2+3?", "solution": "5", "source_prompt": ASK,
+                                 "reward_model": {"ground_truth": "5", "style": "rule"}},
     "verl's GSM8K": {"prompt": ASK, "reward_model": {"style": "rule", "ground_truth": "5"},
                      "extra_info": {"answer": "2+3 = 5\n#### 5", "question": "2+3?"}},
     "Skywork-OR1": {"prompt": ASK, "reward_model": {"ground_truth": '["5"]'}},
@@ -70,8 +69,7 @@ SHAPES = {
     "OpenR1": {"problem": "2+3?", "answer": "5", "solution": "...", "messages": [*ASK, *ASK]},
     "TRL": {"prompt": ASK, "completion": [{"role": "assistant", "content": f"So {BOX}"}]},
     "prompt and completion": {"prompt": "2+3?", "completion": f"So {BOX}"},
-    "one message": {"problem": ASK[0], "answer": "5"},
-    "one text in a list": {"prompt": ["2+3?"], "answer": [5]},
+    "one message": {"problem": ASK[0], "answer": [5]},
     "empty first column": {"problem": None, "question": "2+3?", "answer": "", "final_answer": "5"},
 }
 
@@ -128,14 +126,13 @@ def test_every_published_gold_answer_is_read_as_it_is():
     ("#### Step 1\nAdd.\n#### Step 2\nSo it is $\\boxed{5}$.", "5"),
     ("#### Step 1\nAdd.\n#### Conclusion\nIt all adds up.", ""),
     ("#### 1. Add\nIt all adds up.", ""), ("#### 2 Adding up\nIt all adds up.", ""),
-    ("First \\boxed{5}.\n#### 7", "5"), ("##### 7 ##", ""), ("So\n#### 1,200", "1,200"), ("So\n####7", "7"),
-    ("So\n#### $18 dollars\nBye.", "$18 dollars"), ("So\n#### -3.5", "-3.5"), ("So\n####\n7", "7"),
-    ("So\n#### \\frac{1}{2}", "\\frac{1}{2}"), ("So\n#### Monday", "Monday"), ("So\n#### **7**", "7"),
-    ("So\n#### C\nBecause A is wrong.", "C"), ("Empty \\boxed{}.\n#### 7", "7"),
-    ("So\n#### \\text{no solution}\nThe end.", "\\text{no solution}"), ("The answer is clear.", ""),
-    ("So it holds.\nThe final answer is 12.", "12"), ("Work.\n**Answer:** 3", "3"),
-    ("#### $x$-intercept\nWe add.", ""), ("#### (a) Find x\nWe add.", ""), ("#### Answer: 7", "7"),
-    ("So\n#### 3:00 p.m.", "3:00 p.m."), ("#### The final answer is 7", "7"), ("So\r\n#### 7\r\nBye.", "7"),
+    ("First \\boxed{5}.\n#### 7", "5"), ("##### 7 ##", ""), ("### 7", ""), ("So\n#### 1,200", "1,200"),
+    ("So\n####7", "7"), ("So\n#### $18 dollars\n", "$18 dollars"), ("So\n#### -3.5", "-3.5"), ("#### 7", "7"),
+    ("So\n#### \\frac{1}{2}", "\\frac{1}{2}"), ("So\n#### Monday", "Monday"), ("So\n####\n", ""),
+    ("Empty \\boxed{}.\n#### 7", "7"), ("So\n#### \\text{no solution}", "\\text{no solution}"),
+    ("The answer is clear.", ""), ("So it holds.\nThe answer is: 12", "12"), ("The answer is:\n12", ""),
+    ("#### $x$-intercept\nWe add.", ""), ("#### (a) Find x\nWe add.", ""), ("Behind 7 #### 8", ""),
+    ("So\n#### 3:00 p.m.", "3:00 p.m."), ("So\r\n#### 7\r\n", "7"), ("#### 7\nSo it is.", ""),
     ("No mark at all, only text.", ""), ("Unclosed \\boxed{5", ""), ("", ""),
 ])
 def test_the_answer_of_a_solution(text, answer):
@@ -207,8 +204,7 @@ def test_a_reward_of_ones_own_gets_the_text_of_its_column():
     12, 1.5, True, ["a", "b"], {"role": ["user"], "content": ["2+3?"]}, {"text": "2+3?"}, [["2+3?", "x"]],
     [{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
     [{"role": "system", "content": "s"}], [{"role": "assistant", "content": "2+3?"}], [*ASK, "2+3?"],
-    [{"value": "2+3?"}], [{"role": "user", "content": " "}], [{"role": "user", "content": "\udc00"}],
-    [ASK, ASK], [*ASK, None], "\ud83d?",
+    [{"value": "2+3?"}], [{"role": "user", "content": " "}], [ASK, ASK], [*ASK, None],
 ])
 @pytest.mark.parametrize("column", ["problem", "messages"])
 def test_a_problem_of_an_unknown_shape_is_refused_with_its_row(problem, column):
@@ -224,13 +220,6 @@ def test_a_step_map_is_a_list_of_whole_numbers(steps):
     assert load_row({"problem": "1?", "answer": "1", "step_map": []}).step_map is None
 
 
-def test_half_a_character_is_refused_wherever_it_stands():
-    for row in (dict(problem="1?", answer="\ud83d"), dict(problem="1?", answer="1", solution="\ud83d")):
-        with pytest.raises(ValueError, match="row 1, column (answer|solution): .*half of a character"):
-            load_row(row)
-    assert load_row({"problem": "\U0001f600?", "answer": "1"}).problem == "\U0001f600?"
-
-
 @pytest.mark.parametrize("content, message", [
     ('{"problem": "1+1=", "answer": "2"}\n{"problem": \n', "line 2: broken JSON"),
     ('{"problem": "1+1="}\n', "row 1: no answer"), ("\n", "no problems"),
@@ -238,11 +227,12 @@ def test_half_a_character_is_refused_wherever_it_stands():
     ('{"problem": "1+1=", "answer": "2"}\n{"text": "1", "answer": "2"}\n',
      "row 2: no problem; columns are text, answer"),
     ('{"problem": "1+1=", "answer": ""}\n', "row 1: no answer"),
-    (json.dumps({"problem": "1+1=", "solution": "One and one " * 20 + "is 2."}), "is a text of 245 char"),
+    (json.dumps({"problem": "1+1=", "solution": "One and one " * 20 + "is 2."}),
+     "box it in the solution of 245 characters, or rename"),
     ('{"question": ["a", "b"], "answer": ["1", "2"]}', "row 1, column question: 'a' is neither a text nor a"),
     ('{"train": [{"problem": "1"}], "test": [{"problem": "1"}]}', "no problem; columns are train, test"),
-    ('[{"problem": "1+1=", "answer": "2"}', "broken JSON"),
-    ('{"problem": 1' + "0" * 5000 + "}", "line 1: broken JSON"), ('{"a":' * 99_999, "line 1: broken JSON"),
+    ('[{"problem": "1+1=", "answer": "2"}', "Expecting"),
+    ('{"problem": 1' + "0" * 5000 + "}", "line 1: broken JSON"),
 ])
 def test_a_broken_data_file_is_named_with_its_row(content, message):
     Path("data.jsonl").write_text(content)
@@ -252,9 +242,9 @@ def test_a_broken_data_file_is_named_with_its_row(content, message):
 
 def test_a_column_with_an_uncommon_name_is_to_be_renamed():
     for row, message in [
-            ({"text": "2+3?", "answer": "5"}, "problem; columns are text, answer: rename .* of the problem in"),
-            ({"problem": "2+3?", "gold": "5"}, "answer; columns are problem, gold: rename .* of the answer in")]:
-        with pytest.raises(ValueError, match=f"row 1: no {message} the data to one of (problem|answer), "):
+            ({"text": "2+3?", "answer": "5"}, "problem; columns are text, answer: .* to one of problem, question"),
+            ({"problem": "2+3?", "gold": "5"}, "answer; columns are problem, gold: .* to one of answer, final_")]:
+        with pytest.raises(ValueError, match=f"row 1: no {message}"):
             load_row(row)
 
 
@@ -275,16 +265,12 @@ def write_all_kinds():
     import pyarrow.parquet
     lines = "\n".join(map(json.dumps, ROWS))
     texts = {"a.jsonl": lines, "b.jsonl": json.dumps(ROWS), "c.jsonl": json.dumps(ROWS, indent=1),
-             "d.json": json.dumps(ROWS), "e.json": json.dumps({"data": ROWS}), "f.json": lines,
-             "g.ndjson": lines,
-             "h.json": json.dumps({"version": 1, "examples": ROWS}, indent=1), "i.JSONL": lines,
-             "j.csv": "question,answer,level\r\n1+1,2,3\r\n2+2,4,1\r\n",
-             "k.tsv": "question\tanswer\tlevel\n1+1\t2\t3\n2+2\t4\t1\n"}
+             "d.json": json.dumps(ROWS), "e.json": lines,
+             "f.csv": "question,answer,level\r\n1+1,2,3\r\n2+2,4,1\r\n"}
     for name, text in texts.items():
         Path(name).write_text(text)
-        Path(f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "l.parquet")
-    return [*texts, *(f"{name}.gz" for name in texts), "l.parquet"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), "g.parquet")
+    return [*texts, "g.parquet"]
 
 
 def test_every_kind_of_file_is_read():
@@ -308,12 +294,12 @@ def test_text_files_of_every_kind_are_read_or_named():
     Path("data.jsonl").write_text(f"\ufeff{row}\n{row}\n", encoding="utf-8")
     assert [p.problem for p in load_problems("data.jsonl")] == ["a\u2028b"] * 2
     Path("latin.jsonl").write_bytes('{"problem": "é", "answer": "2"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="latin.jsonl is not UTF-8 text"):
+    with pytest.raises(ValueError, match="latin.jsonl: 'utf-8' codec can't decode"):
         load_problems("latin.jsonl")
     Path("list.json").write_text('[{"problem": "1"')
-    with pytest.raises(ValueError, match="list.json: broken JSON"):
+    with pytest.raises(ValueError, match="list.json: Expecting"):
         load_problems("list.json")
-    for name in ("a.parquet", "a.jsonl.gz", "a.xyz"):
+    for name in ("a.parquet", "a.csv", "a.jsonl.gz", "a.xyz"):
         Path(name).write_text("none of these")
         with pytest.raises(ValueError, match=name):
             load_problems(name)
@@ -342,7 +328,7 @@ def test_a_folder_in_the_hubs_layout_is_read(tmp_path):
         pyarrow.parquet.write_table(table, f"set/data/{split}-00000-of-00001.parquet")
     for source in ("./set", f"{tmp_path}/set", "set", "set/"):
         assert pairs(source) == READ and pairs(f"{source}::test") == READ[:1]
-    with pytest.raises(ValueError, match="set::dev cannot be read .*dev"):
+    with pytest.raises(ValueError, match="set::dev: no file, and as a folder .*dev"):
         load_problems("./set::dev")
     shutil.rmtree("set/data")
     write("set/train.jsonl", *ROWS[1:])  # no old rows from a cache
@@ -353,40 +339,22 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(monkeypatch):
     Path("checkpoints").mkdir()
     monkeypatch.setitem(sys.modules, "datasets", None)
     for source in ("nowhere.jsonl", "folder/nowhere.jsonl", "nowhere", "data/x.parquet", "data/x.csv", "./x",
-                   "data/x.json.gz", "data/x.PARQUET", "checkpoints/step-45", "/x/y", "../x", "x/y.csv::a"):
+                   "checkpoints/step-45", "/x/y", "../x", "x/y.csv::a", "checkpoints/mine::test"):
         with pytest.raises(FileNotFoundError, match=f"'{source}': no such file or folder, and no hub id"):
             load_problems(source)
 
 
 def test_what_is_not_on_the_hub_is_no_file_either(monkeypatch):
     import datasets
-    errors = [ConnectionError("Couldn't reach"), FileNotFoundError("doesn't exist on the Hub"),
-              ValueError("BuilderConfig 'a' not found. Available: ['main']")]
+    for error in (ConnectionError("Couldn't reach"), FileNotFoundError("doesn't exist on the Hub"),
+                  ValueError("BuilderConfig 'a' not found. Available: ['main']")):
+        def fail(name, config, split, error=error):
+            assert (name, config, split) == ("owner/name", "a", "train")
+            raise error
 
-    def fail(*_, **settings):
-        assert not settings.get("streaming")
-        raise errors[0]
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    for _ in range(2):
-        message = "owner/nothing: no such file or folder, and not on the hub .(Couldn't|doesn't)"
-        with pytest.raises(FileNotFoundError, match=message):
-            load_problems("owner/nothing")
-        del errors[0]
-    with pytest.raises(ValueError, match="owner/name:a cannot be read .*Available"):
-        load_problems("owner/name:a")
-
-
-def test_json_lines_are_read_without_the_libraries_of_other_sources():
-    write("a.jsonl", *ROWS)
-    Path("p.parquet").write_bytes(b"")
-    code = ("import sys\nfor name in ('datasets', 'pyarrow', 'pandas'): sys.modules[name] = None\n"
-            f"sys.path.insert(0, {str(ROOT)!r})\nfrom plumbing import data\n"
-            "print(len(data.read_problems('a.jsonl')[0]))\n"
-            "for source in ('p.parquet', 'owner/name'):\n"
-            "    try: data.read_problems(source)\n    except ValueError as error: print(error)\n")
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
-    assert done.stdout.startswith("2\n") and done.stdout.count("pip install datasets") == 2, done.stderr
+        monkeypatch.setattr(datasets, "load_dataset", fail)
+        with pytest.raises(ValueError, match=f"owner/name:a: no file, .* cannot be read: {error}".replace("[", ".")):
+            load_problems("owner/name:a")
 
 
 # ------------------------------------------------------------------------------ prompts, solutions, repeats
@@ -441,7 +409,7 @@ def test_solutions_of_gsm8k_end_in_a_box_for_fine_tuning():
     for text in GSM8K:
         assert data.find_answer(data.boxed_solution(text)) == data.find_answer(text)
     assert data.boxed_solution("We add.\n#### 7\nThe answer is: 7") == "We add.\nThe answer is \\boxed{7}."
-    for text in ("", "No mark.", f"#### Step 1\nSo {BOX}.", f"So {BOX}\n#### 5", "#### Add\nA.\n#### Step 2"):
+    for text in ("", "No mark.", f"#### Step 1\nSo {BOX}.", f"So {BOX}\n#### 5", "#### Add\nA."):
         assert data.boxed_solution(text) == text
 
 
