@@ -254,8 +254,8 @@ def read_set(source):
     try:
         return list(datasets.load_dataset(name, config or None, split=split or "train"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{source}: no file, and as a folder or hub id (name:config:split) it cannot be read: "
-                         f"{error}") from None
+        raise ValueError(f"{source}: no file, and as a folder or hub id (name:config:split) it cannot be "
+                         f"read: {error}") from None
 
 
 def read_file(path):

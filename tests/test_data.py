@@ -242,8 +242,8 @@ def test_a_broken_data_file_is_named_with_its_row(content, message):
 
 def test_a_column_with_an_uncommon_name_is_to_be_renamed():
     for row, message in [
-            ({"text": "2+3?", "answer": "5"}, "problem; columns are text, answer: .* to one of problem, question"),
-            ({"problem": "2+3?", "gold": "5"}, "answer; columns are problem, gold: .* to one of answer, final_")]:
+            ({"text": "2+3?", "answer": "5"}, "problem; columns are text, answer: .* one of problem, question"),
+            ({"problem": "2+3?", "gold": "5"}, "answer; columns are problem, gold: .* one of answer, final_")]:
         with pytest.raises(ValueError, match=f"row 1: no {message}"):
             load_row(row)
 
@@ -353,7 +353,7 @@ def test_what_is_not_on_the_hub_is_no_file_either(monkeypatch):
             raise error
 
         monkeypatch.setattr(datasets, "load_dataset", fail)
-        with pytest.raises(ValueError, match=f"owner/name:a: no file, .* cannot be read: {error}".replace("[", ".")):
+        with pytest.raises(ValueError, match=f"owner/name:a: no file, .* cannot be read: {str(error)[:30]}"):
             load_problems("owner/name:a")
 
 
