@@ -240,7 +240,7 @@ def parse_args(argv=None):
     """The flags of sft.py."""
     parser = flags.make_parser("Supervised fine-tuning of a block diffusion model.", GROUPS,
                                machine.is_tiny(flags.peek(argv, "--model")))
-    args = runs.parse(parser, argv, GROUPS)
+    args = runs.parse(parser, argv)
     if args.data is None:  # (the tiny model learns arithmetic)
         parser.error("--model needs --data")
     if args.dev_data is None and args.data in EMBEDDED:  # sums that are in no training set

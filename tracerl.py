@@ -477,7 +477,7 @@ def parse_args(argv=None):
         "TraceRL: reinforcement learning of a diffusion language model on its traces. Defaults are for "
         "billions of parameters where --model names such a checkpoint, else for the tiny model.",
         GROUPS, is_tiny)
-    args = runs.parse(parser, argv, GROUPS)
+    args = runs.parse(parser, argv)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"

@@ -80,7 +80,6 @@ def convert(folder, cache=CACHE):
     # One matrix is the embedding and the head: it is stored once.
     weights = {name: p.bfloat16() for name, p in theirs.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    checkpoints.give_usual_modes(folder)
     config = theirs.config.to_dict()
     for field in ("quantization_config", "_model_name_or_path"):  # both are about the GGUF file
         config.pop(field, None)
@@ -88,7 +87,6 @@ def convert(folder, cache=CACHE):
                    rope_theta=theirs.config.rope_parameters["rope_theta"])
     checkpoints.write_json(folder / "config.json", config)
     tokenizer.save_pretrained(folder)
-    checkpoints.spell_for_old_readers(folder / "tokenizer_config.json")
     return compare(folder, theirs)
 
 

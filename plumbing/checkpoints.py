@@ -8,22 +8,19 @@ copied into what is saved, but never run.
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from model import BlockDiffusionLM
 from plumbing import parallel
-from plumbing.families import FAMILIES, LLADA_NAMES, as_list, family_name, read_config
+from plumbing.families import FAMILIES, LLADA_NAMES, VALUE_HEAD, as_list, family_name, read_config
 
 
 def read_json(path):
@@ -36,21 +33,16 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """Writes JSON under a temporary name, then renames: a reader never sees half a file."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+    """Writes JSON, to be read by people, too."""
+    with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before anything older is deleted
-    os.replace(f"{path}.partial", path)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading.
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".py")  # of a checkpoint: configuration, tokenizer, code
 
 
 def find_checkpoint(path_or_id, block_size=None, attention=None):
@@ -74,20 +66,18 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     if source.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
         config.pad_id = generation["pad_token_id"]
     config.eos_ids = find_eos_ids([*config.eos_ids, *as_list(generation.get("eos_token_id"))], tokenizer)
-    config.tokenizer_state = state_of(tokenizer)
     config.files = {file_name: Path(path, file_name).read_bytes() for file_name in os.listdir(path)
-                    if file_name in TOKENIZER_FILES or file_name.endswith(".py")}
+                    if file_name.endswith(SMALL_FILES) and not file_name.endswith(".index.json")}
     return path, config, tokenizer
 
 
 def download(name):
     """The local copy of a hub id's folder. FileNotFoundError if there is none."""
-    is_path = os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1
-    if is_path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"no checkpoint folder {name!r} (a hub id looks like JetLM/SDAR-4B-Chat)")
     try:
-        return snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, "*.json", "*.safetensors", "*.py"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        return snapshot_download(name, allow_patterns=["*.safetensors", *(f"*{end}" for end in SMALL_FILES)])
+    except (OSError, ValueError) as error:  # no such id, no access, no network
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"no checkpoint {name!r}: there is no such folder, and the hub gave none. "
                                 f"It said: {reason}") from None
@@ -101,13 +91,6 @@ def load_tokenizer(path):
     if os.path.isfile(os.path.join(path, "vocab.json")) and os.path.isfile(os.path.join(path, "merges.txt")):
         return Qwen2Tokenizer.from_pretrained(path)
     return None
-
-
-def state_of(tokenizer):
-    """What differs if a tokenizer is not the one that was loaded, or has changed since."""
-    if tokenizer is None:
-        return ()
-    return tokenizer.name_or_path, len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map
 
 
 def find_eos_ids(named, tokenizer):
@@ -141,9 +124,6 @@ def empty_model(config):
         return BlockDiffusionLM(config)
 
 
-VALUE_HEAD = "value_head.weight"  # ours and in the files
-
-
 def load_weights(model, folder, dtype=None, device=None):
     """Fills a model, or a value model, from the safetensors files of a folder.
 
@@ -153,17 +133,10 @@ def load_weights(model, folder, dtype=None, device=None):
     device = device or parallel.default_device()
     reader = HuggingFaceStorageReader(folder)
     stored = stored_tensors(reader, folder)
-    # A value model has the names of its backbone, and a head of its own.
-    theirs_of = {name: name if name == VALUE_HEAD else family_name(model.config, name.removeprefix("backbone."))
-                 for name, _ in model.named_parameters()}
-    head = family_name(model.config, "head.weight")
-    is_policy = VALUE_HEAD not in theirs_of
+    theirs_of = {name: family_name(model.config, name) for name, _ in model.named_parameters()}
     shapes = {theirs_of[name]: p.shape for name, p in model.named_parameters()}
-    # Some tied checkpoints hold the matrix twice, as embedding and as head. The two must be equal.
-    has_two = is_policy and head in stored and head not in shapes
-    if has_two:
-        shapes[head] = shapes[theirs_of["embed.weight"]]
-    check_stored(stored, shapes, {head, VALUE_HEAD}, model.config, folder)
+    # Some tied checkpoints hold the matrix twice, as embedding and as head. A value model reads no head.
+    check_stored(stored, shapes, family_name(model.config, "head.weight"), model.config, folder)
     state = {}
     for name, p in list(model.named_parameters()):
         theirs = theirs_of[name]
@@ -173,15 +146,10 @@ def load_weights(model, folder, dtype=None, device=None):
             module, _, kind = name.rpartition(".")
             setattr(model.get_submodule(module), kind, p)
         state[theirs] = p.data
-    if not is_policy and VALUE_HEAD not in stored:  # a new value model says 0 everywhere
+    if VALUE_HEAD in state and VALUE_HEAD not in stored:  # a new value model says 0 everywhere
         state.pop(VALUE_HEAD).zero_()
-    if has_two:
-        state[head] = torch.empty_like(model.embed.weight.data)
     parallel.load(state, storage_reader=reader)
-    if has_two and not torch.equal(own_part(state[head]), own_part(model.embed.weight.data)):
-        raise ValueError(f"{folder}: config.json says that head and embedding are one matrix "
-                         f"(tie_word_embeddings), and {head} is another one: correct config.json")
-    if is_policy and model.config.tie_word_embeddings:
+    if VALUE_HEAD not in shapes and model.config.tie_word_embeddings:
         model.head.weight = model.embed.weight
 
 
@@ -202,67 +170,52 @@ def stored_tensors(reader, folder):
     return reader.read_metadata().state_dict_metadata
 
 
-def check_stored(stored, shapes, may_be_unread, config, folder):
-    """ValueError unless the files hold each tensor of `shapes` once, in its shape, and nothing unknown."""
+def check_stored(stored, shapes, head, config, folder):
+    """ValueError unless the files hold each tensor of `shapes` in its shape, and nothing unknown. A value
+    model's head may be missing, and the policy's `head` may be unread."""
     missing = sorted(shapes.keys() - stored.keys() - {VALUE_HEAD})
-    unexpected = sorted(name for name in stored.keys() - shapes.keys() - may_be_unread
+    unexpected = sorted(name for name in stored.keys() - shapes.keys() - {head, VALUE_HEAD}
                         if not name.endswith("rotary_emb.inv_freq"))
     if missing or unexpected:
         raise ValueError(f"{folder} does not hold a {config.family} checkpoint: "
                          f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}")
     for name in sorted(shapes.keys() & stored.keys()):
-        if len(stored[name].chunks) > 1:
-            raise ValueError(f"{folder}: {name} is in more than one file: are these two checkpoints?")
         if stored[name].size != shapes[name]:
             raise ValueError(f"{folder}: {name} has shape {tuple(stored[name].size)}, config.json asks for "
                              f"{tuple(shapes[name])}")
-
-
-def own_part(tensor):
-    """What this process holds of a tensor: all, unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Saving.
 
 
-def save_checkpoint(model, tokenizer, path, dtype=None, max_shard_size="5GB"):
+def save_checkpoint(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     """Writes weights, config, tokenizer in the family's own layout; `load_model` reads them back bit for bit
     (dtype None: as they are). Adapters (LoRA) are merged into the weights.
 
-    The folder is written under a temporary name and renamed, so that `path` is whole or absent. To be called
-    on every process: the first one writes.
+    Tokenizer files and code that came with the model are given back as they were. A model that came without
+    gets the files of `tokenizer`. To be called on every process: the first one writes.
     """
-    config, state = model.config, parallel.whole_state(model)
+    config = model.config
+    state = family_state(model, dtype)
     if not parallel.is_first():
         return
-    partial = f"{path}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    try:
-        merged = merge_lora(state, parallel.lora_rank(model), dtype)
-        state = {name: p.to(dtype or p.dtype) for name, p in merged.items()}
-        if config.tie_word_embeddings:
-            del state["head.weight"]
-        save_torch_state_dict({family_name(config, name): p for name, p in state.items()}, partial,
-                              max_shard_size=max_shard_size)
-        give_usual_modes(partial)
-        save_config(config, str(state["embed.weight"].dtype).removeprefix("torch."), partial)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, config, partial)
-    except BaseException:  # a full disk, Ctrl-C: nothing half-written stays
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(partial, path)
+    if config.tie_word_embeddings:
+        del state[family_name(config, "head.weight")]
+    os.makedirs(folder, exist_ok=True)
+    for name, content in config.files.items():  # of the source; its config.json is replaced below
+        Path(folder, name).write_bytes(content)
+    if tokenizer is not None and "tokenizer_config.json" not in config.files:
+        tokenizer.save_pretrained(folder)
+    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    save_config(config, state[family_name(config, "embed.weight")].dtype, folder)
 
 
 def save_config(config, dtype, folder):
-    """Writes config.json as it was read, with what may have changed, the code that it names, and
-    generation_config.json."""
+    """Writes config.json as it was read, with what may have changed, and generation_config.json."""
     family = FAMILIES[config.family]
     size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
+    dtype = str(dtype).removeprefix("torch.")
     # Each of two pairs says one thing twice: transformers 5 reads `dtype` and `rope_parameters`, older ones
     # read `torch_dtype` and `rope_theta`, and without them they take a default in silence.
     changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
@@ -272,63 +225,30 @@ def save_config(config, dtype, folder):
     write_json(os.path.join(folder, "config.json"), config.source | changed)
     write_json(os.path.join(folder, "generation_config.json"),
                {"eos_token_id": list(config.eos_ids), "pad_token_id": config.pad_id})
-    for name, content in config.files.items():
-        if name.endswith(".py"):
-            Path(folder, name).write_bytes(content)
 
 
-def save_tokenizer(tokenizer, config, folder):
-    """Writes a tokenizer. If it is the one that came with the model, its files are copied as they are."""
-    if state_of(tokenizer) == config.tokenizer_state:
-        for name in config.files.keys() & set(TOKENIZER_FILES):
-            Path(folder, name).write_bytes(config.files[name])
-    else:
-        tokenizer.save_pretrained(folder)
-    spell_for_old_readers(os.path.join(folder, "tokenizer_config.json"))
+def family_state(model, dtype):
+    """Whole weights by the family's names, adapters merged, in dtype (None: as they are); on the first process
+    only, if there are several. To be called on every process."""
+    state = merge_lora(parallel.whole_state(model), dtype)
+    return {family_name(model.config, name): p.to(dtype or p.dtype) for name, p in state.items()}
 
 
-def spell_for_old_readers(path):
-    """Changes a tokenizer_config.json that only transformers 5 can read, so that version 4 can, too."""
-    settings = read_json(path) if os.path.isfile(path) else {}
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # version 5's new name
-        more = settings.pop("extra_special_tokens", None)
-        if isinstance(more, list):  # version 4 has a list of tokens under another name
-            settings["additional_special_tokens"] = more
-        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def give_usual_modes(folder):
-    """Lets everybody read the weights who may read other new files. (safetensors makes files that only their
-    owner may read.)"""
-    probe = os.path.join(folder, "probe.partial")
-    Path(probe).touch()  # its mode is that of any new file
-    for name in os.listdir(folder):
-        if name.endswith(".safetensors"):
-            shutil.copymode(probe, os.path.join(folder, name))
-    os.remove(probe)
-
-
-def merge_lora(state, rank, dtype=None):
+def merge_lora(state, dtype=None):
     """Adds each B A of a state to its W, in dtype (None: that of W), and drops A and B, in place -> the state
     of a plain model."""
-    for name in [name for name in state if rank and name.endswith("lora_A")]:
-        A, B = state.pop(name), state.pop(name.removesuffix("A") + "B")
-        W = state[name.removesuffix("lora_A") + "weight"]
-        merged = W.float() + parallel.LORA_ALPHA * B @ A
-        state[name.removesuffix("lora_A") + "weight"] = merged.to(dtype or W.dtype)
+    for name in [name for name in state if name.endswith("lora_A")]:
+        linear = name.removesuffix("lora_A")
+        W = state[f"{linear}weight"]
+        merged = W.float() + parallel.LORA_ALPHA * state.pop(f"{linear}lora_B") @ state.pop(name)
+        state[f"{linear}weight"] = merged.to(dtype or W.dtype)
     return state
 
 
 def save_value_model(critic, folder, dtype=None):
-    """Writes folder/value/model.safetensors: the backbone under the family's names (LoRA: merged), and
-    value_head.weight; load_weights reads it. To be called on every process."""
-    state = parallel.whole_state(critic)
-    if not parallel.is_first():
-        return
-    head = state.pop(VALUE_HEAD)
-    state = {name.removeprefix("backbone."): p for name, p in state.items()}
-    merged = merge_lora(state, parallel.lora_rank(critic), dtype)
-    state = {family_name(critic.config, name): p.to(dtype or p.dtype) for name, p in merged.items()}
-    os.makedirs(os.path.join(folder, "value"), exist_ok=True)
-    save_file({**state, VALUE_HEAD: head}, os.path.join(folder, "value", "model.safetensors"))
-    give_usual_modes(os.path.join(folder, "value"))
+    """Writes folder/value/model.safetensors: the backbone under the family's names, and value_head.weight;
+    load_weights reads it. To be called on every process."""
+    state = family_state(critic, dtype)
+    if parallel.is_first():
+        os.makedirs(os.path.join(folder, "value"), exist_ok=True)
+        save_file(state, os.path.join(folder, "value", "model.safetensors"))

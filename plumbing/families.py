@@ -87,7 +87,6 @@ class CheckpointConfig(ModelConfig):
     # The tokenizer's files and the code beside the weights: name -> content. Saving gives them back. They are
     # kept here because the folder may be gone by then, as older checkpoints of a run are.
     files: dict = field(default_factory=dict, repr=False)
-    tokenizer_state: tuple = field(default=(), repr=False)  # of the tokenizer that these files hold
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -105,8 +104,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     architecture = (source.get("architectures") or [""])[0]
     if architecture.lower() in FAMILIES:
         name = architecture.lower()
-    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    refuse_other_networks(source, name, architecture, vocabulary)
+    refuse_other_networks(source, name, architecture)
     family = FAMILIES[name]
     is_llada = family.names is LLADA_NAMES
     wanted = {ours: source.get(llada if is_llada else ours) for ours, llada in LLADA_FIELDS.items()}
@@ -115,12 +113,9 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     missing = [key for key, value in wanted.items() if value is None and key != "tie_word_embeddings"]
     if missing:
         raise ValueError(f"config.json of family {name!r} lacks {', '.join(missing)}")
-    highest = max(vocabulary.values(), default=0)
-    if highest >= wanted["vocab_size"]:
-        raise ValueError(f"the tokenizer has a token of id {highest}, and config.json has a vocabulary of "
-                         f"{wanted['vocab_size']}: take the tokenizer that belongs to these weights")
     is_full = find_attention(source, family, attention, path) == "full"
-    own_size = source.get("block_size") or find_named_size(path, is_full)
+    named = re.search(r"-b(\d+)$", os.path.basename(os.path.normpath(path)))  # JetLM/SDAR-8B-Chat-b32
+    own_size = source.get("block_size") or (int(named[1]) if named and not is_full else None)
     eos = as_list(source.get("eos_token_id"))
     pad = source.get("pad_token_id")
     rope = source.get("rope_parameters") or {}  # of transformers 5
@@ -141,7 +136,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
         family=name, source=dict(source))
 
 
-def refuse_other_networks(source, name, architecture, vocabulary):
+def refuse_other_networks(source, name, architecture):
     """ValueError for a checkpoint whose network, or way of decoding, is not ours."""
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -150,14 +145,10 @@ def refuse_other_networks(source, name, architecture, vocabulary):
     is_other = usual != "" and (architecture not in ("", usual) or "auto_map" in source)
     reasons = {  # what it has -> whether it has that
         "a mixture of experts": has_experts or "moe" in name,
-        "logits that are shifted by one, across the borders of its blocks": name == "fast_dllm_qwen",
         f"code of its own ({architecture or 'unnamed'}): another network under a known name": is_other,
         f"rotary positions of rope type {rope_type!r}, and not the plain ones": rope_type != "default",
         "sliding windows": source.get("use_sliding_window"),
         f"the activation {source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
-        "biases beyond those of its family": source.get("attention_bias") or source.get("mlp_bias"),
-        "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
-            {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),
     }
     for reason, is_so in reasons.items():
         if is_so:
@@ -180,12 +171,6 @@ def find_attention(source, family, asked, path):
         raise ValueError(f"{source['model_type']} may be of block or of full attention, and the name "
                          f"{name!r} does not say which: give --attention")
     return attention
-
-
-def find_named_size(path, is_full):
-    """K as a checkpoint's name ends in it: JetLM/SDAR-8B-Chat-b32 -> 32. None where the name says nothing."""
-    named = re.search(r"-b(\d+)$", os.path.basename(os.path.normpath(path)))
-    return int(named[1]) if named and not is_full else None
 
 
 def find_mask(source, name, vocab_size, tokenizer):
@@ -220,9 +205,18 @@ def as_list(value):
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+VALUE_HEAD = "value_head.weight"  # ours and in the files
+
+
 def family_name(config, ours):
-    """Our name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight."""
-    parts, names = ours.split("."), FAMILIES[config.family].names
+    """Our name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight.
+
+    A value model has the names of its backbone, and a head of its own.
+    """
+    if ours == VALUE_HEAD:
+        return ours
+    names = FAMILIES[config.family].names
+    parts = ours.removeprefix("backbone.").split(".")
     if parts[0] == "layers":
         _, number, module, kind = parts
         return f"{names['layers']}.{number}.{names[module]}.{kind}"

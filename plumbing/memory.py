@@ -1,6 +1,7 @@
 """plumbing/memory.py - what fits: sequences decoded together, and tokens of a micro-batch."""
 
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -8,9 +9,6 @@ from torch import nn
 
 from model import BlockDiffusionLM
 from plumbing import parallel
-
-
-PLANNED = {}  # update: the bytes that `plan` has computed for it, until they are compared
 
 
 def most_logits(device, is_training=False):
@@ -24,52 +22,15 @@ def most_logits(device, is_training=False):
 
 
 def free_bytes(device):
-    """What this process may still take: of its GPU, or its part of the machine's main memory."""
+    """What this process may still take: of its GPU, or its part of half the main memory."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    if os.path.exists("/proc/meminfo"):  # Linux says it exactly
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    available = min(available, container_rest())
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-# A control group of Linux: where its folder is under the root, and the names of its limit and of what it
-# uses. The last name is of a part of that use: files that were read, and may be forgotten. Version 2, then 1.
-GROUPS = (("", "memory.max", "memory.current", "inactive_file"),
-          ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
-
-
-def container_rest(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
-    """What the limits of a container or a batch job leave of main memory; infinite where there are none."""
-    rest = float("inf")
-    paths = {"/"}  # of the groups of this process: a job's limit stands in its own, or in one above it
-    for line in read_lines(own):  # 0::/slurm/job_7
-        path = line.split(":", 2)[2]
-        while path not in paths:
-            paths.add(path)
-            path = os.path.dirname(path)
-    for path in paths:
-        for folder, limit, used, forgettable in GROUPS:
-            group = os.path.join(root, folder, path.strip("/"))
-            bound = read_lines(os.path.join(group, limit))
-            if bound in ([], ["max"]):
-                continue
-            taken = int(read_lines(os.path.join(group, used))[0])
-            statistics = dict(line.split() for line in read_lines(os.path.join(group, "memory.stat")))
-            rest = min(rest, max(0, int(bound[0]) - taken + int(statistics.get(forgettable, 0))))
-    return rest
-
-
-def read_lines(path):
-    """The lines of a file of the system; [] if it is not there."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or the word max
+    if limit.exists() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+    return total // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def layer_bytes(config, itemsize):
@@ -93,8 +54,6 @@ def fit_slots(asked, number, per_slot, config, device):
     What fits may be fewer than asked: the optimizer's moments, for example, are there from the second RL step
     on. The results are the same, so this is said and no error. ValueError if not even one fits.
     """
-    if asked is not None and asked < 1:
-        raise ValueError(f"slots must be at least 1, got {asked}")
     logits = max(most_logits(device), config.vocab_size) * 4 * 6  # of the sampler, see engine.Decoder.draw
     if device.type == "cuda":
         logits *= 2  # recorded steps have memory of their own
@@ -148,7 +107,6 @@ def plan(config, args, num_models):
         f"GiB on each: weights {GB(sizes['weights'])}, gradients and moments {GB(sizes['moments'])}, head "
         f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch); while "
         f"decoding {GB(max(cached, 0))} for sequences; free {GB(free)}")
-    PLANNED["update"] = sum(sizes.values())
     if sum(sizes.values()) > 0.85 * free or cached < 0:
         remedies = ["a smaller --tokens_per_micro_batch"] * (tokens > 1024)
         remedies += ["--gradient_checkpointing"] * (not args.gradient_checkpointing)
@@ -161,10 +119,3 @@ def plan(config, args, num_models):
         parallel.say(f"WARNING: {args.max_new_tokens} tokens decoded one token a step are a row of {longest} "
                      f"tokens, and rows are never cut: {GB(longest * per_token)} GiB of activations")
     return tokens
-
-
-def say_peak(gib):
-    """Says once, after the first RL step, what the update took on this GPU, beside what was planned."""
-    planned = PLANNED.pop("update", None)
-    if planned is not None:
-        parallel.say(f"the update took up to {gib:.1f} GiB of this GPU; planned were {planned / 2**30:.1f}")

@@ -310,8 +310,3 @@ def add_lora(model, rank, seed=0):
         A = torch.randn(rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
         linear.lora_A = nn.Parameter(A.to(model.device))
         linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=model.device))
-
-
-def lora_rank(model):
-    """The rank of the model's adapters; 0 without."""
-    return next((len(m.lora_A) for m in model.modules() if isinstance(m, LoRALinear)), 0)

@@ -1,13 +1,11 @@
 """plumbing/runs.py - a run: its folder, its metrics and curves, its checkpoints to resume from.
 
-runs/<name>/ belongs to one command at a time, and no command empties it. Whatever is replaced is written aside
-and renamed. So a command may be killed at any moment: what lies under a proper name is whole.
+runs/<name>/ belongs to one command at a time, and no command empties it. Whatever is replaced is written
+aside and renamed. So a command may be killed at any moment: what lies under a proper name is whole.
 """
 
-import functools
 import glob
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -30,18 +28,11 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from plumbing import flags, memory, parallel
+from plumbing import flags, parallel
 from plumbing.checkpoints import read_json, save_checkpoint, write_json
 from plumbing.flags import setting
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEPT = 3  # checkpoints of a run: the newest ones
-
-
-def check_name(name):
-    """ValueError if --name is no plain name."""
-    if os.path.basename(name) != name or name in ("", ".", ".."):
-        raise ValueError(f"--name must be a plain folder name, got {name!r}")
 
 
 @dataclass
@@ -56,21 +47,15 @@ class RunSettings:
     debug: bool = setting(False, "show the traceback of an error", may_change=True)
 
 
-def parse(parser, argv, groups):
+def parse(parser, argv):
     """The flags of a training run. With --resume they are those of the run itself.
 
     Only what is to change has to be said again.
     """
-    is_resumed = "--resume" in (sys.argv[1:] if argv is None else argv)
-    name = flags.peek(argv, "--name", parser.get_default("name"))
-    path = os.path.join("runs", name, "args.json")
-    if not (is_resumed and os.path.isfile(path)):
-        return parser.parse_args(argv)
-    saved = read_json(path)
-    parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
-    flags.check_same(saved, vars(args), flags.changeable(groups), path)
-    return args
+    path = os.path.join("runs", flags.peek(argv, "--name", parser.get_default("name")), "args.json")
+    if "--resume" in (sys.argv[1:] if argv is None else argv) and os.path.isfile(path):
+        parser.set_defaults(**read_json(path))
+    return parser.parse_args(argv)
 
 
 def run_command(main):
@@ -86,13 +71,8 @@ def run_command(main):
             print(f"{program}: stopped. To go on: the same command with --resume (eval_math.py: without)",
                   file=sys.stderr)
     except Exception as error:  # any: whoever fails must say so and leave, or the others wait for ever
-        # A RuntimeError is the user's only if this project raised it. Torch's, out of memory or a bug, come
-        # with their traceback.
-        raised_in = os.path.dirname(traceback.extract_tb(error.__traceback__)[-1].filename)
-        is_ours = raised_in in (ROOT, os.path.join(ROOT, "plumbing"))
-        is_users = isinstance(error, (ValueError, OSError)) or is_ours and isinstance(error, RuntimeError)
-        status = 2 if is_users else 1
-        if not is_users or "--debug" in sys.argv:
+        status = 2 if isinstance(error, (ValueError, OSError)) else 1
+        if status == 1 or "--debug" in sys.argv:
             traceback.print_exc()
         text = f"{program}: error: {error} (--debug shows where)"
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's last words are what it finds there
@@ -120,33 +100,23 @@ SECONDS = Counter()
 PEAKS = Counter()  # GiB
 
 
+@contextmanager
 def timed(name):
     """A decorator: adds the seconds that a function takes to SECONDS[name]. name: what_seconds."""
-    def wrap(function):
-        """The same function, timed."""
-        @functools.wraps(function)
-        def measured(*arguments, **more):
-            """Calls it, and adds its seconds."""
-            started = time.perf_counter()
-            has_gpu = parallel.default_device().type == "cuda"
-            if has_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                return function(*arguments, **more)
-            finally:
-                SECONDS[name] += time.perf_counter() - started
-                if has_gpu:
-                    peak = name.replace("seconds", "gib")
-                    PEAKS[peak] = max(PEAKS[peak], torch.cuda.max_memory_allocated() / 2**30)
-        return measured
-    return wrap
+    started = time.perf_counter()
+    has_gpu = torch.cuda.is_initialized()
+    if has_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    SECONDS[name] += time.perf_counter() - started
+    if has_gpu:
+        peak = name.replace("seconds", "gib")
+        PEAKS[peak] = max(PEAKS[peak], torch.cuda.max_memory_allocated() / 2**30)
 
 
 def take_seconds():
     """The seconds since the last call, by name, and on a GPU the peaks of memory; starts again from 0."""
     taken = dict(SECONDS | PEAKS)
-    if "update_gib" in PEAKS:
-        memory.say_peak(PEAKS["update_gib"])
     SECONDS.clear()
     PEAKS.clear()
     return taken
@@ -161,18 +131,25 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 @contextmanager
-def writing(path, partial=None):
-    """Inside, an error of the disk is one that says what to do, and `partial`, half-written, goes."""
+def replacing(path):
+    """Gives a name under which to write a file or a folder. At the end it takes the place of `path`.
+
+    So `path` is whole at every moment. After an error of the disk nothing half-written stays, and OSError says
+    what to do. To be entered on the first process, or on all: the first one renames.
+    """
+    partial = f"{path}.partial"
     try:
-        yield
+        yield partial
+        if parallel.is_first():
+            shutil.rmtree(path, ignore_errors=True)  # an older folder; a file is replaced as it is
+            os.replace(partial, path)
     except (OSError, SafetensorError, CheckpointException) as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            if os.path.isfile(partial):
-                os.remove(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+        if os.path.isfile(partial):
+            os.remove(partial)
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise RuntimeError(f"{path} could not be written ({reason}): free some space and go on "
-                           "(--resume); what was saved before is whole") from error
+        raise OSError(f"{path} could not be written ({reason}): free some space and go on (--resume); what "
+                      "was saved before is whole") from error
 
 
 def train_state(learners):
@@ -205,7 +182,6 @@ class Run:
     """
 
     def __init__(self, name, settings, resume=False, groups=None, log="metrics.jsonl"):
-        check_name(name)
         self.folder = os.path.join("runs", name)
         self.path = os.path.join(self.folder, log)
         self.settings = dict(settings)
@@ -214,40 +190,23 @@ class Run:
         self.tokenizer = None  # saved with every checkpoint
         self.report = None  # metrics to another program
         self.lock = filelock.FileLock(os.path.join(self.folder, "lock"))
-        kind = self.settings.get("report_to")
-        if kind is not None and importlib.util.find_spec(kind) is None:
-            raise ValueError(f"--report_to {kind}: it is not installed (pip install {kind})")
         if self.is_writer:
-            self.take()
-            try:
-                self.check_use(resume, flags.changeable(groups or {}))
-            except BaseException:
-                self.lock.release()
-                raise
-        parallel.barrier()
-
-    def take(self):
-        """Makes the folder this command's own, or says why not."""
-        try:
+            self.check_use(resume, flags.changeable(groups or {}))
             os.makedirs(self.folder, exist_ok=True)
-            self.lock.acquire(timeout=0)  # the kernel lets go of it when this process dies
-        except filelock.Timeout:
-            raise ValueError(f"{self.folder} is in use by another command: wait for it, or choose another "
-                             "--name") from None
-        except OSError as error:
-            raise ValueError(f"cannot write to {self.folder} ({error.strerror}): run this from a folder "
-                             "of your own, or free the name") from error
+            try:
+                self.lock.acquire(timeout=0)  # the kernel lets go of it when this process dies
+            except filelock.Timeout:
+                raise ValueError(f"{self.folder} is in use by another command: wait for it, or choose "
+                                 "another --name") from None
+        parallel.barrier()
 
     def check_use(self, resume, may_change):
         """ValueError if this command may not work in what the folder holds."""
-        args_path = os.path.join(self.folder, "args.json")
         has_lines = os.path.isfile(self.path) and os.path.getsize(self.path) > 0
-        is_used = bool(checkpoints_of(self.folder)) or has_lines
-        if is_used and not resume:
+        if not resume and (has_lines or checkpoints_of(self.folder)):
             raise ValueError(f"{self.folder} holds a run: go on with it (--resume), delete the folder, or "
                              "choose another --name")
-        if is_used and not os.path.isfile(args_path):
-            raise ValueError(f"{self.folder} holds a run without its args.json: put it back to go on")
+        args_path = os.path.join(self.folder, "args.json")
         if resume and os.path.isfile(args_path):
             flags.check_same(read_json(args_path), self.settings, may_change, args_path)
 
@@ -255,9 +214,8 @@ class Run:
         """From here on the run is under way: its settings are written, and its log opens."""
         if not self.is_writer:
             return
-        path = os.path.join(self.folder, "args.json")
-        with writing(path, f"{path}.partial"):
-            write_json(path, self.settings)
+        with replacing(os.path.join(self.folder, "args.json")) as partial:
+            write_json(partial, self.settings)
         # Of a command that was killed while it saved, or deleted an old checkpoint.
         for left in glob.glob(os.path.join(glob.escape(self.folder), "checkpoints", "*.partial*")):
             shutil.rmtree(left, ignore_errors=True)
@@ -269,29 +227,20 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        if self.is_writer:
-            if kind is KeyboardInterrupt and os.path.isfile(self.path):
-                self.plot()  # as far as it came, if it had begun
-            self.lock.release()
+        self.lock.release()
 
     def steps(self, last, name):
         """The steps that are still to be done, up to `last`, with a progress bar."""
-        started = time.perf_counter()
-        first = self.progress["step"] + 1
-        for step in parallel.bar(range(first, last + 1), name):
+        for step in parallel.bar(range(self.progress["step"] + 1, last + 1), name):
             self.progress["step"] = step
             yield step
-            seconds = time.perf_counter() - started
-            if step == first < last and seconds > 5:
-                parallel.say(f"step {step} took {seconds:.0f} s; the other {last - step} take about "
-                             f"{(last - step) * seconds / 60:.0f} minutes")
 
     def write(self, line):
         """Appends one line to the log. (NaN and inf are no JSON: null.)"""
         if self.is_writer:
-            is_number = lambda value: not isinstance(value, float) or math.isfinite(value)
-            clean = {name: value if is_number(value) else None for name, value in line.items()}
-            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                     for name, value in line.items()}
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
             if self.report is not None:
                 self.report(clean)
@@ -302,23 +251,13 @@ class Run:
 
     def lines(self):
         """The same, on the first process only. A last line that was cut off by a crash is not one."""
-        lines = []
         with open(self.path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.endswith("\n"):
-                    try:
-                        lines.append(json.loads(line))
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{self.path}, line {number} is damaged ({error}): mend or remove "
-                                         "that line") from None
-        return lines
+            return [json.loads(line) for line in file if line.endswith("\n")]
 
     def keep_lines(self, lines):
-        """The log with these lines only. Written aside and renamed: killed here, no earlier line is lost."""
-        with writing(self.path, f"{self.path}.partial"):
-            with open(f"{self.path}.partial", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-            os.replace(f"{self.path}.partial", self.path)
+        """The log with these lines only. Killed here, no earlier line is lost."""
+        with replacing(self.path) as partial, open(partial, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def save(self, learners, write_more=None):
         """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, and in
@@ -327,8 +266,7 @@ class Run:
         write_more(folder, dtype) may add files of its own.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{self.progress['step']}")
-        partial = f"{path}.partial"
-        with writing(path, partial):
+        with replacing(path) as partial:
             save_checkpoint(learners[0].model, self.tokenizer, partial, self.save_dtype())
             parallel.barrier()
             if write_more is not None:
@@ -341,8 +279,6 @@ class Run:
             parallel.barrier()
             if self.is_writer:
                 write_json(os.path.join(state_folder, "progress.json"), self.progress)
-                shutil.rmtree(path, ignore_errors=True)
-                os.rename(partial, path)
         if self.is_writer:
             for old in checkpoints_of(self.folder)[:-KEPT]:
                 # Renamed first: what is half deleted has no proper name. What cannot go yet may stay.
@@ -362,8 +298,8 @@ class Run:
     def save_model(self, model):
         """Saves the model alone in checkpoint/ -> its path."""
         path = os.path.join(self.folder, "checkpoint")
-        with writing(path):
-            save_checkpoint(model, self.tokenizer, path, self.save_dtype())
+        with replacing(path) as partial:
+            save_checkpoint(model, self.tokenizer, partial, self.save_dtype())
         parallel.barrier()
         return path
 
@@ -380,9 +316,6 @@ class Run:
                 self.keep_lines([])
             return False
         folder = os.path.join(paths[-1], "train_state")
-        remedy = "Move it away to go on from the one before"
-        if not os.path.isfile(os.path.join(folder, "progress.json")):
-            raise ValueError(f"{paths[-1]} has no train_state to resume from: use it with --model. {remedy}")
         self.progress = read_json(os.path.join(folder, "progress.json"))
         state = train_state(learners)
         try:
@@ -392,12 +325,10 @@ class Run:
             for (model, optimizer), part in zip(learners, state.values()):
                 set_state_dict(model, optimizer, model_state_dict=part["model"],
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
-        except (torch.OutOfMemoryError, dist.DistError):  # RuntimeErrors, too, but not the checkpoint's fault
-            raise
-        except (OSError, CheckpointException, RuntimeError, ValueError) as error:
+        except CheckpointException as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{paths[-1]} cannot be resumed from ({reason}): it is damaged, or of another "
-                             f"model. {remedy}") from error
+                             "model. Move it away to go on from the one before") from error
         if self.is_writer:
             self.keep_lines([line for line in self.lines() if line["step"] <= self.progress["step"]])
         parallel.barrier()
@@ -413,9 +344,8 @@ class Run:
     def finish(self, summary):
         """Writes summary.json."""
         if self.is_writer:
-            path = os.path.join(self.folder, "summary.json")
-            with writing(path, f"{path}.partial"):
-                write_json(path, summary)
+            with replacing(os.path.join(self.folder, "summary.json")) as partial:
+                write_json(partial, summary)
 
     def plot(self):
         """Draws every number of the log against the step in curves.png, reward and accuracy first."""
@@ -435,10 +365,8 @@ class Run:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             axes.plot(*zip(*points), marker="." if len(points) < 30 else None)
             axes.set_title(name, fontsize=9)
-        path = os.path.join(self.folder, "curves.png")
-        with writing(path, f"{path}.partial"):
-            figure.savefig(f"{path}.partial", dpi=80, format="png")
-            os.replace(f"{path}.partial", path)
+        with replacing(os.path.join(self.folder, "curves.png")) as partial:
+            figure.savefig(partial, dpi=80, format="png")
 
     def files(self):
         """What the folder holds."""

@@ -147,10 +147,8 @@ def write_trace(run, rollouts, config, tokenizer):
     pairs.sort(key=lambda pair: pair[0].reward == pair[-1].reward)
     if run.is_writer:
         K = 0 if config.is_full else config.block_size
-        path = os.path.join(run.folder, "trace.html")
-        with runs.writing(path, f"{path}.partial"):
-            write_page(pairs[:8], K, tokenizer, f"{path}.partial", run.progress["step"])
-            os.replace(f"{path}.partial", path)
+        with runs.replacing(os.path.join(run.folder, "trace.html")) as partial:
+            write_page(pairs[:8], K, tokenizer, partial, run.progress["step"])
 
 
 def write_page(pairs, block_size, tokenizer, path, step=0):

@@ -205,13 +205,12 @@ def test_llada_weights_may_have_block_attention_if_it_is_asked_for(tmp_path):
     (dict(model_type="qwen3", architectures=["ReFusionForCausalLM"]), "its own .ReFusionForCausalLM"),
     (dict(model_type="llama", architectures=["OtherForCausalLM"]), "its own .OtherForCausalLM"),
     (dict(model_type="qwen3", auto_map={"AutoModel": "modeling.X"}), "code of its own"),
-    (dict(model_type="Fast_dLLM_Qwen"), "logits that are shifted by one"),
+    (dict(model_type="Fast_dLLM_Qwen"), "unknown model_type"),
     (dict(model_type="llada2_moe"), "a mixture of experts"),
     (dict(model_type="llada", num_experts=64, moe_router_topk=8), "a mixture of experts"),
     (dict(model_type="sdar", num_local_experts=8), "a mixture of experts"),
     (dict(model_type="sdar", n_routed_experts=8), "a mixture of experts"),
     (dict(model_type="llama", rope_scaling=dict(rope_type="llama3", factor=8.0)), "rope type 'llama3'"),
-    (dict(model_type="llama", mlp_bias=True), "biases"),
     (dict(model_type="llama", hidden_act="gelu"), "the activation gelu"),
 ])
 def test_other_networks_under_known_names_are_refused_by_name(change, message):
@@ -223,14 +222,6 @@ def test_attention_that_a_family_does_not_have_is_refused():
     for kind, attention in (("sdar", "full"), ("llama", "full"), ("dream", "block")):
         with pytest.raises(ValueError, match=f"--attention {attention} does not fit"):
             checkpoints.read_config({**FIELDS, "model_type": kind}, attention=attention)
-
-
-def test_a_text_that_grows_and_shrinks_is_refused_by_its_vocabulary(tmp_path):
-    """DreamOn is Dream, with two tokens more."""
-    checkpoints.save_checkpoint(random_model("dream", vocab_size=320), None, tmp_path)
-    byte_tokenizer(tmp_path, ["<|mask|>", "<|expand|>", "<|delete|>"])
-    with pytest.raises(ValueError, match="DreamOn"):
-        checkpoints.load_model(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------- the block size
@@ -308,15 +299,6 @@ def test_a_qwen3_without_room_for_a_mask_token_is_refused_with_the_remedy(tmp_pa
         checkpoints.load_model(tmp_path)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_vocabulary_is_refused_with_both_numbers(tmp_path):
-    shutil.copytree(TINY, tmp_path / "c")
-    tokenizer = tiny.tiny_tokenizer()
-    tokenizer.add_tokens(["?"])
-    tokenizer.save_pretrained(tmp_path / "c")
-    with pytest.raises(ValueError, match="token of id 18, and config.json has a vocabulary of 18"):
-        checkpoints.load_model(tmp_path / "c")
-
-
 # ----------------------------------------------------------------------------------------------- the tokenizer
 
 
@@ -351,33 +333,6 @@ def test_a_tokenizer_that_names_remote_code_loads_as_qwen2s(family, tmp_path):
         "AutoConfig": "configuration.Mine"}
     _, again = checkpoints.load_model(tmp_path / "again")
     assert again("<|im_start|>so the answer", add_special_tokens=False).input_ids == ids
-
-
-def test_a_tokenizer_that_was_changed_is_saved_as_it_is_now(tmp_path):
-    checkpoints.save_checkpoint(random_model(vocab_size=20), tiny.tiny_tokenizer(), tmp_path / "c")
-    model, tokenizer = checkpoints.load_model(tmp_path / "c")
-    tokenizer.add_tokens(["?"])
-    tokenizer.chat_template = "{{ messages[0]['content'] }}?"
-    checkpoints.save_checkpoint(model, tokenizer, tmp_path / "changed")
-    _, again = checkpoints.load_model(tmp_path / "changed")
-    assert again.encode("1?") == [4, 18] and again.chat_template == tokenizer.chat_template
-    checkpoints.save_checkpoint(model, tiny.tiny_tokenizer(), tmp_path / "other")
-    assert len(checkpoints.load_model(tmp_path / "other")[1]) == 18
-
-
-def test_no_tokenizer_class_is_written_that_transformers_4_does_not_know(tmp_path):
-    tokenizer = tiny.tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
-    checkpoints.save_checkpoint(random_model(vocab_size=19), tokenizer, tmp_path / "new")
-    model, tokenizer = checkpoints.load_model(TINY)  # its own files name such a class
-    checkpoints.save_checkpoint(model, tokenizer, tmp_path / "copied")
-    for folder in ("new", "copied"):
-        settings = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
-        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-        assert not isinstance(settings.get("extra_special_tokens"), list)
-        _, again = checkpoints.load_model(tmp_path / folder)
-        assert again.encode("12+3=") == tokenizer.encode("12+3=") and again.mask_token_id == 2
-    assert "<answer>" in checkpoints.load_model(tmp_path / "new")[1].all_special_tokens
 
 
 # ------------------------------------------------------------------------------------------- weights of a folder
@@ -428,7 +383,7 @@ def test_a_checkpoint_that_does_not_fit_says_why(change, message, tmp_path):
     assert str(error.value).startswith(str(tmp_path))
 
 
-def test_a_damaged_file_or_two_checkpoints_in_one_folder_are_named(tmp_path):
+def test_a_damaged_file_and_pickled_weights_are_named(tmp_path):
     checkpoints.save_checkpoint(random_model(), None, tmp_path, max_shard_size="20KB")
     first = sorted(tmp_path.glob("*.safetensors"))[0]
     whole = first.read_bytes()
@@ -436,10 +391,6 @@ def test_a_damaged_file_or_two_checkpoints_in_one_folder_are_named(tmp_path):
         first.write_bytes(content)
         with pytest.raises(ValueError, match=f"{first.name} is damaged"):
             checkpoints.load_model(tmp_path)
-    first.write_bytes(whole)
-    shutil.copy(first, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is in more than one file: are these two checkpoints"):
-        checkpoints.load_model(tmp_path)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
@@ -462,16 +413,13 @@ def test_a_missing_checkpoint_says_so(tmp_path, monkeypatch):
         checkpoints.load_model("checkpoints/step-45")
 
 
-def test_a_head_that_config_json_calls_tied_must_be_the_embedding(tmp_path):
+def test_a_head_that_config_json_calls_tied_is_the_embedding_though_both_are_stored(tmp_path):
     checkpoints.save_checkpoint(random_model(), None, tmp_path)
     edit(tmp_path / "config.json", tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="lm_head.weight is another one: correct config.json"):
-        checkpoints.load_model(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()  # some checkpoints hold both
-    save_file(state, tmp_path / "model.safetensors")
     model, _ = checkpoints.load_model(tmp_path)
     assert model.head.weight is model.embed.weight
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(model.embed.weight, stored["model.embed_tokens.weight"])
 
 
 def load_sharded(rank, size, folder, errors):
@@ -494,10 +442,6 @@ def load_sharded(rank, size, folder, errors):
                     else:
                         theirs = checkpoints.family_name(config, ours.removeprefix("backbone."))
                         assert torch.equal(whole, stored[theirs]), ours
-        policy.config.tie_word_embeddings = True
-        policy.head.weight = policy.embed.weight
-        with pytest.raises(ValueError, match="is another one"):
-            checkpoints.load_weights(policy, folder / "untied", torch.float32)
     except BaseException:
         errors.put(traceback.format_exc())
         raise
@@ -574,18 +518,6 @@ def test_loading_never_holds_a_second_copy(tmp_path):
 # ----------------------------------------------------------------------------------------------------- saving
 
 
-def test_saved_files_have_the_mode_of_any_new_file(tmp_path):
-    umask = os.umask(0o027)
-    try:
-        checkpoints.save_checkpoint(random_model(), tiny.tiny_tokenizer(), tmp_path / "c", max_shard_size="20KB")
-        checkpoints.save_value_model(value.ValueModel(random_model()), tmp_path / "c")
-    finally:
-        os.umask(umask)
-    files = [path for path in (tmp_path / "c").rglob("*") if path.is_file()]
-    assert len(files) > 6
-    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o640 for path in files}
-
-
 def test_a_saved_theta_stands_where_old_and_new_readers_look(tmp_path):
     """Transformers 4 reads rope_theta, 5 reads rope_parameters; either falls back to 10000 in silence."""
     their_checkpoint("qwen3", True, tmp_path / "new")
@@ -601,8 +533,8 @@ def test_small_changes_of_adapters_outlive_a_bfloat16_trunk():
     """W = 1, where half a step of bfloat16 is 2e-3, and B A = 1e-4: doubled (alpha is 2), and all there."""
     state = lambda: {"x.weight": torch.ones(4, 4, dtype=torch.bfloat16),
                      "x.lora_A": torch.full((1, 4), 1e-2), "x.lora_B": torch.full((4, 1), 1e-2)}
-    assert torch.equal(checkpoints.merge_lora(state(), 1)["x.weight"], state()["x.weight"])
-    merged = checkpoints.merge_lora(state(), 1, torch.float32)["x.weight"]
+    assert torch.equal(checkpoints.merge_lora(state())["x.weight"], state()["x.weight"])
+    merged = checkpoints.merge_lora(state(), torch.float32)["x.weight"]
     torch.testing.assert_close(merged, torch.full((4, 4), 1 + 2e-4), atol=1e-7, rtol=0)
 
 
@@ -615,8 +547,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 assert __version__ == "4.57.1", __version__
 folder = sys.argv[1]
-for name, text, ids in (("new", "12+3=", [4, 5, 13, 6, 14]), ("copied", "12+3=", [4, 5, 13, 6, 14])):
-    assert AutoTokenizer.from_pretrained(f"{folder}/{name}").encode(text) == ids, name
 source, again = (AutoTokenizer.from_pretrained(f"{folder}/{name}") for name in ("qwen2", "qwen2-again"))
 text = "<|im_start|>so the answer"
 assert type(source) is type(again) and source(text).input_ids == again(text).input_ids
@@ -634,11 +564,6 @@ assert gap < 1e-4
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="installs transformers 4.57: set SLOW=1")
 def test_transformers_4_reads_what_is_saved(tmp_path):
     """Tokenizers, theta and code of its own, in an environment of its own beside this one's torch."""
-    tokenizer = tiny.tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
-    checkpoints.save_checkpoint(random_model(vocab_size=19), tokenizer, tmp_path / "new")
-    checkpoints.save_checkpoint(*checkpoints.load_model(TINY), tmp_path / "copied")
-
     checkpoints.save_checkpoint(random_model("dream", vocab_size=320), None, tmp_path / "qwen2")
     byte_tokenizer(tmp_path / "qwen2", ["<|mask|>"])
     edit(tmp_path / "qwen2/tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", auto_map=None)

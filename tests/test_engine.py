@@ -295,8 +295,6 @@ def test_a_cache_must_be_one_that_the_attention_knows():
 def test_of_slots_that_do_not_fit_as_many_as_fit_are_taken(monkeypatch, capsys):
     model, prompts = random_model(), random_prompts([5] * 6)
     settings = dict(max_new_tokens=8, eos_ids=())
-    with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
-        decode(model, prompts, slots=0, **settings)
     length, logits = 5 + 8 + 4, memory.most_logits(model.device) * 4 * 6
     per_slot = memory.slot_bytes(model.config, length, 4, True)
     monkeypatch.setattr(memory, "free_bytes", lambda device: (logits + 3.5 * per_slot) / 0.8)

@@ -240,35 +240,3 @@ def test_a_plan_is_said_and_what_cannot_fit_is_refused_with_what_would(monkeypat
         plan(60)
     with pytest.raises(ValueError, match="a smaller --tokens_per_micro_batch"):
         plan(18, "--lora_rank=32", "--tokens_per_micro_batch=99999")
-
-
-V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
-V2 = ("memory.max", "memory.current", "memory.stat")
-
-
-@pytest.mark.parametrize("names, limit, rest", [
-    (V2, 500, 200), (V2, 100, 0), (V2, "max", torch.inf), (V1, 500, 200)])
-def test_the_limit_of_a_container_bounds_what_is_free(names, limit, rest, tmp_path, monkeypatch):
-    """Files that were read count as used, though the system would forget them for whoever needs the room."""
-    (tmp_path / "memory").mkdir()
-    numbers = (limit, 420, "file 200\ninactive_file 120\ntotal_inactive_file 120")
-    for name, number in zip(names, numbers):
-        (tmp_path / name).write_text(f"{number}\n")
-    found = memory.container_rest(tmp_path, own="/nowhere")
-    assert found == rest
-    monkeypatch.setattr(memory, "container_rest", lambda: found)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    free = memory.free_bytes(torch.device("cpu"))
-    assert free == rest or (rest == torch.inf and free > 2**20)
-
-
-def test_the_limit_of_a_batch_job_stands_in_its_own_group_or_one_above(tmp_path):
-    assert memory.container_rest(tmp_path, own="/nowhere") == torch.inf
-    own = tmp_path / "cgroup"
-    own.write_text("3:cpu:/\n0::/slurm/job_7/step_0\n")
-    groups = (("slurm", "max", 900), ("slurm/job_7", 500, 300), ("slurm/job_7/step_0", 900, 100))
-    for group, limit, used in groups:
-        (tmp_path / group).mkdir()
-        (tmp_path / group / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / group / "memory.current").write_text(f"{used}\n")
-    assert memory.container_rest(tmp_path, own) == 200
