@@ -432,8 +432,7 @@ def finish_step(line, rollouts, learners, task, recipe, run):
         found = task.examinee.evaluate(task.dev_problems, seed=recipe.seed)
         line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if found.get(name) is not None}
     run.write(line)
-    parallel.say(show.describe_line(line))
-    show.warn(line, run.progress)  # of a policy that moves too far, or not at all
+    show.say_step(line, run.progress)  # with a warning if the policy moves too far, or not at all
     run.progress["gap_max"] = max(run.progress.get("gap_max", 0.0), line["gap_max"])
     save_every = run.settings["save_every"]
     if step == recipe.steps or (save_every and step % save_every == 0):
@@ -539,7 +538,7 @@ def main(argv=None):
         evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
             args.eval_strategies, "evaluate")}
         # Settings, model and data have proved good. From here on the folder is written to.
-        show.announce(recipe, decoding, len(task.problems), model.config)
+        show.announce(recipe, decoding, len(task.problems))
         run.begin()
         if args.resume:
             run.restore(learners.pairs())

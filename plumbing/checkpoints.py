@@ -58,8 +58,10 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if block_size is None and not source.get("block_size"):
-        why = "is assumed" if config.is_block_size_assumed else "is taken from the checkpoint's name"
-        parallel.say(f"config.json names no block size: {config.block_size} {why}; --block_size sets another")
+        why = "is taken from the checkpoint's name"
+        if config.is_block_size_assumed:
+            why = "is assumed. With a wrong K everything runs, and learns little"
+        parallel.say(f"config.json names no block size: K = {config.block_size} {why} (--block_size)")
     # Qwen3 names its padding token here only.
     generation_path = os.path.join(path, "generation_config.json")
     generation = read_json(generation_path) if os.path.isfile(generation_path) else {}

@@ -175,19 +175,11 @@ def parameters_of(function):
     return inspect.signature(function).parameters
 
 
-def takes_all(function):
-    """Whether a function has a parameter **more."""
-    return any(p.kind is p.VAR_KEYWORD for p in parameters_of(function).values())
-
-
 def call(function, **arguments):
     """Calls a function by name, with those of the arguments that it declares.
 
-    So a function of the user's lists only what it needs, and a later addition here breaks nobody. (With
-    **more it is given everything.)
+    So a function of the user's lists only what it needs, and a later addition here breaks nobody.
     """
-    if takes_all(function):
-        return function(**arguments)
     wanted = parameters_of(function)
     unknown = [name for name, parameter in wanted.items()
                if name not in arguments and parameter.default is parameter.empty]
@@ -199,4 +191,4 @@ def call(function, **arguments):
 
 def declares(function, name):
     """Whether `call` would give a function this argument."""
-    return name in parameters_of(function) or takes_all(function)
+    return name in parameters_of(function)

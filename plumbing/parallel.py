@@ -5,12 +5,9 @@ i modulo the number of processes. Losses are sums over a process's own tokens, d
 ALL processes; so gradients are added up, never averaged, and one process or eight compute the same update.
 """
 
-import ctypes
 import functools
 import math
 import os
-import signal
-import sys
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -51,8 +48,6 @@ def start_processes(device=None, is_tiny=False, needs_group=False):
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if dist.is_initialized() or (is_alone and not needs_group):
         return
-    if sys.platform == "linux" and not is_alone:  # however torchrun dies, the kernel ends its processes, too
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     is_cuda, local = default_device().type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
     if is_cuda and local >= torch.cuda.device_count():
         raise ValueError(
@@ -85,7 +80,7 @@ def processes():
 
 def is_first():
     """Whether this is the process that writes and prints."""
-    return processes()[0] == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def deal(items):

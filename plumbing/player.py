@@ -13,7 +13,6 @@ MASK = "\u2591"
 def play(r, tokenizer, seconds=0.0):
     """Plays a Rollout, coloured by denoising step; a line per step where the output is no terminal."""
     is_terminal = sys.stdout.isatty()
-    sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it does not have
     last = max(r.step_map)
     texts = [tokenizer.decode([token]) for token in r.response]
     print(tokenizer.decode(r.prompt))

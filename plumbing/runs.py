@@ -319,9 +319,7 @@ class Run:
         self.progress = read_json(os.path.join(folder, "progress.json"))
         state = train_state(learners)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            parallel.load(state, checkpoint_id=folder)
             for (model, optimizer), part in zip(learners, state.values()):
                 set_state_dict(model, optimizer, model_state_dict=part["model"],
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)

@@ -49,8 +49,13 @@ def means(updates, value_updates):
     return line
 
 
-def describe_line(line):
-    """One line of the terminal per RL step; the README explains every name."""
+MAX_DRIFT = 0.1  # nats per token in one RL step
+MAX_IDLE = 5  # steps in a row without an update
+
+
+def say_step(line, progress):
+    """One line of the terminal per RL step; the README explains every name. Then what a table of numbers
+    hides: a policy that moves too far, or not at all."""
     parts = [f"step {line['step']:3d}", f"reward {line['reward']:.3f}", f"kept {line['kept_groups']:d}",
              f"length {line['length']:.1f}", f"tokens/step {line['tokens_per_step']:.2f}"]
     if "ratio_max" in line:  # the policy has moved
@@ -67,28 +72,7 @@ def describe_line(line):
         parts.append(f"SKIPPED {line['skipped_updates']} updates")
     if "dev_accuracy" in line:
         parts.append(f"dev accuracy {line['dev_accuracy']:.3f}")
-    return "  ".join(parts)
-
-
-def announce(recipe, decoding, num_problems, config):
-    """Says in plain words what a run will do, and what one RL step costs."""
-    if getattr(config, "is_block_size_assumed", False):
-        parallel.say(f"WARNING: nothing says in which blocks this checkpoint was trained: K = {config.block_size} "
-                     "is assumed. With a wrong K everything runs, and learns little (--block_size)")
-    responses = recipe.prompts * recipe.group_size
-    tokens = responses * decoding.max_new_tokens
-    parallel.say(
-        f"{recipe.steps} RL steps. Each one asks {recipe.prompts} of {num_problems} problems, decodes "
-        f"{recipe.group_size} responses to each, {tokens:,} tokens at most, and trains on the groups whose "
-        f"rewards differ: at most {responses} rows, in {recipe.minibatches * recipe.epochs} updates")
-
-
-MAX_DRIFT = 0.1  # nats per token in one RL step
-MAX_IDLE = 5  # steps in a row without an update
-
-
-def warn(line, progress):
-    """Says what a table of numbers hides: a policy that moves too far, or not at all."""
+    parallel.say("  ".join(parts))
     if line.get("drift_kl", 0.0) > MAX_DRIFT:
         parallel.say(f"WARNING: step {line['step']} moved the policy by {line['drift_kl']:.2f} nats per "
                      f"token (largest ratio {line['drift_ratio_max']:.1f}): a collapse may follow. "
@@ -99,6 +83,16 @@ def warn(line, progress):
         parallel.say(f"WARNING: no update in {progress['idle_steps']} steps: all responses to a prompt earn "
                      f"the same (mean reward {line['reward']:.2f}). Problems of another difficulty, a wider "
                      "--keep_range or a larger --group_size would help, if there is still something to learn")
+
+
+def announce(recipe, decoding, num_problems):
+    """Says in plain words what a run will do, and what one RL step costs."""
+    responses = recipe.prompts * recipe.group_size
+    tokens = responses * decoding.max_new_tokens
+    parallel.say(
+        f"{recipe.steps} RL steps. Each one asks {recipe.prompts} of {num_problems} problems, decodes "
+        f"{recipe.group_size} responses to each, {tokens:,} tokens at most, and trains on the groups whose "
+        f"rewards differ: at most {responses} rows, in {recipe.minibatches * recipe.epochs} updates")
 
 
 def plus_minus(found):

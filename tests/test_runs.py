@@ -218,35 +218,6 @@ def test_the_process_that_fails_first_is_named_as_the_cause(folder):
     assert first["message"] == "tracerl.py: error: a mistake on process 1 (--debug shows where)", words
 
 
-def test_processes_end_when_their_launcher_dies(folder):
-    """Killed without a chance to say goodbye. Its processes must not go on alone."""
-    def work():
-        """Joins the group, and would go on for long."""
-        parallel.start_processes()
-        Path(f"joined{os.getpid()}").touch()
-        time.sleep(60)
-
-    def launch():
-        """Starts two processes, and waits."""
-        start_all(work, [], 2)
-        time.sleep(60)
-
-    launcher = start(launch, [])
-    deadline = time.monotonic() + 30
-    while len(list(Path().glob("joined*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(launcher, signal.SIGKILL)
-    os.waitpid(launcher, 0)
-    processes = [path.name.removeprefix("joined") for path in Path().glob("joined*")]
-    # A process that has ended may stay a zombie, where nobody waits for it.
-    is_running = lambda number: os.path.exists(f"/proc/{number}") and ") Z " not in Path(
-        f"/proc/{number}/stat").read_text()
-    assert len(processes) == 2
-    while any(map(is_running, processes)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(map(is_running, processes))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Nothing is lost.
 
@@ -490,10 +461,11 @@ def test_a_collapse_is_seen_and_said(folder, capsys):
 
 def test_steps_without_an_update_are_counted_and_said(capsys):
     progress = {}
+    line = dict(reward=1.0, kept_groups=0, length=5.0, tokens_per_step=1.0, gap=0.0, gap_max=0.0)
     for step in range(1, 11):
-        show.warn(dict(step=step, reward=1.0), progress)
+        show.say_step(line | dict(step=step), progress)
     assert capsys.readouterr().out.count("WARNING: no update in") == 2
-    show.warn(dict(step=11, reward=1.0, kl=0.0, drift_kl=0.001), progress)
+    show.say_step(line | dict(step=11, kl=0.0, drift_kl=0.001), progress)
     assert progress["idle_steps"] == 0
 
 
