@@ -53,10 +53,7 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
         raise FileNotFoundError(f"{path} has no config.json: not a checkpoint folder")
     source = read_json(os.path.join(path, "config.json"))
     tokenizer = load_tokenizer(path)
-    try:
-        config = read_config(source, block_size, attention, name, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    config = read_config(source, block_size, attention, name, tokenizer)
     if block_size is None and not source.get("block_size"):
         why = "is taken from the checkpoint's name"
         if config.is_block_size_assumed:
@@ -102,9 +99,9 @@ def find_eos_ids(named, tokenizer):
     The first is the one that sft.py teaches: the end of a chat turn, where the tokenizer has such a token.
     """
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    last = tokenizer.eos_token if tokenizer is not None else None
-    ids_of = lambda tokens: [vocabulary[token] for token in tokens if token in vocabulary]
-    return tuple(dict.fromkeys([*ids_of(["<|im_end|>", "<|eot_id|>"]), *named, *ids_of([last, "<|endoftext|>"])]))
+    ids = [vocabulary.get("<|im_end|>"), vocabulary.get("<|eot_id|>"), *named,
+           getattr(tokenizer, "eos_token_id", None), vocabulary.get("<|endoftext|>")]
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
 def load_model(path_or_id, block_size=None, dtype=None, device=None, attention=None):
@@ -230,8 +227,8 @@ def save_config(config, dtype, folder):
 
 
 def family_state(model, dtype):
-    """Whole weights by the family's names, adapters merged, in dtype (None: as they are); on the first process
-    only, if there are several. To be called on every process."""
+    """Whole weights by the family's names, adapters merged, in dtype (None: as they are); on the first
+    process only, if there are several. To be called on every process."""
     state = merge_lora(parallel.whole_state(model), dtype)
     return {family_name(model.config, name): p.to(dtype or p.dtype) for name, p in state.items()}
 

@@ -59,17 +59,15 @@ def fit_slots(asked, number, per_slot, config, device):
         logits *= 2  # recorded steps have memory of their own
         torch.cuda.empty_cache()  # what torch keeps is in pieces, and a cache wants few large ones
     free = free_bytes(device)
-    most = max(0, int((0.8 * free - logits) // per_slot))  # the rest: prefill, and what fragments
+    most = int((0.8 * free - logits) // per_slot)  # the rest: prefill, and what fragments
     wanted = min(asked or number, number)
-    if most >= wanted:
-        return wanted
-    if not most:
+    if most < 1:
         raise ValueError(f"not one sequence of {per_slot / 2**20:,.0f} MiB fits into the "
                          f"{free / 2**30:.1f} GiB that are free: lower --max_new_tokens")
-    if asked:
+    if asked and most < wanted:
         parallel.say(f"--slots {asked}: {most} of {per_slot / 2**20:,.0f} MiB each fit into the "
                      f"{free / 2**30:.1f} GiB that are free, so {most} sequences are decoded together")
-    return most
+    return min(most, wanted)
 
 
 def plan(config, args, num_models):
@@ -93,7 +91,8 @@ def plan(config, args, num_models):
     kept = config.hidden_size * wide if args.gradient_checkpointing else layer  # per layer, until backward
     per_token = 3 * layer + config.num_layers * kept
     # Logits of a chunk; the head's gradient in float32, twice; embedding, head and a gradient are whole.
-    head = 3 * 4 * most_logits(device, is_training=True) + config.vocab_size * config.hidden_size * (8 + 3 * wide)
+    head = 3 * 4 * most_logits(device, is_training=True)
+    head += config.vocab_size * config.hidden_size * (8 + 3 * wide)
     sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), moments=own * 12, head=head)
     free = free_bytes(device)
     room = 0.85 * free - sum(sizes.values())
@@ -108,12 +107,10 @@ def plan(config, args, num_models):
         f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch); while "
         f"decoding {GB(max(cached, 0))} for sequences; free {GB(free)}")
     if sum(sizes.values()) > 0.85 * free or cached < 0:
-        remedies = ["a smaller --tokens_per_micro_batch"] * (tokens > 1024)
-        remedies += ["--gradient_checkpointing"] * (not args.gradient_checkpointing)
-        remedies += ["--lora_rank 32"] * (not args.lora_rank) + ["more GPUs"] * (device.type == "cuda")
         needed = max(sum(sizes.values()), 0.85 * free - cached)
         raise ValueError(f"training needs {GB(needed)} GiB on each process, and may use 85 percent of the "
-                         f"{GB(free)} GiB that are free: try {', '.join(remedies) or 'a smaller model'}")
+                         f"{GB(free)} GiB that are free: try --lora_rank 32, --gradient_checkpointing, a "
+                         "smaller --tokens_per_micro_batch, more GPUs, or a smaller model")
     longest = args.max_prompt_tokens + args.max_new_tokens * (1 + config.block_size)  # one token a step
     if not config.is_full and longest * per_token > room:
         parallel.say(f"WARNING: {args.max_new_tokens} tokens decoded one token a step are a row of {longest} "

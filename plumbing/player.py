@@ -15,18 +15,14 @@ def play(r, tokenizer, seconds=0.0):
     is_terminal = sys.stdout.isatty()
     last = max(r.step_map)
     texts = [tokenizer.decode([token]) for token in r.response]
+    if is_terminal:  # backgrounds tell denoising steps apart: of the 256 colours, 17 to 231 are a cube
+        texts = [f"\033[48;5;{17 + 30 * at % 214}m{text}\033[0m" for text, at in zip(texts, r.step_map)]
     print(tokenizer.decode(r.prompt))
     for step in range(last + 1):
-        shown = [colour(text, at) if is_terminal else text for text, at in zip(texts, r.step_map)]
-        line = "".join(text if at <= step else MASK for text, at in zip(shown, r.step_map))
+        line = "".join(text if at <= step else MASK for text, at in zip(texts, r.step_map))
         start = "\033[2K\r" if is_terminal else f"step {step:3d}  "
         print(start + line, end="" if is_terminal and step < last else "\n", flush=True)
         time.sleep(seconds * is_terminal)
-
-
-def colour(text, step):
-    """A text on a background that tells denoising steps apart: 256 colours, of which 17 to 231 are a cube."""
-    return f"\033[48;5;{17 + 30 * step % 214}m{text}\033[0m"
 
 
 def main(argv=None):

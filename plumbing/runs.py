@@ -79,7 +79,8 @@ def run_command(main):
         if path:
             # Of several processes torchrun names the earliest, in whole seconds. Whoever only lost its
             # connection to one that failed is a minute late: it is not the cause.
-            is_lost = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
+            is_gloo = type(error) is RuntimeError and "gloo" in str(error)
+            is_lost = is_gloo or isinstance(error, dist.DistError)
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(dict(message=text, timestamp=int(time.time()) + 60 * is_lost), file)
         print(text, file=sys.stderr)
@@ -96,29 +97,27 @@ def run_command(main):
 # Seconds of a step, by what was done. On a GPU also the most memory that tensors took.
 
 
-SECONDS = Counter()
-PEAKS = Counter()  # GiB
+TAKEN = Counter()  # seconds are added up; of gibibytes the largest number counts
 
 
 @contextmanager
 def timed(name):
-    """A decorator: adds the seconds that a function takes to SECONDS[name]. name: what_seconds."""
+    """A decorator: adds the seconds that a function takes to TAKEN[name]. name: what_seconds."""
     started = time.perf_counter()
     has_gpu = torch.cuda.is_initialized()
     if has_gpu:
         torch.cuda.reset_peak_memory_stats()
     yield
-    SECONDS[name] += time.perf_counter() - started
+    TAKEN[name] += time.perf_counter() - started
     if has_gpu:
         peak = name.replace("seconds", "gib")
-        PEAKS[peak] = max(PEAKS[peak], torch.cuda.max_memory_allocated() / 2**30)
+        TAKEN[peak] = max(TAKEN[peak], torch.cuda.max_memory_allocated() / 2**30)
 
 
 def take_seconds():
     """The seconds since the last call, by name, and on a GPU the peaks of memory; starts again from 0."""
-    taken = dict(SECONDS | PEAKS)
-    SECONDS.clear()
-    PEAKS.clear()
+    taken = dict(TAKEN)
+    TAKEN.clear()
     return taken
 
 
@@ -134,8 +133,8 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 def replacing(path):
     """Gives a name under which to write a file or a folder. At the end it takes the place of `path`.
 
-    So `path` is whole at every moment. After an error of the disk nothing half-written stays, and OSError says
-    what to do. To be entered on the first process, or on all: the first one renames.
+    So `path` is whole at every moment. After an error of the disk nothing half-written stays, and OSError
+    says what to do. To be entered on the first process, or on all: the first one renames.
     """
     partial = f"{path}.partial"
     try:
@@ -268,15 +267,12 @@ class Run:
         path = os.path.join(self.folder, "checkpoints", f"step-{self.progress['step']}")
         with replacing(path) as partial:
             save_checkpoint(learners[0].model, self.tokenizer, partial, self.save_dtype())
-            parallel.barrier()
             if write_more is not None:
                 write_more(partial, self.save_dtype())
-            parallel.barrier()
             state_folder = os.path.join(partial, "train_state")
             with warnings.catch_warnings():  # of one process: that it is one
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.save(train_state(learners), checkpoint_id=state_folder, no_dist=not dist.is_initialized())
-            parallel.barrier()
             if self.is_writer:
                 write_json(os.path.join(state_folder, "progress.json"), self.progress)
         if self.is_writer:
@@ -285,7 +281,6 @@ class Run:
                 os.rename(old, f"{old}.partial")
                 shutil.rmtree(f"{old}.partial", ignore_errors=True)
             self.plot()
-        parallel.barrier()
 
     def save_dtype(self):
         """Of the weights in a checkpoint: the policy as it decoded.
@@ -308,7 +303,6 @@ class Run:
 
         -> whether there was one. ValueError for a damaged or foreign checkpoint.
         """
-        parallel.barrier()
         paths = parallel.from_first(checkpoints_of(self.folder))
         if not paths:
             parallel.say(f"{self.folder} has no checkpoint to go on from: this starts at the beginning")
@@ -329,15 +323,14 @@ class Run:
                              "model. Move it away to go on from the one before") from error
         if self.is_writer:
             self.keep_lines([line for line in self.lines() if line["step"] <= self.progress["step"]])
-        parallel.barrier()
         parallel.say(f"resuming {self.folder} after step {self.progress['step']}")
         return True
 
     def check_data(self, mark, name):
         """ValueError if a resumed run would go on with other data; mark: a short hash of the data."""
         if self.progress.setdefault("data", mark) != mark:
-            raise ValueError(f"{name} or its prompts have changed since {self.folder} began: bring the old ones "
-                             "back, or start a new run (--name, --model) from its newest checkpoint")
+            raise ValueError(f"{name} or its prompts have changed since {self.folder} began: bring the old "
+                             "ones back, or start a new run (--name, --model) from its newest checkpoint")
 
     def finish(self, summary):
         """Writes summary.json."""
@@ -351,8 +344,6 @@ class Run:
         names = {name for line in lines for name in line if isinstance(line[name], (int, float))} - {"step"}
         first = [name for name in ("reward", "dev_accuracy", "accuracy", "loss") if name in names]
         names = first + sorted(names - {*first})
-        if not names or "step" not in lines[0]:
-            return
         num_rows = math.ceil(len(names) / 3)
         height = 2.2 * num_rows  # inches
         figure = Figure(figsize=(12, height))

@@ -23,10 +23,10 @@ def recorded_with(model, rollouts, **mistake):
     found = []
     for r in rollouts:
         zero = dataclasses.replace(r, logp=[0.0] * len(r.response))
-        numbers, = check.gaps(model, [zero], PLAIN, **mistake)  # |logp - 0|
+        numbers = check.differences(model, [zero], PLAIN, **mistake).tolist()  # logp - 0
         known = len(numbers)
         found.append(dataclasses.replace(r, response=r.response[:known], step_map=r.step_map[:known],
-                                         logp=[-number for number in numbers]))
+                                         logp=numbers))
     return found
 
 

@@ -379,9 +379,8 @@ def test_weights_keep_the_type_they_are_stored_in_unless_one_is_asked_for(tmp_pa
 def test_a_checkpoint_that_does_not_fit_says_why(change, message, tmp_path):
     checkpoints.save_checkpoint(random_model(), None, tmp_path)
     edit(tmp_path / "config.json", **change)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=message):
         checkpoints.load_model(tmp_path)
-    assert str(error.value).startswith(str(tmp_path))
 
 
 def test_a_damaged_file_and_pickled_weights_are_named(tmp_path):

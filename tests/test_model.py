@@ -238,5 +238,5 @@ def test_a_plan_is_said_and_what_cannot_fit_is_refused_with_what_would(monkeypat
     assert 1024 <= plan(18, "--lora_rank=32") < 16384  # what fits
     with pytest.raises(ValueError, match=r"training needs 7\d\.\d GiB .* try --lora_rank 32"):
         plan(60)
-    with pytest.raises(ValueError, match="a smaller --tokens_per_micro_batch"):
+    with pytest.raises(ValueError, match="a smaller --tokens_per_micro_batch, more GPUs"):
         plan(18, "--lora_rank=32", "--tokens_per_micro_batch=99999")
