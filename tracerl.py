@@ -550,7 +550,7 @@ def main(argv=None):
                        replay_gap_max=run.progress.get("gap_max", 0.0))
         run.finish(summary)
     show.print_table(summary["before"], summary["after"], len(test))
-    parallel.say(f"the run is in {run.folder}: {', '.join(run.files())}")
+    parallel.say(f"the run is in {run.folder}")
     parallel.barrier()  # a process that left early would break the others' connections
     parallel.end_processes()
     return summary

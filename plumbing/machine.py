@@ -119,14 +119,8 @@ def say_backend(model, cache):
     name = "flash-attn" if has_cache and kernels.uses_flash(model.embed.weight) else "torch's attention"
     parallel.say(f"decoding on {model.device} by {name}")
     if cache != "none":
-        parallel.say(f"WARNING: --cache {cache} approximates: responses are drawn from another policy than the "
-                     "exact one")
-
-
-def load_model(path, settings):
-    """A checkpoint to decode with -> model, tokenizer or None."""
-    return checkpoints.load_model(
-        path, settings.block_size, getattr(torch, settings.dtype), attention=settings.attention)
+        parallel.say(f"WARNING: --cache {cache} approximates: responses are drawn from another policy than "
+                     "the exact one")
 
 
 def load_to_answer(args):
@@ -135,7 +129,8 @@ def load_to_answer(args):
     if args.ar:
         model, tokenizer = autoregressive.load(args.ar)
         return model, tokenizer, rollout.PLAIN._replace(generate=autoregressive.generate)
-    model, tokenizer = load_model(args.model or start_of(args.attention), args)
+    model, tokenizer = checkpoints.load_model(args.model or start_of(args.attention), args.block_size,
+                                              getattr(torch, args.dtype), attention=args.attention)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
     return model, tokenizer, choose_compute(args, model)
@@ -171,7 +166,8 @@ def load_to_train(path, args, make_value=None):
         for part in (model, value_model) if value_model is not None else (model,):
             if dist.is_initialized():
                 part.to_empty(device=parallel.default_device())
-            checkpoints.load_weights(part, saved if part is value_model and has_saved else folder, torch.float32)
+            source = saved if part is value_model and has_saved else folder
+            checkpoints.load_weights(part, source, torch.float32)
     if has_saved:
         parallel.say(f"value model: {saved} is not used with --lora_rank" if args.lora_rank
                      else f"value model: going on from {saved}")

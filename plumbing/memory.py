@@ -22,15 +22,18 @@ def most_logits(device, is_training=False):
 
 
 def free_bytes(device):
-    """What this process may still take: of its GPU, or its part of half the main memory."""
+    """What this process may still take: of its GPU, or its part of the main memory."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if os.path.exists("/proc/meminfo"):  # Linux says it exactly
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or the word max
     if limit.exists() and limit.read_text().strip().isdigit():
-        total = min(total, int(limit.read_text()))
-    return total // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        available = min(available, int(limit.read_text()))
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def layer_bytes(config, itemsize):

@@ -4,7 +4,7 @@ import sys
 import time
 
 import rollout
-from plumbing import check, flags, machine, parallel, runs
+from plumbing import check, flags, machine, runs
 from rollout import Decoding
 
 MASK = "\u2591"
@@ -37,11 +37,9 @@ def main(argv=None):
          "plumbing/check.py")
     flag("--seed", type=int, default=0, help="of the draws")
     flag("--seconds", type=float, default=0.3, help="between two steps")
+    parser.set_defaults(ar=None)  # only eval_math.py asks autoregressive models
     args = parser.parse_args(argv)
-    parallel.start_processes(args.device, is_tiny)
-    settings = flags.read_flags(machine.Inference, args)
-    model, tokenizer = machine.load_model(args.model or machine.start_of(args.attention), settings)
-    compute = machine.choose_compute(settings, model)
+    model, tokenizer, compute = machine.load_to_answer(args)
     if args.check is not None:
         return check.check(model, args.check, compute, args.temperature)
     text = args.prompt

@@ -357,10 +357,6 @@ class Run:
         with replacing(os.path.join(self.folder, "curves.png")) as partial:
             figure.savefig(partial, dpi=80, format="png")
 
-    def files(self):
-        """What the folder holds."""
-        return sorted(set(os.listdir(self.folder)) - {"lock"}) if self.is_writer else []
-
 
 def reporter(kind, folder, settings):
     """A function that gives a line of metrics to Weights & Biases or TensorBoard; None: to nobody."""

@@ -239,7 +239,7 @@ def fine_tune_on_right(trial, args):
           f"updates at learning rate {trial.lr}", flush=True)
     settings = tracerl.parse_args(command(trial, args))
     machine.start(settings)
-    model, tokenizer = machine.load_model(settings.model, settings)
+    model, tokenizer = checkpoints.load_model(settings.model, settings.block_size)
     compute = machine.choose_compute(settings, model)
     examinee = Examinee(model, tokenizer, flags.read_flags(Decoding, settings), compute)
     prompting = flags.read_flags(Prompting, settings)
