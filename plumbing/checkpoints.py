@@ -157,15 +157,14 @@ def stored_tensors(reader, folder):
 
     FileNotFoundError if there is no file, ValueError that names a damaged one.
     """
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no .safetensors file (pickled weights are never read)")
-    for name in files:
+    for file in files:
         try:
-            with safe_open(os.path.join(folder, name), framework="pt"):
-                pass  # opening compares the file's length with its table of contents
+            safe_open(file, framework="pt")  # this compares the file's length with its table of contents
         except SafetensorError as error:
-            raise ValueError(f"{folder}/{name} is damaged ({error}): fetch it again") from None
+            raise ValueError(f"{file} is damaged ({error}): fetch it again") from None
     return reader.read_metadata().state_dict_metadata
 
 
@@ -215,8 +214,8 @@ def save_config(config, dtype, folder):
     family = FAMILIES[config.family]
     size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
     dtype = str(dtype).removeprefix("torch.")
-    # Each of two pairs says one thing twice: transformers 5 reads `dtype` and `rope_parameters`, older ones
-    # read `torch_dtype` and `rope_theta`, and without them they take a default in silence.
+    # Each of two pairs says one thing twice. Transformers 5 reads `dtype` and `rope_parameters`, older ones
+    # read `torch_dtype` and `rope_theta`. Where these are missing, they take a default in silence.
     changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
                "torch_dtype": dtype, "rope_theta": config.rope_theta, size_name: config.vocab_size}
     if family.may_choose:  # what --attention or the folder's old name said
@@ -234,8 +233,8 @@ def family_state(model, dtype):
 
 
 def merge_lora(state, dtype=None):
-    """Adds each B A of a state to its W, in dtype (None: that of W), and drops A and B, in place -> the state
-    of a plain model."""
+    """Adds each B A of a state to its W, in dtype (None: that of W), in place -> the state of a plain model.
+    A and B are dropped."""
     for name in [name for name in state if name.endswith("lora_A")]:
         linear = name.removesuffix("lora_A")
         W = state[f"{linear}weight"]

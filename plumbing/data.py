@@ -56,8 +56,8 @@ def read_problems(source, needs_answer=True):
     """The problems of a source -> (dicts with the fields of eval_math.Problem, number of rows skipped).
 
     source: a local file, a local folder in the hub's layout, or a set on the hub. needs_answer: rows without
-    an answer are skipped. A source without any answer is refused. Without needs_answer, an answer may be "",
-    and a list or an object is handed on as JSON text: a reward function of one's own can read it. Raises
+    an answer are skipped, and a source without any answer is refused. Without needs_answer an answer may be
+    "". A list or an object is then handed on as JSON text, for a reward function of one's own. Raises
     FileNotFoundError or ValueError.
     """
     rows = read_file(source) if os.path.isfile(source) else read_set(source)

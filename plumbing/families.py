@@ -181,13 +181,14 @@ def find_mask(source, name, vocab_size, tokenizer):
     """
     if source.get("mask_token_id") is not None:
         return source["mask_token_id"]
-    vocabulary, special = {}, set()
+    vocabulary = {}
+    ordinary = set()
     if tokenizer is not None:
         if tokenizer.mask_token_id is not None:
             return tokenizer.mask_token_id
         vocabulary = tokenizer.get_vocab()
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    ordinary = set(vocabulary.values()) - special
+        ordinary = set(vocabulary.values()) - special
     for usual in FAMILIES[name].masks:
         token = vocabulary.get(usual) if isinstance(usual, str) else usual
         if token is not None and token < vocab_size and token not in ordinary:

@@ -52,7 +52,7 @@ def slot_bytes(config, length, itemsize, has_cache):
 
 
 def fit_slots(asked, number, per_slot, config, device):
-    """How many of `number` sequences are decoded together: as many as asked (None: as fit).
+    """How many of `number` sequences are decoded together. As many as asked, or as fit if asked is None.
 
     What fits may be fewer than asked: the optimizer's moments, for example, are there from the second RL step
     on. The results are the same, so this is said and no error. ValueError if not even one fits.

@@ -61,6 +61,6 @@ def encode(texts, tokenizer):
     unknown = getattr(tokenizer, "unk_token_id", None)
     for text, tokens in zip(texts, encoded):
         if unknown is not None and unknown in tokens:
-            raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data for "
-                             "another model")
+            raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data "
+                             "for another model")
     return encoded

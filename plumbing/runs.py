@@ -133,8 +133,8 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 def replacing(path):
     """Gives a name under which to write a file or a folder. At the end it takes the place of `path`.
 
-    So `path` is whole at every moment. After an error of the disk nothing half-written stays, and OSError
-    says what to do. To be entered on the first process, or on all: the first one renames.
+    So `path` is whole or absent. After an error of the disk nothing half-written stays, and OSError says what
+    to do. To be entered on the first process, or on all of them: the first one renames.
     """
     partial = f"{path}.partial"
     try:

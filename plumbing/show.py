@@ -66,8 +66,8 @@ def say_step(line, progress):
         parts += ["value model only" if "value_loss" in line else "nothing to learn from: no update"]
     if "value_loss" in line:
         parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
-    parts += [f"gap {line['gap']:.1e} max {line['gap_max']:.1e}",
-              f"rollout {line.get('rollout_seconds', 0):.1f}s", f"update {line.get('update_seconds', 0):.1f}s"]
+    parts += [f"gap {line['gap']:.1e} max {line['gap_max']:.1e}"]
+    parts += [f"{name} {line.get(f'{name}_seconds', 0):.1f}s" for name in ("rollout", "update")]
     if line.get("skipped_updates"):
         parts.append(f"SKIPPED {line['skipped_updates']} updates")
     if "dev_accuracy" in line:
