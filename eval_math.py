@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 
@@ -78,9 +78,6 @@ def load_prompts(source, tokenizer, prompting, needs_answer=True):
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
     skipped = f"; skipped {num_long} of over {prompting.max_prompt_tokens} tokens" if num_long else ""
     parallel.say(f"{source}: {len(problems)} problems{skipped}")
-    num_different = len(data.group_repeats(problems))
-    if num_different < len(problems):
-        parallel.say(f"{source}: {len(problems)} rows are {num_different} problems; errors are over problems")
     return problems
 
 
@@ -232,18 +229,12 @@ def accuracy(samples):
     means = [fmean(numbers) for numbers in samples]
     mean = fmean(means)  # every problem counts the same, however many samples it has
     n = len(means)
-    error = None  # one problem alone says nothing about others
-    if n > 1:
-        variance = sum((m - mean) ** 2 for m in means) / (n - 1)  # n - 1: the mean is estimated, too
-        error = (variance / n) ** 0.5
-    found = dict(accuracy=mean, standard_error=error, n=n)
+    error = stdev(means) / n**0.5 if n > 1 else None  # one problem alone says nothing about others
     # pass@2, pass@4, ...: as far as every problem has so many samples.
     fewest = min(len(numbers) for numbers in samples)
-    k = 2
-    while k <= fewest:
-        found[f"pass_at_{k}"] = fmean(pass_at(k, numbers) for numbers in samples)
-        k *= 2
-    return found
+    found = {f"pass_at_{k}": fmean(pass_at(k, numbers) for numbers in samples)
+             for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= fewest}
+    return dict(accuracy=mean, standard_error=error, n=n) | found
 
 
 def pass_at(k, numbers):
@@ -263,9 +254,9 @@ def pass_at(k, numbers):
 def evaluate_command(args):
     """Samples, grades, tabulates. A response is written as soon as it is graded: a stopped call can go on."""
     strategies = ["autoregressive"] if args.ar else args.strategy
-    if not args.ar:
-        for name in strategies:  # a wrong name is said before a model is loaded
-            flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--strategy")
+    known = dict(rollout.STRATEGIES, greedy=None, autoregressive=None)
+    for name in strategies:  # a wrong name is said before a model is loaded
+        flags.load_function(name, known, "--strategy")
     # With --ar, a left-to-right model: the same prompts, the same grader and the same table.
     model, tokenizer, compute = machine.load_to_answer(args)
     # The same problems, in the same order, whenever this command is called again.
@@ -282,9 +273,6 @@ def evaluate_command(args):
         # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
         for strategy in strategies:
-            # Greedy samples have nothing to draw. So n of them say no more than one.
-            if args.n > 1 and (strategy == "greedy" or args.temperature == 0 or args.top_k == 1):
-                parallel.say(f"WARNING: {strategy} is greedy: all {args.n} samples of a problem are the same")
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")

@@ -41,7 +41,7 @@ import torch
 import rollout
 import value
 from eval_math import Examinee, give_rewards, load_prompts, math_reward
-from plumbing import checkpoints, data, flags, machine, packing, parallel, runs, show
+from plumbing import data, flags, machine, packing, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.prompts import Prompting
 from plumbing.tasks import EMBEDDED
@@ -146,9 +146,6 @@ class Recipe:
 
     def __post_init__(self):
         flags.check(self)
-        low, high = self.keep_range or (0, 1)
-        if not low <= high:
-            raise ValueError(f"keep_range {low} {high} keeps nothing: the lower bound comes first")
 
 
 class Learners(NamedTuple):
@@ -156,10 +153,6 @@ class Learners(NamedTuple):
 
     policy: parallel.Learner
     value: parallel.Learner = None
-
-    def pairs(self):
-        """The learners that exist."""
-        return [learner for learner in self if learner is not None]
 
 
 class Method(NamedTuple):
@@ -247,8 +240,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
     # A function of yours may draw at random: all processes take what the first one got.
     advantages = parallel.from_first(flags.call(method.advantage, rewards=rewards, rollouts=rollouts))
     longest = max(len(r.response) for r in rollouts)
-    is_shaped = advantages.shape in (rewards.shape, (*rewards.shape, longest))
-    if not is_shaped or not advantages.isfinite().all():
+    if advantages.shape not in (rewards.shape, (*rewards.shape, longest)) or not advantages.isfinite().all():
         raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers for the "
                          f"{tuple(rewards.shape)} responses, or some that are not finite (0 / 0?)")
     # If no group is left there is no update. The step is logged, and the next one asks other prompts.
@@ -296,10 +288,8 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     # The law first: a run that does not replay what it sampled ends here, before it is trained on.
     gap = rollout.replay_gap(model, rollout.some(rollouts, model.config), method.compute, temperature)
     method.law.enforce(**gap)
-    groups = {}  # number of the prompt -> its responses
-    for r in kept:
-        groups.setdefault(r.group, []).append(r)
-    groups = list(groups.values())
+    # Groups were kept or dropped as a whole. So with G = 4 the next group begins at every fourth rollout.
+    groups = [kept[start:start + recipe.group_size] for start in range(0, len(kept), recipe.group_size)]
     # Groups stay whole, so that every update has positive and negative advantages. The order is seeded. Of
     # five groups, the first of two updates takes the 1st, 3rd and 5th in this order, the second the others.
     groups = [groups[i] for i in parallel.shuffled(len(groups), mix(recipe.seed, step))]
@@ -375,13 +365,10 @@ def update(policy, batch, method, is_first, recipe):
     is_first: no update has come before in this RL step. So the old policy is the present one, and its
     log-probabilities are those of this very forward.
     """
-    model = policy.model
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-    ratio_max = torch.zeros((), dtype=torch.float64, device=model.device)
+    log = show.UpdateLog(policy.model.device, recipe.clip_eps)
     for rows in batch.rows:
         # One forward of [clean text | view | view | ...], and log-probabilities of its targets only.
-        logp, entropy = rollout.forward_rows(model, rows, method.compute, method.decoding.temperature)
+        logp, entropy = rollout.forward_rows(policy.model, rows, method.compute, method.decoding.temperature)
         if is_first:  # the ratio is then exactly 1, and its gradient is that of log p
             rows.targets.logp_old.copy_(logp.detach())
         if len(logp):
@@ -391,19 +378,13 @@ def update(policy, batch, method, is_first, recipe):
                 kl_coef=recipe.kl_coef)
         else:
             loss = logp.sum()  # a dummy: 0, but with a backward like everybody's
-        loss.backward()  # adds to the gradients of the micro-batches before
-        part, part_max = show.diagnose(logp, entropy, rows.targets, recipe.clip_eps)
-        total += loss.detach()  # parts of one sum: they were divided by the tokens of the whole update
-        sums += part
-        ratio_max = torch.maximum(ratio_max, part_max)
+        # Losses of micro-batches are parts of one sum: each was divided by the tokens of the whole update. So
+        # their gradients add up to that of the update.
+        loss.backward()
+        log.add(loss, logp, entropy, rows.targets)
     # A gradient with NaN or inf: the update is skipped, counted and reported.
     norm, is_finite = parallel.optimizer_step(policy)
-    # Sums over all processes, then means over the trained tokens.
-    loss, *sums = parallel.add_up(torch.cat([total[None], sums])).tolist()
-    kl, clip_fraction, entropy = (number / max(batch.num_tokens, 1) for number in sums)
-    return dict(loss=loss, trained_tokens=batch.num_tokens, gradient_norm=norm,
-                skipped_updates=int(not is_finite), kl=kl, clip_fraction=clip_fraction, entropy=entropy,
-                ratio_max=float(parallel.largest(ratio_max)))
+    return log.numbers(batch.num_tokens) | dict(gradient_norm=norm, skipped_updates=int(not is_finite))
 
 
 def update_value(learner, batch, compute, recipe):
@@ -437,9 +418,7 @@ def finish_step(line, rollouts, learners, task, recipe, run):
     run.progress["gap_max"] = max(run.progress.get("gap_max", 0.0), line["gap_max"])
     save_every = run.settings["save_every"]
     if step == recipe.steps or (save_every and step % save_every == 0):
-        # A value model is saved beside the policy, in value/.
-        value_model = learners.value and functools.partial(checkpoints.save_value_model, learners.value.model)
-        run.save(learners.pairs(), value_model)
+        run.save(learners)
         show.write_trace(run, rollouts, learners.policy.model.config, task.tokenizer)
 
 
@@ -452,13 +431,11 @@ class Choice:
     """What is trained on what, by which functions. The last four: a built-in name, or file.py:function."""
 
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
-    train_data: str = setting(None, "problems to train on: arithmetic, sudoku, a file, gsm8k-train, math500, "
-                              "gsm8k, aime2024, or a hub id", tiny="arithmetic")
+    train_data: str = setting(None, "arithmetic, sudoku, a file, gsm8k-train, or a hub id", tiny="arithmetic")
     dev_data: str = setting(None, "problems for --eval_every; test problems never guide a run")
     eval_data: str = setting(None, "test problems, scored before and after training only")
     eval_limit: int = setting(200, "only so many of the test problems", tiny=None, low=1, may_change=True)
-    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training, and the tiny "
-                                   "model also dynamic, static and greedy", number="+")
+    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training", number="+")
     name: str = setting("tracerl", "of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if the boxed answer is right")
     advantage: str = setting("group", "group: standard score in the group; value: a value model with GAE")
@@ -473,17 +450,14 @@ GROUPS = {"choice": Choice, "recipe": Recipe, "decoding": Decoding, "prompts": P
 def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
-    parser = flags.make_parser(
-        "TraceRL: reinforcement learning of a diffusion language model on its traces. Defaults are for "
-        "billions of parameters where --model names such a checkpoint, else for the tiny model.",
-        GROUPS, is_tiny)
+    parser = flags.make_parser("TraceRL. Defaults below are for the tiny model, and with --model M for M.",
+                               GROUPS, is_tiny)
     args = runs.parse(parser, argv, GROUPS)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"
-    if args.eval_strategies is None:
-        usual = ["dynamic", "static", "greedy"] if is_tiny else []
-        args.eval_strategies = list(dict.fromkeys([*usual, args.strategy]))
+    usual = ["dynamic", "static", "greedy"] if is_tiny else []
+    args.eval_strategies = args.eval_strategies or list(dict.fromkeys([*usual, args.strategy]))
     if args.lr is None:  # adapters start at zero and are scaled: they want about ten times as much
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
@@ -505,11 +479,11 @@ def load_start(args):
     model, value_model, tokenizer = machine.load_to_train(path, args, make_value)
     # Optimizer states live as long as the run. If they were thrown away every step, each step of AdamW would
     # be its first, which uses little but the sign of the gradient.
-    policy = parallel.make_learner(model, args.lr, (0.9, 0.95))
-    if value_model is None:
-        return Learners(policy), tokenizer
-    # A long memory (0.999): once failures are rare, one of them must not throw the value model off its path.
-    return Learners(policy, parallel.make_learner(value_model, args.value_lr, (0.9, 0.999))), tokenizer
+    learners = Learners(parallel.make_learner(model, args.lr, (0.9, 0.95)))
+    if value_model is not None:
+        # A long memory (0.999): once failures are rare, one of them must not throw the value model off.
+        learners = learners._replace(value=parallel.make_learner(value_model, args.value_lr, (0.9, 0.999)))
+    return learners, tokenizer
 
 
 def main(argv=None):
@@ -542,7 +516,7 @@ def main(argv=None):
         show.announce(recipe, decoding, len(task.problems), model.config)
         run.begin()
         if args.resume:
-            run.restore(learners.pairs())
+            run.restore(learners)
         run.check_data(data.fingerprint(task.problems), f"--train_data {args.train_data}")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
@@ -552,8 +526,6 @@ def main(argv=None):
         run.finish(summary)
     show.print_table(summary["before"], summary["after"], len(test))
     parallel.say(f"the run is in {run.folder}: {', '.join(run.files())}")
-    parallel.barrier()  # a process that left early would break the others' connections
-    parallel.end_processes()
     return summary
 
 

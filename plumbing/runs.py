@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from plumbing import flags, memory, parallel
-from plumbing.checkpoints import read_json, save_checkpoint, write_json
+from plumbing.checkpoints import read_json, save_checkpoint, save_value_model, write_json
 from plumbing.flags import setting
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -81,6 +81,7 @@ def run_command(main):
     status = 0
     try:
         main()
+        parallel.barrier()  # a process that left early would break the others' connections
         parallel.end_processes()
     except KeyboardInterrupt:
         status = 130
@@ -180,7 +181,7 @@ def writing(path, partial=None):
 def train_state(learners):
     """Weights and optimizer states of learners, for torch.distributed.checkpoint."""
     out = {}
-    for number, (model, optimizer) in enumerate(learners):
+    for number, (model, optimizer) in enumerate(filter(None, learners)):
         is_fresh = not optimizer.state
         weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
         out[str(number)] = dict(model=weights, optimizer=moments)
@@ -333,20 +334,19 @@ class Run:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             os.replace(f"{self.path}.partial", self.path)
 
-    def save(self, learners, write_more=None):
-        """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, and in
-        train_state/ all that `restore` needs. All but the newest few are deleted after.
-
-        write_more(folder, dtype) may add files of its own.
+    def save(self, learners):
+        """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, the second's, a
+        value model, in value/, and in train_state/ all that `restore` needs. All but the newest few are
+        deleted after. A learner may be None.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{self.progress['step']}")
         partial = f"{path}.partial"
         with writing(path, partial):
             save_checkpoint(learners[0].model, self.tokenizer, partial, self.save_dtype())
             parallel.barrier()
-            if write_more is not None:
-                write_more(partial, self.save_dtype())
-            parallel.barrier()
+            if len(learners) > 1 and learners[1] is not None:
+                save_value_model(learners[1].model, partial, self.save_dtype())
+                parallel.barrier()
             state_folder = os.path.join(partial, "train_state")
             with warnings.catch_warnings():  # of one process: that it is one
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -402,7 +402,7 @@ class Run:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-            for (model, optimizer), part in zip(learners, state.values()):
+            for (model, optimizer), part in zip(filter(None, learners), state.values()):
                 set_state_dict(model, optimizer, model_state_dict=part["model"],
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
         except (torch.OutOfMemoryError, dist.DistError):  # RuntimeErrors, too, but not the checkpoint's fault
