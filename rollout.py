@@ -332,9 +332,9 @@ def decoded_span(P, max_new_tokens, config):
     """The absolute positions where decoding begins and where it ends at the latest."""
     if config.is_full:
         return P, P + max_new_tokens
+    # Whole blocks: down to a multiple of K, and up to one. P = 9, 6 new tokens and K = 4: from 8 to 16.
     K = config.block_size
-    last = -(-(P + max_new_tokens) // K) * K  # whole blocks: rounded up to a multiple of K
-    return P // K * K, last
+    return P // K * K, -(-(P + max_new_tokens) // K) * K
 
 
 def block_states(model, tokens, block, attend):

@@ -26,7 +26,6 @@ Left out:
 
 import dataclasses
 import functools
-import os
 from dataclasses import dataclass
 
 import torch
@@ -198,7 +197,6 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
         # The same batch on every process. `train_step` deals it out.
         loss, norm = train_step(learner, batch, views, recipe.weighted, compute)
         line = dict(step=number, loss=loss, gradient_norm=norm, lr=lr)  # one line of metrics.jsonl
-        is_shown = number % recipe.eval_every == 0 or number == recipe.steps
         if evaluate_dev is not None and number % recipe.eval_every == 0:
             # Accuracy by decoding, not the loss: a loss can still fall when the answers are already right.
             line["accuracy"] = evaluate_dev()["accuracy"]
@@ -208,11 +206,11 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
             if is_reached and "decay_start" not in run.progress:
                 run.progress["decay_start"] = number
         run.write(line)
-        if is_shown:
+        if number % recipe.eval_every == 0 or number == recipe.steps:
             accuracy = f", development accuracy {line['accuracy']:.3f}" if "accuracy" in line else ""
             parallel.say(f"sft: update {number}, loss {loss:.3f}{accuracy}")
         save_every = run.settings["save_every"]
-        if save_every and number % save_every == 0:
+        if save_every and number % save_every == 0 and number < recipe.steps:  # (`main` saves the end)
             run.save([learner])  # weights and moments; all else follows from the number of the step
 
 
@@ -296,8 +294,7 @@ def main(argv=None):
             run.restore([learner])
         run.check_data(runs.mark([(r.prompt, r.response) for r in examples]), f"--data {args.data}")
         train(learner, examples, evaluate_dev, compute, recipe, run)
-        if not os.path.isdir(f"{run.folder}/checkpoints/step-{run.progress['step']}"):
-            run.save([learner])  # the end is always saved
+        run.save([learner])
         path = run.save_model(model)
     parallel.say(f"sft: the model is in {path}")
     return path

@@ -450,8 +450,8 @@ GROUPS = {"choice": Choice, "recipe": Recipe, "decoding": Decoding, "prompts": P
 def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
-    parser = flags.make_parser("TraceRL. Defaults below are for the tiny model, and with --model M for M.",
-                               GROUPS, is_tiny)
+    parser = flags.make_parser(
+        "TraceRL. The defaults below are those for --model; without it for the tiny model.", GROUPS, is_tiny)
     args = runs.parse(parser, argv, GROUPS)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
