@@ -118,7 +118,7 @@ THINGS = ["shells", "books", "apples", "coins", "cards", "pens", "stamps", "marb
 def word_problem(draw):
     """One of four kinds of word problem, by a random.Random -> (problem, its one-line solution, answer)."""
     name, things, kind = draw.choice(NAMES), draw.choice(THINGS), draw.randrange(4)
-    a, b = draw.randint(2, 20), draw.randint(2, 20)
+    a, b, c = (draw.randint(2, 9) for _ in range(3))
     if kind == 0:
         problem = f"{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?"
         return problem, f"{name} has {a} + {b} = {a + b} {things}.", a + b
@@ -126,12 +126,10 @@ def word_problem(draw):
         problem = f"{name} has {a + b} {things} and gives away {b}. How many {things} are left?"
         return problem, f"There are {a + b} - {b} = {a} {things} left.", a
     if kind == 2:
-        a, b = draw.randint(2, 9), draw.randint(2, 9)
         problem = f"There are {a} boxes with {b} {things} in each. How many {things} are there?"
         return problem, f"There are {a} * {b} = {a * b} {things}.", a * b
-    c = draw.randint(1, a)
-    problem = f"{name} has {a} {things}, buys {b} more and loses {c}. How many {things} does {name} have?"
-    return problem, f"{a} + {b} = {a + b}. {a + b} - {c} = {a + b - c}.", a + b - c
+    problem = f"{name} has {a} {things}, buys {b} more and finds {c}. How many {things} does {name} have?"
+    return problem, f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}.", a + b + c
 
 
 def write_problems(folder, seed=0):
