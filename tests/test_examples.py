@@ -1,26 +1,31 @@
 """Laws of examples/: each variant is the formula of its paper, and each diff runs and does what it says."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import random
 import re
 import shlex
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import COMPUTES, FIXTURES, ROOT, decode, random_model, random_prompts
+from test_engine import is_twin
 from test_tracerl import flat, groups_of, keep, method_of, one_update, targets_of
 
 import eval_math
+import model as lm
 import rollout
 import sft
 import tracerl
 import value
-from examples import code_reward, entropy_bonus, forks, frozen_reference, process_reward, strategy
+from examples import code_reward, entropy_bonus, forks, frozen_reference, process_reward, strategy, walk
 from plumbing import checkpoints, flags, runs, tasks, tiny
 from rollout import PLAIN, ReplayLaw, Rollout
 from tracerl import group_advantages, policy_loss
@@ -503,9 +508,88 @@ def test_blocks_grow_from_answers_in_small_blocks(tmp_path, monkeypatch):
     assert model.config.block_size == 8
 
 
+# ------------------------------------------------------------------------------------------- the walk through
+
+
+@pytest.fixture(scope="module")
+def walked():
+    """What walk.py prints, and (file, name) of all functions that ran.
+
+    -> the tables by the number of their section, each a list of lines, and a line a list of words.
+    """
+    functions = set()
+    output = io.StringIO()
+    sys.setprofile(lambda frame, event, argument: functions.add(frame.f_code))
+    try:
+        with contextlib.redirect_stdout(output):
+            walk.main()
+    finally:
+        sys.setprofile(None)
+    sections = re.split(r"\n(?=\d\. )", output.getvalue())[1:]
+    tables = {int(section[0]): [text.split() for text in section.splitlines() if text.startswith("    ")]
+              for section in sections}
+    return tables, {(code.co_filename, code.co_name) for code in functions}
+
+
+def test_the_walk_shows_the_example_of_the_readme(walked):
+    tables, _ = walked
+    assert list(tables) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [words[1] for words in tables[5][1:5]] == ["1", "3", "1", "2"]
+    tokens, position, block, view, target = (words[1:] for words in tables[3])
+    assert "".join(tokens) == "894+396=101;????1?1?1?1;"
+    assert "".join(target) == "." * 12 + "1.1....;.0.."
+    assert all(token == "?" for token, expected in zip(tokens, target) if expected != ".")
+    assert [int(p) // 4 for p in position] == [int(b) for b in block]
+    assert view == [str(number) for number in (0, 0, 0, 1, 2, 3) for _ in range(4)]
+
+
+def test_the_walk_shows_the_rule_as_its_mask(walked):
+    tables, _ = walked
+    block, view = tables[3][2][1:], tables[3][3][1:]
+    for i, words in enumerate(tables[4][1:]):
+        assert words[:3] == [tables[3][0][1 + i], "view", view[i]]
+        for j, sign in enumerate(words[3:]):
+            is_past = view[j] == "0" and block[j] < block[i]
+            assert (sign == "x") == (is_past or (view[j] == view[i] and block[j] == block[i]))
+
+
+def test_the_walk_replays_what_it_recorded(walked):
+    tables, _ = walked
+    *tokens, gap = tables[5][1:]
+    assert len(tokens) == 20 and all(abs(float(words[2]) - float(words[3])) < 1e-4 for words in tokens)
+    mean_gap, largest = (float(word) for word in gap if re.match(r"\d", word))
+    assert mean_gap <= largest < 1e-4
+    # The trace has the same numbers, in the order of the steps.
+    traced = [float(word) for words in tables[2][1:] for word in words if re.fullmatch(r"-?\d\.\d{3}", word)]
+    recorded = sorted((int(words[1]), number, float(words[2])) for number, words in enumerate(tokens))
+    assert traced == pytest.approx([logp for _, _, logp in recorded], abs=6e-4)
+
+
+def test_the_update_of_the_walk_raises_right_responses_against_wrong_ones(walked):
+    tables, _ = walked
+    rewards = torch.tensor([[float(words[2]) for words in tables[6][1:]]])
+    advantages = [float(words[3]) for words in tables[6][1:]]
+    assert 0 < rewards.mean() < 1  # the group holds right and wrong responses
+    assert advantages == pytest.approx(group_advantages(rewards)[0].tolist(), abs=1e-3)
+    _, before, after, change = zip(*(map(float, words[1:5]) for words in tables[8][1:]))
+    assert [new - old for new, old in zip(after, before)] == pytest.approx(change, abs=2e-3)
+    change = torch.tensor(change)
+    assert change[rewards[0] == 1].mean() > change[rewards[0] == 0].mean() + 0.05
+    assert change[rewards[0] == 1].mean() > 0 > change[rewards[0] == 0].mean()
+    num_tokens, _, _, _, loss, _, _, _, _, norm = tables[7][0]
+    assert int(num_tokens) == 8 * 19 and abs(float(loss.rstrip(","))) < 1e-6 and float(norm) > 0.1
+
+
+def test_the_walk_runs_the_definitions_and_no_twin(walked):
+    _, functions = walked
+    assert not [function for function in functions if is_twin(function)]
+    assert {(rollout.__file__, "generate"), (lm.__file__, "attend_by_rule"), (lm.__file__, "token_logprobs"),
+            (tracerl.__file__, "policy_loss")} <= functions
+
+
 def test_a_diff_is_one_that_the_commands_at_its_top_name():
     """Every command in a docstring names files and functions that are there, and each file is short."""
-    scripts = {"smollm2.py"}  # run by itself
+    scripts = {"smollm2.py", "walk.py"}  # run by themselves
     for path in sorted((ROOT / "examples").glob("*.py")):
         if path.name in scripts:
             continue
