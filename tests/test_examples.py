@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import COMPUTES, FIXTURES, ROOT, decode, random_model, random_prompts
+from conftest import (
+    COMPUTES, FAST, FIXTURES, ROOT, decode, random_model, random_prompts, small_data)
 from test_engine import is_twin
 from test_tracerl import flat, groups_of, keep, method_of, one_update, targets_of
 
@@ -25,8 +26,9 @@ import rollout
 import sft
 import tracerl
 import value
-from examples import code_reward, entropy_bonus, forks, frozen_reference, process_reward, strategy, walk
-from plumbing import checkpoints, flags, runs, tasks, tiny
+from examples import (
+    broken, code_reward, entropy_bonus, forks, frozen_reference, process_reward, strategy, walk)
+from plumbing import check, checkpoints, flags, runs, tasks, tiny
 from rollout import PLAIN, ReplayLaw, Rollout
 from tracerl import group_advantages, policy_loss
 
@@ -587,9 +589,136 @@ def test_the_walk_runs_the_definitions_and_no_twin(walked):
             (tracerl.__file__, "policy_loss")} <= functions
 
 
+# --------------------------------------------------------------------------------- broken.py, fault by fault
+
+
+@functools.cache
+def broken_rollouts(kind):
+    """A random model, and rollouts of it. Some end with tokens behind eos; one prompt fills its blocks."""
+    model = random_model(kind)
+    return model, decode(model, random_prompts([5, 9, 6, 8, 11]), max_new_tokens=14, threshold=0.4, seed=3)
+
+
+def plant(name, monkeypatch):
+    """Replaces what a fault replaces, until the test ends."""
+    for part, function in broken.FAULTS[name].items():
+        monkeypatch.setattr(rollout, part, function)
+
+
+def shown(r, j, name, config):
+    """Tokens as a fault shows them for the prediction of response token j, and their block size."""
+    K = 1 if name == "small_blocks" else config.block_size
+    P, R = len(r.prompt), len(r.response)
+    start = max(0, (P + j) // K * K - P)  # the response indices of its block
+    end = (P + j) // K * K - P + K
+    if config.is_full:
+        start, end = 0, R
+    is_masked = lambda i: r.step_map[i] >= r.step_map[j]
+    if name == "left_to_right":
+        is_masked = lambda i: i >= j
+    if name == "cut_at_eos":
+        is_masked = lambda i: i >= r.num_tokens or r.step_map[i] >= r.step_map[j]
+    block = [config.mask_id if is_masked(i) else r.response[i] for i in range(start, end)]
+    front = [config.pad_id] * 16 if name == "padded" else []
+    return front + r.prompt + r.response[:start] + block + [config.mask_id] * (r.canvas - R), K
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+@pytest.mark.parametrize("name", ["none", "cut_at_eos", "small_blocks", "left_to_right", "padded"])
+def test_a_fault_replays_the_states_that_it_says_and_has_a_gap(name, kind, monkeypatch):
+    model, rollouts = broken_rollouts(kind)
+    plant(name, monkeypatch)
+    if name == "small_blocks" and kind == "llada":
+        with pytest.raises(ValueError, match="there is nothing to break"):
+            rollout.replay(model, rollouts, FAST)
+        return
+    for r, replayed in zip(rollouts, rollout.replay(model, rollouts, FAST)):
+        for j in range(r.num_tokens):
+            tokens, K = shown(r, j, name, model.config)
+            with monkeypatch.context() as patch:
+                patch.setattr(model.config, "block_size", K)
+                logits = model(torch.tensor([tokens]))[0, (16 if name == "padded" else 0) + len(r.prompt) + j]
+            logits[model.config.mask_id] = -math.inf
+            assert replayed[j].item() == pytest.approx(logits.log_softmax(-1)[r.response[j]].item(), abs=1e-4)
+    gap = rollout.replay_gap(model, rollouts, FAST, 1.0)["gap"]
+    assert gap < 1e-5 if name == "none" else gap > 1e-3
+
+
+def test_blocks_cut_at_the_response_are_those_that_the_check_of_traces_looks_for(monkeypatch):
+    model, rollouts = broken_rollouts("sdar")
+    expected = check.gaps(model, rollouts, PLAIN, is_cut_at_response=True)
+    plant("cut_at_response", monkeypatch)
+    for r, logp, gaps in zip(rollouts, rollout.replay(model, rollouts), expected):
+        found = (logp.detach() - torch.tensor(r.logp)).abs()
+        assert found.tolist() == pytest.approx(gaps, abs=1e-4)
+        assert found.max() < 1e-5 if len(r.prompt) == 8 else found.mean() > 1e-3
+    with pytest.raises(ValueError, match="there is nothing to break"):
+        rollout.replay(*broken_rollouts("llada"))
+
+
+@pytest.mark.parametrize("name", broken.FAULTS)
+def test_a_fault_trains_the_same_tokens_with_the_same_numbers(name, monkeypatch):
+    """Only what they see is another: the states, and so the views and their sizes."""
+    model, rollouts = broken_rollouts("sdar")
+    config = model.config
+    numbers = lambda built: sorted(t._replace(logit_index=0, view=0, masked_share=0.0)
+                                   for rows in built for row in rows for t in row.targets)
+    right = numbers(rollout.build_rows(rollouts, config, trained_only=True))
+    plant(name, monkeypatch)
+    rows = rollout.build_rows(rollouts, config, rollout.trace_views, 1, trained_only=True)
+    assert numbers(rows) == right
+    flat_rows = [row for each in rows for row in each]
+    assert all(row.tokens[t.logit_index] == config.mask_id for row in flat_rows for t in row.targets)
+
+
+@pytest.mark.parametrize("name", [name for name in broken.FAULTS if name not in ("none", "after_filter")])
+def test_a_fault_reaches_the_update_and_no_ratio_shows_it(name, monkeypatch):
+    usual, weights, _ = one_update(random_model(), keep(copies()))
+    plant(name, monkeypatch)
+    line, other, _ = one_update(random_model(), keep(copies()), method_of(law=ReplayLaw(True, max_gap=1e9)))
+    assert line["trained_tokens"] == usual["trained_tokens"] and line["ratio_max"] == 1
+    assert not torch.allclose(other, weights, atol=1e-4)
+
+
+def test_log_probabilities_after_a_filter_are_too_high_and_are_the_old_ones(monkeypatch):
+    model = random_model()
+    settings = dict(prompts=random_prompts([5, 9, 6]), max_new_tokens=14, top_p=0.8)
+    usual = decode(model, **settings)
+    plant("after_filter", monkeypatch)
+    for compute in COMPUTES.values():
+        rollouts = decode(model, compute=compute, **settings)
+        assert [(r.response, r.step_map) for r in rollouts] == [(r.response, r.step_map) for r in usual]
+        difference = rollout.replay_differences(model, rollouts, FAST, 1.0)
+        assert math.log(0.8) - 1e-5 < difference.min() and difference.max() < 1e-5
+        assert difference.mean() < -1e-3
+    logp, targets = as_targets(made_up())
+    loss = broken.recorded_is_old(logp, targets, 40, 0.2, 0.3)
+    assert loss == policy_loss(logp, targets._replace(logp_old=targets.logp), 40, 0.2, 0.3)
+
+
+def test_a_broken_run_goes_on_and_its_log_shows_the_gap_and_the_ratio(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
+    small = ["--model", str(FIXTURES / "tiny"), *small_data(tmp_path), "--steps=1", "--prompts=4",
+             "--group_size=4", "--minibatches=1", "--eval_every=0", "--eval_strategies", "dynamic"]
+    lines = {}
+    for name, words in (("none", ["--top_p=0.8"]), ("after_filter", [])):
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "record", rollout.record)  # so that the fault ends here
+            before = broken.main([name, *small, *words])["before"]
+        lines[name] = json.loads((tmp_path / f"runs/broken-{name}/metrics.jsonl").read_text())
+        assert lines[name]["reward"] == lines["none"]["reward"] and before["dynamic"]["n"] == 4
+    assert lines["none"]["gap"] < 1e-5 and lines["none"]["kl"] == 0
+    assert lines["after_filter"]["gap"] > 1e-4  # where the law stops a run
+    assert lines["after_filter"]["kl"] > 0
+    with pytest.raises(ValueError, match="the first word must be one of none"):
+        broken.main(["--steps=1"])
+
+
 def test_a_diff_is_one_that_the_commands_at_its_top_name():
     """Every command in a docstring names files and functions that are there, and each file is short."""
-    scripts = {"smollm2.py", "walk.py"}  # run by themselves
+    scripts = {"smollm2.py", "walk.py", "broken.py"}  # run by themselves
     for path in sorted((ROOT / "examples").glob("*.py")):
         if path.name in scripts:
             continue
