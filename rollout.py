@@ -202,7 +202,7 @@ def reveal_sequential(is_masked, quota):
 def reveal_entropy(entropy, is_masked):
     """Masked positions by rising entropy, while the sum of their entropies stays below 0.35; at least one.
 
-    The idea is EB-Sampler's (arXiv 2505.24857). 0.35 nats is our choice.
+    The idea is EB-Sampler's (arXiv 2505.24857). 0.35 nats is the authors' bound.
     """
     rising = entropy.masked_fill(~is_masked, math.inf).sort(-1).values
     number = (rising.cumsum(-1) < 0.35).sum(-1).clamp(min=1)
