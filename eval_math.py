@@ -2,8 +2,9 @@
 
     Problem("894+396=", "1290") -> prompt tokens -> Rollout -> "...\\boxed{1290}" -> "1290" -> reward 1
 
-Problems come from an embedded task, a local file or the hub. A prompt is put around each. A response is right
-if its last \\boxed{} equals the answer. Accuracy is the mean over problems, with its standard error.
+Problems come from an embedded task, a local file or the hub. A template makes a prompt of each. A response is
+right if it has ended and its last \\boxed{} equals the answer. Accuracy is the mean over problems, with its
+standard error.
 
     python eval_math.py                                                # the tiny model, 400 test problems
     python eval_math.py --model JetLM/SDAR-4B-Chat --data math500 --n 3
@@ -11,11 +12,10 @@ if its last \\boxed{} equals the answer. Accuracy is the mean over problems, wit
 
 Read in this order: Problem, load_problems; math_reward, give_rewards; Examinee, accuracy.
 
-Left out:
+Left out: few-shot prompts, majority votes. In other files:
   1. the embedded tasks, arithmetic and Sudoku: plumbing/tasks.py;
   2. reading data files: plumbing/data.py; chat templates: plumbing/prompts.py;
-  3. comparing two answers, "1/2" and "0.5": plumbing/grading/;
-  4. few-shot prompts, majority votes.
+  3. comparing two answers, "1/2" and "0.5": plumbing/grading/.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 
@@ -72,14 +72,11 @@ def load_problems(source, needs_answer=True):
 
 def load_prompts(source, tokenizer, prompting, needs_answer=True):
     """load_problems and encode_prompts -> list[Problem]; says how many there are."""
-    # Long prompts are left out, and counted aloud.
+    # Long prompts are skipped, and their number is printed.
     problems = load_problems(source, needs_answer)
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
     skipped = f"; skipped {num_long} of over {prompting.max_prompt_tokens} tokens" if num_long else ""
     parallel.say(f"{source}: {len(problems)} problems{skipped}")
-    num_different = len(data.group_repeats(problems))
-    if num_different < len(problems):
-        parallel.say(f"{source}: {len(problems)} rows are {num_different} problems; errors are over problems")
     return problems
 
 
@@ -93,15 +90,15 @@ def math_reward(problem, text, rollout):
     A truncated response is wrong whatever it says. Otherwise a model learns to box a guess early, and never
     to stop.
 
-    FORK HERE. --reward file.py:function calls a function of yours for each response, by the names of its
-    parameters:
+    FORK HERE. --reward file.py:function calls a function of yours for each response. It declares those
+    parameters it needs:
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... A truncated response is punished only by you
+        rollout    the record: step_map, is_truncated, ... (a truncated response loses nothing by itself)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
-    value or an advantage of your own. Give every token of a denoising step the reward of that step. Returns
-    are sums over trace steps of the MEAN in the step. (`reward` in the log is the sum over tokens.)
+    value or an advantage of your own. Give every token of a denoising step the reward of that step: a return
+    adds up one number per trace step, the MEAN over its tokens. (`reward` in the log is the sum over tokens.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none
@@ -111,8 +108,8 @@ def math_reward(problem, text, rollout):
 def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     """Sets Rollout.reward and token_rewards, on every process. ValueError for a reward that is not finite.
 
-    Each response is judged once, and all processes share the verdict. A check that runs into its time limit
-    might end otherwise elsewhere, and processes would then train on different groups.
+    Each response is judged once, and all processes share the verdict. A check may run into its time limit on
+    one process and not on another. The processes would then train on different groups.
     """
     # The grader's checks run in worker processes. A function of the user's may not like threads.
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
@@ -175,7 +172,7 @@ class Examinee:
     def ask(self, problems, seeds, strategy=None):
         """One response to each problem, graded -> a dict for each.
 
-        strategy: instead of that of the decoding; "greedy" takes the most probable tokens.
+        strategy: if given, it replaces that of self.decoding. "greedy" sets the temperature to 0 instead.
         """
         decoding = self.decoding
         # The same decoding as in training, or another one for comparison.
@@ -187,7 +184,7 @@ class Examinee:
         started = time.perf_counter()
         rollouts = rollout.generate_everywhere(
             self.model, [p.tokens for p in problems], seeds, decoding, self.compute)
-        seconds = (time.perf_counter() - started) / max(len(problems), 1)  # grading is not a model's speed
+        seconds = (time.perf_counter() - started) / max(len(problems), 1)  # without grading
         give_rewards(rollouts, problems, self.tokenizer)  # accuracy is always the grader's
         lines = []  # what responses.jsonl keeps of each response
         for r, p in zip(rollouts, problems):
@@ -210,7 +207,7 @@ def summarize(lines):
     # {("894+396=", "1290"): [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
     found = accuracy(list(samples.values()))
     if not any(line["gold"] for line in lines):  # with a reward of one's own: nothing is right or wrong
-        found = dict.fromkeys(found)
+        found = dict.fromkeys(found)  # so every number of accuracy is None
     if "reward" in lines[0]:
         found["reward"] = fmean(line["reward"] for line in lines)
     return found | dict(
@@ -231,18 +228,12 @@ def accuracy(samples):
     means = [fmean(numbers) for numbers in samples]
     mean = fmean(means)  # every problem counts the same, however many samples it has
     n = len(means)
-    error = None  # one problem alone says nothing about others
-    if n > 1:
-        variance = sum((m - mean) ** 2 for m in means) / (n - 1)  # n - 1: the mean is estimated, too
-        error = (variance / n) ** 0.5
-    found = dict(accuracy=mean, standard_error=error, n=n)
-    # pass@2, pass@4, ...: as far as every problem has so many samples.
+    error = stdev(means) / n**0.5 if n > 1 else None  # one problem alone says nothing about others
+    # pass@k for every k up to the smallest number of samples of a problem.
     fewest = min(len(numbers) for numbers in samples)
-    k = 2
-    while k <= fewest:
-        found[f"pass_at_{k}"] = fmean(pass_at(k, numbers) for numbers in samples)
-        k *= 2
-    return found
+    found = {f"pass_at_{k}": fmean(pass_at(k, numbers) for numbers in samples)
+             for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= fewest}
+    return dict(accuracy=mean, standard_error=error, n=n) | found
 
 
 def pass_at(k, numbers):
@@ -260,11 +251,11 @@ def pass_at(k, numbers):
 
 
 def evaluate_command(args):
-    """Samples, grades, tabulates. A response is written as soon as it is graded: a stopped call can go on."""
+    """Samples, grades, and prints a table. Responses are written in chunks: a stopped call can go on."""
     strategies = ["autoregressive"] if args.ar else args.strategy
-    if not args.ar:
-        for name in strategies:  # a wrong name is said before a model is loaded
-            flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--strategy")
+    known = dict(rollout.STRATEGIES, greedy=None, autoregressive=None)
+    for name in strategies:  # report a wrong name before a model is loaded
+        flags.load_function(name, known, "--strategy")
     # With --ar, a left-to-right model: the same prompts, the same grader and the same table.
     model, tokenizer, compute = machine.load_to_answer(args)
     # The same problems, in the same order, whenever this command is called again.
@@ -281,13 +272,11 @@ def evaluate_command(args):
         # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
         for strategy in strategies:
-            # Greedy samples have nothing to draw. So n of them say no more than one.
-            if args.n > 1 and (strategy == "greedy" or args.temperature == 0 or args.top_k == 1):
-                parallel.say(f"WARNING: {strategy} is greedy: all {args.n} samples of a problem are the same")
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
-            # A chunk is what is lost when the command is stopped: two rounds of all slots.
+            # Responses are saved chunk by chunk, so at most one chunk is lost. It fills twice all that is
+            # decoded together.
             size = (args.slots or 64) * parallel.processes()[1] * 2
             chunks = [todo[start:start + size] for start in range(0, len(todo), size)]
             for chunk in parallel.bar(chunks, strategy):
@@ -295,7 +284,7 @@ def evaluate_command(args):
                 seeds = [mix(args.seed, number, sample) for _, number, sample in chunk]
                 asked = [problems[number] for _, number, _ in chunk]
                 lines = examinee.ask(asked, seeds, None if args.ar else strategy)
-                # On the disk at once, with what it answers to: its strategy, its problem and its number.
+                # Each line is written with its strategy, its problem and its number.
                 for key, line in zip(chunk, lines):
                     done[key] = dict(strategy=key[0], problem=key[1], sample=key[2]) | line
                     run.write(done[key])

@@ -20,18 +20,19 @@ token on the left may see the token on top.
       1?1?  block 2  xxxx xxxx                 xxxx         view 2   and itself. It sees no other view,
       1?1;  block 2  xxxx xxxx                       xxxx   view 3   and not the finished block 101;
 
-(The clean 101; is there for the blocks after it, if there are any.) The same rule governs prefill, decoding,
-replay and fine-tuning. Dream and LLaDA use full attention, where every
-token sees every token. There the whole text counts as one block.
+(The clean 101; is there for the blocks after it, if there are any.) The rule has two cases because decoding
+has two sources: the cache of clean blocks, and the block itself in its present state. The same rule governs
+prefill, decoding, replay and fine-tuning. Dream and LLaDA use full attention, where every token sees every
+token. There the whole text counts as one block.
 
 Read in this order: ModelConfig, Layout, may_attend, dense_mask, attention, KVCache, Layer, BlockDiffusionLM,
 policy_logits, token_logprobs.
 
-Left out on purpose:
-  1. dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism;
-  2. reading and writing checkpoints, and the weight names of each family: plumbing/checkpoints.py;
-  3. fast attention and fast log-probabilities, which give the same numbers: plumbing/kernels.py;
-  4. LoRA, and sharding over several GPUs: plumbing/parallel.py.
+Left out: dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism.
+In other files:
+  1. reading and writing checkpoints: plumbing/checkpoints.py; the families: plumbing/families.py;
+  2. fast attention and fast log-probabilities, which give the same numbers: plumbing/kernels.py;
+  3. LoRA, and sharding over several GPUs: plumbing/parallel.py.
 
 Single capital letters are sizes in every file. (In formulas T is also the temperature, R a return, A an
 advantage.)
@@ -52,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class ModelConfig:
-    """Everything the network needs to know. plumbing/checkpoints.py makes one from a config.json."""
+    """Everything the network needs to know. plumbing/families.py makes one from a config.json."""
 
     vocab_size: int  # V
     hidden_size: int  # C
@@ -63,7 +64,7 @@ class ModelConfig:
     intermediate_size: int  # channels inside the feed-forward
     mask_id: int  # the token "?"
     is_full: bool = False  # True: every token sees every token (Dream, LLaDA). False: block attention
-    block_size: int = 4  # K. With full attention, K only orders the decoding
+    block_size: int = 4  # K. With full attention: which positions are decoded together
     has_qk_norm: bool = True  # RMSNorm on every head of q and k, before the rotation (Qwen3, SDAR)
     has_qkv_bias: bool = False  # True for Qwen2 and Dream
     # Dream was made from an autoregressive model, and kept its habit: the output at position i predicts the
@@ -96,7 +97,8 @@ class Layout(NamedTuple):
     """Where each token of a batch of rows stands. All four are int64 (B, T).
 
     position  absolute position in prompt + response, for the rotary embedding
-    document  which text the token belongs to. A row may hold several texts; -1 is padding
+    document  which text the token belongs to. plumbing/packing.py numbers the rows of a micro-batch, and
+              may put several of them end to end. -1 is padding
     block     position // K. With full attention it is 0 everywhere
     view      0 for clean text; v > 0 for the v-th view of its text
     """
@@ -180,7 +182,7 @@ class KVCache:
         return attention(q, *self.joined(layer, k, v))
 
     def append(self, layer, q, k, v):
-        """An `attend` for a block that is whole: the same, and its keys and values are kept."""
+        """An `attend` for a clean block: it sees the cache and itself, and its keys and values are kept."""
         self.keys[layer], self.values[layer] = self.joined(layer, k, v)
         return attention(q, self.keys[layer], self.values[layer])
 
@@ -298,7 +300,7 @@ class BlockDiffusionLM(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens):
-        """Logits (B, T, V) of plain text, int64 tokens (B, T), under the model's own attention.
+        """Logits (B, T, V) of plain text, int64 tokens (B, T), for whoever compares the network with another.
 
         logits[:, i] predict tokens[:, i] in every family: Dream's outputs are moved by one position here. The
         mask token's logit is left as the network gives it.
@@ -354,14 +356,14 @@ class Targets(NamedTuple):
     Whole numbers are int64. The others are float32, and 0 where nobody has filled them in.
     """
 
-    logit_index: torch.Tensor  # which output predicts it: counted in its row, then through all rows
+    logit_index: torch.Tensor  # which output predicts it, counted in its row. In a micro-batch: in all rows
     token: torch.Tensor  # the token to predict
-    rollout_index: torch.Tensor  # whose token it is: a number among the rollouts that were laid out together
+    rollout_index: torch.Tensor  # the number of its rollout in the list that build_rows was given
     response_index: torch.Tensor  # its index in that rollout's response
     step: torch.Tensor  # the denoising step that revealed it, counted from 1 over the whole response
     view: torch.Tensor  # the view that predicts it, counted from 1 over the whole response: its trace step
     group: torch.Tensor  # the number of its prompt in this RL step: responses of one group share it
-    masked_share: torch.Tensor  # float: the fraction of its block's response tokens that its view masks
+    masked_share: torch.Tensor  # float: the masked fraction of the block's response tokens in this view
     logp: torch.Tensor  # float: its log-probability, recorded when it was drawn
     logp_old: torch.Tensor  # float: the same by the policy at the start of the RL step, see tracerl.py
     advantage: torch.Tensor  # float

@@ -11,7 +11,7 @@ Twelve words:
   clean           of a block: all its tokens are revealed. They never change again
   trace           which denoising step revealed which token; `step_map` holds the number of that step
   view            a copy of a block as it was before one denoising step, or before several merged ones
-  trace step      the denoising steps that share one view: --shrink of them, mostly 1
+  trace step      the denoising steps that share one view. --shrink says how many: 1, or 8 with full attention
   row             one training input: the clean text, and behind it the views
   replay          to compute the log-probability of every token again, in the state in which it was drawn
   group           the G responses to one prompt
@@ -19,19 +19,22 @@ Twelve words:
 
 This is one block of K = 4 tokens while it is decoded, and what the record keeps of it:
 
-    before step 1    ? ? ? ?     step 1 reveals 1 and 1        token                        1    0    1    ;
-    before step 2    1 ? 1 ?     step 2 reveals ;              step_map                     1    3    1    2
-    before step 3    1 ? 1 ;     step 3 reveals 0              log-probability when drawn -.02 -.31 -.01 -.05
-    clean            1 0 1 ;
+    before step 1    ? ? ? ?     step 1 reveals 1 and 1     token                1      0      1      ;
+    before step 2    1 ? 1 ?     step 2 reveals ;           step_map             1      3      1      2
+    before step 3    1 ? 1 ;     step 3 reveals 0           log-probability  -.002  -.007 -1.302  -.000
+    clean            1 0 1 ;                                when drawn
+
+(These numbers are real: examples/walk.py prints them. The third token is the carry, which the model mostly
+forgets: it had the probability .27.)
 
 The three states on the left are the views of this block. The token 0 was drawn while 1, 1 and ; were in
-sight. In another state it has another probability. Training on that number would not follow the gradient of
-the policy that drew the token.
+sight. In another state it has another probability. That number is the wrong one to train on: the policy did
+not draw the token there.
 
 The sum of these log-probabilities is what TraceRL takes for the log-probability of the response. Strictly it
 is a surrogate. Whether a token is revealed depends on the draw, and draws that are not revealed are thrown
-away. So tokens of which the model is unsure are too few among those that are trained. And the order gets
-no gradient.
+away. So uncertain tokens are rarer among the trained tokens than among the draws. And the choice of what to
+reveal gets no gradient: a confidence decides it, and the loss has no term for that decision.
 
 THE REPLAY LAW. In the states of the trace, one view per denoising step, the replayed log-probability of every
 token equals the recorded one, up to rounding. If it does not, then sampling and training disagree about
@@ -42,7 +45,7 @@ Read in this order: Rollout, Decoding; sample, the strategies, generate; views, 
 The definitions here decode one prompt at a time. plumbing/engine.py does the same for many at once, and tests
 compare it with these functions. These calls into plumbing/ matter here and in the files that follow:
   parallel.deal, gather      a process's part of a list; the whole list again, on every process
-  packing.micro_batches      rows as tensors; `dealt_batches` makes as many of them on every process
+  packing.micro_batches      turns rows into tensors; `dealt_batches` also gives every process equally many
   parallel.optimizer_step    clips the gradient to norm 1, and moves the weights
   flags.call                 calls a function with those of the arguments that it declares
 """
@@ -63,7 +66,7 @@ from plumbing.flags import setting
 
 @dataclass
 class Rollout:
-    """One response and the trace by which it was decoded: the one record from decoding to update.
+    """One response and the trace by which it was decoded. Decoding fills it in, and the update reads it.
 
     Lists have one entry per response token, unless their comment says otherwise. The response ends with a
     whole block. Tokens behind the end of the answer are kept, since they were in sight when others were
@@ -76,7 +79,7 @@ class Rollout:
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
     confidence: list = field(default_factory=list)  # its probability after top-k and top-p, see `sample`
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
-    canvas: int = 0  # full attention: the response positions that every forward sees. Block attention: 0
+    canvas: int = 0  # full attention: how many response positions every forward sees. Block attention: 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
     seed: int = 0  # of its draws
     # Filled in on the way to the update, by tracerl.py:
@@ -96,8 +99,9 @@ def uniform(seed, step, position):
     """Draws in [0, 1), float64, of the shape of `position`: a hash of three whole numbers (or int64 tensors).
 
     seed and step may be plain numbers. uniform(7, 3, tensor([11])) is the draw of the response with seed 7 at
-    its denoising step 3 for position 11. It depends on nothing else: not on the batch, not on the process. A
-    generator that is advanced draw by draw would give a response other draws in another batch.
+    its denoising step 3 for position 11. It depends on nothing else: not on the batch, not on the process.
+    torch.multinomial would not do: its generator moves on with every draw. A response would then get other
+    draws in another batch.
     """
     x = torch.zeros_like(position)
     for word in (seed, step, position):  # a round of splitmix64 for each; int64 arithmetic wraps around
@@ -146,7 +150,8 @@ def inverse_cdf(p, draws):
     cdf = p.cumsum(-1, dtype=torch.float64)  # float64: in a sum of 151,936 terms float32 would round too much
     total = cdf[:, -1:]
     target = draws[:, None] * total
-    target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))  # below the total, so one exists
+    # Below the total: then the cumulative probability of some token exceeds it.
+    target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=p.shape[1] - 1)  # the clamp is for NaN
 
 
@@ -155,12 +160,13 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
 
     All four are (N,). The confidence is the token's probability after the filters, in the distribution from
     which it was drawn. It says how sure the draw was. The entropy is of the same distribution. logp is
-    log softmax(logits / T) BEFORE the filters, because that is the policy which the loss trains.
+    log softmax(logits / T) BEFORE the filters, because that is the policy which the loss trains. With filters
+    the tokens are no longer exact draws from that policy; the replay law holds all the same.
     """
     logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (N, V)
     if temperature == 0 or top_k == 1:
-        # Greedy. After the filter every confidence would be 1, and could put nothing in order. So confidence
-        # and entropy are those of the unfiltered distribution, with T = 1 where T is 0.
+        # Greedy. After the filter every confidence would be 1, and a strategy could not rank the positions.
+        # So confidence and entropy are those of the unfiltered distribution, with T = 1 where T is 0.
         token = logp.argmax(-1)
         p = logp.exp()
     else:
@@ -194,7 +200,10 @@ def reveal_sequential(is_masked, quota):
 
 
 def reveal_entropy(entropy, is_masked):
-    """Masked positions by rising entropy, while the sum of their entropies stays below 0.35; at least one."""
+    """Masked positions by rising entropy, while the sum of their entropies stays below 0.35; at least one.
+
+    The idea is EB-Sampler's (arXiv 2505.24857). 0.35 nats is the authors' bound.
+    """
     rising = entropy.masked_fill(~is_masked, math.inf).sort(-1).values
     number = (rising.cumsum(-1) < 0.35).sum(-1).clamp(min=1)
     return best(-entropy, is_masked, number)
@@ -224,7 +233,7 @@ class Decoding:
         "dynamic", "what a denoising step reveals: static, dynamic, sequential, entropy, or file.py:function")
     threshold: float = setting(0.9, "confidence above which dynamic reveals a token", low=0, high=1)
     denoising_steps: int = setting(
-        None, "steps per block: static reveals K / steps tokens in each, dynamic no fewer; None is K",
+        None, "steps S per block: static reveals K / S tokens in each, dynamic at least so many; None is K",
         low=1)
     temperature: float = setting(1.0, "T, of decoding and of the policy that is trained; 0 is greedy", low=0)
     top_k: int = setting(0, "draw among the k most probable tokens; 0 is all", low=0)
@@ -242,7 +251,8 @@ class Decoding:
     def reveal(self, confidence, entropy, is_masked, quota, token, step):
         """Which of the drawn tokens to keep, bool (B, K). The others stay masked, and are drawn again.
 
-        FORK HERE. --strategy file.py:function calls a function of yours, by the names of its parameters:
+        FORK HERE. --strategy file.py:function calls a function of yours. It declares those parameters that it
+        needs:
             confidence, entropy, token    of the draws, (B, K)
             is_masked                     (B, K)
             quota                         how many tokens the step is to reveal, (B,)
@@ -263,9 +273,10 @@ class Decoding:
 def generate(model, prompt, decoding, seed=0):
     """Decodes a response to one prompt (token ids) and records its trace -> Rollout.
 
-    Block attention: the text is cut at absolute positions. With P = 9 and K = 4, positions 0 to 7 are clean
-    at once. Decoding begins at position 8, with one prompt token and three masks. Full attention: the first
-    block begins with the response, and the room for the whole response is there from the start.
+    Block attention: the text is cut at absolute positions. With P = 9 and K = 4, positions 0 to 7 hold only
+    prompt tokens, and are clean from the start. Decoding begins at position 8, with one prompt token and
+    three masks. Full attention: the first block begins where the response begins. The masks of the whole
+    response are in sight from the start.
     ValueError for an empty prompt, and for logits that are not finite.
     """
     config = model.config
@@ -305,11 +316,13 @@ def generate(model, prompt, decoding, seed=0):
             logp[revealed] = token_logp[0, is_kept].double()
             is_masked = is_masked & ~is_kept
             step_in_block += 1
-        # The block is clean. Only now may an eos end the response: what stands behind it in the block was in
-        # sight when other tokens were drawn. An eos of the prompt ends nothing.
+        # The block is clean. Only now may an eos end the response. The tokens behind it in this block were in
+        # sight when others were drawn, so a replay needs the whole block. An eos of the prompt ends nothing.
         if set(tokens[block[block >= P]].tolist()) & set(config.eos_ids):
             break
-        if not config.is_full:  # once more, without masks: later blocks read the clean keys and values
+        if not config.is_full:
+            # One forward more. The last one still saw masks, and later blocks shall read keys and values of
+            # the clean tokens.
             block_states(model, tokens, block, cache.append)
     response = slice(P, int(block[-1]) + 1)
     columns = tokens[response].tolist(), *trace[:, response].tolist()
@@ -317,7 +330,7 @@ def generate(model, prompt, decoding, seed=0):
 
 
 def check_prompt(prompt, decoding, config):
-    """ValueError for what no decoding can begin with."""
+    """ValueError for a prompt or a setting with which no decoding can begin."""
     if not prompt:
         raise ValueError("a prompt is empty: a response needs at least one token before it")
     if max(prompt) >= config.vocab_size:
@@ -332,9 +345,10 @@ def decoded_span(P, max_new_tokens, config):
     """The absolute positions where decoding begins and where it ends at the latest."""
     if config.is_full:
         return P, P + max_new_tokens
+    # Blocks are whole: the start is rounded down to a multiple of K, and the end is rounded up. With P = 9, 6
+    # new tokens and K = 4 they are 8 and 16.
     K = config.block_size
-    last = -(-(P + max_new_tokens) // K) * K  # whole blocks: rounded up to a multiple of K
-    return P // K * K, last
+    return P // K * K, -(-(P + max_new_tokens) // K) * K
 
 
 def block_states(model, tokens, block, attend):
@@ -385,7 +399,7 @@ def trace_views(rollout, block, shrink):
     """The views of TraceRL: one per trace step, whose targets are the tokens that this step revealed.
 
     FORK HERE. --views file.py:function calls a function of yours for every block of every response. With full
-    attention it is called once, for the whole response. By the names of its parameters it is given
+    attention it is called once, for the whole response. It declares those parameters that it needs:
         rollout   the record: prompt, response, step_map, confidence, ...
         block     the response indices of one block, for example [3, 4, 5, 6]
         shrink    the flag of that name
@@ -394,7 +408,8 @@ def trace_views(rollout, block, shrink):
 
     step_map 1 3 1 2 of the block 1 0 1 ; has the views below. With shrink 2 two denoising steps share one
     view. The token ; is then predicted in the state ????, although it was drawn in the state 1?1?. So its
-    replayed log-probability differs from the recorded one.
+    log-probability differs from the recorded one. In return there are fewer views: rows are shorter, and with
+    full attention there are fewer of them. (The gap is measured with shrink 1, whatever the flag says.)
 
         shrink 1   ([0, 1, 2, 3], [0, 2])   ([1, 3], [3])   ([1], [1])
         shrink 2   ([0, 1, 2, 3], [0, 2, 3])   ([1], [1])
@@ -466,7 +481,8 @@ def views_of(rollout, config, views=trace_views, shrink=1):
 
 
 def build_rows(rollouts, config, views=trace_views, shrink=1, trained_only=False):
-    """The training rows of rollouts -> a list of Row for each: one, with full attention one per view.
+    """The training rows of rollouts -> a list of Row for each rollout. It holds one row, or with full
+    attention one for each view.
 
     trained_only: targets are the first num_tokens tokens of a response; the others are still seen. A view
     without targets is left out. A rollout without views has no row. ValueError for a view that predicts what
@@ -499,14 +515,15 @@ def lay_out(r, rollout_index, views, config):
 
     The clean text ends before the block of the last view, since no view looks further. If another block were
     decoded after this one, the clean 1 0 1 ; would stand before the views. One clean text serves all views,
-    because it sees none of them. With full attention there is no such text: there every token sees
-    what a step reveals. So each view is a row of its own, the whole canvas, and costs a whole forward.
+    because it sees none of them. With full attention no text can be shared. Every token sees the masks
+    of the state there, so each state has keys and values of its own. So each view is a row, the whole canvas,
+    and costs a whole forward.
     """
     P = len(r.prompt)
     R = len(r.response)
     text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
     size = len(text) if config.is_full else config.block_size  # of a block
-    text += [config.mask_id] * (-len(text) % size)  # if K is larger now than in decoding: ends in masks
+    text += [config.mask_id] * (-len(text) % size)  # only needed if K is larger now than it was in decoding
     # Numbers of each response token that travel with it. A list that is not filled yet counts as zeros.
     known = {name: getattr(r, name) or [0.0] * R for name in ("logp", "advantage", "value_old", "returns")}
     rows = []
@@ -523,7 +540,8 @@ def lay_out(r, rollout_index, views, config):
         view_start = len(row.tokens)
         row.add(shown, view.block, view_number)
         for j in view.targets:
-            # The target ; above: it stands in view 2, which begins at 12, and 11 - 8 = 3 places in.
+            # The target ; above: view 2 begins at place 12 of the row. The token has position 11, and its
+            # block begins at 8. So its place is 12 + 3.
             place = view_start + P + j - first
             row.targets.append(Targets(
                 logit_index=place - int(config.shifts_logits),  # Dream predicts a token one place before it
@@ -550,7 +568,7 @@ class Compute(NamedTuple):
     max_tokens: int = 4096  # of a micro-batch
 
 
-# --plain. The twins are plumbing/engine.py:FAST.
+# --plain. The fast twins come from `fast` in plumbing/engine.py.
 PLAIN = Compute(generate_each, attend_by_rule, token_logprobs)
 
 
@@ -642,8 +660,8 @@ class ReplayLaw:
 
     A wrong mask, position or step moves many log-probabilities by 0.05 nats and more. In float32, rounding
     stays below 1e-4 on average, and below ten times that for the worst token. In bfloat16, decoding and
-    training round differently: means of 1e-3 are usual. There a run stops after the third step in a row whose
-    mean is above 0.05.
+    training round differently: on CPUs means of about 1e-3 were seen. There a run stops after the third step
+    in a row whose mean is above 0.05.
     """
 
     is_float32: bool
@@ -668,8 +686,8 @@ class ReplayLaw:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The method ends here. `python rollout.py` decodes one prompt and plays it in the terminal. The program is
-# plumbing/player.py. It loads checkpoints, and so it imports this file, and not the other way round.
+# The method ends here. `python rollout.py` decodes one prompt and plays it in the terminal. That program is
+# plumbing/player.py, which imports this file.
 
 if __name__ == "__main__":
     runpy.run_module("plumbing.player", run_name="__main__")

@@ -26,7 +26,6 @@ Left out:
 
 import dataclasses
 import functools
-import os
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +46,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     """Worked problems -> list[Rollout], the record from which rows are made.
 
     Responses of more than max_new_tokens tokens, eos included, are left out. The end of the last block (full
-    attention: of the canvas) is filled. The filling is trained, too: in decoding it will be in sight.
+    attention: of the canvas) is filled. The filling is trained, too. In decoding the model draws these tokens
+    itself, and it sees them while it draws others.
     """
     if not config.eos_ids:
         raise ValueError("this checkpoint names no eos token: without one a response cannot end")
@@ -75,7 +75,7 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
         if config.is_full:
             missing = max_new_tokens - num_tokens
         response += [filler] * missing
-        # The end comes last: after steps 1 to 5, eos and one token of filling are steps 6 and 7.
+        # eos and the filling get the last steps. If the solution took steps 1 to 5, they are steps 6 and 7.
         steps += range(max(steps) + 1, max(steps) + 2 + missing)
         # Full attention: every forward of the decoder sees the whole canvas, so the example must, too.
         canvas = len(response) if config.is_full else 0
@@ -86,8 +86,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
 def noise_views(block, rng):
     """One view per block (full attention: of the response): k of its c tokens masked, k uniform in 1 to c.
 
-    Not each token by a coin: then a block of 4 would be wholly masked only once in 16 times. But every block
-    is wholly masked when its decoding begins.
+    A coin for each token would be worse: a block of 4 would be wholly masked only once in 16 times. But every
+    block is wholly masked when its decoding begins.
     """
     masked = sorted(rng.sample(block, rng.randint(1, len(block))))  # of block [4, 5, 6, 7] perhaps [5, 6]
     return [(masked, masked)]  # what is masked is what is predicted
@@ -97,12 +97,12 @@ VIEWS = dict(random=noise_views, trace=rollout.trace_views)  # --views
 
 
 def sft_loss(logp, masked_share, normalizer, is_weighted):
-    """Minus the log-likelihood of the masked tokens, divided by the whole update's normaliser; all (N,).
+    """Minus the log-likelihood of the masked tokens, divided by the normaliser of the whole update.
 
-    is_weighted: each token by 1 / t, where t is the masked fraction of its block. A token is masked with
-    probability t. So the weighted sum is an unbiased estimate of the sum over ALL response tokens, the
-    diffusion bound, and the normaliser is the number of those. Without weights (the authors' choice) the
-    normaliser is the number of masked tokens.
+    logp, masked_share: float32 (N,). is_weighted: each token is multiplied by 1 / t, where t is the masked
+    fraction of its block. A token is masked with probability t. So the weighted sum is an unbiased estimate
+    of the sum over ALL response tokens. That sum is the diffusion bound, and the normaliser is the number of
+    response tokens. Without weights (the authors' choice) the normaliser is the number of masked tokens.
     """
     # In the block 1 ? ? ; two of four tokens are masked, t = .5. With weights each of them counts twice: for
     # itself, and for one that is not masked this time.
@@ -115,8 +115,8 @@ def train_step(learner, examples, views, is_weighted, compute):
     # Every process has the same batch, and lays out its part of it as rows.
     built = rollout.build_rows(parallel.deal(examples), model.config, views)
     parts, num_masked = packing.dealt_batches(built, compute, model)
-    # One number for the whole update, taken before it is split. A mean per micro-batch would make the
-    # gradient depend on how the batch was cut.
+    # One number for the whole update, counted over all processes before any forward. A mean per micro-batch
+    # would make the gradient depend on how the batch was cut.
     normalizer = sum(len(r.response) for r in examples) if is_weighted else num_masked
     total = torch.zeros((), device=model.device)
     for part in parts:
@@ -125,7 +125,7 @@ def train_step(learner, examples, views, is_weighted, compute):
         loss = sft_loss(logp, part.targets.masked_share, normalizer, is_weighted)
         loss.backward()  # gradients of the parts add up
         total += loss.detach()
-    norm, _ = parallel.optimizer_step(learner)  # a gradient with NaN or inf is skipped, and said
+    norm, _ = parallel.optimizer_step(learner)  # a gradient with NaN or inf is skipped
     return float(parallel.add_up(total)), norm
 
 
@@ -157,7 +157,7 @@ class Recipe:
 
 
 def learning_rate(step, recipe, decay_start):
-    """Up over the warm-up, level, and from decay_start on down to a tenth over the cooldown.
+    """The rate rises during the warm-up, stays level, and from decay_start on falls to a tenth.
 
     The last, small steps average out the noise of masks and batches. Take warmup 30, cooldown 200 and
     decay_start 500. The rate is full from step 29 to 499, .55 of that at step 599, a tenth from step 699 on.
@@ -185,7 +185,7 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
     from any checkpoint.
     """
     views = flags.load_function(recipe.views, VIEWS, "--views")
-    end = max(1, recipe.steps - recipe.cooldown)  # where the learning rate goes down at the latest
+    end = max(1, recipe.steps - recipe.cooldown)  # the rate begins to fall here at the latest
     for number in run.steps(recipe.steps, "sft"):  # 1, 2, ..., or from where a resumed run stands
         step = number - 1  # counted from 0, as draw_batch and learning_rate do
         decay_start = min(run.progress.get("decay_start", end), end)
@@ -198,21 +198,20 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
         # The same batch on every process. `train_step` deals it out.
         loss, norm = train_step(learner, batch, views, recipe.weighted, compute)
         line = dict(step=number, loss=loss, gradient_norm=norm, lr=lr)  # one line of metrics.jsonl
-        is_shown = number % recipe.eval_every == 0 or number == recipe.steps
         if evaluate_dev is not None and number % recipe.eval_every == 0:
             # Accuracy by decoding, not the loss: a loss can still fall when the answers are already right.
             line["accuracy"] = evaluate_dev()["accuracy"]
             # A start that is too good leaves reinforcement learning nothing to do. The skill comes suddenly,
-            # at another time from each seed: so accuracy ends the training, and not a number of updates.
+            # and at another time for each seed. So an accuracy ends the training, not a number of updates.
             is_reached = recipe.stop_accuracy is not None and line["accuracy"] >= recipe.stop_accuracy
             if is_reached and "decay_start" not in run.progress:
                 run.progress["decay_start"] = number
         run.write(line)
-        if is_shown:
+        if number % recipe.eval_every == 0 or number == recipe.steps:
             accuracy = f", development accuracy {line['accuracy']:.3f}" if "accuracy" in line else ""
             parallel.say(f"sft: update {number}, loss {loss:.3f}{accuracy}")
         save_every = run.settings["save_every"]
-        if save_every and number % save_every == 0:
+        if save_every and number % save_every == 0 and number < recipe.steps:  # (`main` saves the end)
             run.save([learner])  # weights and moments; all else follows from the number of the step
 
 
@@ -296,8 +295,7 @@ def main(argv=None):
             run.restore([learner])
         run.check_data(runs.mark([(r.prompt, r.response) for r in examples]), f"--data {args.data}")
         train(learner, examples, evaluate_dev, compute, recipe, run)
-        if not os.path.isdir(f"{run.folder}/checkpoints/step-{run.progress['step']}"):
-            run.save([learner])  # the end is always saved
+        run.save([learner])
         path = run.save_model(model)
     parallel.say(f"sft: the model is in {path}")
     return path

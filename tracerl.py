@@ -1,8 +1,8 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
 TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered. What is the log-probability of a text
-that was not written from left to right? The answer is that of its trace: each token in the state in which it
-was revealed.
+that was not written from left to right? TraceRL takes the log-probability of its trace: every token is scored
+in the state in which it was revealed.
 
 One RL step has six stages. `train` calls them in this order, and the README numbers them in the same way:
 
@@ -41,7 +41,7 @@ import torch
 import rollout
 import value
 from eval_math import Examinee, give_rewards, load_prompts, math_reward
-from plumbing import checkpoints, data, flags, machine, packing, parallel, runs, show
+from plumbing import data, flags, machine, packing, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.prompts import Prompting
 from plumbing.tasks import EMBEDDED
@@ -57,7 +57,7 @@ def group_advantages(rewards):
     rewards: float (groups, G). Of 1 0 0 0 the mean is .25 and the std .433, so A = 1.73 -.58 -.58 -.58. Every
     token of a response has the same A.
 
-    FORK HERE. --advantage file.py:function calls a function of yours, by the names of its parameters:
+    FORK HERE. --advantage file.py:function calls a function of yours. It declares those parameters it needs:
         rewards    float (groups, G)
         rollouts   the records, group by group: step_map, confidence, logp, ... of every response
     It gives one number per response, (groups, G). Or it gives one per token, (groups, G, tokens of the
@@ -83,16 +83,17 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     All trained tokens weigh the same. The paper first averages inside each trace step: see examples/forks.py.
     In the first update of an RL step every ratio is 1, so nothing is clipped and k3 is 0.
 
-    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). The tokens were drawn from
-    the OLD policy (without top-k and top-p), so the mean of -log ratio is that KL. ratio - 1 has mean 0, and
-    only lowers the noise.
+    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). Without top-k and top-p the
+    tokens are draws from the OLD policy, so the mean of -log ratio is that KL. ratio - 1 has mean 0, and only
+    lowers the noise.
 
-    FORK HERE. --loss file.py:function calls a function of yours for each micro-batch, by the names of its
-    parameters. Beside those above it may have
+    FORK HERE. --loss file.py:function calls a function of yours for each micro-batch. It declares those
+    parameters it needs. Beside those above there are
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
-        num_groups       groups of the whole update. A loss that has it sees whole groups, where they fit
-    A micro-batch holds whole responses where they fit. targets is a model.Targets: it also holds step, view,
+        num_groups       groups of the whole update. If your loss declares it, groups are not cut (see below)
+    A micro-batch holds whole responses, and with num_groups whole groups. What is larger than a micro-batch
+    is cut all the same. targets is a model.Targets: it also holds step, view,
     group, rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
@@ -131,8 +132,8 @@ class Recipe:
                           tiny=1, low=1)
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy of the rollout", low=0)
-    keep_range: float = setting(None, "mean rewards of the groups to train on. None: 0.2 to 0.8 for a real "
-                                "checkpoint with the math reward, else all of unequal rewards", number=2)
+    keep_range: float = setting(None, "train on groups whose mean reward is between these two. None: 0.2 and "
+                                "0.8 for a real checkpoint with the math reward, else all groups", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "RL steps that train the value model only", tiny=10, low=0)
     value_epochs: int = setting(1, "the value model's passes over the rollouts", tiny=4, low=1)
@@ -146,9 +147,6 @@ class Recipe:
 
     def __post_init__(self):
         flags.check(self)
-        low, high = self.keep_range or (0, 1)
-        if not low <= high:
-            raise ValueError(f"keep_range {low} {high} keeps nothing: the lower bound comes first")
 
 
 class Learners(NamedTuple):
@@ -156,10 +154,6 @@ class Learners(NamedTuple):
 
     policy: parallel.Learner
     value: parallel.Learner = None
-
-    def pairs(self):
-        """The learners that exist."""
-        return [learner for learner in self if learner is not None]
 
 
 class Method(NamedTuple):
@@ -186,9 +180,9 @@ class Task(NamedTuple):
 def train(learners, method, task, recipe, run):
     """The RL steps, from where `run` stands to recipe.steps.
 
-    All randomness is a function of (seed, step). So weights, optimizer states and run.progress, a few
-    numbers, are the whole state of a run. Every process runs this code on the same records, and computes a
-    part of the forwards and backwards. RuntimeError when the replay law is broken.
+    All randomness is a function of (seed, step). So three things are the whole state of a run: weights,
+    optimizer states, and the few numbers in run.progress. Every process runs this code on the same
+    records, and computes a part of the forwards and backwards. RuntimeError when the replay law is broken.
     """
     for step in run.steps(recipe.steps, "tracerl"):
         rollouts, asked = roll_out(learners.policy.model, task.problems, method, recipe, step)  # 1
@@ -247,8 +241,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
     # A function of yours may draw at random: all processes take what the first one got.
     advantages = parallel.from_first(flags.call(method.advantage, rewards=rewards, rollouts=rollouts))
     longest = max(len(r.response) for r in rollouts)
-    is_shaped = advantages.shape in (rewards.shape, (*rewards.shape, longest))
-    if not is_shaped or not advantages.isfinite().all():
+    if advantages.shape not in (rewards.shape, (*rewards.shape, longest)) or not advantages.isfinite().all():
         raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers for the "
                          f"{tuple(rewards.shape)} responses, or some that are not finite (0 / 0?)")
     # If no group is left there is no update. The step is logged, and the next one asks other prompts.
@@ -264,7 +257,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
 
 # ------------------------------------------------------------------------------------------------ 4 old logp
 #
-# One process and eight make the same update, to rounding, because
+# One process and eight make the same update up to rounding, because
 #   1. a draw depends on its response's seed, denoising step and position, and on nothing else;
 #   2. every process holds all records of a step, and chooses from them by the same seeded rules;
 #   3. only forwards and backwards are dealt out, and each loss is a part of one sum, divided beforehand by
@@ -293,19 +286,18 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
-    # The law first: a run that does not replay what it sampled ends here, before it is trained on.
+    # First the replay law: if the gap is too large, the run ends here, before any update.
     gap = rollout.replay_gap(model, rollout.some(rollouts, model.config), method.compute, temperature)
     method.law.enforce(**gap)
-    groups = {}  # number of the prompt -> its responses
-    for r in kept:
-        groups.setdefault(r.group, []).append(r)
-    groups = list(groups.values())
+    # Groups were kept or dropped as a whole. So with G = 4, each group is the next four rollouts.
+    groups = [kept[start:start + recipe.group_size] for start in range(0, len(kept), recipe.group_size)]
     # Groups stay whole, so that every update has positive and negative advantages. The order is seeded. Of
     # five groups, the first of two updates takes the 1st, 3rd and 5th in this order, the second the others.
     groups = [groups[i] for i in parallel.shuffled(len(groups), mix(recipe.seed, step))]
     batches = [make_batch(learners, groups[start::recipe.minibatches], method, recipe)
                for start in range(min(recipe.minibatches, len(groups)))]
-    # With two updates per RL step, the second one starts from a policy that has already moved.
+    # A second update will start from a policy that has moved by then. So its old log-probabilities are
+    # computed now.
     for batch in batches[1:] if step > head_start(learners, recipe) else []:
         for rows in batch.rows:
             logp, _ = rollout.forward_rows(model, rows, method.compute, temperature)
@@ -318,7 +310,8 @@ def make_batch(learners, groups, method, recipe):
     model = learners.policy.model
     needs_groups = flags.declares(method.loss, "num_groups")
     units = groups if needs_groups else [[r] for group in groups for r in group]
-    # Dealt like cards, the longest first: then every process has about the same work.
+    # Dealt like cards, the longest first: then every process has about the same work. (The rest of the key
+    # makes the order the same on every process.)
     units.sort(key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
     own = parallel.deal(units)  # item i goes to process i modulo their number
 
@@ -331,7 +324,10 @@ def make_batch(learners, groups, method, recipe):
 
 
 def micro_batches_of(units, model, views, method, recipe):
-    """Micro-batches of this process's units of work, and the number of targets of all processes."""
+    """Micro-batches of this process's units of work, and the number of targets of all processes.
+
+    A unit is what should stay in one micro-batch: a response, or a whole group.
+    """
     rollouts = [r for unit in units for r in unit]
     rows = iter(rollout.build_rows(rollouts, model.config, views, recipe.shrink, trained_only=True))
     together = [[row for _ in unit for row in next(rows)] for unit in units]  # rows of a unit stay together
@@ -375,13 +371,10 @@ def update(policy, batch, method, is_first, recipe):
     is_first: no update has come before in this RL step. So the old policy is the present one, and its
     log-probabilities are those of this very forward.
     """
-    model = policy.model
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-    ratio_max = torch.zeros((), dtype=torch.float64, device=model.device)
+    log = show.UpdateLog(policy.model.device, recipe.clip_eps)
     for rows in batch.rows:
         # One forward of [clean text | view | view | ...], and log-probabilities of its targets only.
-        logp, entropy = rollout.forward_rows(model, rows, method.compute, method.decoding.temperature)
+        logp, entropy = rollout.forward_rows(policy.model, rows, method.compute, method.decoding.temperature)
         if is_first:  # the ratio is then exactly 1, and its gradient is that of log p
             rows.targets.logp_old.copy_(logp.detach())
         if len(logp):
@@ -390,20 +383,14 @@ def update(policy, batch, method, is_first, recipe):
                 num_responses=batch.num_responses, num_groups=batch.num_groups, clip_eps=recipe.clip_eps,
                 kl_coef=recipe.kl_coef)
         else:
-            loss = logp.sum()  # a dummy: 0, but with a backward like everybody's
-        loss.backward()  # adds to the gradients of the micro-batches before
-        part, part_max = show.diagnose(logp, entropy, rows.targets, recipe.clip_eps)
-        total += loss.detach()  # parts of one sum: they were divided by the tokens of the whole update
-        sums += part
-        ratio_max = torch.maximum(ratio_max, part_max)
+            loss = logp.sum()  # a dummy micro-batch: 0. Its backward must run, for the others wait for it
+        # Losses of micro-batches are parts of one sum: each was divided by the tokens of the whole update. So
+        # their gradients add up to that of the update.
+        loss.backward()
+        log.add(loss, logp, entropy, rows.targets)
     # A gradient with NaN or inf: the update is skipped, counted and reported.
     norm, is_finite = parallel.optimizer_step(policy)
-    # Sums over all processes, then means over the trained tokens.
-    loss, *sums = parallel.add_up(torch.cat([total[None], sums])).tolist()
-    kl, clip_fraction, entropy = (number / max(batch.num_tokens, 1) for number in sums)
-    return dict(loss=loss, trained_tokens=batch.num_tokens, gradient_norm=norm,
-                skipped_updates=int(not is_finite), kl=kl, clip_fraction=clip_fraction, entropy=entropy,
-                ratio_max=float(parallel.largest(ratio_max)))
+    return log.numbers(batch.num_tokens) | dict(gradient_norm=norm, skipped_updates=int(not is_finite))
 
 
 def update_value(learner, batch, compute, recipe):
@@ -424,7 +411,7 @@ def update_value(learner, batch, compute, recipe):
 
 
 def finish_step(line, rollouts, learners, task, recipe, run):
-    """Development accuracy, the line of the log, checkpoint; line: the numbers of this RL step."""
+    """Evaluates, writes `line` (the numbers of this RL step) to the log, and saves a checkpoint."""
     step = line["step"]
     # How long rollouts and updates took; metrics.jsonl then has all that happened in this step.
     line |= runs.take_seconds()
@@ -436,9 +423,7 @@ def finish_step(line, rollouts, learners, task, recipe, run):
     run.progress["gap_max"] = max(run.progress.get("gap_max", 0.0), line["gap_max"])
     save_every = run.settings["save_every"]
     if step == recipe.steps or (save_every and step % save_every == 0):
-        # A value model is saved beside the policy, in value/.
-        value_model = learners.value and functools.partial(checkpoints.save_value_model, learners.value.model)
-        run.save(learners.pairs(), value_model)
+        run.save(learners)
         show.write_trace(run, rollouts, learners.policy.model.config, task.tokenizer)
 
 
@@ -451,13 +436,11 @@ class Choice:
     """What is trained on what, by which functions. The last four: a built-in name, or file.py:function."""
 
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
-    train_data: str = setting(None, "problems to train on: arithmetic, sudoku, a file, gsm8k-train, math500, "
-                              "gsm8k, aime2024, or a hub id", tiny="arithmetic")
+    train_data: str = setting(None, "arithmetic, sudoku, a file, gsm8k-train, or a hub id", tiny="arithmetic")
     dev_data: str = setting(None, "problems for --eval_every; test problems never guide a run")
     eval_data: str = setting(None, "test problems, scored before and after training only")
     eval_limit: int = setting(200, "only so many of the test problems", tiny=None, low=1, may_change=True)
-    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training, and the tiny "
-                                   "model also dynamic, static and greedy", number="+")
+    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training", number="+")
     name: str = setting("tracerl", "of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if the boxed answer is right")
     advantage: str = setting("group", "group: standard score in the group; value: a value model with GAE")
@@ -473,16 +456,13 @@ def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser(
-        "TraceRL: reinforcement learning of a diffusion language model on its traces. Defaults are for "
-        "billions of parameters where --model names such a checkpoint, else for the tiny model.",
-        GROUPS, is_tiny)
+        "TraceRL. The defaults below are those for --model; without it for the tiny model.", GROUPS, is_tiny)
     args = runs.parse(parser, argv)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"
-    if args.eval_strategies is None:
-        usual = ["dynamic", "static", "greedy"] if is_tiny else []
-        args.eval_strategies = list(dict.fromkeys([*usual, args.strategy]))
+    usual = ["dynamic", "static", "greedy"] if is_tiny else []
+    args.eval_strategies = args.eval_strategies or list(dict.fromkeys([*usual, args.strategy]))
     if args.lr is None:  # adapters start at zero and are scaled: they want about ten times as much
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
@@ -504,18 +484,18 @@ def load_start(args):
     model, value_model, tokenizer = machine.load_to_train(path, args, make_value)
     # Optimizer states live as long as the run. If they were thrown away every step, each step of AdamW would
     # be its first, which uses little but the sign of the gradient.
-    policy = parallel.make_learner(model, args.lr, (0.9, 0.95))
-    if value_model is None:
-        return Learners(policy), tokenizer
-    # A long memory (0.999): once failures are rare, one of them must not throw the value model off its path.
-    return Learners(policy, parallel.make_learner(value_model, args.value_lr, (0.9, 0.999))), tokenizer
+    learners = Learners(parallel.make_learner(model, args.lr, (0.9, 0.95)))
+    if value_model is not None:
+        # A long memory (0.999): once failures are rare, one of them must not throw the value model off.
+        learners = learners._replace(value=parallel.make_learner(value_model, args.value_lr, (0.9, 0.999)))
+    return learners, tokenizer
 
 
 def main(argv=None):
     """Everything from the flags to the table at the end -> the content of summary.json."""
     args = parse_args(argv)
     recipe, decoding, prompting = (flags.read_flags(group, args) for group in (Recipe, Decoding, Prompting))
-    # What a fork replaces: found and imported before anything else, so that a wrong name is said at once.
+    # What a fork replaces: found and imported before anything else, so that a wrong name is reported at once.
     functions = [flags.load_function(getattr(args, name), known, f"--{name}") for name, known in (
         ("reward", dict(math=math_reward)), ("advantage", ADVANTAGES), ("loss", LOSSES),
         ("views", rollout.VIEWS))]
@@ -541,7 +521,7 @@ def main(argv=None):
         show.announce(recipe, decoding, len(task.problems))
         run.begin()
         if args.resume:
-            run.restore(learners.pairs())
+            run.restore(learners)
         run.check_data(data.fingerprint(task.problems), f"--train_data {args.train_data}")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
@@ -551,8 +531,6 @@ def main(argv=None):
         run.finish(summary)
     show.print_table(summary["before"], summary["after"], len(test))
     parallel.say(f"the run is in {run.folder}")
-    parallel.barrier()  # a process that left early would break the others' connections
-    parallel.end_processes()
     return summary
 
 

@@ -7,9 +7,9 @@ A baseline may know the state, but not the token that is about to be drawn.
 
 Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one
 state. The value model is read at the position of each token, so V differs between the tokens of one step.
-Each token has its own baseline V_j. Their mean V* stands for the step, where a later step looks like the
-future. The table shows the response 1 0 1 ; with step_map 1 3 1 2. It is right and earns 1. The last two
-lines are its advantages, with gamma = 1.
+Each token has its own baseline V_j. Their mean V* is the value of the whole step. Earlier steps use V* when
+they look ahead to this step. The table shows the response 1 0 1 ; with step_map 1 3 1 2. It is right and
+earns 1. The last two lines are its advantages, with gamma = 1.
 
     token                  1    0    1    ;
     step_map               1    3    1    2
@@ -22,7 +22,7 @@ lines are its advantages, with gamma = 1.
 Read in this order: ValueModel, trace_steps, place_rewards, returns_and_advantages, value_advantages,
 value_loss.
 
-Left out: a value model that is smaller than the policy. (With LoRA it shares the frozen part of the policy.)
+Left out: a smaller value model. (With LoRA, ours shares the frozen weights of the policy.)
 """
 
 import copy
@@ -63,8 +63,8 @@ class ValueModel(nn.Module):
 def trace_steps(r, config, shrink=1):
     """The trace step of every response token, over the whole response -> list of int, 0 if not trained.
 
-    1, 2, ... in the order of decoding: block after block, and inside a block the merged steps. A step that
-    revealed no trained token is not counted. Such a step revealed only tokens behind eos.
+    Steps are numbered 1, 2, ... in the order of decoding. Denoising steps that --shrink merges share a
+    number. A step that revealed no trained token is not counted. It revealed only tokens behind eos.
     """
     steps = [0] * len(r.response)
     number = 0  # trace steps so far
@@ -81,7 +81,7 @@ def place_rewards(rewards, steps):
     """Rewards of responses, float (N,), as token rewards on the trained tokens of the last step.
 
     steps: int64 (N, R) -> float (N, R). Each of these tokens gets the whole reward. The mean over the step is
-    then the reward once, and not a multiple of it.
+    then exactly the reward, however many tokens the step has.
     """
     is_last = (steps == steps.amax(-1, keepdim=True)) & (steps > 0)
     return torch.where(is_last, rewards[:, None], 0.0)
@@ -91,7 +91,8 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     """Returns and GAE advantages over trace steps -> two float (N, R), 0 where nothing is trained.
 
     rewards, values: per token, float (N, R). steps: int64 (N, R), from 1 up without gaps, 0 = not trained.
-    Take token j of step t. A star marks a mean over the trained tokens of a step. All is 0 after the last.
+    Take token j of step t. A star marks a mean over the trained tokens of a step. After the
+    last step every starred number is 0.
 
         R*_t = r*_t + gamma R*_{t+1}
         A*_t = delta_t + gamma lam A*_{t+1}     with delta_t = r*_t - V*_t + gamma V*_{t+1}
@@ -140,7 +141,7 @@ def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
         r.value_old = value_old
         r.returns = returns
         r.advantage = advantage
-    # Of all trained tokens, for the log.
+    # Numbers for the log, over all trained tokens.
     trained = [(r.value_old[j], r.returns[j], r.advantage[j]) for r in rollouts for j in range(r.num_tokens)]
     values, returns, advantages = torch.tensor(trained, dtype=torch.float64).T  # (N,) each
     return dict(explained_variance=explained_variance(values, returns),

@@ -116,22 +116,18 @@ THINGS = ["shells", "books", "apples", "coins", "cards", "pens", "stamps", "marb
 def word_problem(draw):
     """One of four kinds of word problem, by a random.Random -> (problem, its one-line solution, answer)."""
     name, things, kind = draw.choice(NAMES), draw.choice(THINGS), draw.randrange(4)
+    a, b, c = (draw.randint(2, 9) for _ in range(3))
     if kind == 0:
-        a, b = draw.randint(11, 99), draw.randint(11, 99)
         problem = f"{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?"
         return problem, f"{name} has {a} + {b} = {a + b} {things}.", a + b
     if kind == 1:
-        a = draw.randint(30, 99)
-        b = draw.randint(11, a - 5)
-        problem = f"{name} has {a} {things} and gives away {b}. How many {things} are left?"
-        return problem, f"There are {a} - {b} = {a - b} {things} left.", a - b
+        problem = f"{name} has {a + b} {things} and gives away {b}. How many {things} are left?"
+        return problem, f"There are {a + b} - {b} = {a} {things} left.", a
     if kind == 2:
-        a, b = draw.randint(2, 12), draw.randint(2, 12)
         problem = f"There are {a} boxes with {b} {things} in each. How many {things} are there?"
         return problem, f"There are {a} * {b} = {a * b} {things}.", a * b
-    a, b, c = draw.randint(11, 60), draw.randint(11, 60), draw.randint(2, 10)
-    problem = f"{name} has {a} {things}, buys {b} more and loses {c}. How many {things} does {name} have?"
-    return problem, f"{a} + {b} = {a + b}. {a + b} - {c} = {a + b - c}.", a + b - c
+    problem = f"{name} has {a} {things}, buys {b} more and finds {c}. How many {things} does {name} have?"
+    return problem, f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}.", a + b + c
 
 
 def write_problems(folder, seed=0):
@@ -139,7 +135,7 @@ def write_problems(folder, seed=0):
     draw, rows = random.Random(seed), {}
     while len(rows) < 6300:
         problem, solution, answer = word_problem(draw)
-        rows[problem] = dict(problem=problem, answer=str(answer), solution=f"{solution} \\boxed{{{answer}}}")
+        rows[problem] = dict(problem=problem, answer=str(answer), solution=f" {solution} \\boxed{{{answer}}}")
     lines = [json.dumps(row) + "\n" for row in rows.values()]
     for name, start, end in (("train", 0, 6000), ("dev", 6000, 6100), ("test", 6100, 6300)):
         Path(folder, f"{name}.jsonl").write_text("".join(lines[start:end]), encoding="utf-8")

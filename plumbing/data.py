@@ -219,18 +219,6 @@ def boxed_solution(text):
     return f"{work}The answer is \\boxed{{{end[1]}}}."
 
 
-def group_repeats(problems):
-    """Indices of the rows that ask the same problem -> list of lists, in order.
-
-    AIME files hold each of 30 problems 32 times. These 960 rows are 30 problems with 32 samples each. Counted
-    as 960 problems, their standard error would come out more than five times too small.
-    """
-    groups = {}
-    for i, p in enumerate(problems):
-        groups.setdefault(json.dumps(p.problem), []).append(i)
-    return list(groups.values())
-
-
 def fingerprint(problems):
     """A short hash of problems, answers, solutions and prompt tokens: other data give another one."""
     content = [(p.problem, p.answer, p.solution, p.step_map, p.tokens) for p in problems]

@@ -39,6 +39,8 @@ def fault(details, value):
     if value is None or isinstance(value, (str, bool)) or details["number"] is not None:
         if details["choices"] and value not in (None, *details["choices"]):
             return f"must be one of {', '.join(details['choices'])}"
+        if isinstance(value, (list, tuple)) and details["number"] == 2 and value[0] > value[1]:
+            return "keeps nothing: the lower bound comes first"
         return None
     if details["low"] <= value <= details["high"] and value > details["above"] and math.isfinite(value):
         return None

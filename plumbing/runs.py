@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from plumbing import flags, parallel
-from plumbing.checkpoints import read_json, save_checkpoint, write_json
+from plumbing.checkpoints import read_json, save_checkpoint, save_value_model, write_json
 from plumbing.flags import setting
 
 KEPT = 3  # checkpoints of a run: the newest ones
@@ -64,6 +64,7 @@ def run_command(main):
     status = 0
     try:
         main()
+        parallel.barrier()  # a process that left early would break the others' connections
         parallel.end_processes()
     except KeyboardInterrupt:
         status = 130
@@ -154,7 +155,7 @@ def replacing(path):
 def train_state(learners):
     """Weights and optimizer states of learners, for torch.distributed.checkpoint."""
     out = {}
-    for number, (model, optimizer) in enumerate(learners):
+    for number, (model, optimizer) in enumerate(filter(None, learners)):
         is_fresh = not optimizer.state
         weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
         out[str(number)] = dict(model=weights, optimizer=moments)
@@ -258,17 +259,16 @@ class Run:
         with replacing(self.path) as partial, open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def save(self, learners, write_more=None):
-        """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, and in
-        train_state/ all that `restore` needs. All but the newest few are deleted after.
-
-        write_more(folder, dtype) may add files of its own.
+    def save(self, learners):
+        """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, the second's, a
+        value model, in value/, and in train_state/ all that `restore` needs. All but the newest few are
+        deleted after. A learner may be None.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{self.progress['step']}")
         with replacing(path) as partial:
             save_checkpoint(learners[0].model, self.tokenizer, partial, self.save_dtype())
-            if write_more is not None:
-                write_more(partial, self.save_dtype())
+            if len(learners) > 1 and learners[1] is not None:
+                save_value_model(learners[1].model, partial, self.save_dtype())
             state_folder = os.path.join(partial, "train_state")
             with warnings.catch_warnings():  # of one process: that it is one
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -314,7 +314,7 @@ class Run:
         state = train_state(learners)
         try:
             parallel.load(state, checkpoint_id=folder)
-            for (model, optimizer), part in zip(learners, state.values()):
+            for (model, optimizer), part in zip(filter(None, learners), state.values()):
                 set_state_dict(model, optimizer, model_state_dict=part["model"],
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
         except CheckpointException as error:

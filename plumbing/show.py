@@ -18,18 +18,30 @@ def lengths(rollouts):
         tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
 
 
-@torch.no_grad()
-def diagnose(logp, entropy, targets, clip_eps):
-    """Numbers for the log, whatever the loss is -> three sums over the targets, and the largest ratio.
+class UpdateLog:
+    """Numbers of one update for the log, whatever the loss is: sums over its targets on all processes."""
 
-    float64 (3,): k3, ratios outside the clip range, entropy.
-    """
-    # float64: these are sums over a whole update.
-    log_ratio = (logp - targets.logp_old).double()
-    ratio = log_ratio.clamp(-10, 10).exp()
-    is_clipped = ((ratio - 1).abs() > clip_eps).double()
-    sums = torch.stack([(ratio - 1 - log_ratio).sum(), is_clipped.sum(), entropy.double().sum()])
-    return sums, torch.cat([ratio, ratio.new_zeros(1)]).max()  # the zero is for a micro-batch without targets
+    def __init__(self, device, clip_eps):
+        self.clip_eps = clip_eps
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, k3, clipped ratios, entropy
+        self.ratio_max = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, loss, logp, entropy, targets):
+        """One micro-batch: its loss, and log-probability and entropy of its targets, (n,) each."""
+        log_ratio = (logp - targets.logp_old).double()  # float64: these are sums over a whole update
+        ratio = log_ratio.clamp(-10, 10).exp()
+        is_clipped = (ratio - 1).abs() > self.clip_eps
+        self.sums += torch.stack([
+            loss.double(), (ratio - 1 - log_ratio).sum(), is_clipped.double().sum(), entropy.double().sum()])
+        self.ratio_max = torch.cat([ratio, self.ratio_max[None]]).max()
+
+    def numbers(self, num_tokens):
+        """The numbers by name; num_tokens: targets of the whole update. To be called on every process."""
+        loss, *sums = parallel.add_up(self.sums).tolist()
+        kl, clip_fraction, entropy = (number / max(num_tokens, 1) for number in sums)
+        return dict(loss=loss, kl=kl, clip_fraction=clip_fraction, entropy=entropy,
+                    ratio_max=float(parallel.largest(self.ratio_max)), trained_tokens=num_tokens)
 
 
 def means(updates, value_updates):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import FAST, FIXTURES, ROOT, decode, random_model, random_prompts, small_data
 
+import bench_broken
 import bench_methods
 import bench_rollout
 import bench_update
@@ -147,3 +148,18 @@ def test_the_seconds_of_an_update_hold_the_forwards_of_the_value_model():
     runs.take_seconds()
     tracerl.give_advantages(rollouts, learner, method, tracerl.Recipe(group_size=1, shrink=1))
     assert runs.take_seconds()["update_seconds"] > 0
+
+
+def test_the_cost_of_broken_replays_is_shown_from_what_ran(tmp_path, capsys):
+    numbers = lambda gap, after: dict(gap=gap, gap_max=2 * gap, accuracy=[0.5, after], reward=[0.4, after])
+    known = {"k4": {"1": {"padded": {"0": numbers(3.0, 0.5)}},
+                    "30": {"none": {"0": numbers(1e-7, 0.9), "1": numbers(1e-7, 0.8)},
+                           "padded": {"0": numbers(1.0, 0.7), "1": numbers(2.0, 0.6),
+                                      "2": numbers(2.0, 0.1)}}}}  # no control has this seed
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(known))
+    bench_broken.main(["--show", "--out", str(path)])
+    output = capsys.readouterr().out
+    assert "| padded | 2.0e+00, 6.0e+00 |" in output and "| none | 0.500 -> 0.850 |" in output
+    assert output.count("| padded | **-0.200 +- 0.000** |") == 2  # accuracy and reward
+    assert "1 steps" not in output

@@ -413,12 +413,6 @@ def test_solutions_of_gsm8k_end_in_a_box_for_fine_tuning():
         assert data.boxed_solution(text) == text
 
 
-def test_rows_that_repeat_a_problem_are_one_problem():
-    problems = [Problem("1?", "1"), Problem(ASK, "5"), Problem("1?", "1.0"), Problem(list(ASK), "5"),
-                Problem("2?", "1")]
-    assert data.group_repeats(problems) == [[0, 2], [1, 3], [4]]
-
-
 def test_a_fingerprint_knows_other_data(tmp_path):
     small_data(tmp_path)
     problems = load_problems("train.jsonl")

@@ -190,13 +190,12 @@ def test_accuracy_has_the_standard_error_of_the_mean_over_problems(monkeypatch):
     assert alone["standard_error"] is None and show.plus_minus(alone) == "0.500 +- ?"
 
 
-def test_rows_that_repeat_a_problem_are_one_problem(monkeypatch, capsys, tmp_path):
+def test_rows_that_repeat_a_problem_are_one_problem(monkeypatch, tmp_path):
     """AIME files hold each problem 32 times: their error is that of 30 problems, not of 960."""
     monkeypatch.chdir(tmp_path)
     rows = [json.dumps(dict(problem=f"{i % 3}+1=", answer="5")) for i in range(12)]
     Path("repeated.jsonl").write_text("\n".join(rows))
     problems = eval_math.load_prompts("repeated.jsonl", tiny.tiny_tokenizer(), Prompting())
-    assert "repeated.jsonl: 12 rows are 3 problems" in capsys.readouterr().out
     found = graded(monkeypatch, problems, [1, 1, 0] * 3 + [1, 0, 0.0])  # problem 0 always, 1 thrice, 2 never
     once = eval_math.accuracy([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
     assert found["n"] == 3 and {name: found[name] for name in once} == once
@@ -296,16 +295,9 @@ def test_two_seeds_of_an_evaluation_share_no_draws(folder, monkeypatch):
     assert len(seen) == len(set(seen)) == 2 * 4 * 3 + 2 * 50 * 3
 
 
-def test_greedy_samples_are_one_sample_and_this_is_said(folder, capsys):
-    found = table("--strategy", "greedy", "dynamic", "--n=3", "--max_new_tokens=20")
-    said = capsys.readouterr().out
-    assert "WARNING: greedy is greedy: all 3 samples of a problem are the same" in said
-    assert "WARNING: dynamic" not in said
+def test_greedy_samples_are_one_sample(folder):
+    found = table("--strategy=greedy", "--n=3", "--max_new_tokens=20")
     assert found["greedy"]["pass_at_2"] == found["greedy"]["accuracy"]
-    table("--strategy=static", "--temperature=0", "--n=2", "--max_new_tokens=4", "--name=cold")
-    assert "WARNING: static is greedy" in capsys.readouterr().out
-    table("--strategy=greedy", "--name=once")
-    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_flags_hold_in_every_mode_and_bad_ones_are_refused_at_the_door(folder, monkeypatch, capsys):

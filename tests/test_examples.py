@@ -1,27 +1,34 @@
 """Laws of examples/: each variant is the formula of its paper, and each diff runs and does what it says."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import random
 import re
 import shlex
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import COMPUTES, FIXTURES, ROOT, decode, random_model, random_prompts
+from conftest import (
+    COMPUTES, FAST, FIXTURES, ROOT, decode, random_model, random_prompts, small_data)
+from test_engine import is_twin
 from test_tracerl import flat, groups_of, keep, method_of, one_update, targets_of
 
 import eval_math
+import model as lm
 import rollout
 import sft
 import tracerl
 import value
-from examples import code_reward, entropy_bonus, forks, frozen_reference, process_reward, strategy
-from plumbing import checkpoints, flags, runs, tasks, tiny
+from examples import (
+    broken, code_reward, entropy_bonus, forks, frozen_reference, process_reward, strategy, walk)
+from plumbing import check, checkpoints, flags, runs, tasks, tiny
 from rollout import PLAIN, ReplayLaw, Rollout
 from tracerl import group_advantages, policy_loss
 
@@ -503,9 +510,216 @@ def test_blocks_grow_from_answers_in_small_blocks(tmp_path, monkeypatch):
     assert model.config.block_size == 8
 
 
+# ------------------------------------------------------------------------------------------- the walk through
+
+
+@pytest.fixture(scope="module")
+def walked():
+    """What walk.py prints, and (file, name) of all functions that ran.
+
+    -> the tables by the number of their section, each a list of lines, and a line a list of words.
+    """
+    functions = set()
+    output = io.StringIO()
+    sys.setprofile(lambda frame, event, argument: functions.add(frame.f_code))
+    try:
+        with contextlib.redirect_stdout(output):
+            walk.main()
+    finally:
+        sys.setprofile(None)
+    sections = re.split(r"\n(?=\d\. )", output.getvalue())[1:]
+    tables = {int(section[0]): [text.split() for text in section.splitlines() if text.startswith("    ")]
+              for section in sections}
+    return tables, {(code.co_filename, code.co_name) for code in functions}
+
+
+def test_the_walk_shows_the_example_of_the_readme(walked):
+    tables, _ = walked
+    assert list(tables) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [words[1] for words in tables[5][1:5]] == ["1", "3", "1", "2"]
+    tokens, position, block, view, target = (words[1:] for words in tables[3])
+    assert "".join(tokens) == "894+396=101;????1?1?1?1;"
+    assert "".join(target) == "." * 12 + "1.1....;.0.."
+    assert all(token == "?" for token, expected in zip(tokens, target) if expected != ".")
+    assert [int(p) // 4 for p in position] == [int(b) for b in block]
+    assert view == [str(number) for number in (0, 0, 0, 1, 2, 3) for _ in range(4)]
+
+
+def test_the_walk_shows_the_rule_as_its_mask(walked):
+    tables, _ = walked
+    block, view = tables[3][2][1:], tables[3][3][1:]
+    for i, words in enumerate(tables[4][1:]):
+        assert words[:3] == [tables[3][0][1 + i], "view", view[i]]
+        for j, sign in enumerate(words[3:]):
+            is_past = view[j] == "0" and block[j] < block[i]
+            assert (sign == "x") == (is_past or (view[j] == view[i] and block[j] == block[i]))
+
+
+def test_the_walk_replays_what_it_recorded(walked):
+    tables, _ = walked
+    *tokens, gap = tables[5][1:]
+    assert len(tokens) == 20 and all(abs(float(words[2]) - float(words[3])) < 1e-4 for words in tokens)
+    mean_gap, largest = (float(word) for word in gap if re.match(r"\d", word))
+    assert mean_gap <= largest < 1e-4
+    # The trace has the same numbers, in the order of the steps.
+    traced = [float(word) for words in tables[2][1:] for word in words if re.fullmatch(r"-?\d\.\d{3}", word)]
+    recorded = sorted((int(words[1]), number, float(words[2])) for number, words in enumerate(tokens))
+    assert traced == pytest.approx([logp for _, _, logp in recorded], abs=6e-4)
+
+
+def test_the_update_of_the_walk_raises_right_responses_against_wrong_ones(walked):
+    tables, _ = walked
+    rewards = torch.tensor([[float(words[2]) for words in tables[6][1:]]])
+    advantages = [float(words[3]) for words in tables[6][1:]]
+    assert 0 < rewards.mean() < 1  # the group holds right and wrong responses
+    assert advantages == pytest.approx(group_advantages(rewards)[0].tolist(), abs=1e-3)
+    _, before, after, change = zip(*(map(float, words[1:5]) for words in tables[8][1:]))
+    assert [new - old for new, old in zip(after, before)] == pytest.approx(change, abs=2e-3)
+    change = torch.tensor(change)
+    assert change[rewards[0] == 1].mean() > change[rewards[0] == 0].mean() + 0.05
+    assert change[rewards[0] == 1].mean() > 0 > change[rewards[0] == 0].mean()
+    num_tokens, _, _, _, loss, _, _, _, _, norm = tables[7][0]
+    assert int(num_tokens) == 8 * 19 and abs(float(loss.rstrip(","))) < 1e-6 and float(norm) > 0.1
+
+
+def test_the_walk_runs_the_definitions_and_no_twin(walked):
+    _, functions = walked
+    assert not [function for function in functions if is_twin(function)]
+    assert {(rollout.__file__, "generate"), (lm.__file__, "attend_by_rule"), (lm.__file__, "token_logprobs"),
+            (tracerl.__file__, "policy_loss")} <= functions
+
+
+# --------------------------------------------------------------------------------- broken.py, fault by fault
+
+
+@functools.cache
+def broken_rollouts(kind):
+    """A random model, and rollouts of it. Some end with tokens behind eos; one prompt fills its blocks."""
+    model = random_model(kind)
+    return model, decode(model, random_prompts([5, 9, 6, 8, 11]), max_new_tokens=14, threshold=0.4, seed=3)
+
+
+def plant(name, monkeypatch):
+    """Replaces what a fault replaces, until the test ends."""
+    for part, function in broken.FAULTS[name].items():
+        monkeypatch.setattr(rollout, part, function)
+
+
+def shown(r, j, name, config):
+    """Tokens as a fault shows them for the prediction of response token j, and their block size."""
+    K = 1 if name == "small_blocks" else config.block_size
+    P, R = len(r.prompt), len(r.response)
+    start = max(0, (P + j) // K * K - P)  # the response indices of its block
+    end = (P + j) // K * K - P + K
+    if config.is_full:
+        start, end = 0, R
+    is_masked = lambda i: r.step_map[i] >= r.step_map[j]
+    if name == "left_to_right":
+        is_masked = lambda i: i >= j
+    if name == "cut_at_eos":
+        is_masked = lambda i: i >= r.num_tokens or r.step_map[i] >= r.step_map[j]
+    block = [config.mask_id if is_masked(i) else r.response[i] for i in range(start, end)]
+    front = [config.pad_id] * 16 if name == "padded" else []
+    return front + r.prompt + r.response[:start] + block + [config.mask_id] * (r.canvas - R), K
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+@pytest.mark.parametrize("name", ["none", "cut_at_eos", "small_blocks", "left_to_right", "padded"])
+def test_a_fault_replays_the_states_that_it_says_and_has_a_gap(name, kind, monkeypatch):
+    model, rollouts = broken_rollouts(kind)
+    plant(name, monkeypatch)
+    if name == "small_blocks" and kind == "llada":
+        with pytest.raises(ValueError, match="there is nothing to break"):
+            rollout.replay(model, rollouts, FAST)
+        return
+    for r, replayed in zip(rollouts, rollout.replay(model, rollouts, FAST)):
+        for j in range(r.num_tokens):
+            tokens, K = shown(r, j, name, model.config)
+            with monkeypatch.context() as patch:
+                patch.setattr(model.config, "block_size", K)
+                logits = model(torch.tensor([tokens]))[0, (16 if name == "padded" else 0) + len(r.prompt) + j]
+            logits[model.config.mask_id] = -math.inf
+            assert replayed[j].item() == pytest.approx(logits.log_softmax(-1)[r.response[j]].item(), abs=1e-4)
+    gap = rollout.replay_gap(model, rollouts, FAST, 1.0)["gap"]
+    assert gap < 1e-5 if name == "none" else gap > 1e-3
+
+
+def test_blocks_cut_at_the_response_are_those_that_the_check_of_traces_looks_for(monkeypatch):
+    model, rollouts = broken_rollouts("sdar")
+    expected = [check.differences(model, [r], PLAIN, is_cut_at_response=True).tolist() for r in rollouts]
+    plant("cut_at_response", monkeypatch)
+    for r, logp, differences in zip(rollouts, rollout.replay(model, rollouts), expected):
+        found = logp.detach() - torch.tensor(r.logp)
+        assert found.tolist() == pytest.approx(differences, abs=1e-4)
+        found = found.abs()
+        assert found.max() < 1e-5 if len(r.prompt) == 8 else found.mean() > 1e-3
+    with pytest.raises(ValueError, match="there is nothing to break"):
+        rollout.replay(*broken_rollouts("llada"))
+
+
+@pytest.mark.parametrize("name", broken.FAULTS)
+def test_a_fault_trains_the_same_tokens_with_the_same_numbers(name, monkeypatch):
+    """Only what they see is another: the states, and so the views and their sizes."""
+    model, rollouts = broken_rollouts("sdar")
+    config = model.config
+    numbers = lambda built: sorted(t._replace(logit_index=0, view=0, masked_share=0.0)
+                                   for rows in built for row in rows for t in row.targets)
+    right = numbers(rollout.build_rows(rollouts, config, trained_only=True))
+    plant(name, monkeypatch)
+    rows = rollout.build_rows(rollouts, config, rollout.trace_views, 1, trained_only=True)
+    assert numbers(rows) == right
+    flat_rows = [row for each in rows for row in each]
+    assert all(row.tokens[t.logit_index] == config.mask_id for row in flat_rows for t in row.targets)
+
+
+@pytest.mark.parametrize("name", [name for name in broken.FAULTS if name not in ("none", "after_filter")])
+def test_a_fault_reaches_the_update_and_no_ratio_shows_it(name, monkeypatch):
+    usual, weights, _ = one_update(random_model(), keep(copies()))
+    plant(name, monkeypatch)
+    line, other, _ = one_update(random_model(), keep(copies()), method_of(law=ReplayLaw(True, max_gap=1e9)))
+    assert line["trained_tokens"] == usual["trained_tokens"] and line["ratio_max"] == 1
+    assert not torch.allclose(other, weights, atol=1e-4)
+
+
+def test_log_probabilities_after_a_filter_are_too_high_and_are_the_old_ones(monkeypatch):
+    model = random_model()
+    settings = dict(prompts=random_prompts([5, 9, 6]), max_new_tokens=14, top_p=0.8)
+    usual = decode(model, **settings)
+    plant("after_filter", monkeypatch)
+    for compute in COMPUTES.values():
+        rollouts = decode(model, compute=compute, **settings)
+        assert [(r.response, r.step_map) for r in rollouts] == [(r.response, r.step_map) for r in usual]
+        difference = rollout.replay_differences(model, rollouts, FAST, 1.0)
+        assert math.log(0.8) - 1e-5 < difference.min() and difference.max() < 1e-5
+        assert difference.mean() < -1e-3
+    logp, targets = as_targets(made_up())
+    loss = broken.recorded_is_old(logp, targets, 40, 0.2, 0.3)
+    assert loss == policy_loss(logp, targets._replace(logp_old=targets.logp), 40, 0.2, 0.3)
+
+
+def test_a_broken_run_goes_on_and_its_log_shows_the_gap_and_the_ratio(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.Run, "plot", lambda self: None)
+    small = ["--model", str(FIXTURES / "tiny"), *small_data(tmp_path), "--steps=1", "--prompts=4",
+             "--group_size=4", "--minibatches=1", "--eval_every=0", "--eval_strategies", "dynamic"]
+    lines = {}
+    for name, words in (("none", ["--top_p=0.8"]), ("after_filter", [])):
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "record", rollout.record)  # so that the fault ends here
+            before = broken.main([name, *small, *words])["before"]
+        lines[name] = json.loads((tmp_path / f"runs/broken-{name}/metrics.jsonl").read_text())
+        assert lines[name]["reward"] == lines["none"]["reward"] and before["dynamic"]["n"] == 4
+    assert lines["none"]["gap"] < 1e-5 and lines["none"]["kl"] == 0
+    assert lines["after_filter"]["gap"] > 1e-4  # where the law stops a run
+    assert lines["after_filter"]["kl"] > 0
+    with pytest.raises(ValueError, match="the first word must be one of none"):
+        broken.main(["--steps=1"])
+
+
 def test_a_diff_is_one_that_the_commands_at_its_top_name():
     """Every command in a docstring names files and functions that are there, and each file is short."""
-    scripts = {"smollm2.py"}  # run by itself
+    scripts = {"smollm2.py", "walk.py", "broken.py"}  # run by themselves
     for path in sorted((ROOT / "examples").glob("*.py")):
         if path.name in scripts:
             continue
