@@ -84,23 +84,37 @@ def is_rounding(model, found):
 
 
 def check(model, path, compute, temperature):
-    """Prints the gap of a file of traces, and what explains it -> mean."""
-    rollouts = read_traces(path, model.config)
+    """Prints the gap of a file of traces, by place in the block, and what explains it -> mean."""
+    config = model.config
+    rollouts = read_traces(path, config)
     found = differences(model, rollouts, compute, temperature)
     gap = float(found.abs().mean())
     print(f"{len(rollouts)} traces: replayed and recorded log-probabilities differ by {gap:.1e} on average, "
           f"by up to {found.abs().max():.1e}")
+    # Of every token: its position counted from the first block border, and where its text ends.
+    position, end = torch.tensor([(start + j, start + len(r.response)) for r in rollouts
+                                  for start in [0 if config.is_full else len(r.prompt)]
+                                  for j in range(len(r.response))]).T
+    for place in (position % config.block_size).unique().tolist():
+        gap_here = found[position % config.block_size == place].abs().mean()
+        print(f"  place {place} of its block: {gap_here:.1e}")
     if is_rounding(model, found):
         print("The traces replay.")
         return gap
-    mistakes = {} if model.config.is_full else MISTAKES  # with full attention there are no blocks to cut
-    for text, mistake in mistakes.items():
-        if is_rounding(model, differences(model, rollouts, compute, temperature, **mistake)):
-            print(f"Cause: {text}.")
+    mistakes = {} if config.is_full else MISTAKES  # with full attention there are no blocks to cut
+    found_causes = [text for text, mistake in mistakes.items()
+                    if is_rounding(model, differences(model, rollouts, compute, temperature, **mistake))]
     for other in TEMPERATURES:
         if is_rounding(model, differences(model, rollouts, compute, other)):
-            print(f"Cause: the recorded numbers are of temperature {other}, not {temperature}.")
+            found_causes.append(f"the recorded numbers are of temperature {other}, not {temperature}")
+    is_open = position // config.block_size == end // config.block_size  # in a block that is not whole
+    is_last_alone = is_open.any() and not is_open.all() and is_rounding(model, found[~is_open])
+    if is_last_alone and not config.is_full and not found_causes:
+        found_causes.append("perhaps tokens behind eos are missing. They were in sight, so a trace must hold "
+                            "its last block whole")
     # A filter gives what it keeps more probability, and never less: no layout explains that.
     if found.max() < 1e-3:
-        print("Cause: perhaps top-k or top-p. No recorded log-probability is lower than the replayed one.")
+        found_causes.append("perhaps top-k or top-p: no recorded log-probability is below the replayed one")
+    for text in found_causes:
+        print(f"Cause: {text}.")
     return gap

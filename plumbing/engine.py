@@ -512,7 +512,7 @@ def logprobs(model, states, tokens, temperature=1.0):
 
 
 def fast(device, max_tokens=4096, slots=None, cache="none"):
-    """All twins, as a rollout.Compute. On a GPU rows are packed, for FlexAttention skips what it may not see."""
+    """All twins, as a rollout.Compute. On a GPU rows are packed: FlexAttention skips what it may not see."""
     return rollout.Compute(functools.partial(generate, slots=slots, cache=cache), attend, logprobs,
                            is_packed=device.type == "cuda", max_tokens=max_tokens)
 

@@ -104,7 +104,8 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     architecture = (source.get("architectures") or [""])[0]
     if architecture.lower() in FAMILIES:
         name = architecture.lower()
-    refuse_other_networks(source, name, architecture)
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    refuse_other_networks(source, name, architecture, vocabulary)
     family = FAMILIES[name]
     is_llada = family.names is LLADA_NAMES
     wanted = {ours: source.get(llada if is_llada else ours) for ours, llada in LLADA_FIELDS.items()}
@@ -136,7 +137,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
         family=name, source=dict(source))
 
 
-def refuse_other_networks(source, name, architecture):
+def refuse_other_networks(source, name, architecture, vocabulary):
     """ValueError for a checkpoint whose network, or way of decoding, is not ours."""
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -147,6 +148,8 @@ def refuse_other_networks(source, name, architecture):
         "a mixture of experts": has_experts or "moe" in name,
         f"code of its own ({architecture or 'unnamed'}): another network under a known name": is_other,
         f"rotary positions of rope type {rope_type!r}, and not the plain ones": rope_type != "default",
+        "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
+            {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),
         "sliding windows": source.get("use_sliding_window"),
         f"the activation {source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
     }

@@ -32,7 +32,9 @@ def free_bytes(device):
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or the word max
     if limit.exists() and limit.read_text().strip().isdigit():
-        available = min(available, int(limit.read_text()))
+        # What files fill does not count: they may be forgotten. "anon" are the bytes of processes.
+        used = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        available = min(available, int(limit.read_text()) - int(used["anon"]))
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -102,11 +104,14 @@ def plan(config, args, num_models):
     most = 2048 if args.plain else 16384  # the definition holds the logits of a whole micro-batch
     tokens = args.tokens_per_micro_batch or max(1024, min(most, int(room / per_token) // 1024 * 1024))
     sizes["activations"] = tokens * per_token
+    PLANNED["update"] = sum(sizes.values())
     cached = 0.85 * free - sizes["weights"] - sizes["moments"] - has_copy * total * wide
     GB = lambda size: f"{size / 2**30:.1f}"
     parallel.say(
-        f"plan: {total / 1e9:.2f} billion parameters in {args.dtype}, {parallel.processes()[1]} processes; "
-        f"GiB on each: weights {GB(sizes['weights'])}, gradients and moments {GB(sizes['moments'])}, head "
+        f"plan: {total / 1e9:.2f} billion parameters in {args.dtype}, blocks of {config.block_size}"
+        f"{' (assumed: see --block_size)' * config.is_block_size_assumed}, "
+        f"{parallel.processes()[1]} processes; GiB on each: weights "
+        f"{GB(sizes['weights'])}, gradients and moments {GB(sizes['moments'])}, head "
         f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch); while "
         f"decoding {GB(max(cached, 0))} for sequences; free {GB(free)}")
     if sum(sizes.values()) > 0.85 * free or cached < 0:
@@ -119,3 +124,13 @@ def plan(config, args, num_models):
         parallel.say(f"WARNING: {args.max_new_tokens} tokens decoded one token a step are a row of {longest} "
                      f"tokens, and rows are never cut: {GB(longest * per_token)} GiB of activations")
     return tokens
+
+
+PLANNED = {}  # update: the bytes that `plan` has computed for it, until they are compared
+
+
+def say_peak(gib):
+    """Says once, after the first RL step, what the update took on this GPU, beside what was planned."""
+    planned = PLANNED.pop("update", None)
+    if planned is not None:
+        parallel.say(f"the update took up to {gib:.1f} GiB of this GPU; planned were {planned / 2**30:.1f}")

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from plumbing import flags, parallel
+from plumbing import flags, memory, parallel
 from plumbing.checkpoints import read_json, save_checkpoint, save_value_model, write_json
 from plumbing.flags import setting
 
@@ -118,6 +118,8 @@ def timed(name):
 def take_seconds():
     """The seconds since the last call, by name, and on a GPU the peaks of memory; starts again from 0."""
     taken = dict(TAKEN)
+    if "update_gib" in taken:
+        memory.say_peak(taken["update_gib"])
     TAKEN.clear()
     return taken
 
@@ -231,9 +233,15 @@ class Run:
 
     def steps(self, last, name):
         """The steps that are still to be done, up to `last`, with a progress bar."""
-        for step in parallel.bar(range(self.progress["step"] + 1, last + 1), name):
+        started = time.perf_counter()
+        first = self.progress["step"] + 1
+        for step in parallel.bar(range(first, last + 1), name):
             self.progress["step"] = step
             yield step
+            seconds = time.perf_counter() - started
+            if step == first < last and seconds > 5:
+                parallel.say(f"step {step} took {seconds:.0f} s; the other {last - step} take about "
+                             f"{(last - step) * seconds / 60:.0f} minutes")
 
     def write(self, line):
         """Appends one line to the log. (NaN and inf are no JSON: null.)"""

@@ -46,13 +46,24 @@ def test_a_mistake_of_another_engine_is_named(mistake, text, tmp_path, capsys):
     assert out.count("Cause") == bool(mistake)
 
 
+def test_a_last_block_without_the_tokens_behind_eos_is_named(tmp_path, capsys):
+    """The engine saw whole blocks, and handed over what it had up to eos."""
+    model = random_model()
+    rollouts = decode(model, random_prompts([5, 9, 6, 8, 11]), **SETTINGS)
+    cut = [dataclasses.replace(r, response=r.response[:r.num_tokens], step_map=r.step_map[:r.num_tokens],
+                               logp=r.logp[:r.num_tokens]) for r in rollouts]
+    assert any(r.num_tokens < len(r.response) for r in rollouts)
+    check.check(model, write(tmp_path / "traces.jsonl", cut), PLAIN, 1.0)
+    assert "Cause: perhaps tokens behind eos are missing" in capsys.readouterr().out
+
+
 def test_numbers_of_a_filtered_distribution_are_suspected(tmp_path, capsys):
     model = random_model()
     rollouts = decode(model, random_prompts([5, 9, 6, 8, 11]), top_k=5, **SETTINGS)
     for r in rollouts:
         r.logp = torch.tensor(r.confidence).log().tolist()
     check.check(model, write(tmp_path / "traces.jsonl", rollouts), PLAIN, 1.0)
-    assert "Cause: perhaps top-k or top-p." in capsys.readouterr().out
+    assert "Cause: perhaps top-k or top-p" in capsys.readouterr().out
 
 
 def test_a_line_that_is_no_trace_is_named(tmp_path):

@@ -227,6 +227,14 @@ def test_attention_that_a_family_does_not_have_is_refused():
 # --------------------------------------------------------------------------------------------- the block size
 
 
+def test_a_text_that_grows_and_shrinks_is_refused_by_its_vocabulary(tmp_path):
+    """DreamOn is Dream, with two tokens more."""
+    checkpoints.save_checkpoint(random_model("dream", vocab_size=320), None, tmp_path)
+    byte_tokenizer(tmp_path, ["<|mask|>", "<|expand|>", "<|delete|>"])
+    with pytest.raises(ValueError, match="DreamOn"):
+        checkpoints.load_model(tmp_path)
+
+
 @pytest.mark.parametrize("name, own, asked, K, is_assumed", [
     ("JetLM/SDAR-8B-Chat-b32", None, None, 32, False),
     ("models/SDAR-8B-Chat-b32/", None, None, 32, False),
