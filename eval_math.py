@@ -174,12 +174,9 @@ class Examinee:
 
         strategy: if given, it replaces that of self.decoding. "greedy" sets the temperature to 0 instead.
         """
-        decoding = self.decoding
         # The same decoding as in training, or another one for comparison.
-        if strategy == "greedy":
-            decoding = dataclasses.replace(decoding, temperature=0.0)
-        elif strategy is not None:
-            decoding = dataclasses.replace(decoding, strategy=strategy)
+        change = dict(temperature=0.0) if strategy == "greedy" else dict(strategy=strategy)
+        decoding = dataclasses.replace(self.decoding, **change) if strategy else self.decoding
         # Every process decodes a part of the prompts, and gets all rollouts.
         started = time.perf_counter()
         rollouts = rollout.generate_everywhere(
@@ -253,9 +250,8 @@ def pass_at(k, numbers):
 def evaluate_command(args):
     """Samples, grades, and prints a table. Responses are written in chunks: a stopped call can go on."""
     strategies = ["autoregressive"] if args.ar else args.strategy
-    known = dict(rollout.STRATEGIES, greedy=None, autoregressive=None)
     for name in strategies:  # report a wrong name before a model is loaded
-        flags.load_function(name, known, "--strategy")
+        flags.load_function(name, dict(rollout.STRATEGIES, greedy=None, autoregressive=None), "--strategy")
     # With --ar, a left-to-right model: the same prompts, the same grader and the same table.
     model, tokenizer, compute = machine.load_to_answer(args)
     # The same problems, in the same order, whenever this command is called again.
@@ -320,8 +316,8 @@ GROUPS = {"evaluation": Evaluation, "decoding": Decoding, "prompts": Prompting, 
 
 def main(argv=None):
     """Evaluates or grades."""
-    is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
-    parser = flags.make_parser("Evaluate a model on math problems, or grade a file.", GROUPS, is_tiny)
+    parser = flags.make_parser("Evaluate a model on math problems, or grade a file.", GROUPS,
+                               machine.is_tiny(flags.peek(argv, "--model")))
     args = parser.parse_args(argv)
     # Without --grade a model is asked. With it, a file of answers is graded, and no model is loaded.
     if args.grade is None:
