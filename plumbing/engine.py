@@ -264,7 +264,7 @@ class Decoder:
         """One forward -> final states (B, K, C) that predict the tokens at `columns` (B, K) of the slots.
 
         commits (2, M): slots whose block before this one has just become whole, and where that block starts.
-        Its clean tokens ride along as a second row of the same slot: keys and values of all rows are written
+        Its clean tokens ride along as a second row of the same slot. Keys and values of all rows are written
         first, then all rows attend. So the commit costs no forward of its own, only K more tokens:
 
             slots    0  block 8..11   0 ? 0 ?   denoising
@@ -351,9 +351,9 @@ class Decoder:
 def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
     """Twin of rollout.generate_each: decodes all prompts, some of them together -> list[Rollout], in order.
 
-    slots: sequences decoded together (default: as many as fit). Results do not depend on it. cache: one of
-    CACHES. ValueError for an empty prompt, a prompt without a seed, memory for no slot, a cache that the
-    attention does not know, and logits that are not finite.
+    slots: how many sequences are decoded together; None is as many as fit. Results do not depend on it.
+    cache: one of CACHES. ValueError for an empty prompt, a prompt without a seed, a cache that the attention
+    does not know, and logits that are not finite. The same if memory is too small for one slot.
     """
     config = model.config
     prompts = [list(prompt) for prompt, _ in zip(prompts, seeds, strict=True)]

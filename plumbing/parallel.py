@@ -2,7 +2,7 @@
 
 One process group from torchrun, nothing else. Work is dealt out by one rule, `deal`: item i goes to process
 i modulo the number of processes. Losses are sums over a process's own tokens, divided by the token count of
-ALL processes; so gradients are added up, never averaged, and one process or eight compute the same update.
+ALL processes. So gradients are added up, never averaged. One process or eight compute the same update.
 """
 
 import functools
@@ -36,9 +36,9 @@ CHOSEN = dict(device=None)  # by start_processes: "cpu", "cuda", or None for a G
 def start_processes(device=None, is_tiny=False, needs_group=False):
     """Joins torchrun's process group, if there is one. needs_group: makes a group of one, if there is none.
 
-    device: "cpu", "cuda", or None: a GPU if there is one, but not for the tiny model, which gains nothing
-    there. is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time, and
-    costs fifty times as much as soon as another program wants it (threads that wait for each other spin).
+    device: "cpu" or "cuda". None takes a GPU if there is one, but not for the tiny model, which gains nothing
+    there. is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time. As
+    soon as another program wants that core, threads wait for each other, and all takes far longer.
     """
     CHOSEN["device"] = device or ("cpu" if is_tiny else None)
     if device == "cuda" and not torch.cuda.is_available():
@@ -155,8 +155,8 @@ def say(text):
 def shard(model, layers, dtype=torch.float32):
     """Shards parameters, gradients and optimizer states over all processes (FSDP2), layer by layer, in place.
 
-    dtype: what layers compute in. The sharded weights are float32 whatever it is, and gradients are added up
-    in float32: they are sums over tokens (see tracerl.policy_loss), so no process average is taken. Frozen
+    dtype: what layers compute in. The sharded weights are always float32, and gradients are added up in
+    float32. They are sums over tokens (see tracerl.policy_loss), so no average is taken. Frozen
     weights (LoRA) stay whole on every process. Without a process group this does nothing.
     """
     if not dist.is_initialized():
@@ -187,8 +187,11 @@ def load(state, **source):
 
 @contextmanager
 def unsharded(model):
-    """Gives, for the time of a `with`, the whole model on this process: it may run as many forwards as it
-    likes, and no layer waits for another process. The model itself, if it is not sharded."""
+    """Gives the whole model on this process, for the time of a `with`.
+
+    It may run as many forwards as it likes, and no layer waits for another process. A model that is not
+    sharded is given as it is.
+    """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not parts:
         yield model
@@ -203,8 +206,10 @@ def unsharded(model):
 
 
 def without_hooks(module):
-    """The same weights in modules that FSDP2 knows nothing of: its hooks cost more than a small layer does,
-    and no CUDA graph can hold them."""
+    """The same weights in modules that FSDP2 knows nothing of.
+
+    Its hooks cost more than a small layer does, and no CUDA graph can hold them.
+    """
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
         return module
     # class FSDPLayer(FSDPModule, Layer)

@@ -33,10 +33,11 @@ def arithmetic(split, number, seed=0, slip=0.0):
 
 
 def work_out(a, b, slip, rng):
-    """The pupil's page: for each column, units first, its sum and the carry handed on; then the answer.
+    """The pupil's page: for each column, units first, its sum and the carry handed on. Then the answer.
 
-    237 + 682: 7 + 2 = 09, hand on 0; 3 + 8 = 11, hand on 1; 2 + 6 + 1 = 09, hand on 0. A pupil who slips
-    hands on 0 where a carry is due: 090;110;080;\\boxed{819}. The slip can be seen the moment it is written.
+    237 + 682 is 090;111;090;\\boxed{919}. The first column is 7 + 2 = 09, and 0 is handed on. The second one
+    is 3 + 8 = 11, and 1 is handed on. A pupil who slips hands on 0 where a carry is due, as in
+    090;110;080;\\boxed{819}. The slip can be seen the moment it is written.
     """
     page = ""
     digits = ""  # of the answer, found from the right
@@ -52,7 +53,7 @@ def work_out(a, b, slip, rng):
 
 @functools.cache
 def sudoku_grids():
-    """All 288 grids of 4 x 4 in which every row, column and 2 x 2 box holds 1 2 3 4, as strings of 16."""
+    """All 288 solved grids of 4 x 4, as strings of 16: each row, column and 2 x 2 box holds 1 2 3 4."""
     rows = list(itertools.permutations("1234"))
     # Two rows whose boxes are right, then two such bands whose columns are right.
     bands = [(a, b) for a in rows for b in rows if not {*a[:2]} & {*b[:2]} and not {*a[2:]} & {*b[2:]}]
@@ -63,8 +64,8 @@ def sudoku_grids():
 def sudoku(split, number, seed=0, slip=0.0):
     """`number` distinct puzzles like 0030100434000040= (0 is empty) with solutions \\boxed{4231132434122143}.
 
-    Every puzzle has one solution. slip: how often the pupil is hasty in one row: its empty cells get the
-    digits that the row lacks in any order, whatever stands in their columns and boxes.
+    Every puzzle has one solution. slip: how often the pupil is hasty in one row. Its empty cells then get the
+    digits that the row lacks, in any order, whatever stands in their columns and boxes.
     """
     rng = random.Random(f"sudoku {split} {seed}")
     grids = sudoku_grids()

@@ -12,8 +12,8 @@ from plumbing import checkpoints, parallel
 def tiny_tokenizer():
     """One token per character of the embedded arithmetic, and one for \\boxed{. A Hugging Face tokenizer.
 
-    Its chat template keeps the first line of a message: the instruction that follows the problem in a real
-    prompt ("Please reason step by step ...") would be unknown words to a model of 18 tokens.
+    Its chat template keeps the first line of a message. In a real prompt an instruction follows, such as
+    "Please reason step by step". Its words would be unknown to a model of 18 tokens.
     """
     # 18 tokens: 3 special ones, 10 digits, + = ; and what an answer is boxed with.
     words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]

@@ -90,7 +90,8 @@ def split_name(tree):
     """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree."""
     match tree:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):
-            letters, name = leaves(left), "".join(leaves(left))
+            letters = leaves(left)
+            name = "".join(leaves(left))
             no_product = (ast.Add, ast.Sub, ast.Div, ast.Pow)
             is_product = not any(isinstance(node, no_product) for node in ast.walk(left))
             is_short = len(letters) == 2 and name.islower() and name[0] not in "fgh"  # xy = 5 is no name
@@ -166,7 +167,8 @@ def turned(tree):
     """The signs and sides of a relation, with < and <= for > and >=."""
     if not isinstance(tree, ast.Compare):
         return [], [tree]
-    signs, sides = [type(sign) for sign in tree.ops], [tree.left, *tree.comparators]
+    signs = [type(sign) for sign in tree.ops]
+    sides = [tree.left, *tree.comparators]
     if all(sign in TURNED for sign in signs):
         return [TURNED[sign] for sign in reversed(signs)], sides[::-1]
     return signs, sides

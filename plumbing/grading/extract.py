@@ -8,7 +8,8 @@ import re
 MAX_ANSWER = 1000  # characters of an answer worth reading
 BOX = re.compile(r"\\boxed(?=\s*\{)|\\boxed\s*(?=-?[\d.])|\\boxed\s+(?=-?[a-zA-Z]\b)")
 # An escape is a backslash with the character behind it. It is matched first, so the brace in \} is no brace.
-UNESCAPED_BRACE, ANY_BRACE = re.compile(r"\\.|[{}]", re.DOTALL), re.compile(r"[{}]")
+UNESCAPED_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+ANY_BRACE = re.compile(r"[{}]")
 
 
 def extract_answer(response):

@@ -53,10 +53,13 @@ def to_python(text):
     """
     if TWO_WAYS.search(text):
         raise ValueError("2^3^4, n!^2: these can be read in two ways")
-    code, suffix, previous = [], "", "start"
+    code = []
+    suffix = ""
+    previous = "start"
     opened = []  # what is still open: (bracket, its place in code, what follows the closing one)
     for token in TOKEN.finditer(text):
-        kind, symbol = token.lastgroup, token[0]
+        kind = token.lastgroup
+        symbol = token[0]
         if previous == "function" and kind != "opening":
             opened.append(("", len(code), suffix))  # \sin 2x: the argument ends at a sign or a function
             code.append("(")
@@ -71,7 +74,9 @@ def to_python(text):
         if kind in ("number", "letter"):
             code.append(repr(re.sub("[ {}]", "", symbol)))
         elif kind == "function":
-            name, base, power = token[3], token["base"], token["power"]
+            name = token[3]
+            base = token["base"]
+            power = token["power"]
             base = base or ("10" if name in ("log", "lg") else "")
             code.append("((ln" if base else f"(({name}")  # one bracket for the base, one for the power
             suffix = f"/ln({to_python(base)}))" if base else ")"
@@ -176,7 +181,8 @@ class Calculator:
 
     def function(self, name, *values):
         """\\sin, \\frac, a factorial and others."""
-        first, last = values[0], values[-1]
+        first = values[0]
+        last = values[-1]
         if (len(values) == 2) != (name in ("frac", "binom", "root")) or len(values) > 2:
             raise ValueError("not its number of arguments")
         is_small_whole = all(0 <= value.real <= 5000 and value == int(value.real) for value in values)
@@ -204,7 +210,8 @@ def values_at(trees, letters, is_real):
     """
     num_typed = sum(len(leaf) for tree in trees for leaf in leaves(tree))
     for digits in (150, 1500) if letters else (150, 1500, 11_000):
-        values, needed = [], 0
+        values = []
+        needed = 0
         for tree in trees:
             calculator = Calculator(letters, is_real, digits + num_typed)
             try:
@@ -240,7 +247,8 @@ def is_same_function(answer, gold, factor=None):
         return False
     is_real = bool(letters) and "i" not in leaves(answer) + leaves(gold)
     has_bars = "'abs'" in ast.dump(answer) + ast.dump(gold)
-    agreed, ratio = 0, None
+    agreed = 0
+    ratio = None
     for point in points(letters) if letters else [{}]:
         (x, y), tolerance = values_at((answer, gold), point, is_real)
         if x is None or y is None:

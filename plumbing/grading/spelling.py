@@ -25,7 +25,9 @@ AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "
 
 def periodic(match):
     """0.91\\overline{6} as \\frac{825}{900}."""
-    whole, start, period = match[1] or "0", match[2], re.sub(r"\D", "", match[3])
+    whole = match[1] or "0"
+    start = match[2]
+    period = re.sub(r"\D", "", match[3])
     nines = (10 ** len(period) - 1) * 10 ** len(start)
     return r"\frac{%d}{%d}" % (int(whole + start + period) - int(whole + start), nines)
 
@@ -120,7 +122,8 @@ def without_units(text, nouns):
 
 def is_bare_unit(match, nouns, may_touch):
     """Whether the words that end an answer, as in "5 cm", are units. One letter needs a space before it."""
-    first, has_space = WORD.match(match[1])[0], match[0][0] == " "
+    first = WORD.match(match[1])[0]
+    has_space = match[0][0] == " "
     is_fit = has_space or may_touch
     if len(first) == 1:
         is_fit = has_space and may_touch and first in "mghsLJNWV"

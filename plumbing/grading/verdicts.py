@@ -58,7 +58,8 @@ def grade(pairs):
 
 def read_json_rows(path):
     """The rows of a .json array or of JSON lines. A ValueError names the file, and the line of a mistake."""
-    rows, place = [], ""
+    rows = []
+    place = ""
     try:
         with open(path, encoding="utf-8-sig") as file:  # -sig: with or without a byte order mark
             text = file.read()

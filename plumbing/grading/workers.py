@@ -24,7 +24,11 @@ class Workers:
     wall clock only ends checks that sleep.
     """
 
-    NUMBER, CPU_SECONDS, WALL_SECONDS, MEMORY, MAX_CACHED = 2, 2, 20, 1 << 30, 100_000
+    NUMBER = 2
+    CPU_SECONDS = 2
+    WALL_SECONDS = 20
+    MEMORY = 1 << 30
+    MAX_CACHED = 100_000
 
     def __init__(self):
         self.idle, self.lock, self.started, self.killed = queue.Queue(), threading.Lock(), 0, 0
@@ -44,7 +48,8 @@ class Workers:
             if self.started < self.NUMBER:
                 self.started += 1
                 self.idle.put(None)
-        process, reply = self.idle.get(), ""
+        process = self.idle.get()
+        reply = ""
         try:
             if process is not None and process.poll() is not None:  # it died while idle: no verdict on anyone
                 self.bury(process)
