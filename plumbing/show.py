@@ -104,7 +104,7 @@ def announce(recipe, decoding, num_problems):
     parallel.say(
         f"{recipe.steps} RL steps. Each one asks {recipe.prompts} of {num_problems} problems, decodes "
         f"{recipe.group_size} responses to each, {tokens:,} tokens at most, and trains on the groups whose "
-        f"rewards differ: at most {responses} rows, in {recipe.minibatches * recipe.epochs} updates")
+        f"rewards differ: at most {responses} responses, in {recipe.minibatches * recipe.epochs} updates")
 
 
 def plus_minus(found):
