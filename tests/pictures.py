@@ -111,7 +111,7 @@ def example():
     raise ValueError(f"no seed gives {RESPONSE} in the order of the example")
 
 
-QUESTION = "Tom has 8 cards, buys 6 more and finds 2. How many cards does Tom have?\nAnswer:"
+QUESTION = "Mia has 5 shells and finds 4 more. How many shells does Mia have now?\nAnswer:"
 
 
 def draw_words(checkpoint):
