@@ -95,10 +95,10 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... (a truncated response loses nothing by itself)
+        rollout    the record: step_map, is_truncated, ... (only you can punish a truncated response)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
-    value or an advantage of your own. Give every token of a denoising step the reward of that step: a return
-    adds up one number per trace step, the MEAN over its tokens. (`reward` in the log is the sum over tokens.)
+    value or an advantage of your own. A return takes the MEAN reward of the tokens of each trace step. So
+    give all tokens of a step the reward of that step. (`reward` in the log is the sum over tokens.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none
@@ -108,8 +108,8 @@ def math_reward(problem, text, rollout):
 def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     """Sets Rollout.reward and token_rewards, on every process. ValueError for a reward that is not finite.
 
-    Each response is judged once, and all processes share the verdict. A check may run into its time limit on
-    one process and not on another. The processes would then train on different groups.
+    Each response is judged once, and all processes share the verdict. If every process judged for
+    itself, a time limit might strike on one of them only. Then they would train on different groups.
     """
     # The grader's checks run in worker processes. A function of the user's may not like threads.
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
@@ -250,8 +250,8 @@ def pass_at(k, numbers):
 def evaluate_command(args):
     """Samples, grades, and prints a table. Responses are written in chunks: a stopped call can go on."""
     strategies = ["autoregressive"] if args.ar else args.strategy
-    for name in strategies:  # report a wrong name before a model is loaded
-        flags.load_function(name, dict(rollout.STRATEGIES, greedy=None, autoregressive=None), "--strategy")
+    for name in args.strategy:  # report a wrong name before a model is loaded
+        flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--strategy")
     # With --ar, a left-to-right model: the same prompts, the same grader and the same table.
     model, tokenizer, compute = machine.load_to_answer(args)
     # The same problems, in the same order, whenever this command is called again.
@@ -271,8 +271,8 @@ def evaluate_command(args):
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
-            # Responses are saved chunk by chunk, so at most one chunk is lost. It fills twice all that is
-            # decoded together.
+            # Responses are saved chunk by chunk, so at most one chunk is lost. A chunk is twice as many
+            # as are decoded together.
             size = (args.slots or 64) * parallel.processes()[1] * 2
             chunks = [todo[start:start + size] for start in range(0, len(todo), size)]
             for chunk in parallel.bar(chunks, strategy):

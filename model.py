@@ -2,10 +2,10 @@
 
 A block diffusion language model is an ordinary decoder-only transformer with three changes:
 
-  1. It has a mask token, "?" below. Its output at position i predicts the token AT position i.
+  1. It has a mask token, "?" below. The network's output at position i predicts the token AT position i.
   2. Attention looks back by whole blocks of K tokens, not by single tokens.
   3. A training row holds the clean text and, behind it, *views*. A view is a copy of one block with some of
-     its tokens masked, as that block was at some moment of its decoding.
+     its tokens masked. In TraceRL a view is a state of its decoding. In fine-tuning the masks are random.
 
 Changes 2 and 3 are one rule over three small numbers that every token has: document, block, view. The picture
 shows that rule for the prompt 894+396= and its first response block, 1 0 1 ; with K = 4. An x means that the
@@ -35,10 +35,10 @@ In other files:
   3. LoRA, and sharding over several GPUs: plumbing/parallel.py.
 
 Single capital letters are sizes in every file. (In formulas T is also the temperature, R a return, A an
-advantage.)
+advantage, V a value, L the loss.)
   B rows            T tokens in a row   P prompt tokens   R response tokens   K tokens per block
   S trace steps     V vocabulary        C channels        H heads             D channels of a head
-  G responses per prompt                N items of a list, such as targets; in a loss, those of a whole update
+  G responses per prompt                N items of a list, such as targets; n those of one micro-batch
 """
 
 import math
@@ -361,7 +361,7 @@ class Targets(NamedTuple):
     rollout_index: torch.Tensor  # the number of its rollout in the list that build_rows was given
     response_index: torch.Tensor  # its index in that rollout's response
     step: torch.Tensor  # the denoising step that revealed it, counted from 1 over the whole response
-    view: torch.Tensor  # the view that predicts it, counted from 1 over the whole response: its trace step
+    view: torch.Tensor  # the view that predicts it, counted from 1. With trace views this is its trace step
     group: torch.Tensor  # the number of its prompt in this RL step: responses of one group share it
     masked_share: torch.Tensor  # float: the masked fraction of the block's response tokens in this view
     logp: torch.Tensor  # float: its log-probability, recorded when it was drawn

@@ -11,7 +11,7 @@ Twelve words:
   clean           of a block: all its tokens are revealed. They never change again
   trace           which denoising step revealed which token; `step_map` holds the number of that step
   view            a copy of a block as it was before one denoising step, or before several merged ones
-  trace step      the denoising steps that share one view. --shrink says how many: 1, or 8 with full attention
+  trace step      the denoising steps that share one view: 1, or as many as --shrink says
   row             one training input: the clean text, and behind it the views
   replay          to compute the log-probability of every token again, in the state in which it was drawn
   group           the G responses to one prompt
@@ -25,7 +25,8 @@ This is one block of K = 4 tokens while it is decoded, and what the record keeps
     clean            1 0 1 ;                                when drawn
 
 (These numbers are real: examples/walk.py prints them. The third token is the carry, which the model mostly
-forgets: it had the probability .27.)
+forgets. It had the probability .27. The order was fixed by hand: the usual strategy would have revealed the
+sure tokens first.)
 
 The three states on the left are the views of this block. The token 0 was drawn while 1, 1 and ; were in
 sight. In another state it has another probability. That number is the wrong one to train on: the policy did
@@ -79,10 +80,10 @@ class Rollout:
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
     confidence: list = field(default_factory=list)  # its probability after top-k and top-p, see `sample`
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
-    canvas: int = 0  # full attention: how many response positions every forward sees. Block attention: 0
+    canvas: int = 0  # full attention: response positions that every forward sees, masks included. Else 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
     seed: int = 0  # of its draws
-    # Filled in on the way to the update, by tracerl.py:
+    # Filled in between decoding and the update, by tracerl.py, eval_math.py and value.py:
     group: int = 0  # the number of its prompt in this RL step
     reward: float = 0.0
     token_rewards: list = field(default_factory=list)  # process rewards, one per trained token, if any
@@ -115,7 +116,7 @@ def uniform(seed, step, position):
 def mix(*numbers):
     """One seed made of several whole numbers, such as (seed of the run, RL step, number of the response).
 
-    A large odd factor keeps them apart, so that no two rollouts of a training run share their draws.
+    A large odd factor keeps them apart, so that no two training rollouts of a run share their draws.
     """
     seed = 0
     for number in numbers:
@@ -150,7 +151,7 @@ def inverse_cdf(p, draws):
     cdf = p.cumsum(-1, dtype=torch.float64)  # float64: in a sum of 151,936 terms float32 would round too much
     total = cdf[:, -1:]
     target = draws[:, None] * total
-    # Below the total: then the cumulative probability of some token exceeds it.
+    # The target must stay below the total. Otherwise no cumulative probability would exceed it.
     target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=p.shape[1] - 1)  # the clamp is for NaN
 
@@ -202,7 +203,7 @@ def reveal_sequential(is_masked, quota):
 def reveal_entropy(entropy, is_masked):
     """Masked positions by rising entropy, while the sum of their entropies stays below 0.35; at least one.
 
-    The idea is EB-Sampler's (arXiv 2505.24857). 0.35 nats is the authors' bound.
+    The idea is EB-Sampler's (arXiv 2505.24857). 0.35 nats is the bound of TraceRL's authors.
     """
     rising = entropy.masked_fill(~is_masked, math.inf).sort(-1).values
     number = (rising.cumsum(-1) < 0.35).sum(-1).clamp(min=1)
@@ -245,6 +246,8 @@ class Decoding:
 
     def quota(self, K, step_in_block):
         """How many tokens a step is to reveal. K = 8 in 3 steps: 3, 3, 2."""
+        if step_in_block >= K:  # whoever reveals a token in each step needs no more than K of them
+            raise ValueError(f"--strategy {self.strategy} must reveal a mask of every block in every step")
         each, remainder = divmod(K, self.denoising_steps or K)
         return each + (step_in_block < remainder)
 
@@ -258,11 +261,11 @@ class Decoding:
             quota                         how many tokens the step is to reveal, (B,)
             step                          the denoising step, here counted from 0 in its block, (B,)
             threshold                     the flag of that name
-        It must reveal at least one mask of every block that has one, and only masks. Use tensor operations
+        It must reveal at least one mask of every block that has one. Use tensor operations
         only: `if x.any()` makes a GPU wait, and no CUDA graph can hold it.
         """
         return flags.call(self.function, confidence=confidence, entropy=entropy, is_masked=is_masked,
-                          quota=quota, token=token, step=step, threshold=self.threshold)
+                          quota=quota, token=token, step=step, threshold=self.threshold) & is_masked
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -305,9 +308,10 @@ def generate(model, prompt, decoding, seed=0):
             drawn = sample(policy_logits(model, states), draws, decoding.temperature, decoding.top_k,
                            decoding.top_p)
             token, sure, token_logp, entropy = (numbers[None] for numbers in drawn)  # (1, K): one block
-            quota = torch.tensor([decoding.quota(K, step_in_block)], device=model.device)
-            number = torch.tensor([step_in_block], device=model.device)
-            is_kept = decoding.reveal(sure, entropy, is_masked[None], quota, token, number)[0]
+            # (1,) each: how many tokens to reveal now, and the number of this step in the block.
+            numbers = [[decoding.quota(K, step_in_block)], [step_in_block]]
+            quota, place = torch.tensor(numbers, device=model.device)
+            is_kept = decoding.reveal(sure, entropy, is_masked[None], quota, token, place)[0]
             # Revealed tokens are written into the text. The others are forgotten, and drawn again.
             revealed = block[is_kept]
             tokens[revealed] = token[0, is_kept]
@@ -469,8 +473,8 @@ def views_of(rollout, config, views=trace_views, shrink=1):
     for block in blocks:
         for masked, targets in flags.call(views, rollout=rollout, block=block, shrink=shrink, rng=rng):
             if not set(targets) <= set(masked) <= set(block):
-                raise ValueError(f"--views: of the block {block}, {masked} are masked and {targets} "
-                                 "predicted; what is predicted must be masked, and of the block")
+                raise ValueError(f"--views masks {masked} and predicts {targets} in the block {block}: what "
+                                 "is predicted must be masked, and what is masked must be of the block")
             number = 0 if config.is_full else (P + block[0]) // K
             found.append(View(number, masked, targets, len(masked) / len(block)))
     return found
@@ -515,15 +519,15 @@ def lay_out(r, rollout_index, views, config):
 
     The clean text ends before the block of the last view, since no view looks further. If another block were
     decoded after this one, the clean 1 0 1 ; would stand before the views. One clean text serves all views,
-    because it sees none of them. With full attention no text can be shared. Every token sees the masks
-    of the state there, so each state has keys and values of its own. So each view is a row, the whole canvas,
-    and costs a whole forward.
+    because it sees none of them. With full attention every token sees the masks of its state. So its
+    keys and values differ in every state, and no text can be shared. Each view is a row of its own: the
+    prompt and the room for the whole response. It costs a whole forward.
     """
     P = len(r.prompt)
     R = len(r.response)
     text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
     size = len(text) if config.is_full else config.block_size  # of a block
-    text += [config.mask_id] * (-len(text) % size)  # only needed if K is larger now than it was in decoding
+    text += [config.mask_id] * (-len(text) % size)  # needed only if K was smaller in decoding
     # Numbers of each response token that travel with it. A list that is not filled yet counts as zeros.
     known = {name: getattr(r, name) or [0.0] * R for name in ("logp", "advantage", "value_old", "returns")}
     rows = []
@@ -612,9 +616,7 @@ def per_response(rollouts, parts, numbers):
 
     A response index that is no target gets 0.
     """
-    if not rollouts:
-        return []
-    longest = max(len(r.response) for r in rollouts)
+    longest = max((len(r.response) for r in rollouts), default=0)
     table = torch.zeros(len(rollouts) * longest)  # one line per rollout, end to end
     for rows, values in zip(parts, numbers):
         place = rows.targets.rollout_index * longest + rows.targets.response_index
@@ -642,7 +644,8 @@ def drift(model, rollouts, compute, temperature):
     """How far updates have moved the policy since it made these rollouts: KL(old || new), the largest ratio.
 
     An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are
-    always 1, so they cannot show a collapse.
+    always 1, so they cannot show a collapse. The comparison is with the recorded numbers. So in bfloat16 the
+    drift contains the gap, too.
     """
     log_ratio = replay_differences(model, rollouts, compute, temperature)
     ratio = log_ratio.clamp(-10, 10).exp()
@@ -661,7 +664,7 @@ class ReplayLaw:
     A wrong mask, position or step moves many log-probabilities by 0.05 nats and more. In float32, rounding
     stays below 1e-4 on average, and below ten times that for the worst token. In bfloat16, decoding and
     training round differently: on CPUs means of about 1e-3 were seen. There a run stops after the third step
-    in a row whose mean is above 0.05.
+    in a row whose mean is above 0.05. (A resumed run counts anew.)
     """
 
     is_float32: bool

@@ -10,8 +10,9 @@ as well, and the loss is a plain log-likelihood.
 
 There is one view per block. It masks k of the block's 4 tokens, k uniform in 1 to 4, and the loss is minus
 the log-probability of these. An autoregressive checkpoint predicts the NEXT token at each position.
-Fine-tuning teaches it to predict the token AT the position, where a mask stands in the input. Nothing else
-has to change. (This is the recipe of SDAR, arXiv 2510.06303.)
+Fine-tuning teaches it to predict the token AT the position, where a mask stands in the input. Its attention
+becomes block-wise, and an unused row of its embedding becomes the mask token. Nothing else changes. (This is
+the recipe of SDAR, arXiv 2510.06303.)
 
     python sft.py                     # a tiny model on additions, two minutes: how assets/tiny-block was made
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --name qwen3-block
@@ -99,10 +100,11 @@ VIEWS = dict(random=noise_views, trace=rollout.trace_views)  # --views
 def sft_loss(logp, masked_share, normalizer, is_weighted):
     """Minus the log-likelihood of the masked tokens, divided by the normaliser of the whole update.
 
-    logp, masked_share: float32 (N,). is_weighted: each token is multiplied by 1 / t, where t is the masked
-    fraction of its block. A token is masked with probability t. So the weighted sum is an unbiased estimate
-    of the sum over ALL response tokens. That sum is the diffusion bound, and the normaliser is the number of
-    response tokens. Without weights (the authors' choice) the normaliser is the number of masked tokens.
+    logp, masked_share: float32 (n,), of one micro-batch. is_weighted: each token is multiplied by 1 / t,
+    where t is the masked fraction of its block. A token is masked with probability t. So the weighted sum
+    estimates, without bias, minus the log-probability summed over ALL response tokens. That is the diffusion
+    bound, and the normaliser is the number of response tokens. Without weights (the authors' choice) the
+    normaliser is the number of masked tokens.
     """
     # In the block 1 ? ? ; two of four tokens are masked, t = .5. With weights each of them counts twice: for
     # itself, and for one that is not masked this time.
@@ -212,7 +214,7 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
             parallel.say(f"sft: update {number}, loss {loss:.3f}{accuracy}")
         save_every = run.settings["save_every"]
         if save_every and number % save_every == 0 and number < recipe.steps:  # (`main` saves the end)
-            run.save([learner])  # weights and moments; all else follows from the number of the step
+            run.save([learner])  # weights and moments; all else follows from run.progress
 
 
 @dataclass
@@ -242,7 +244,7 @@ def parse_args(argv=None):
     args = runs.parse(parser, argv)
     if args.data is None:  # (the tiny model learns arithmetic)
         parser.error("--model needs --data")
-    if args.dev_data is None and args.data in EMBEDDED:  # sums that are in no training set
+    if args.dev_data is None and args.data in EMBEDDED:  # problems that are in no training set
         args.dev_data = f"{args.data}-dev"
     if args.stop_accuracy is not None and args.dev_data is None:
         parser.error("--stop_accuracy needs --dev_data")

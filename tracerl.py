@@ -15,12 +15,13 @@ One RL step has six stages. `train` calls them in this order, and the README num
   5 update      clipped policy gradient on the states of the trace                 learn, update, policy_loss
   6 finish      log, evaluate, save                                                finish_step
 
-An *RL step* is these six stages. An *update* is one step of the optimizer. An RL step makes --minibatches
-times --epochs updates of the policy, and the value model makes updates of its own.
+An *RL step* is these six stages. An *update* is one step of the optimizer. An RL step makes at most
+--minibatches times --epochs updates of the policy. The value model makes updates of its own.
 
     torchrun tracerl.py                           # a laptop: the tiny model in assets/, additions
     torchrun tracerl.py --plain                   # the same by the definitions alone, without any fast twin
-    torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data gsm8k-train --eval_data math500
+    torchrun --nproc_per_node=8 tracerl.py --model JetLM/SDAR-8B-Chat --train_data gsm8k-train \
+        --eval_data math500
 
 Read in this order: group_advantages, policy_loss, train, and then the stages. FORK HERE, in a docstring,
 marks what a paper can replace by a function in a file of its own.
@@ -60,8 +61,8 @@ def group_advantages(rewards):
     FORK HERE. --advantage file.py:function calls a function of yours. It declares those parameters it needs:
         rewards    float (groups, G)
         rollouts   the records, group by group: step_map, confidence, logp, ... of every response
-    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, tokens of the
-    longest response). A group of zeros is left out of the update.
+    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, L), where L is the
+    longest len(r.response), tokens behind eos included. A group of zeros is left out of the update.
     """
     mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
     std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, not by G - 1, as the authors do
@@ -72,7 +73,7 @@ ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see
 
 
 def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
-    """The clipped policy gradient with a KL penalty (arXiv 2509.06949, objective; the clip is PPO's):
+    """The clipped policy gradient of PPO with a KL penalty, as in the objective of arXiv 2509.06949:
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 
@@ -83,18 +84,18 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     All trained tokens weigh the same. The paper first averages inside each trace step: see examples/forks.py.
     In the first update of an RL step every ratio is 1, so nothing is clipped and k3 is 0.
 
-    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). Without top-k and top-p the
-    tokens are draws from the OLD policy, so the mean of -log ratio is that KL. ratio - 1 has mean 0, and only
-    lowers the noise.
+    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). If the
+    trained tokens were plain draws from the OLD policy, the mean of -log ratio would be that KL. Revealing
+    prefers sure tokens, so this is an approximation. ratio - 1 has mean 0 then, and only lowers the noise.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch. It declares those
     parameters it needs. Beside those above there are
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
         num_groups       groups of the whole update. If your loss declares it, groups are not cut (see below)
-    A micro-batch holds whole responses, and with num_groups whole groups. What is larger than a micro-batch
-    is cut all the same. targets is a model.Targets: it also holds step, view,
-    group, rollout_index, logp, ...
+    With block attention a response is one row, and rows are never cut. With full attention a response has
+    many rows, and one that exceeds a micro-batch is cut. The same goes for a group. targets is a
+    model.Targets: it also holds step, view, group, rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
@@ -115,9 +116,10 @@ LOSSES = dict(clip=policy_loss)  # --loss
 
 @dataclass
 class Recipe:
-    """The numbers of the method. For real checkpoints the defaults are the paper's for SDAR.
+    """The numbers of the method.
 
-    Some are ours: one update per RL step (the authors' code makes several), and the value model's head start.
+    For real checkpoints the defaults are the paper's for SDAR, except for two: one update per RL step (the
+    authors' code makes several), and the value model's head start.
     """
 
     seed: int = setting(0, "random seed of prompts, rollouts and views")
@@ -152,7 +154,7 @@ class Recipe:
 
 
 class Learners(NamedTuple):
-    """All that a checkpoint must hold: the policy, and the value model if there is one."""
+    """What learns: the policy, and the value model if there is one."""
 
     policy: parallel.Learner
     value: parallel.Learner = None
@@ -224,8 +226,8 @@ def roll_out(model, problems, method, recipe, step):
 def give_advantages(rollouts, value_learner, method, recipe):
     """Sets the advantage of every rollout -> those to train on (maybe none), and numbers for the log.
 
-    Groups that teach nothing are left out: those of equal rewards, and with --keep_range those whose mean
-    reward is outside it. (With a value model every group is kept.) Whole records are kept or dropped. If
+    Left out are groups whose advantages are all 0 (equal rewards), and those whose mean reward is outside
+    --keep_range. (With a value model every group is kept.) Whole records are kept or dropped. If
     lists of prompts, rewards and step maps were filtered one by one, a response might get its neighbour's
     reward.
     """
@@ -239,9 +241,10 @@ def give_advantages(rollouts, value_learner, method, recipe):
         return rollouts, line | found | dict(kept_groups=len(rewards))
     if method.advantage in ADVANTAGES.values() and any(r.token_rewards for r in rollouts):
         raise ValueError("the reward function gives a reward per token, and this --advantage takes one per "
-                         "response: use --advantage value or a function of yours, or their sum")
+                         "response: use --advantage value, one of your own, or a reward that is their sum")
     # A function of yours may draw at random: all processes take what the first one got.
-    advantages = parallel.from_first(flags.call(method.advantage, rewards=rewards, rollouts=rollouts))
+    given = flags.call(method.advantage, rewards=rewards, rollouts=rollouts)
+    advantages = parallel.from_first(torch.as_tensor(given, dtype=torch.float32))
     longest = max(len(r.response) for r in rollouts)
     if advantages.shape not in (rewards.shape, (*rewards.shape, longest)) or not advantages.isfinite().all():
         raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers for the "
@@ -280,11 +283,11 @@ class Batch(NamedTuple):
 @torch.no_grad()
 @runs.timed("update_seconds")
 def old_logprobs(learners, rollouts, kept, method, recipe, step):
-    """Lays the kept rollouts out as rows, and replays them -> batches with Targets.logp_old, and the gap.
+    """Lays the kept rollouts out as rows -> batches, and the gap, which it measures on some of the rollouts.
 
-    The first update needs no pass of its own: its policy IS the old one, see `update`. The recorded
-    log-probabilities would do for the trace itself. But other views are other states, and on a GPU decoding
-    and training round differently.
+    It also computes Targets.logp_old of all updates but the first. The first update needs no pass of its own:
+    its policy IS the old one, see `update`. The recorded log-probabilities would do for the trace itself. But
+    other views are other states, and on a GPU decoding and training round differently.
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
@@ -298,7 +301,7 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     groups = [groups[i] for i in parallel.shuffled(len(groups), mix(recipe.seed, step))]
     batches = [make_batch(learners, groups[start::recipe.minibatches], method, recipe)
                for start in range(min(recipe.minibatches, len(groups)))]
-    # A second update will start from a policy that has moved by then. So its old log-probabilities are
+    # Later updates start from a policy that has moved. So the old log-probabilities of their tokens are
     # computed now.
     for batch in batches[1:] if step > head_start(learners, recipe) else []:
         for rows in batch.rows:
@@ -331,8 +334,8 @@ def micro_batches_of(units, model, views, method, recipe):
     A unit is what should stay in one micro-batch: a response, or a whole group.
     """
     rollouts = [r for unit in units for r in unit]
-    rows = iter(rollout.build_rows(rollouts, model.config, views, recipe.shrink, trained_only=True))
-    together = [[row for _ in unit for row in next(rows)] for unit in units]  # rows of a unit stay together
+    rows_of_each = iter(rollout.build_rows(rollouts, model.config, views, recipe.shrink, trained_only=True))
+    together = [sum((next(rows_of_each) for _ in unit), []) for unit in units]  # rows of a unit: one list
     return packing.dealt_batches(together, method.compute, model)
 
 
@@ -415,7 +418,7 @@ def update_value(learner, batch, compute, recipe):
 def finish_step(line, rollouts, learners, task, recipe, run):
     """Evaluates, writes `line` (the numbers of this RL step) to the log, and saves a checkpoint."""
     step = line["step"]
-    # How long rollouts and updates took; metrics.jsonl then has all that happened in this step.
+    # These seconds go into the line, too: metrics.jsonl has one line for each step.
     line |= runs.take_seconds()
     if task.dev_problems and recipe.eval_every and step % recipe.eval_every == 0:
         found = task.examinee.evaluate(task.dev_problems, seed=recipe.seed)
@@ -462,7 +465,7 @@ def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser(
-        "TraceRL. The defaults below are those for --model; without it for the tiny model.", GROUPS, is_tiny)
+        "TraceRL. Defaults below are for the model of --model, else for the tiny one.", GROUPS, is_tiny)
     args = runs.parse(parser, argv)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"

@@ -1,9 +1,10 @@
-"""value.py - a baseline per trace step.
+"""value.py - a baseline for each token, computed over trace steps.
 
 The diffusion value model (arXiv 2509.06949, section on the diffusion value model) is a copy of the policy's
 backbone with a linear head that gives one number. It reads the rows of the trace at the same outputs at which
-the policy predicts tokens. So V_j is the value of the state just BEFORE the trace step that reveals token j.
-A baseline may know the state, but not the token that is about to be drawn.
+the policy predicts tokens. So V_j estimates the value of the state just BEFORE the trace step that reveals
+token j. It is read at the place of token j. A baseline may know the state, but not the token that is about to
+be drawn.
 
 Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one
 state. The value model is read at the position of each token, so V differs between the tokens of one step.
@@ -90,7 +91,8 @@ def place_rewards(rewards, steps):
 def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
     """Returns and GAE advantages over trace steps -> two float (N, R), 0 where nothing is trained.
 
-    rewards, values: per token, float (N, R). steps: int64 (N, R), from 1 up without gaps, 0 = not trained.
+    rewards, values: one number per token, float (N, R). steps: int64 (N, R), from 1 up without gaps; 0 is not
+    trained.
     Take token j of step t. A star marks a mean over the trained tokens of a step. After the
     last step every starred number is 0.
 
@@ -158,14 +160,14 @@ def estimate(r, values, steps, gamma, lam):
     return values.tolist(), returns[0].tolist(), advantages[0].tolist()
 
 
-def value_loss(values, values_old, returns, num_tokens, clip=None):
+def value_loss(values, values_old, returns, num_tokens, clip=0):
     """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by num_tokens.
 
-    All float32 (N,). num_tokens: trained tokens of the WHOLE update, over all micro-batches and processes, so
-    that their losses and gradients simply add. clip None: plain 0.5 (V - R)^2.
+    All float32 (n,), of one micro-batch. num_tokens: trained tokens of the WHOLE update, over all
+    micro-batches and processes. So losses and gradients simply add. clip 0: plain 0.5 (V - R)^2.
     """
     error = (values - returns) ** 2
-    if clip is not None:
+    if clip:
         # As in PPO's clip: a value that has already moved by more than `clip` gains nothing by moving on.
         clipped = values_old + (values - values_old).clamp(-clip, clip)
         error = torch.maximum(error, (clipped - returns) ** 2)

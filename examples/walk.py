@@ -19,7 +19,7 @@ Each denoising step sees a block with masks, and reveals tokens. The numbers are
     block  step  before the step          revealed in the first, second, third and fourth place
 
 3. THE TRAINING ROW (rollout.build_rows)
-Behind the clean text stand the views. Shown is the part for block 2. A target is predicted at its place.
+Behind the clean text stand the views. Shown is the part for block 2. Each place predicts its target.
 
 4. THE ATTENTION MASK (model.may_attend)
 A token on the left sees the tokens on top that have an x. A view sees itself, and earlier clean blocks.
@@ -33,10 +33,10 @@ A response earns 1 if it is right, else 0. Its advantage is (reward - mean) / st
     seed  response                    reward  advantage
 
 7. THE LOSS AND THE UPDATE (tracerl.policy_loss)
-Every ratio is still 1 and the advantages cancel, so the loss is 0 but for rounding. The gradient is not 0.
+Ratios are 1, and all responses are equally long. So the advantages cancel: the loss is 0, the gradient not.
 
 8. AFTER THE UPDATE (rollout.replay)
-The log-probability of a response is the sum over its tokens. Two carries make up most of the change.
+The log-probability of a response is the sum over its trained tokens. Two carries make up most of the change.
     seed  reward    before     after    change  1st carry  2nd carry   response
 """
 
@@ -118,7 +118,7 @@ def main():
 
     head(4)
     # The rule compares document, block and view of two tokens. One text is one document, here number 0. The
-    # table of numbers is (4, T). `[:, None]` makes a batch of one row from each of its lines, (1, T).
+    # table of numbers is (4, T). `[:, None]` gives each of the four lines a batch dimension: (1, T).
     layout = Layout(*torch.tensor([row.position, [0] * len(row.tokens), row.block, row.view])[:, None])
     mask = dense_mask(layout)[0, 0]  # (T, T)
     line("", [words[row.tokens[i]] for i in part])
@@ -126,8 +126,9 @@ def main():
         line(f"{words[row.tokens[i]]}  view {row.view[i]}", ["x" if mask[i, j] else "." for j in part])
 
     head(5)
-    # Decoding took a forward for each step, and a cache. Replay takes one forward for the whole row, and no
-    # cache. The result is a tensor for each response, with the gradient that section 7 needs.
+    # Decoding took one forward per step, and one per clean block for the cache. Replay takes one forward for
+    # the whole row, without a cache. The result is a tensor for each response, with the gradient that section
+    # 7 needs.
     replayed = rollout.replay(model, rollouts)
     for token, step, old, new in zip(text, r.step_map, r.logp, replayed[0].tolist()):
         print(f"    {token:<10}{step:>4}{old:>12.6f}{new:>12.6f}{new - old:>12.1e}")
@@ -144,17 +145,17 @@ def main():
         print(f"    {r.seed:>4}  {response_text(r, tokenizer):<26}{reward:>8.0f}{advantage:>11.3f}")
 
     head(7)
-    # The tokens of all responses stand in one long list of N tokens. Those up to eos are trained. The
-    # filling behind eos was in sight, but it earned nothing.
+    # The tokens of all responses up to eos stand in one long list of N tokens. Tokens behind eos were in
+    # sight, but they are not trained.
     lengths = torch.tensor([r.num_tokens for r in rollouts])  # (G,)
     logp = torch.cat([logp[:length] for logp, length in zip(replayed, lengths)])  # (N,)
-    # tracerl.py adds up the same loss over micro-batches. The loss reads these two fields of model.Targets.
-    # The policy has not moved yet, so its log-probabilities are the old ones. Every token has the advantage
-    # of its response.
+    # tracerl.py adds up the same loss over micro-batches. Of model.Targets the loss reads only these two
+    # fields. The policy has not moved yet, so its log-probabilities are the old ones. Every token has the
+    # advantage of its response.
     targets = SimpleNamespace(logp_old=logp.detach(), advantage=advantages.repeat_interleave(lengths))
     loss = policy_loss(logp, targets, num_tokens=len(logp))
     loss.backward()
-    # A gradient longer than 1 would be shortened to 1. The learning rate is that of tracerl.py.
+    # A gradient longer than 1 would be shortened to 1. This is tracerl.py's learning rate after its warm-up.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
     print(f"    {len(logp)} trained tokens, loss {loss:.1e}, length of the gradient {norm:.3f}")
@@ -163,7 +164,9 @@ def main():
     # 4 + 6 = 10, carry 1: the third token of a response is this carry. 9 + 9 + 1 = 19, carry 1: the seventh
     # token is that one. Whoever forgets a carry writes 0. The response with seed 19 forgets only the first.
     for r, reward, old, new in zip(rollouts, rewards, replayed, rollout.replay(model, rollouts)):
-        print(f"{r.seed:>8}{reward:>8.0f}{old.sum():>10.3f}{new.sum():>10.3f}{new.sum() - old.sum():>+10.3f}"
+        before = old[:r.num_tokens].sum()
+        after = new[:r.num_tokens].sum()
+        print(f"{r.seed:>8}{reward:>8.0f}{before:>10.3f}{after:>10.3f}{after - before:>+10.3f}"
               f"{new[2] - old[2]:>+11.3f}{new[6] - old[6]:>+11.3f}   {response_text(r, tokenizer)}")
 
 

@@ -1,10 +1,13 @@
-"""pictures.py - draws the README's pictures of the running example, with the project's own code.
+"""pictures.py - draws the README's pictures with the project's own code.
 
     python tests/pictures.py
+    python tests/pictures.py --words runs/smollm2-tracerl/checkpoints/step-40      # see examples/smollm2.py
 
-writes assets/decode.gif (a decoding, step by step) and assets/mask.png (the training row of its first block
-beside the attention mask). The tiny model decodes 894+396=. A strategy of this file reveals the tokens of every
-block in the order of the text's example: step_map 1 3 1 2.
+The first command writes assets/decode.gif, which shows a decoding step by step. It also writes assets/mask.png,
+which shows the training row of its first block beside the attention mask. The tiny model decodes 894+396=. A
+strategy of this file reveals the tokens of every block in the order of the text's example: step_map 1 3 1 2.
+
+The second command writes assets/words.gif: a model that knows English answers a word problem.
 """
 
 import sys
@@ -37,23 +40,32 @@ def as_in_the_text(is_masked, step):
 
 def draw_gif(r, tokenizer, path):
     """A decoding as an animated picture: a cell per token, in the colour of its step."""
-    prompt = [tokenizer.decode([token]) for token in r.prompt]
     last = max(r.step_map)
-    texts = prompt + [tokenizer.decode([token]) for token in r.response]
-    steps = [0] * len(prompt) + r.step_map
-    figure = Figure(figsize=(0.32 * len(texts), 0.9), dpi=100)
+    texts = [tokenizer.decode([token]) for token in r.prompt + r.response]
+    steps = [0] * len(r.prompt) + r.step_map
+    title = ""
+    if len(r.prompt) > 9:  # a prompt in words stands above the cells
+        title = tokenizer.decode(r.prompt).replace("\n", "  ")
+        texts = texts[len(r.prompt):]
+        steps = r.step_map
+    texts = [text.strip() or text for text in texts]
+    widths = [max(2.5, len(text) + 1.2) for text in texts]  # in characters
+    starts = [sum(widths[:place]) for place in range(len(texts))]
+    size = sum(widths)
+    figure = Figure(figsize=(0.115 * size, 1.1 if title else 0.9), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
 
     def draw(step):
         axes.clear()
-        axes.set(xlim=(0, len(texts)), ylim=(0, 1.5), xticks=[], yticks=[])
-        for place, (text, at) in enumerate(zip(texts, steps)):
+        axes.set(xlim=(0, size), ylim=(0, 2.1 if title else 1.5), xticks=[], yticks=[])
+        for start, width, text, at in zip(starts, widths, texts, steps):
             is_shown = at <= step
             colour = colormaps["viridis"](0.35 + 0.65 * at / last) if at and is_shown else "0.92"
-            axes.add_patch(Rectangle((place, 0), 0.94, 1, color=colour))
-            axes.text(place + 0.47, 0.5, text if is_shown else "?", ha="center", va="center",
-                      family="monospace", fontsize=9 if len(text) < 3 or not is_shown else 5)
-        axes.text(0.1, 1.15, f"after denoising step {min(step, last)} of {last}", fontsize=8)
+            axes.add_patch(Rectangle((start, 0), width - 0.2, 1, color=colour))
+            axes.text(start + width / 2, 0.5, text if is_shown else "?", ha="center", va="center",
+                      family="monospace", fontsize=9)
+        axes.text(0.4, 1.15, f"after denoising step {min(step, last)} of {last}", fontsize=8)
+        axes.text(0.4, 1.65, title, fontsize=9)
 
     frames = [0, *range(last + 1), *[last] * 4]
     FuncAnimation(figure, draw, frames).save(path, writer=PillowWriter(fps=2))
@@ -99,8 +111,23 @@ def example():
     raise ValueError(f"no seed gives {RESPONSE} in the order of the example")
 
 
+QUESTION = "Tom has 8 cards, buys 6 more and finds 2. How many cards does Tom have?\nAnswer:"
+
+
+def draw_words(checkpoint):
+    """A checkpoint of examples/smollm2.py answers a question, in assets/words.gif."""
+    model, tokenizer = checkpoints.load_model(checkpoint)
+    r = rollout.generate(model, tokenizer(QUESTION).input_ids, Decoding(max_new_tokens=48), seed=1)
+    print(tokenizer.decode(r.response))
+    # The tokens behind eos are cut off: nobody would read them.
+    r = replace(r, response=r.response[:r.num_tokens], step_map=r.step_map[:r.num_tokens])
+    draw_gif(r, tokenizer, ROOT / "assets/words.gif")
+
+
 def main():
     """Decodes, and draws both pictures."""
+    if "--words" in sys.argv:
+        return draw_words(sys.argv[-1])
     r, model, tokenizer = example()
     draw_gif(r, tokenizer, ROOT / "assets/decode.gif")
     first = replace(r, response=r.response[:4], step_map=r.step_map[:4], logp=r.logp[:4])

@@ -504,8 +504,8 @@ print((max(peak, anonymous()) - start) / size)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux memory figures")
 def test_loading_never_holds_a_second_copy(tmp_path):
-    """Of TEST_LOAD_MILLIONS million parameters in bfloat16 (default 60; the smallest real model has 500)."""
-    millions = int(os.environ.get("TEST_LOAD_MILLIONS", 60))
+    """Of TEST_LOAD_MILLIONS million parameters in bfloat16 (default 30; the smallest real model has 500)."""
+    millions = int(os.environ.get("TEST_LOAD_MILLIONS", 30))
     layers = max(1, millions // 15)
     with torch.device("meta"):
         shape = lm.BlockDiffusionLM(checkpoints.read_config(dict(

@@ -595,3 +595,14 @@ def test_two_rl_steps_with_and_without_plain_end_with_the_same_weights(attention
         torch.testing.assert_close(fast[name], plain[name], atol=1e-5, rtol=0, msg=name)
     moved = torch.cat([(plain[name] - start[name]).abs().flatten() for name in start])
     assert moved.max() > 1e-3 and (moved > 1e-4).float().mean() > 0.2
+
+
+def nothing(is_masked):
+    """A --strategy that forgets to reveal."""
+    return is_masked & False
+
+
+def test_a_strategy_that_reveals_nothing_is_named():
+    for compute in (PLAIN, FAST):
+        with pytest.raises(ValueError, match="nothing must reveal a mask of every block in every step"):
+            decode(random_model(), random_prompts([5]), compute, strategy=f"{__file__}:nothing")

@@ -225,7 +225,7 @@ def test_views_that_predict_what_they_show_are_refused():
     r = Rollout([3], [5, 6, 7, 8], 4, [1, 3, 1, 2])
     config = random_model().config
     for views in (lambda block: [([block[0]], block)], lambda block: [([j + 1 for j in block], [])]):
-        with pytest.raises(ValueError, match="--views: of the block .* must be masked, and of the block"):
+        with pytest.raises(ValueError, match="what is predicted must be masked, and what is masked must be of"):
             rollout.build_rows([r], config, views)
 
 
