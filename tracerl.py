@@ -134,14 +134,13 @@ class Recipe:
                           "attention", tiny=1, low=1)
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy that made the rollouts", low=0)
-    keep_range: float = setting(None, "train on groups whose mean reward is between these two. None: 0.2 and "
-                                "0.8 with --reward math and --advantage group, if the model is not tiny. "
-                                "Otherwise all groups", number=2)
+    keep_range: float = setting(None, "without a value model: train on groups whose mean reward is between "
+                                "these two. None: 0.2 and 0.8 with --reward math and --advantage group, if "
+                                "the model is not tiny; otherwise all groups", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
     value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)
-    value_clip: float = setting(0.2, "bound on how far a value moves in an RL step; None: none", tiny=None,
-                              above=0)
+    value_clip: float = setting(0.2, "bound on a value's change in an RL step; 0: no bound", tiny=0, low=0)
     gamma: float = setting(1.0, "discount per trace step", low=0, high=1)
     gae_lambda: float = setting(1.0, "lambda of generalized advantage estimation", low=0, high=1)
     eval_every: int = setting(10, "RL steps between evaluations on --dev_data; 0: none", tiny=20, low=0,
