@@ -298,16 +298,16 @@ class Evaluation:
     """What the command does."""
 
     model: str = setting(None, "diffusion model: checkpoint folder or hub id; None: the tiny model")
-    ar: str = setting(None, "evaluate an autoregressive model instead, decoded by transformers")
+    ar: str = setting(None, "evaluate this autoregressive model instead, decoded by transformers")
     data: str = setting("arithmetic-test", f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id")
-    limit: int = setting(None, "only the first problems", low=1)
-    n: int = setting(1, "samples per problem; more may be asked for later", low=1, may_change=True)
-    strategy: str = setting(("static", "dynamic"), "how to decode: any of --strategy in training, and greedy",
+    limit: int = setting(None, "only so many problems, from the first on; None: all", low=1)
+    n: int = setting(1, "responses per problem; a later call may raise it", low=1, may_change=True)
+    strategy: str = setting(("static", "dynamic"), "how to decode: any --strategy of tracerl.py, or greedy",
                             number="+")
-    seed: int = setting(0, "of the samples")
-    name: str = setting(None, "folder under runs/; the same name and flags continue it", may_change=True)
-    grade: str = setting(None, "only grade this file: JSON Lines with gold and response")
-    out: str = setting(None, "with --grade: where the verdicts go")
+    seed: int = setting(0, "random seed of the responses")
+    name: str = setting(None, "folder under runs/. To go on, repeat name and flags", may_change=True)
+    grade: str = setting(None, "grade this file instead: JSON lines with gold and response")
+    out: str = setting(None, "with --grade: file for the verdicts")
     debug: bool = setting(False, "show the traceback of an error", may_change=True)
 
 

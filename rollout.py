@@ -228,17 +228,17 @@ class Decoding:
     """How tokens are drawn and revealed. ValueError for what is out of range."""
 
     max_new_tokens: int = setting(
-        2000, "longest response; a longer one is truncated, and wrong. Full attention: length of the canvas",
-        tiny=20, low=1)
+        2000, "maximum tokens of a response. A longer one is truncated, and counts as wrong. With full "
+        "attention every forward sees so many response positions", tiny=20, low=1)
     strategy: str = setting(
         "dynamic", "what a denoising step reveals: static, dynamic, sequential, entropy, or file.py:function")
-    threshold: float = setting(0.9, "confidence above which dynamic reveals a token", low=0, high=1)
+    threshold: float = setting(0.9, "probability above which dynamic reveals a token", low=0, high=1)
     denoising_steps: int = setting(
-        None, "denoising steps per block: static reveals K divided by this number in each step, dynamic at "
-        "least as many; None is K", low=1)
-    temperature: float = setting(1.0, "T, of decoding and of the policy that is trained; 0 is greedy", low=0)
-    top_k: int = setting(0, "draw among the k most probable tokens; 0 is all", low=0)
-    top_p: float = setting(1.0, "draw among the most probable up to this sum; 1 is all", above=0, high=1)
+        None, "denoising steps per block. Each reveals at least K / steps tokens (static: exactly so many). "
+        "None: K", low=1)
+    temperature: float = setting(1.0, "T, of decoding and of the trained policy; 0: greedy", low=0)
+    top_k: int = setting(0, "draw among the k most probable tokens; 0: among all", low=0)
+    top_p: float = setting(1.0, "draw among the most probable tokens up to this sum; 1: all", above=0, high=1)
 
     def __post_init__(self):
         flags.check(self)

@@ -139,16 +139,16 @@ def train_step(learner, examples, views, is_weighted, compute):
 class Recipe:
     """The numbers of fine-tuning."""
 
-    seed: int = setting(0, "of weights, data order and masks")
-    steps: int = setting(1000, "updates at most", tiny=2700, low=1, may_change=True)
+    seed: int = setting(0, "random seed of weights, data order and masks")
+    steps: int = setting(1000, "maximum number of updates", tiny=2700, low=1, may_change=True)
     batch_size: int = setting(64, "examples per update", low=1)
     lr: float = setting(1e-5, "peak learning rate of AdamW", tiny=6e-3, above=0)
-    warmup: int = setting(30, "updates of rising learning rate", low=1)
-    cooldown: int = setting(200, "updates of falling learning rate at the end", low=1)
-    weight_decay: float = setting(0.0, "of AdamW, on matrices", tiny=0.2, low=0)
+    warmup: int = setting(30, "first updates, in which the learning rate rises", low=1)
+    cooldown: int = setting(200, "last updates, in which the learning rate falls", low=1)
+    weight_decay: float = setting(0.0, "weight decay of AdamW, on matrices only", tiny=0.2, low=0)
     weighted: bool = setting(False, "weight each masked token by 1 / masked fraction (the diffusion bound)")
-    views: str = setting("random", "what is masked. random: some tokens of every block; trace: by the step "
-                         "map of the data, left to right where there is none; or file.py:function")
+    views: str = setting("random", "what is masked. random: some tokens of every block; trace: as the data's "
+                         "step map says, or else left to right; or file.py:function")
     stop_accuracy: float = setting(None, "start the cooldown at this accuracy on --dev_data", low=0, high=1)
     eval_every: int = setting(100, "updates between evaluations on --dev_data", low=1, may_change=True)
 
@@ -221,16 +221,16 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
 class Lesson:
     """What is learnt."""
 
-    model: str = setting(None, "checkpoint folder or hub id; None: a new tiny model")
-    data: str = setting(None, "embedded arithmetic or sudoku, or a file or hub id with problem and solution, "
-                        "prompt and response, or messages; optionally step_map", tiny="arithmetic")
+    model: str = setting(None, "start from this checkpoint folder or hub id; None: a new tiny model")
+    data: str = setting(None, "arithmetic, sudoku, or a file or hub id. Columns: problem and solution, or "
+                        "prompt and response, or messages; step_map, if there is one", tiny="arithmetic")
     dev_data: str = setting(None, "problems with answers for --eval_every")
-    name: str = setting("sft", "of the folder under runs/", may_change=True)
-    max_new_tokens: int = setting(2000, "longer responses are skipped and counted; full attention: length of "
-                                  "the canvas", tiny=20, low=1)
-    slip: float = setting(0.6, "embedded data: how often the pupil makes a mistake", low=0, high=1)
-    raw_solutions: bool = setting(False, "keep solutions as they are: GSM8K's end in #### 72, and not in "
-                                  "\\boxed{72}, which a reward looks for")
+    name: str = setting("sft", "name of the folder under runs/", may_change=True)
+    max_new_tokens: int = setting(2000, "longer responses are skipped, and their number is printed. Full "
+                                  "attention: every forward sees so many response positions", tiny=20, low=1)
+    slip: float = setting(0.6, "arithmetic, sudoku: how often the pupil makes a mistake", low=0, high=1)
+    raw_solutions: bool = setting(False, "keep solutions as they are. Otherwise #### 72 at the end, as in "
+                                  "GSM8K, becomes \\boxed{72}, which a reward looks for")
 
 
 GROUPS = {"lesson": Lesson, "recipe": Recipe, "prompts": Prompting, "machine": machine.Training,

@@ -122,30 +122,31 @@ class Recipe:
     authors' code makes several), and the value model's head start.
     """
 
-    seed: int = setting(0, "of prompts, rollouts and views")
-    steps: int = setting(80, "RL steps", tiny=45, low=1, may_change=True)
+    seed: int = setting(0, "random seed of prompts, rollouts and views")
+    steps: int = setting(80, "number of RL steps", tiny=45, low=1, may_change=True)
     prompts: int = setting(64, "prompts per RL step", tiny=32, low=1)
     group_size: int = setting(16, "G, responses per prompt", low=1)
-    lr: float = setting(None, "learning rate; None: 1e-6, and 1e-5 with --lora_rank", tiny=1e-4, above=0)
-    warmup: int = setting(0, "RL steps of rising learning rate", tiny=10, low=0)
+    lr: float = setting(None, "learning rate; None: 1e-6, or 1e-5 with --lora_rank", tiny=1e-4, above=0)
+    warmup: int = setting(0, "RL steps in which the learning rate rises to --lr", tiny=10, low=0)
     minibatches: int = setting(1, "updates per pass over the rollouts of an RL step", tiny=2, low=1)
     epochs: int = setting(1, "passes over the rollouts of an RL step", low=1)
-    shrink: int = setting(None, "s, denoising steps merged into one trace step; None: 1, full attention 8",
-                          tiny=1, low=1)
+    shrink: int = setting(None, "s: how many denoising steps share one trace step; None: 1, or 8 with full "
+                          "attention", tiny=1, low=1)
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
-    kl_coef: float = setting(0.01, "beta: weight of the KL to the policy of the rollout", low=0)
-    keep_range: float = setting(None, "bounds of a group's mean reward, without a value model. None: 0.2 and "
-                                "0.8 for a real checkpoint with the built-in reward, else none", number=2)
+    kl_coef: float = setting(0.01, "beta: weight of the KL to the policy that made the rollouts", low=0)
+    keep_range: float = setting(None, "without a value model: train on groups whose mean reward is between "
+                                "these two. None: 0.2 and 0.8 with --reward math and --advantage group, if "
+                                "the model is not tiny; otherwise all groups", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
-    value_warmup: int = setting(5, "RL steps that train the value model only", tiny=10, low=0)
-    value_epochs: int = setting(1, "the value model's passes over the rollouts", tiny=4, low=1)
-    value_clip: float = setting(0.2, "bound on a value's change in one RL step; 0 is none", tiny=0, low=0)
+    value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
+    value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)
+    value_clip: float = setting(0.2, "bound on a value's change in an RL step; 0: no bound", tiny=0, low=0)
     gamma: float = setting(1.0, "discount per trace step", low=0, high=1)
-    gae_lambda: float = setting(1.0, "lambda of GAE", low=0, high=1)
-    eval_every: int = setting(10, "RL steps between evaluations on --dev_data; 0 is never", tiny=20, low=0,
+    gae_lambda: float = setting(1.0, "lambda of generalized advantage estimation", low=0, high=1)
+    eval_every: int = setting(10, "RL steps between evaluations on --dev_data; 0: none", tiny=20, low=0,
                               may_change=True)
-    max_gap: float = setting(None, "bound on the mean gap of the replay law, in nats; None is 1e-4, and 0.05 "
-                             "in bfloat16", above=0, may_change=True)
+    max_gap: float = setting(None, "largest mean gap between replayed and recorded log-probabilities, in "
+                             "nats; None: 1e-4, or 0.05 in bfloat16", above=0, may_change=True)
 
     def __post_init__(self):
         flags.check(self)
@@ -439,16 +440,20 @@ class Choice:
     """What is trained on what, by which functions. The last four: a built-in name, or file.py:function."""
 
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
-    train_data: str = setting(None, "arithmetic, sudoku, a file, gsm8k-train, or a hub id", tiny="arithmetic")
-    dev_data: str = setting(None, "problems for --eval_every; test problems never guide a run")
-    eval_data: str = setting(None, "test problems, scored before and after training only")
-    eval_limit: int = setting(200, "only so many of the test problems", tiny=None, low=1, may_change=True)
-    eval_strategies: str = setting(None, "how test problems are decoded; None: as in training", number="+")
-    name: str = setting("tracerl", "of the folder under runs/", may_change=True)
-    reward: str = setting("math", "math: 1 if the boxed answer is right")
-    advantage: str = setting("group", "group: standard score in the group; value: a value model with GAE")
-    loss: str = setting("clip", "clip: the clipped policy gradient with a KL")
-    views: str = setting("trace", "trace, or masks drawn at random: random, coupled (with complement)")
+    train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")
+    dev_data: str = setting(None, "problems for --eval_every; None: those of arithmetic or sudoku, or none")
+    eval_data: str = setting(None, "test problems, only used before and after training; None: those of "
+                             "arithmetic or sudoku")
+    eval_limit: int = setting(200, "how many test problems; None: all", tiny=None, low=1, may_change=True)
+    eval_strategies: str = setting(None, "how test problems are decoded: strategies, or greedy. None: "
+                                   "--strategy; tiny model: also dynamic, static, greedy", number="+")
+    name: str = setting("tracerl", "name of the folder under runs/", may_change=True)
+    reward: str = setting("math", "math: 1 if the boxed answer is right, else 0; or file.py:function")
+    advantage: str = setting("group", "group: standard score within the group; value: GAE with a value "
+                             "model; or file.py:function")
+    loss: str = setting("clip", "clip: clipped policy gradient with a KL; or file.py:function")
+    views: str = setting("trace", "states to train on: trace; or with random masks: random, coupled (with "
+                         "complement); or file.py:function")
 
 
 GROUPS = {"choice": Choice, "recipe": Recipe, "decoding": Decoding, "prompts": Prompting,

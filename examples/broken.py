@@ -5,9 +5,9 @@
     python examples/broken.py left_to_right --attention full --lr 3e-4
     python examples/broken.py cut_at_response --model runs/sudoku-start/checkpoint --train_data sudoku
 
-Decoding and tests stay as they are. Each fault changes what training makes of the record, by one function of
-rollout.py. That is `build_rows`, which makes every training row, or `record`, which keeps what was drawn. So
-the gap in the log is that of the broken rows. The bound on the gap is lifted, or the run would stop at once.
+Decoding and evaluation stay as they are. Each fault replaces one function of rollout.py: `build_rows`, which
+makes every training row, or `record`, which keeps what was drawn. So the gap in the log is that of the broken
+rows. The bound on the gap is lifted, or else the run would stop at once.
 
 Look at the gap of step 1. All faults but after_filter change both sides of a ratio alike. Ratios then begin
 at 1, and the loss looks healthy. (`drift_kl` compares with the record, too, so it contains the gap.) Below, a
@@ -41,12 +41,13 @@ from rollout import build_rows, record  # noqa: E402
 def cut_at_response(rollouts, config, *how, **more):
     """Training blocks begin at the start of the response. Decoding cuts them at positions 0, K, 2K, ...
 
-    With P = 9 and K = 4, decoding fills 9 10 11 | 12 13 14 15, and training shows 9 10 11 12 | 13 14 15 16.
+    With P = 9 and K = 4, decoding fills the positions 9 10 11 | 12 13 14 15. Training then shows
+    9 10 11 12 | 13 14 15 16.
     The authors' code for block attention does this. Tokens near a border see too much or too little. The gap
     is wide in every block. It is 0 for each prompt whose length is a multiple of K.
     """
     check_blocks(config)
-    # As if every prompt were longer, so that it ends with a block. P = 9: 3 tokens more.
+    # Every prompt is made longer, so that it ends with a block. For P = 9, that takes 3 tokens.
     missing = [-len(r.prompt) % config.block_size for r in rollouts]
     longer = [dataclasses.replace(r, prompt=[config.pad_id] * number + r.prompt)
               for r, number in zip(rollouts, missing)]
@@ -81,8 +82,9 @@ def small_blocks(rollouts, config, *how, **more):
     """Training blocks are a quarter of those in decoding: rows of K = 4 for rollouts of K = 16.
 
     The configuration that LightningRL ships does this, with blocks of 32 and of 4. A token does not see what
-    was right of its small block. It sees all that is left of it, though masks stood there. The gap is wide in
-    every block. Most gaps are negative: in such a state the token is less probable than when it was drawn.
+    to the right of its small block. It sees all that is to the left, though masks stood there. The gap is
+    wide in every block. Most gaps are negative: in such a state the token is less probable than when it was
+    drawn.
     """
     check_blocks(config)
     small = dataclasses.replace(config, block_size=max(1, config.block_size // 4))
@@ -94,9 +96,9 @@ def left_to_right(rollouts, config, views=None, *how, **more):
 
     This is the log-probability of JustGRPO, whose rollouts do go from left to right. A public run with a
     block model of 0.6B parameters used it for rollouts in any order. It trained on code, and its reward
-    stayed up, while HumanEval fell from 47.0 to 23.8. (It showed no masks on the right. small_blocks makes
-    such rows from K = 4.) A token has no gap if it was drawn in this very state. The others have gaps of
-    either sign.
+    stayed up, while HumanEval fell from 47.0 to 23.8. (That run showed no masks to the right of a token. With
+    K = 4, small_blocks makes such rows.) A token has no gap if it was drawn in this very state. The others
+    have gaps of either sign.
     """
     return build_rows(rollouts, config, prefix_views, *how, **more)
 
@@ -141,7 +143,7 @@ def after_filter(prompt, seed, columns, decoding, config):
 
 
 def recorded_is_old(logp, targets, num_tokens, clip_eps, kl_coef):
-    """--loss: the usual one, with the recorded log-probabilities for the old ones."""
+    """--loss: the usual one, with the recorded log-probabilities in place of the old ones."""
     targets.logp_old.copy_(targets.logp)  # in place, so that the log shows these ratios, too
     return tracerl.policy_loss(logp, targets, num_tokens, clip_eps, kl_coef)
 
@@ -158,7 +160,7 @@ FAULTS = {  # by name: which functions of rollout.py are replaced, and by what
     "padded": dict(build_rows=padded),
 }
 ANY_GAP = ["--max_gap=1e9"]  # nats
-FLAGS = {  # of tracerl.py, if not ANY_GAP alone. What the user says comes after them, and wins
+FLAGS = {  # of tracerl.py, for faults that need others than ANY_GAP. The user's own flags come later, and win
     "none": [],  # the law is in force
     "after_filter": [*ANY_GAP, "--top_p=0.8", f"--loss={__file__}:recorded_is_old"],
 }

@@ -1,14 +1,15 @@
-"""examples/code_reward.py - a reward that runs the Python code of a response against the tests of its problem.
+"""examples/code_reward.py - a reward that runs the Python code of a response, and then the problem's tests.
 
     torchrun tracerl.py --model JetLM/SDAR-4B-Chat --train_data code.jsonl --eval_data code.jsonl \
         --reward examples/code_reward.py:passes_tests --instruction "" --name code
 
 A line of code.jsonl: {"problem": "Write add(a, b) in Python, in a ```python block.", "answer":
-"assert add(1, 2) == 3"}. The answer is the tests. The code never runs inside the trainer, but in a process of
-its own: with limits of time, memory and files, an empty folder, no environment, and Python's -I.
+"assert add(1, 2) == 3"}. The tests stand in place of the answer. The code never runs inside the trainer, but
+in a process of its own. That process has limits of time, memory and file size, an empty folder, no
+environment variables, and Python's flag -I.
 
-This bounds mistakes. It is no wall against malice: such code can read files and use the network. Train as a
-user without rights, or in a container.
+This protects against mistakes, but not against malice: such code can read files and use the network. So train
+in a container, or as a user who may do little.
 """
 
 import json
@@ -23,8 +24,8 @@ import tempfile
 SECONDS = 5
 MEGABYTES = 512
 
-# What the process runs. The limits hold for the code, too, and for all that it starts. A program that ends
-# before its tests are done never writes the secret word, whatever its exit status is.
+# What the process runs. The limits also hold for the code, and for all processes that it starts. Code that
+# ends the process before its tests are done never writes the secret word, whatever the exit status is.
 PROGRAM = f"""
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
@@ -54,7 +55,7 @@ def succeeds(code, tests):
             stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             process.communicate(json.dumps([code, tests, secret]).encode(), timeout=SECONDS)
-        except subprocess.TimeoutExpired:  # it sleeps, or waits: that is no time of the CPU
+        except subprocess.TimeoutExpired:  # it sleeps or waits, which takes no CPU time
             pass
         finally:
             stop(process)

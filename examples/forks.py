@@ -1,7 +1,8 @@
 """examples/forks.py - published variants of the method, each as a function: examples to copy.
 
-Every function is given by name what it declares. What there is stands in the docstrings marked FORK HERE, in
-tracerl.py, rollout.py and eval_math.py. These are the flags; F is short for examples/forks.py.
+Every function declares the arguments that it needs, and is given them by name. The docstrings marked FORK
+HERE in tracerl.py, rollout.py and eval_math.py list them. These are the flags, and F stands for
+examples/forks.py.
 
     TraceRL as the paper weighs it      --loss F:paper_weights
     DAPO, 2503.14476                    --loss F:clip_higher
@@ -23,9 +24,9 @@ tracerl.py, rollout.py and eval_math.py. These are the flags; F is short for exa
     AGRPO, 2510.04019                   --views F:some_steps
     JustGRPO, 2601.15165                --strategy sequential
 
-These are the estimators alone. Other choices of a paper (sampler, data, learning rate, a KL to a frozen
-reference) are not part of them. A loss that needs a whole response, or a whole group, finds it in one
-micro-batch only where it fits: raise --tokens_per_micro_batch for long responses.
+These are only the estimators. Other choices of a paper are left out: sampler, data, learning rate, a KL to a
+frozen reference. Some losses need a whole response, or a whole group, in one micro-batch. For long responses,
+raise --tokens_per_micro_batch until it fits.
 """
 
 import torch
@@ -38,22 +39,22 @@ DRAWS = 2  # random masks of each block, for the losses that estimate an ELBO
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What several of them need.
+# Helpers that several of them use.
 
 
 def sum_by(key, values):
-    """Sums of values (n,) over equal keys (n,): one for each key, in rising order of the keys."""
+    """Sums of the values (n,) that have equal keys (n,): one sum per key, in rising order of the keys."""
     keys, place = key.unique(return_inverse=True)
     return torch.zeros(len(keys)).to(values).index_add(0, place, values)
 
 
 def mean_by(key, values):
-    """Means of values (n,) over equal keys (n,), in the same order."""
+    """Means of the values (n,) that have equal keys (n,), in the same order."""
     return sum_by(key, values) / sum_by(key, torch.ones_like(values))
 
 
 def gain(ratio, advantage, low, high):
-    """PPO's min(ratio A, clip(ratio, low, high) A), which is to become large."""
+    """PPO's objective, min(ratio A, clip(ratio, low, high) A). A loss is minus this."""
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
@@ -64,9 +65,9 @@ def gain(ratio, advantage, low, high):
 def paper_weights(logp, targets, num_responses, clip_eps, kl_coef):
     """--loss: the objective of TraceRL as its paper writes it (arXiv 2509.06949).
 
-    In each trace step the mean over its tokens, then the sum over the steps of a response. A step counts for
-    the same, however many tokens it revealed. A trace step is a view, whatever --shrink is. All its tokens
-    stand in one row, so no micro-batch cuts it, and the divisor is one of the whole update: this is exact.
+    It takes the mean over the tokens of each trace step, and sums these means over the steps of a response.
+    So every step weighs the same, however many tokens it revealed. A trace step is one view, and all its
+    tokens stand in one row. So no micro-batch cuts a step in two, and this is exact.
     """
     step = targets.rollout_index * (targets.view.max() + 1) + targets.view  # one number for each trace step
     log_ratio = logp - targets.logp_old
@@ -77,19 +78,19 @@ def paper_weights(logp, targets, num_responses, clip_eps, kl_coef):
 
 
 def clip_higher(logp, targets, num_tokens, clip_eps):
-    """--loss: more room upwards than downwards, so that rare tokens may grow, and no KL (DAPO)."""
+    """--loss: the clip leaves more room upwards, so that rare tokens may become likelier. No KL (DAPO)."""
     ratio = (logp - targets.logp_old).exp()
     return -gain(ratio, targets.advantage, 1 - clip_eps, 1.28).sum() / num_tokens
 
 
 def constant_length(logp, targets, num_responses, clip_eps):
-    """--loss: long and short responses divided by the same constant, 20 tokens (Dr. GRPO)."""
+    """--loss: the sum over a response is divided by a constant, 20, and not by its length (Dr. GRPO)."""
     ratio = (logp - targets.logp_old).exp()
     return -gain(ratio, targets.advantage, 1 - clip_eps, 1 + clip_eps).sum() / (num_responses * 20)
 
 
 def sequence_ratio(logp, targets, num_responses, clip_eps):
-    """--loss: one ratio per response, the geometric mean of its tokens' (GSPO)."""
+    """--loss: one ratio per response, the geometric mean of its tokens' ratios (GSPO)."""
     ratio = mean_by(targets.rollout_index, logp - targets.logp_old).exp()
     advantage = mean_by(targets.rollout_index, targets.advantage)
     return -gain(ratio, advantage, 1 - clip_eps, 1 + clip_eps).sum() / num_responses
@@ -99,8 +100,9 @@ def truncated_importance(logp, targets, num_tokens, clip_eps, kl_coef):
     """--loss: each token's advantage times min(pi_old / pi_recorded, 2).
 
     Where decoding and training round differently, as in bfloat16 on a GPU, responses come from a slightly
-    other policy than the one that is trained. This corrects for it (truncated importance sampling, as in
-    Espeholt et al., arXiv 1802.01561). It needs --views trace and --shrink 1: other views are other states.
+    other policy than the one that is trained. This weight corrects for that (truncated importance sampling,
+    as in Espeholt et al., arXiv 1802.01561). It needs --views trace and --shrink 1: other views are other
+    states.
     """
     weight = (targets.logp_old - targets.logp).exp().clamp(max=2.0)
     weighed = targets._replace(advantage=targets.advantage * weight)
@@ -110,8 +112,8 @@ def truncated_importance(logp, targets, num_tokens, clip_eps, kl_coef):
 def group_mean(logp, targets, num_groups, clip_eps):
     """--loss: the mean over the tokens of a group, then the mean over groups (DiPO, of DiRL).
 
-    The states are those of the trace, and the clip leaves more room upwards. This is their train/dapo.py.
-    Not part of it: their KL to a frozen reference.
+    The states are those of the trace, and the clip leaves more room upwards, as in their train/dapo.py. Left
+    out: their KL to a frozen reference.
     """
     ratio = (logp - targets.logp_old).exp()
     gains = gain(ratio, targets.advantage, 1 - clip_eps, 1.28)
@@ -119,12 +121,12 @@ def group_mean(logp, targets, num_groups, clip_eps):
 
 
 def self_normalized(logp, targets, num_groups):
-    """--loss: weights of a group that sum to 1, bounded whatever the sign of the advantage (StableDRL).
+    """--loss: a weighted log-likelihood, in which the weights of a group sum to 1 (StableDRL).
 
-    sum_i w_i A_i log p_i with w_i = min(ratio_i, 5) / sum_k min(ratio_k, 5), over the responses of a group.
-    ratio_i is the geometric mean over tokens, log p_i the mean. No gradient goes through w. The bound 5 and
-    the means are those of the authors' code (github.com/JianyuanZhong/StableDRL). Not part of it: the bounds
-    of SPG, which the authors use in place of log p.
+    A group adds -sum_i w_i A_i log p_i over its responses, w_i = min(ratio_i, 5) / sum_k min(ratio_k, 5).
+    Here ratio_i is the geometric mean over tokens, and log p_i is the mean. No gradient goes through w. The
+    bound holds for either sign of A. The bound 5 and the means are those of the authors' code
+    (github.com/JianyuanZhong/StableDRL). Left out: the bounds of SPG, which they use in place of log p.
     """
     response = targets.rollout_index
     ratio = mean_by(response, logp - targets.logp_old).exp()
@@ -145,7 +147,7 @@ def ratio_free(logp, targets, num_tokens):
 
 
 def centered(rewards):
-    """--advantage: no division by the group's standard deviation (Dr. GRPO)."""
+    """--advantage: the reward minus the group's mean, not divided by a standard deviation (Dr. GRPO)."""
     return rewards - rewards.mean(-1, keepdim=True)
 
 
@@ -155,14 +157,15 @@ def minus_step_mean(rewards):
 
 
 def raw(rewards):
-    """--advantage: the reward itself, plain REINFORCE without a baseline."""
+    """--advantage: the reward itself. This is plain REINFORCE without a baseline."""
     return rewards
 
 
 def mean_per_step(rewards, rollouts):
-    """--advantage: A / (tokens of the denoising step), so that each step weighs the same.
+    """--advantage: A / (number of tokens in the denoising step), so that each step weighs the same.
 
-    The loss still divides by tokens, and its KL still weighs tokens alike: see paper_weights.
+    But the loss still divides by the number of all tokens, and its KL still weighs all tokens the same. See
+    paper_weights.
     """
     out = torch.zeros(len(rollouts), max(len(r.response) for r in rollouts))
     for row, A, r in zip(out, group_advantages(rewards).flatten(), rollouts):
@@ -172,12 +175,13 @@ def mean_per_step(rewards, rollouts):
 
 
 def shrunk_baseline(rewards):
-    """--advantage: the group's mean is drawn towards the mean of all (EBPO, "empirical Bayes").
+    """--advantage: the baseline lies between the group's mean and the mean of all (EBPO, "empirical Bayes").
 
-    baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise: the
-    variance of all rewards / G; spread: the variance of the group means. Then a standard score over the RL
-    step. A group that fails everywhere has negative advantages, so for a real checkpoint give --keep_range 0 1.
-    The paper keeps these statistics over all steps so far. Here they are those of this RL step.
+    baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise is the
+    variance of all rewards / G, and spread is the variance of the group means. What is above the baseline is
+    then made a standard score over the RL step. So a group in which all responses fail still has negative
+    advantages; --keep_range would drop it. The paper keeps these statistics over all steps so far. Here they
+    are those of one RL step.
     """
     means = rewards.mean(-1, keepdim=True)
     noise = rewards.var(unbiased=False) / rewards.shape[1]
@@ -188,11 +192,11 @@ def shrunk_baseline(rewards):
 
 
 def accuracy_and_speed(rewards, rollouts):
-    """--advantage: standard scores of the reward and of the tokens per denoising step, added (LightningRL).
+    """--advantage: the standard score of the reward plus that of the tokens per denoising step (LightningRL).
 
-    Scores are taken in the group, for each of the two by itself. A group is left out if all its responses
-    are wrong, or if their speeds differ by less than 0.01.
-    Not part of it: the likelihood of right responses in the loss, since a loss is not told rewards.
+    Both scores are taken within the group. A group is left out if all its responses are wrong, or if their
+    speeds differ by less than 0.01. Left out: the likelihood of right responses in the loss, since a loss is
+    not told rewards.
     """
     speed = torch.tensor([r.num_tokens / max(r.step_map) for r in rollouts]).view_as(rewards)
     is_kept = (rewards.amax(-1) > 0) & (speed.amax(-1) - speed.amin(-1) >= 0.01)
@@ -200,7 +204,7 @@ def accuracy_and_speed(rewards, rollouts):
 
 
 def softmax_weights(rewards):
-    """--advantage for ratio_free: the good ones' weights less the bad ones' (wd1)."""
+    """--advantage for ratio_free: the softmax of the centred rewards minus that of their negatives (wd1)."""
     A = centered(rewards)
     is_equal = (A.abs() < 1e-6).all(-1, keepdim=True)
     return (A.softmax(-1) - (-A).softmax(-1)).masked_fill(is_equal, 0.0)
@@ -211,50 +215,52 @@ def softmax_weights(rewards):
 
 
 def fully_masked(block):
-    """--views: the whole block (full attention: the response) masked, and predicted at once (d1).
+    """--views: the whole block (full attention: the response) is masked, and predicted at once (d1).
 
-    Not part of it: the paper's masks in the prompt.
+    Left out: the paper's masks in the prompt.
     """
     return [(block, block)]
 
 
 def some_steps(rollout, block, shrink, rng):
-    """--views: each trace step with probability one half (AGRPO: a random subset of them)."""
+    """--views: each trace step is kept with probability one half (AGRPO: a random subset of them)."""
     views = trace_views(rollout, block, shrink)
     return [view for view in views if rng.random() < 0.5]
 
 
 def as_many_random(rollout, block, rng):
-    """--views: random masks, but as many views of them as the trace has, so that an update costs the same.
+    """--views: random masks, but as many views as the trace has, so that an update costs the same.
 
-    (With full attention the authors' baseline, too, draws many masks for each response: 35.)
+    (With full attention, the authors' baseline also draws many masks for each response, namely 35.)
     """
     steps = {rollout.step_map[j] for j in block}
     return [view for _ in steps for view in random_views(block, rng)]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Losses on a bound of the response's log-likelihood (ELBO). It is the expected sum of log p / t over the masked
-# tokens of random masks, t the masked fraction of a block: a token that is seldom masked counts for more. The
-# sum of 1 / t over the masked tokens of one mask of every block is the length of the response. (In the last
-# block it is so on average only, if tokens behind eos are masked, too.) Old and new policy meet the same masks.
+# Losses on a lower bound of the response's log-likelihood, the ELBO. It is the expected sum of log p / t over
+# the masked tokens of random masks, where t is the masked fraction of the block. The fewer tokens are masked,
+# the more each of them counts. With one mask of every block, the sum of 1 / t over all masked tokens is the
+# length of the response. (If tokens behind eos are masked, too, this holds in the last block only on
+# average.) The old and the new policy get the same masks.
 
 
 def elbo_views(block, rng):
-    """--views: DRAWS masks of each block, k of its c tokens masked, k uniform in 1 to c."""
+    """--views: DRAWS masks of each block. Each masks k of its c tokens, with k uniform in 1 to c."""
     return [view for _ in range(DRAWS) for view in noise_views(block, rng)]
 
 
 def elbo_ratio(logp, targets, num_responses, clip_eps, kl_coef):
     """--loss: one ratio per response, exp((ELBO - ELBO_old) / length), and a squared KL (ESPO).
 
-    The KL is k2 = (ELBO - ELBO_old)^2 / (2 length), here to the policy of the rollout, and in the paper to a
-    frozen reference. Not part of it: their masks come in pairs, one the complement of the other.
+    The KL is k2 = (ELBO - ELBO_old)^2 / (2 length). Here it is the KL to the policy that made the rollouts.
+    In the paper it is the KL to a frozen reference. Left out: their masks come in complementary pairs.
     """
     response = targets.rollout_index
     length = sum_by(response, 1 / targets.masked_share) / DRAWS
     difference = sum_by(response, (logp - targets.logp_old) / targets.masked_share) / DRAWS
-    gains = gain((difference / length).exp(), mean_by(response, targets.advantage), 1 - clip_eps, 1 + clip_eps)
+    ratio = (difference / length).exp()
+    gains = gain(ratio, mean_by(response, targets.advantage), 1 - clip_eps, 1 + clip_eps)
     k2 = difference ** 2 / (2 * length)
     return (kl_coef * k2 - gains).sum() / num_responses
 
@@ -262,22 +268,24 @@ def elbo_ratio(logp, targets, num_responses, clip_eps, kl_coef):
 def block_elbo(logp, targets, num_responses, clip_eps):
     """--loss: one ratio per response, exp(sum over masks and blocks of w (log p - log p_old)) (EBPO).
 
-    This is equation 5 of the LLaDA2.1 report: the ratio is that of the whole response, and no root of it is
-    taken. The report leaves the weights w open. Here they are those of the ELBO.
+    This is equation 5 of the LLaDA2.1 report. The ratio is that of the whole response, and no mean over
+    tokens is taken. The report does not say what the weights w are. Here they are those of the ELBO.
     """
     response = targets.rollout_index
     difference = sum_by(response, (logp - targets.logp_old) / targets.masked_share) / DRAWS
     ratio = difference.clamp(-10, 10).exp()
-    return -gain(ratio, mean_by(response, targets.advantage), 1 - clip_eps, 1 + clip_eps).sum() / num_responses
+    gains = gain(ratio, mean_by(response, targets.advantage), 1 - clip_eps, 1 + clip_eps)
+    return -gains.sum() / num_responses
 
 
 def linear_bound(logp, targets, num_responses, clip_eps):
-    """--loss: a lower bound of elbo_ratio's objective in which the masks stand side by side (BGPO).
+    """--loss: a lower bound of elbo_ratio's objective that is a sum over masks (BGPO).
 
-    With d_n the difference of mask n per token, exp(mean of d_n) is replaced by the mean of 1 + d_n where
-    A > 0 (the tangent), and by the mean of exp(d_n) where A < 0 (Jensen). Both bound the objective from
-    below. Each mask's part could have a micro-batch of its own, which is what the paper wants: memory for
-    one mask at a time. The clip of each part is that of the authors' code.
+    Let d_n be the difference of the log-likelihoods per token that mask n estimates. Where A > 0,
+    exp(mean of d_n) is replaced by the mean of 1 + d_n (the tangent). Where A < 0, it is replaced by the mean
+    of exp(d_n) (Jensen). Both bound the objective from below. So each mask's part could have a micro-batch of
+    its own, and memory would hold one mask at a time, which is the paper's aim. The clip of each part is that
+    of the authors' code.
     """
     mask = targets.rollout_index * DRAWS + (targets.view - 1) % DRAWS  # views of a block: draw 0, draw 1, ...
     weight = 1 / targets.masked_share
@@ -290,9 +298,10 @@ def linear_bound(logp, targets, num_responses, clip_eps):
 def sandwiched(logp, targets, num_responses):
     """--loss: A times a lower bound of log p where A > 0, and times an upper one where A < 0 (SPG).
 
-    Lower: the ELBO per token. Upper: the mean over tokens of 1/beta log(mean over masks of p^beta / t), where a
-    mask that leaves the token in sight counts as 0, and beta is 1.5. It is mixed half and half with the lower
-    one, as in the authors' code. Here all responses weigh the same, and there they weigh by length.
+    The lower bound is the ELBO per token. The upper bound is the mean over tokens of
+    1/beta log(mean over masks of p^beta / t), with beta = 1.5. A mask that leaves the token in sight counts
+    as 0. The upper bound is averaged with the lower one, as in the authors' code. Here all responses weigh
+    the same. In that code they weigh by length.
     """
     response = targets.rollout_index
     beta = 1.5
@@ -309,7 +318,8 @@ def sandwiched(logp, targets, num_responses):
 def quadrature_views(block, rng):
     """--views: masks at two fixed fractions, the points of Gauss's quadrature on 0 to 1 (GDPO).
 
-    A random fraction is what makes an ELBO noisy, says the paper. Which tokens are masked is still drawn.
+    The paper says that random fractions are what makes an ELBO noisy. Which tokens are masked is still
+    random.
     """
     views = []
     for fraction in (0.2113, 0.7887):  # 1/2 -+ 1/(2 sqrt 3), and each has the weight 1/2
@@ -319,9 +329,9 @@ def quadrature_views(block, rng):
 
 
 def quadrature_ratio(logp, targets, num_responses, clip_eps):
-    """--loss: one ratio per response, exp(ELBO - ELBO_old), and a response's gain divided by its length (GDPO).
+    """--loss: one ratio per response, exp(ELBO - ELBO_old). Its gain is divided by its length (GDPO).
 
-    Not part of it: their KL to a frozen reference.
+    Left out: their KL to a frozen reference.
     """
     response = targets.rollout_index
     length = sum_by(response, 1 / targets.masked_share) / 2
@@ -336,5 +346,5 @@ def quadrature_ratio(logp, targets, num_responses, clip_eps):
 
 
 def always_one():
-    """--reward: every response earns the same, with --advantage raw. What does becoming surer alone do?"""
+    """--reward: every response earns 1. With --advantage raw, this shows what only becoming surer does."""
     return 1.0

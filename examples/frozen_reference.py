@@ -1,17 +1,17 @@
 """examples/frozen_reference.py - a KL to a frozen reference model, in the loss or in the reward.
 
-    REFERENCE=assets/tiny-block torchrun tracerl.py --advantage examples/frozen_reference.py:with_reference \
-        --loss examples/frozen_reference.py:loss --name reference
+    REFERENCE=assets/tiny-block torchrun tracerl.py --loss examples/frozen_reference.py:loss \
+        --advantage examples/frozen_reference.py:with_reference --name reference
     REFERENCE=assets/tiny-block torchrun tracerl.py --advantage examples/frozen_reference.py:penalized \
         --name penalized
 
-tracerl.py keeps the policy near the one that made the rollout, step by step. Over many steps it may still go
-anywhere. Here a second model stays as it was, and the policy is kept near it for the whole run. It replays the
-same traces: a log-probability of a token is one of its state, whichever model computes it. (A second model
-takes memory: every process holds it whole.)
+In each RL step, tracerl.py keeps the policy near the one that made the rollouts. Over many steps the policy
+may still move far away. Here a second model never changes, and the policy is kept near it for the whole run.
+The second model replays the same traces, so both models score each token in the same state. (The second model
+takes memory: every process holds all of it.)
 
-It needs --views trace, --shrink 1 and --temperature 1, so that the states are those of the record, and a
-reference with the same K.
+This needs --views trace, --shrink 1 and --temperature 1, so that the states are those of the record. The
+reference must have the same K.
 """
 
 import functools
@@ -38,16 +38,16 @@ def reference():
 
 @torch.no_grad()
 def reference_logp(rollouts):
-    """Its log-probability of every response token, on every process -> a list for each rollout."""
+    """The reference's log-probability of every response token, on every process -> a list per rollout."""
     own = parallel.deal(rollouts)  # each process replays a part
     replayed = rollout.replay(reference(), own, engine.fast(reference().device))
     return parallel.gather([logp.tolist() for logp in replayed])
 
 
 def with_reference(rewards, rollouts):
-    """--advantage: the usual one. On the way the reference's log-probabilities go to the loss.
+    """--advantage: the usual one. It also hands the reference's log-probabilities to the loss.
 
-    They travel in value_old, which nobody uses without a value model.
+    They are stored in value_old, which nobody uses without a value model.
     """
     for r, logp in zip(rollouts, reference_logp(rollouts)):
         r.value_old = logp
@@ -62,10 +62,10 @@ def loss(logp, targets, num_tokens, clip_eps, kl_coef):
 
 
 def penalized(rewards, rollouts):
-    """--advantage: the usual one, less BETA times how far the response's KL is above its group's mean.
+    """--advantage: the usual one, minus BETA times how far the response's KL is above its group's mean.
 
-    KL of a response: sum_j (log p(j) - log p_reference(j)), as in RLHF. It is not divided by a standard
-    deviation: else groups of equal rewards would be trained on the KL alone, at full strength.
+    The KL of a response is sum_j (log p(j) - log p_reference(j)), as in RLHF. It is not divided by a standard
+    deviation. Otherwise groups of equal rewards would be trained on the KL alone, at full strength.
     """
     kl = []
     for r, logp in zip(rollouts, reference_logp(rollouts)):

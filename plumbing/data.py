@@ -10,8 +10,8 @@ Each of these becomes a problem (a text or chat messages), the answer "7", and a
 one. An answer that is read wrongly makes every reward 0, and nothing else would show it. So a row that is not
 understood is refused. The message names source, row and column, and says what to do.
 
-Read in this order: COLUMNS, read_problems, read_fields, read_answer, find_answer. The second part serves
-prompts, solutions and tables. The last part turns a source into rows.
+Read in this order: COLUMNS, read_problems, read_fields, read_answer, find_answer. The second part makes
+chats, boxed solutions and fingerprints of problems. The last part turns a source into rows.
 """
 
 import csv
@@ -27,21 +27,23 @@ HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:te
        "gsm8k-train": "openai/gsm8k:main:train", "aime2024": "Maxwell-Jia/AIME_2024::train"}
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 
-# The table of shapes: the columns in which public data keep the fields of a problem. The first that is not
-# empty counts. Case does not matter. verl keeps ground_truth inside its column reward_model.
+# The columns in which public data keep each field of a problem. If a row has several of them, the first that
+# is not empty counts. Names may be in upper or lower case. verl keeps ground_truth inside its column
+# reward_model.
 COLUMNS = dict(
     problem=("problem", "question", "query", "prompt", "messages", "conversation", "conversations"),
     solution=("solution", "response", "completion", "generated_solution"),
     answer=("answer", "final_answer", "ground_truth_answer", "expected_answer", "ground_truth"),
     step_map=("step_map",))
-# A chat message has a role and a content. ShareGPT calls them "from" and "value", and two roles otherwise.
+# A chat message has a role and a content. ShareGPT calls them "from" and "value". Two of its roles
+# have other names.
 ROLES = dict(human="user", gpt="assistant")
 
-# How a solution without a box ends: with "#### 72" in GSM8K. MetaMathQA has "The answer is: 72" in place of
-# this line, or as one line more. Three or five hashes are only headings.
+# How a solution without a box ends: in GSM8K with the line "#### 72". MetaMathQA has "The answer is: 72"
+# instead of this line, or as one more line after it. A line of three or five hashes is only a heading.
 END = r"(?m)(?:^####(?!#)[^\n]*\n)?^(?:####(?!#)|The answer is:) *([^\n]+?)\s*\Z"
-LIST_TEXT = r"(?s)\s*\[\s*(['\"])(.*)\1\s*\]\s*"  # a list that became a text: ["34"]
-MAX_ANSWER = 200  # characters: a longer text is a solution, and no answer
+LIST_TEXT = r"(?s)\s*\[\s*(['\"])(.*)\1\s*\]\s*"  # a list that was written as a text: "['34']"
+MAX_ANSWER = 200  # characters: a longer text is a solution, not an answer
 
 
 class MissingAnswer(ValueError):
@@ -55,10 +57,10 @@ class MissingAnswer(ValueError):
 def read_problems(source, needs_answer=True):
     """The problems of a source -> (dicts with the fields of eval_math.Problem, number of rows skipped).
 
-    source: a local file, a local folder in the hub's layout, or a set on the hub. needs_answer: rows without
-    an answer are skipped, and a source without any answer is refused. Without needs_answer an answer may be
-    "". A list or an object is then handed on as JSON text, for a reward function of one's own. Raises
-    FileNotFoundError or ValueError.
+    source: a local file, a local folder in the hub's layout, or a data set on the hub. needs_answer: rows
+    without an answer are skipped, and a source without any answer is refused. Without needs_answer an answer
+    may be "". It may also be a list or an object: a reward function of the user's gets it as JSON text.
+    Raises FileNotFoundError or ValueError.
     """
     rows = read_file(source) if os.path.isfile(source) else read_set(source)
     problems = []
@@ -68,10 +70,10 @@ def read_problems(source, needs_answer=True):
             problems.append(read_fields(row, f"{source}, row {number}", needs_answer))
         except MissingAnswer as error:
             missing.append(error)
-    if missing and not problems:  # in MATH's training split only a few rows have no answer
+    if missing and not problems:  # not one row has an answer
         raise missing[0]
     if not problems:
-        raise ValueError(f"{source} holds no problems")
+        raise ValueError(f"{source} holds no problems: it has no rows. Give another file or split")
     return problems, len(missing)
 
 
@@ -81,8 +83,9 @@ def read_fields(row, where, needs_answer):
     where: source and row, for messages. Raises MissingAnswer where a needed answer is missing, and ValueError
     for every other fault.
     """
-    if not isinstance(row, dict) or None in row:  # None: more cells in a line of a table than it has names
-        raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}")
+    if not isinstance(row, dict) or None in row:  # a key None: a CSV line has more cells than columns
+        raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}. Write one JSON "
+                         "object per row; in a CSV file, put quotes around a cell that holds a comma")
     columns = {name.lower(): cell for name, cell in row.items()}
     if isinstance(columns.get("reward_model"), dict):
         columns |= columns["reward_model"]
@@ -94,16 +97,18 @@ def read_fields(row, where, needs_answer):
     solution = read_solution(*cells["solution"]) or response
     answer = read_answer(*cells["answer"], needs_answer)
     written = cells["answer"][0]
-    if is_empty(written):  # no column of its own: the answer is what the solution arrives at
+    if is_empty(written):  # without a column for the answer, it is the one that the solution states
         answer = find_answer(solution)
     elif not solution and isinstance(written, str) and len(written) > len(answer) + 20:
-        solution = written  # GSM8K's column of the answer holds more than the answer and a box
+        solution = written  # GSM8K's column "answer" holds the whole solution
     rename = "rename a column in the data to one of"
     if not problem:
         raise ValueError(f"{where}: no problem; columns are {', '.join(row)}: {rename} "
                          f"{', '.join(COLUMNS['problem'])}")
     if needs_answer and not answer:
-        hint = f"box it in the solution of {len(solution)} characters, or " if solution else ""
+        hint = ""
+        if solution:
+            hint = f"write it in \\boxed{{}} in the solution ({len(solution)} characters), or "
         raise MissingAnswer(f"{where}: no answer; columns are {', '.join(row)}: {hint}{rename} "
                             f"{', '.join(COLUMNS['answer'])}")
     steps = read_step_map(*cells["step_map"])
@@ -111,13 +116,13 @@ def read_fields(row, where, needs_answer):
 
 
 def is_empty(cell):
-    """Whether a cell says nothing. NaN is what other programs write for nothing; no answer is infinite."""
+    """Whether a cell is empty. Other programs write NaN for that. An infinite number is no answer, either."""
     is_nan = isinstance(cell, float) and not math.isfinite(cell)
     return cell is None or is_nan or cell in ([], {}) or isinstance(cell, str) and not cell.strip()
 
 
 def as_text(cell, place, remedy="write one text"):
-    """A text, a number, or a list of one of these -> str; "" if empty. ValueError for everything else."""
+    """A text, a number, or a list that holds only one -> str, "" if empty. ValueError for anything else."""
     while isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     if is_empty(cell):
@@ -128,12 +133,13 @@ def as_text(cell, place, remedy="write one text"):
 
 
 def read_prompt(cell, place):
-    """The cell of the problem -> (text or chat messages, the response at their end or "")."""
+    """The cell of the problem -> (text or chat messages, the response at the end of the chat or "")."""
     if isinstance(cell, str) or is_empty(cell):
         return as_text(cell, place), ""
     messages = cell if isinstance(cell, list) else [cell]
     chat = [read_message(message, place) for message in messages]
-    # A chat that ends with a message of the assistant: that is the solution. Earlier ones stay in the prompt.
+    # If a chat ends with a message of the assistant, that message is the solution. The assistant's earlier
+    # messages stay in the prompt.
     response = chat.pop()["content"] if chat[-1]["role"] == "assistant" else ""
     if not any(message["role"] == "user" and message["content"].strip() for message in chat):
         raise ValueError(f"{place}: no message of the user asks anything: add one, or delete the row")
@@ -141,7 +147,7 @@ def read_prompt(cell, place):
 
 
 def read_message(message, place):
-    """A chat message in either spelling -> dict(role, content)."""
+    """A chat message, in the usual spelling or in ShareGPT's -> dict(role, content)."""
     found = message if isinstance(message, dict) else {}
     role = found.get("role", found.get("from"))
     content = found.get("content", found.get("value"))
@@ -152,7 +158,7 @@ def read_message(message, place):
 
 
 def read_solution(cell, place):
-    """The cell of the solution -> str: a text, or a chat message; of several solutions the first."""
+    """The cell of the solution -> str. It is a text or a chat message. Of a list the first item counts."""
     if isinstance(cell, list) and cell:
         cell = cell[0]
     return as_text(read_message(cell, place)["content"] if isinstance(cell, dict) else cell, place)
@@ -169,9 +175,10 @@ def read_step_map(cell, place):
 
 
 def read_answer(cell, place, needs_answer):
-    """The cell of the answer -> the answer, or ""."""
+    """The cell of the answer -> the answer, "" if there is none."""
     if isinstance(cell, (list, dict)) and not needs_answer:
         return json.dumps(cell, ensure_ascii=False, default=str)  # the tests of a program, for example
+    # "['34']" becomes the list ["34"], and as_text takes its only item.
     as_list = re.fullmatch(LIST_TEXT, cell) if isinstance(cell, str) and needs_answer else None
     if as_list:
         cell = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\"))
@@ -184,19 +191,19 @@ def read_answer(cell, place, needs_answer):
 
 
 def find_answer(text):
-    """The answer that a solution states, or "": in its last \\boxed{}; without one, in its last line."""
+    """The answer in a solution's last \\boxed{}, or without a box in its last line (see END). "" if none."""
     end = re.search(END, text)
     return (extract_answer(text) or "").strip() or (end[1].strip() if end else "")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# For prompts, solutions and tables.
+# From problems to chats, boxed solutions and fingerprints.
 
 
 def as_chat(problem, instruction):
-    """A text or chat messages -> new chat messages, the last of the user's with the instruction.
+    """A text or chat messages -> new chat messages. The instruction follows the user's last message.
 
-    Where a message of the data already asks for a \\boxed{}, nothing is added.
+    An instruction that asks for a \\boxed{} is left out if a message of the data already asks for one.
     """
     chat = [{"role": "user", "content": problem}] if isinstance(problem, str) else list(problem)
     asked = [message["content"] for message in chat if message["role"] != "assistant"]
@@ -207,20 +214,20 @@ def as_chat(problem, instruction):
 
 
 def boxed_solution(text):
-    """A solution in GSM8K's style, as the instruction asks for it. Every other solution stays as it is.
+    """Gives a solution that ends as GSM8K's do a \\boxed{} at its end. Others stay as they are.
 
     "48/2 = <<48/2=24>>24 clips.\\n#### 24" -> "48/2 = 24 clips.\\nThe answer is \\boxed{24}."
     """
     end = re.search(END, text)
     if not end or "\\boxed" in text:
         return text
-    # <<48/2=24>> is for a calculator that the authors of GSM8K had beside their model.
+    # <<48/2=24>> told a calculator of GSM8K's authors what to compute. It is no part of the text.
     work = re.sub(r"<<[^<>]*>>", "", text[:end.start()])
     return f"{work}The answer is \\boxed{{{end[1]}}}."
 
 
 def fingerprint(problems):
-    """A short hash of problems, answers, solutions and prompt tokens: other data give another one."""
+    """A short hash of problems, answers, solutions, step maps and prompts. Other data give another hash."""
     content = [(p.problem, p.answer, p.solution, p.step_map, p.tokens) for p in problems]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
@@ -230,15 +237,16 @@ def fingerprint(problems):
 
 
 def read_set(source):
-    """The rows of a local folder, or of a set on the hub. FileNotFoundError for a name that is no hub id."""
+    """The rows of a local folder or of a data set on the hub. FileNotFoundError if `source` names neither."""
     name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
-    # "data/mistyped.csv" and "./mistyped" look like ids, and should not be looked for on the hub.
+    # "data/mistyped.csv" and "./mistyped" look like hub ids, but they should not be looked for on the hub.
     is_path = name.endswith(FILES) or os.path.isdir(os.path.dirname(name))
     is_id = source in HUB or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not is_path
     if not is_id and not os.path.isdir(name):
-        raise FileNotFoundError(f"no data file {source!r}: no such file or folder, and no hub id. Those are "
-                                f"{', '.join(HUB)}, and owner/name[:config[:split]] unless owner is a folder")
-    import datasets  # not at the top: it takes a second, and most runs read files
+        raise FileNotFoundError(f"no data file {source!r}: no such file or folder, and no hub id. Hub ids "
+                                f"are {', '.join(HUB)}, and owner/name[:config[:split]] if there is no local "
+                                "folder called owner")
+    import datasets  # not at the top of the file: it takes a second, and most runs do not need it
     try:
         return list(datasets.load_dataset(name, config or None, split=split or "train"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -247,14 +255,14 @@ def read_set(source):
 
 
 def read_file(path):
-    """The rows of one file, by the end of its name. ValueError that names the file and what is broken."""
+    """The rows of one file. Its name ends in its kind. ValueError names the file and what is broken."""
     if not path.endswith(FILES):
         raise ValueError(f"{path}: the name must end in {', '.join(FILES)}")
     try:
-        if path.endswith(".parquet"):  # from the file itself: `datasets` would first copy it to a cache
+        if path.endswith(".parquet"):  # read directly: `datasets` would first copy it into a cache
             import pyarrow.parquet  # not at the top, as above
             return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: also with a byte order mark
+        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: with or without a byte order mark
             if path.endswith(".csv"):
                 csv.field_size_limit(1 << 30)  # solutions may be long
                 return list(csv.DictReader(file, strict=True))

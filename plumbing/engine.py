@@ -1,13 +1,15 @@
-"""plumbing/engine.py - twin of rollout.generate: the same rollouts, many prompts at once, and faster.
+"""plumbing/engine.py - twin of rollout.generate: the same rollouts, for many prompts at once, and faster.
 
-Same draws, same tokens, same step maps; tests hold this file to the definition. What it does beside that:
+It makes the same draws, tokens and step maps, and tests compare it with the definition. It differs in this:
   - Many sequences are decoded together. One that has ended makes room for the next prompt.
-  - The clean keys and values of a finished block are not computed by a forward of their own. They ride along
-    with the next denoising step of the same sequence.
-  - Responses to one prompt share its prefill.
-  - Host and device meet once per denoising step. On a GPU each step is one CUDA graph.
+  - The definition computes the clean keys and values of a finished block by a forward of their own. Here they
+    are computed in the forward of the sequence's next denoising step. This is called a commit.
+  - Responses to one prompt share its prefill, that is, the keys and values of its whole blocks.
+  - The host (CPU) waits for the device only once per denoising step. With block attention on a GPU, a CUDA
+    graph starts all kernels of a step.
   - For full attention there are two approximate caches, for evaluation only.
 
+A slot is the room for one sequence in the tables and in the cache. It is busy while it holds a sequence.
 `fast` at the end gives all twins together, as a rollout.Compute.
 """
 
@@ -28,9 +30,9 @@ class SlotCache:
     """Twin of model.KVCache for many sequences: (slots, length, H_kv, D) of keys and of values per layer.
 
     A forward first writes the keys and values of its tokens at their positions, then reads everything up to
-    its block's own end. So a block lies in the cache while it is still noisy. That is harmless, since every
-    forward overwrites its block before it reads. Once a block is whole, its clean keys and values must be
-    written before a later block reads them: see Decoder.states.
+    its block's own end. So a block lies in the cache while it still holds masks. That is harmless, since
+    every forward overwrites its block before it reads. Once a block is clean, its keys and values must be
+    written again before a later block reads them: see Decoder.states.
     """
 
     def __init__(self, config, num_slots, length, dtype, device):
@@ -45,7 +47,7 @@ class SlotCache:
         self.values[layer, slots[:, None], position] = v.transpose(1, 2)
 
     def filling(self, slots, layout):
-        """An `attend` for prefill: by the rule within each row; row b is kept in slot slots[b]."""
+        """An `attend` for prefill: each row follows the rule, and row b is stored in slot slots[b]."""
         mask = kernels.as_added(dense_mask(layout), self.keys.dtype)
 
         def fill(layer, q, k, v):
@@ -57,8 +59,8 @@ class SlotCache:
         """An `attend` for decoding: row b is the tokens at position[b] (T,) of the sequence in slots[b].
 
         They see all that the slot holds before end[b] (B,). Two rows may be blocks of one slot: all rows
-        write before any row reads. longest: an int, no end is beyond it. num_in_place: so many of the first
-        rows are the slots 0, 1, 2, ...
+        write before any row reads. longest: an int that no end exceeds. num_in_place: how many of the first
+        rows are the slots 0, 1, 2, ... in this order.
         """
         num_queries = position.shape[1] * self.heads_per_key
         reader = kernels.CacheReader(slots, end, longest, num_in_place, num_queries, self.keys)
@@ -77,24 +79,24 @@ class SlotCache:
 
 @dataclass
 class Lane:
-    """A busy slot as the host knows it: whose it is, and how far its decoding is."""
+    """What the host knows of a busy slot: its prompt, and how far decoding has come."""
 
     number: int  # which of the prompts given to `generate`
     prompt: list
     seed: int
     start: int  # absolute position where the block being decoded begins
     end: int  # where decoding stops, at the latest
-    num_masked: int  # masks that the block still has
+    num_masked: int  # how many masks the block still has
     step: int = 1  # the denoising step that comes next, counted over the whole response
     step_in_block: int = 0  # the same, counted from 0 in its block
     is_committed: bool = True  # whether the cache holds the clean tokens of all blocks before this one
 
 
 class Decoder:
-    """The sequences being decoded. Tables are (slots + 1, length) by absolute position.
+    """The sequences that are being decoded, in tables (slots + 1, length): a line per slot, by position.
 
-    The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each. When a sequence ends, a
-    later one takes its slot. So a batch is a slice of every table, and is read without being copied.
+    The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each. When a sequence ends, that
+    of a later slot moves into its slot. So a batch is a slice of every table, and need not be copied.
     """
 
     def __init__(self, model, decoding, num_slots, length, cache="none"):
@@ -104,8 +106,8 @@ class Decoder:
         self.device = model.device
         self.cache_kind = cache
         K = self.config.block_size
-        # One slot more: CUDA graphs are recorded for few sizes of batch. Idle slots stand in for the missing
-        # sequences, and this one for the missing commits.
+        # There is one spare slot. CUDA graphs are recorded for a few sizes of batch only. If sequences are
+        # missing, idle slots take their place. If commits are missing, the spare slot takes theirs.
         table = (num_slots + 1, length)
         self.token = torch.full(table, self.config.mask_id, device=self.device)
         self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
@@ -126,7 +128,7 @@ class Decoder:
             self.denoise = Captured(self.denoise, num_slots, K, length, reach)
 
     def admit(self, numbers, prompts, seeds):
-        """Gives prompts to the next free slots, and fills the cache with the whole blocks of each."""
+        """Gives prompts to the next free slots, and computes keys and values of their whole blocks."""
         slots = range(len(self.lanes), len(self.lanes) + len(prompts))
         self.place(slots, numbers, prompts, seeds)
         if not self.config.is_full:
@@ -164,46 +166,50 @@ class Decoder:
                   if key in first and first[key] != slot]
         if others:
             source, target = to_device(torch.tensor(others), self.device).T
-            # As long as the longest prompt: what is too much is overwritten before it is read.
+            # All copies are as long as the longest prompt. Behind a shorter prompt, decoding overwrites the
+            # surplus before it is read.
             self.cache.copy(source, target, max(map(len, prompts)) // K * K)
 
     def prefill(self, slots, lengths, max_tokens=16384):
-        """Writes the keys and values of the first `lengths` tokens of slots.
+        """Computes the keys and values of the first tokens of slots; lengths: how many, for each slot.
 
-        Prompts of similar length share a forward. Otherwise one long prompt would pad 256 short ones.
+        Prompts of similar length share a forward. Otherwise 256 short prompts might be padded to a long one.
         """
         for group in packing.by_length([(length, 1) for length in lengths], max_tokens):
             chosen = to_device(torch.tensor([slots[i] for i in group]), self.device)
             longest = max(lengths[i] for i in group)
-            # Shorter ones write some of their masks, too: decoding writes there again.
+            # A shorter prompt also stores keys of tokens behind its whole blocks. Decoding overwrites them
+            # before it reads.
             position = torch.arange(longest, device=self.device).expand(len(group), -1)
             layout = Layout.clean(position, self.config.block_size, False)
             self.model.states(self.token[chosen, :longest], position, self.cache.filling(chosen, layout))
 
     def advance(self):
-        """A denoising step of every busy slot -> the slots whose sequence is complete."""
+        """Makes one denoising step in every busy slot -> the slots whose sequence has ended."""
         K = self.config.block_size
         lanes = self.lanes
-        # All that the device needs to know of a slot. Slot 0 at the third denoising step of its response, the
-        # second of the block of positions 8..11, one token a step, seed 7: (8, 3, 1, 7, 1).
+        # All that the device needs to know of a slot. Say that slot 0 decodes the block of positions 8..11
+        # with seed 7, one token a step. The third denoising step of its response is the second one in this
+        # block. Its line is then (8, 3, 1, 7, 1).
         lines = [(lane.start, lane.step, self.decoding.quota(K, lane.step_in_block), lane.seed,
                   lane.step_in_block) for lane in lanes]
-        # Slot 1 has just gone on to the block of positions 12..15. The cache still holds the block before it,
-        # 8..11, as it was in its last step, with masks. (1, 8): write that block once more, clean.
+        # Say that slot 1 has just begun the block of positions 12..15. The cache still holds the block 8..11
+        # as it was in its last step, with masks. The commit (1, 8) writes that block once more, clean.
         commits = [(slot, lane.start - K, 0, 0, 0) for slot, lane in enumerate(lanes)
                    if not lane.is_committed]
         # One table for both, since each copy to the device costs time.
         found = self.denoise(torch.tensor(lines + commits), len(lanes),
                              sum(lane.num_masked for lane in lanes), max(lane.start for lane in lanes) + K)
         ended = []
-        for slot, (lane, num_masked, has_eos) in enumerate(zip(lanes, *found.tolist())):  # the one read
+        # `tolist` is the only place at which the host waits for the device.
+        for slot, (lane, num_masked, has_eos) in enumerate(zip(lanes, *found.tolist())):
             lane.num_masked = num_masked
             lane.step += 1
             lane.step_in_block += 1
             lane.is_committed = True
             if num_masked:
                 continue
-            # A sequence that has ended needs no commit: nobody will read its cache.
+            # A sequence that has ended needs no commit, since nobody will read its cache.
             if has_eos or lane.start + K >= lane.end:
                 ended.append(slot)
             else:
@@ -214,12 +220,12 @@ class Decoder:
         return ended
 
     def denoise(self, inputs, B, num_masked, longest):
-        """A denoising step of the slots 0 .. B - 1 -> int64 (2, B): masks left in each block, and has it an
-        eos.
+        """One denoising step of the slots 0 .. B - 1 -> int64 (2, B), read by `advance`.
 
-        inputs (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block. Then a
-        line for each commit, see `states`. num_masked and longest: how many masks these blocks have together,
-        and how far they reach. Larger numbers do no harm. So no shape depends on what the device computes.
+        The first line says how many masks each block still has, the second whether it holds an eos. inputs
+        (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block. Then a line for
+        each commit, see `states`. num_masked: how many masks these blocks have together. longest: where the
+        last of them ends. Both may be too large, so that no shape depends on what the device computes.
         """
         inputs = to_device(inputs, self.device)
         start, step, quota, seed, step_in_block = inputs[:B].T  # (B,) each
@@ -228,31 +234,33 @@ class Decoder:
         columns = start[:, None] + self.offset  # (B, K) absolute positions of the blocks
         is_masked = self.is_masked[:B].gather(1, columns)  # (B, K)
         h = self.states(columns, commits, longest)  # (B, K, C)
-        # The head and the sampler see masks only: at one token a step five of eight positions, with K = 4.
-        # They are sorted to the front. Masks 0 1 0 1 | 1 1 1 1 of slots 0 and 1: places 1 3 4 5 6 7.
+        # Only masks go through the head and the sampler. With K = 4 and one token a step, these are five of
+        # eight positions on average. The sort brings them to the front: if is_masked is 0 1 0 1 for slot 0
+        # and 1 1 1 1 for slot 1, places are 1 3 4 5 6 7.
         places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
-        slot = places // K  # (N,) whose place it is
+        slot = places // K  # (N,) the slot of each mask
         draws = rollout.uniform(seed[slot], step[slot], columns.flatten()[places])
-        # (N,) each, back to (B, K), 0 where nothing is masked
+        # Puts numbers of the masks (N,) back into blocks (B, K). Elsewhere they are 0.
         to_blocks = lambda x: x.new_zeros(B * K).scatter(0, places, x).view_as(is_masked)
         token, confidence, logp, entropy = map(to_blocks, self.draw(h.flatten(0, 1)[places], draws))
         is_kept = self.decoding.reveal(confidence, entropy, is_masked, quota, token, step_in_block)  # (B, K)
-        # torch.where instead of an index list: what is kept is written, all else stays as it is.
+        # Where a token is kept, the new number is written. Elsewhere the old number is written again. A list
+        # of indices would have a length that only the device knows.
         records = ((self.token, token), (self.confidence, confidence), (self.logp, logp),
                    (self.step_map, step[:, None]), (self.is_masked, torch.zeros_like(is_masked)))
         for table, new in records:
             table[:B].scatter_(1, columns, torch.where(is_kept, new, table[:B].gather(1, columns)))
-        # An eos ends a sequence only inside the response: a prompt may end with one, and share the block.
+        # Only an eos of the response ends a sequence. A prompt may end with an eos, in the same block.
         is_eos = torch.isin(self.token[:B].gather(1, columns), self.eos_ids)
         is_revealed = self.step_map[:B].gather(1, columns) > 0
         return torch.stack([(is_masked & ~is_kept).sum(-1), (is_eos & is_revealed).any(-1)])
 
     def draw(self, h, draws):
-        """Draws tokens for masks, by their states (N, C) -> token, confidence, logp, entropy (N,)."""
+        """Draws tokens for masks, from their states (N, C) -> token, confidence, logp, entropy, (N,) each."""
         decoding = self.decoding
         parts = []
-        chunk = max(1, memory.most_logits(self.device) // self.config.vocab_size)  # V = 152k: 220 positions
-        # Entropies are one more pass over all logits: for the strategies that look at them.
+        chunk = max(1, memory.most_logits(self.device) // self.config.vocab_size)  # V = 152k, CPU: 220
+        # Entropies take one more pass over all logits. They are only computed if the strategy declares them.
         with_entropy = flags.declares(decoding.function, "entropy")
         for states, u in zip(h.split(chunk), draws.split(chunk)):
             logits = kernels.masked_logits(states, self.model.head.weight, self.config.mask_id)
@@ -263,9 +271,9 @@ class Decoder:
     def states(self, columns, commits, longest):
         """One forward -> final states (B, K, C) that predict the tokens at `columns` (B, K) of the slots.
 
-        commits (2, M): slots whose block before this one has just become whole, and where that block starts.
-        Its clean tokens ride along as a second row of the same slot. Keys and values of all rows are written
-        first, then all rows attend. So the commit costs no forward of its own, only K more tokens:
+        commits (2, M): slots whose previous block has just become clean, and where that block starts. Its
+        clean tokens are a second row of the same slot. Keys and values of all rows are written first, and
+        then all rows attend. So a commit needs no forward of its own, only K more tokens:
 
             slots    0  block 8..11   0 ? 0 ?   denoising
                      1  block 12..15  ? ? ? ?   denoising, sees the row below: the clean block 8..11
@@ -282,13 +290,13 @@ class Decoder:
     def full_states(self, columns):
         """The same with full attention: a forward sees the whole canvas, the masks on the right included.
 
-        Canvases of one length go together: nothing is padded, and no mask is needed.
+        Canvases of equal length share a forward. So nothing is padded, and no attention mask is needed.
 
         Approximate caches (Fast-dLLM, arXiv 2505.22618) break the replay law. The first step of a block
-        computes the whole canvas and keeps its keys and values. The other steps compute the block (dual), or
-        all from the block on (prefix), and see the rest as it was at that first step. P = 9, room for 8
-        tokens, K = 4, the second step of the first block: positions 0..16 are computed without a cache, 9..16
-        with prefix, 9..12 with dual. Dream begins one earlier, at 8.
+        computes the whole canvas and keeps its keys and values. The other steps compute only the block
+        (dual), or all from the block on (prefix). They see the rest as it was at that first step. Take P = 9,
+        8 new tokens and K = 4. The second step of the first block computes positions 0..16 without a cache,
+        9..16 with prefix, and 9..12 with dual. For Dream the last two begin one position earlier, at 8.
         """
         K = self.config.block_size
         kind = self.cache_kind
@@ -307,19 +315,19 @@ class Decoder:
             if kind != "none":
                 attend = self.cache.reading(slots, position, torch.full_like(slots, end), end)
             h = self.model.states(self.token[slots, first:stop], position, attend)
-            # Dream: the output at i - 1 predicts token i. clamp: the last block may stick out of the canvas;
-            # no position there is a mask, so what is read is not used.
+            # In Dream the output at i - 1 predicts token i. The last block may reach beyond the canvas, where
+            # the clamp takes another output. No position there is a mask, so that output is not used.
             source = (columns[slots] - shift - first).clamp(0, stop - first - 1)
             out[slots] = h.gather(1, source[..., None].expand(-1, -1, h.shape[-1]))
         return out
 
     def release(self, ended):
-        """Empties the slots of the list `ended` -> their (prompt's number, Rollout).
+        """Frees the slots in the list `ended` -> for each, the number of its prompt and its Rollout.
 
-        The last busy slots move into the gaps. Slots 0 and 2 of five have ended: three stay busy, 3 moves
-        into 0 and 4 into 2.
+        The last busy slots move into the free ones. If slots 0 and 2 of five have ended, three stay busy:
+        slot 3 moves into 0, and slot 4 into 2.
         """
-        # One copy and one read for all. float64 holds token ids and float32 alike.
+        # All tables come to the host in one copy. float64 holds token ids and float32 numbers exactly.
         index = to_device(torch.tensor(ended), self.device)
         columns = self.token, self.step_map, self.confidence, self.logp
         read = torch.stack([table[index].double() for table in columns]).tolist()
@@ -338,7 +346,7 @@ class Decoder:
             source, target = to_device(torch.tensor([movers, gaps]), self.device)
             for table in self.tables:
                 table[target] = table[source]
-            self.is_masked[n:len(self.lanes)] = False  # of an idle slot, which may fill up a batch
+            self.is_masked[n:len(self.lanes)] = False  # an idle slot may fill up a batch
             if self.cache is not None:
                 self.cache.copy(source, target, max(self.lanes[slot].end for slot in movers))
         for gap, mover in zip(gaps, movers):
@@ -352,8 +360,8 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
     """Twin of rollout.generate_each: decodes all prompts, some of them together -> list[Rollout], in order.
 
     slots: how many sequences are decoded together; None is as many as fit. Results do not depend on it.
-    cache: one of CACHES. ValueError for an empty prompt, a prompt without a seed, a cache that the attention
-    does not know, and logits that are not finite. The same if memory is too small for one slot.
+    cache: one of CACHES. ValueError for an empty prompt, a prompt without a seed, a cache that does not fit
+    the attention, logits that are not finite, and too little memory for one slot.
     """
     config = model.config
     prompts = [list(prompt) for prompt, _ in zip(prompts, seeds, strict=True)]
@@ -362,16 +370,16 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
     if cache not in CACHES:
         raise ValueError(f"cache {cache!r} is not possible: it must be one of {', '.join(CACHES)}")
     if cache != "none" and not config.is_full:
-        raise ValueError(f"cache {cache!r} is for full attention: the cache of block attention is exact, and "
-                         "always used")
+        raise ValueError(f"cache {cache!r} is for full attention only. The cache of block attention is exact "
+                         "and always used: leave out --cache")
     if not prompts:
         return []
-    length = max(map(len, prompts)) + decoding.max_new_tokens + config.block_size  # the last block sticks out
+    length = max(map(len, prompts)) + decoding.max_new_tokens + config.block_size  # the last block is whole
     itemsize = model.embed.weight.element_size()
     per_slot = memory.slot_bytes(config, length, itemsize, not config.is_full or cache != "none")
     num_slots = memory.fit_slots(slots, len(prompts), per_slot, config, model.device)
     decoder = Decoder(model, decoding, num_slots, length, cache)
-    waiting = list(range(len(prompts)))[::-1]  # numbers of prompts; the last one is taken first
+    waiting = list(range(len(prompts)))[::-1]  # numbers of prompts; `pop` takes the last one
     if config.is_full:  # canvases of one length are computed together
         waiting.sort(key=lambda number: len(prompts[number]))
     rollouts = [None] * len(prompts)
@@ -384,21 +392,21 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
         if ended:
             for number, r in decoder.release(ended):
                 rollouts[number] = r
-    # Graphs and the decoder point at each other. Without this line both would outlive the call.
+    # The decoder and its CUDA graphs refer to each other. Without this line Python would keep both longer.
     decoder.denoise = None
     del decoder
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # now the cache's memory is free: NCCL cannot use what torch keeps
+        torch.cuda.empty_cache()  # frees the cache's memory: NCCL cannot use what torch keeps
     return rollouts
 
 
 def to_device(table, device):
-    """A tensor on the device. The host does not wait for the copy, see `pinned`."""
+    """Copies a tensor to the device. The host does not wait for the copy, see `pinned`."""
     return pinned(table, device).to(device, non_blocking=True)
 
 
 def pinned(table, device):
-    """A tensor of the host in memory from which a GPU copies by itself: the host need not wait."""
+    """Moves a tensor of the host to memory from which a GPU copies by itself. The host need not wait."""
     return table.pin_memory() if device.type == "cuda" and not table.is_cuda else table
 
 
@@ -406,28 +414,28 @@ def pinned(table, device):
 # Denoising steps as CUDA graphs.
 
 
-RECORD_AT = 8  # the call at which a graph is recorded: half of all sizes come up fewer times than ten
+RECORD_AT = 8  # the call at which a graph is recorded. For sizes that come up seldom, recording would not pay
 
 
 @functools.cache
 def recording_stream():
-    """The stream on which graphs are recorded: one for all, as the matrix library keeps memory for each."""
+    """The stream on which all graphs are recorded. More streams would take more memory of cuBLAS."""
     return torch.cuda.Stream()
 
 
 class Captured:
-    """Decoder.denoise for a GPU: sizes rounded up to a few, a CUDA graph for each.
+    """Twin of Decoder.denoise for a GPU: sizes are rounded up to a few, and each gets a CUDA graph.
 
-    A forward of 36 layers is a thousand kernels and more. For few sequences a GPU finishes them faster than
-    Python starts them. A graph starts all of them at once, but only for the sizes and addresses it was
-    recorded with. So sequences, commits, masks and reach are rounded up. What is too much computes on idle
-    slots, on the spare slot, or on positions that are no masks, and changes nothing.
+    A forward of 36 layers is more than a thousand kernels. For few sequences a GPU finishes them faster than
+    Python starts them. A graph starts all of them at once, but only for the sizes and addresses with which it
+    was recorded. So the numbers of sequences, commits, masks and keys are rounded up. The surplus is computed
+    on idle slots, on the spare slot, or at positions that are no masks. It changes nothing.
 
-    The first calls of each sizes run as they are, so that kernels are compiled and chosen. Call RECORD_AT is
-    recorded, and from then on replayed.
+    The first calls of a size run without a graph, so that kernels are compiled and chosen. Call number
+    RECORD_AT is recorded, and from then on the graph runs.
 
-    Graphs live as long as one call of `generate`. A graph reads fixed addresses: with FSDP2 the whole weights
-    are gathered to new ones at each RL step. And the cache that it reads would be missing in the update.
+    Graphs are kept for one call of `generate` only. A graph reads fixed addresses, but FSDP2 gathers the
+    whole weights to new addresses in each RL step. And the update needs the memory of the cache.
     """
 
     def __init__(self, denoise, num_slots, block_size, length, reach):
@@ -435,13 +443,13 @@ class Captured:
         self.num_slots = num_slots
         self.block_size = block_size
         self.length = length
-        self.reach = reach  # keys are read up to a multiple of it; graphs are few where it is large
-        self.calls = Counter()  # by sizes: how often they came up
-        self.recorded = {}  # by sizes: the replay
+        self.reach = reach  # keys are read up to a multiple of it. A larger one makes fewer graphs
+        self.calls = Counter()  # sizes -> how often they came up
+        self.recorded = {}  # sizes -> what `record` gives
         self.pool = None  # the memory of all graphs
 
     def __call__(self, inputs, B, num_masked, longest):
-        """As denoise."""
+        """The same as Decoder.denoise."""
         M = len(inputs) - B
         lanes = min(1 << (B - 1).bit_length(), self.num_slots)  # a power of two
         eighth = -(-lanes // 8)
@@ -465,20 +473,21 @@ class Captured:
         return out[:, :B]
 
     def record(self, inputs, *sizes):
-        """The step of these sizes as a graph -> the graph, the memory that it reads, and that of its result.
+        """Records a step of these sizes -> the graph, the tensor that it reads, and the one that it writes.
 
-        torch.cuda.graph would do the same. But it gives all cached memory back before each recording, and to
-        get that memory again takes longer than to record. While torch records, it cannot take cached memory
-        back. So this is done only where less than an eighth of the GPU's memory is free.
+        torch.cuda.graph would do the same, but it first frees all memory that torch keeps. To get that memory
+        again takes longer than to record. While torch records, it cannot free memory. So here it is freed
+        beforehand, and only if less than an eighth of the GPU's memory is free.
         """
         free, total = torch.cuda.mem_get_info()
         if free < total / 8:
             torch.cuda.empty_cache()
         held = inputs.cuda()
         graph = torch.cuda.CUDAGraph()
-        # One pool for all: no two replay at once, and what one leaves is read before the next.
+        # All graphs share one pool of memory. They run one at a time, and the result of one is read before
+        # the next runs.
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(recording_stream()):  # nothing is computed here, so no stream has to wait
+        with torch.cuda.stream(recording_stream()):  # recording computes nothing, so no stream has to wait
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 out = self.denoise(held, *sizes)
@@ -492,7 +501,7 @@ class Captured:
 
 
 def attend(layout):
-    """Twin of model.attend_by_rule: the mask in the form that suits the device and the length."""
+    """Twin of model.attend_by_rule. The form of the mask depends on the device and the length of the rows."""
     B, T = layout.block.shape
     is_cuda = layout.block.is_cuda
     if is_cuda and B == 1 and T % 128 == 0 and not kernels.IS_EAGER:  # packed rows, which have few lengths
@@ -512,13 +521,13 @@ def logprobs(model, states, tokens, temperature=1.0):
 
 
 def fast(device, max_tokens=4096, slots=None, cache="none"):
-    """All twins, as a rollout.Compute. On a GPU rows are packed: FlexAttention skips what it may not see."""
+    """All twins, as a rollout.Compute. On a GPU rows are packed, since FlexAttention skips unseen tokens."""
     return rollout.Compute(functools.partial(generate, slots=slots, cache=cache), attend, logprobs,
                            is_packed=device.type == "cuda", max_tokens=max_tokens)
 
 
 def compile_small_functions(model):
-    """On a GPU, makes one kernel of each chain of small operations: rotary embedding, SwiGLU."""
+    """On a GPU, compiles rotary embedding and SwiGLU into one kernel each."""
     if model.device.type == "cuda" and not kernels.IS_EAGER:
         for module in model.modules():
             if isinstance(module, (Rotation, SwiGLU)):

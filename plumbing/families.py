@@ -1,7 +1,8 @@
 """plumbing/families.py - what a published config.json means.
 
 One network serves all families. A family is a row of FAMILIES: switches for model.ModelConfig and a table of
-weight names. A new family that fits the network is a new row. What does not fit is refused by name.
+weight names. For a new family that fits the network, add a row. A checkpoint that does not fit is refused,
+and the message says why.
 
 Read in this order: FAMILIES, read_config.
 """
@@ -17,7 +18,8 @@ from model import ModelConfig
 # The families.
 
 
-# Our name of a module -> its name in the files. Those of a layer stand behind `layers` and its number.
+# The name of a module here -> its name in the files. Names of a layer's modules follow the name for `layers`
+# and the layer's number: model.layers.3.mlp.up_proj.
 QWEN_NAMES = dict(
     embed="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head",
     attention_norm="input_layernorm", mlp_norm="post_attention_layernorm",
@@ -32,17 +34,17 @@ LLADA_NAMES = dict(
 
 
 class Family(NamedTuple):
-    """What all checkpoints of one family have in common. The has_ and shifts_ are those of ModelConfig."""
+    """What all checkpoints of one family have in common. ModelConfig explains has_... and shifts_logits."""
 
-    names: dict  # of weights, see above
+    names: dict  # of modules, see above
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
     shifts_logits: bool = False
     attention: str = "block"  # or "full"; "" where only the checkpoint's name or --attention can tell
     may_choose: bool = False  # whether --attention may ask for the other kind
     block_size: int = 4  # K, where neither config.json nor the checkpoint's name says it
-    masks: tuple = ()  # mask tokens by id or by text, where neither config.json nor the tokenizer names one
-    architecture: str = ""  # the only one that fits; "" where the network is code beside the weights
+    masks: tuple = ()  # the usual mask tokens, by id or text, if neither config.json nor tokenizer names one
+    architecture: str = ""  # the only one in config.json that fits; "" where code comes with the weights
 
 
 # The key is the model_type of config.json, in lower case. A family that borrows another's model_type has its
@@ -53,8 +55,8 @@ class Family(NamedTuple):
 #
 # They have no mask token, so a row of the embedding that no text uses becomes one. Qwen's embedding is longer
 # than its vocabulary: the first row beyond the vocabulary is free. Llama 3 reserves tokens for such purposes.
-# SmolLM2 reserves none, but its vocabulary has special tokens that its training never met. `<empty_output>`
-# is one of eleven whose rows are still equal (in the model of 135M parameters).
+# SmolLM2 reserves none, but its vocabulary has special tokens that its training never met. In the model of
+# 135M parameters, eleven of them still have equal rows. `<empty_output>` is one of these.
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen
@@ -81,11 +83,11 @@ LLADA_FIELDS = dict(  # Qwen's spelling of a field -> LLaDA's
 
 @dataclass
 class CheckpointConfig(ModelConfig):
-    """A ModelConfig that remembers what came with it."""
+    """A ModelConfig, and what else came with the checkpoint."""
 
     is_block_size_assumed: bool = False  # K is the family's usual one: nothing in the checkpoint says it
-    # The tokenizer's files and the code beside the weights: name -> content. Saving gives them back. They are
-    # kept here because the folder may be gone by then, as older checkpoints of a run are.
+    # The tokenizer's files and the code beside the weights: name -> content. Saving writes them again. They
+    # are kept here because the folder may be gone by then: a run deletes its older checkpoints.
     files: dict = field(default_factory=dict, repr=False)
 
 
@@ -94,11 +96,11 @@ class CheckpointConfig(ModelConfig):
 
 
 def read_config(source, block_size=None, attention=None, path="", tokenizer=None):
-    """The fields of a config.json (a dict), whichever family's spelling they have -> CheckpointConfig.
+    """Reads a config.json (a dict) in the spelling of any family -> CheckpointConfig.
 
-    block_size, attention ("block" or "full"): what the user asks for. path: the checkpoint's name, which may
-    say both. tokenizer: may name the mask token. Raises ValueError for an unknown model_type, a missing
-    field, or a variant the network does not have.
+    block_size, attention ("block" or "full"): what the user asks for, or None. path: the checkpoint's name,
+    which may say either. tokenizer: may name the mask token. Raises ValueError for an unknown model_type, a
+    missing field, or a variant that the network does not have.
     """
     name = str(source.get("model_type", "none")).lower()
     architecture = (source.get("architectures") or [""])[0]
@@ -113,7 +115,8 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     wanted["num_key_value_heads"] = wanted["num_key_value_heads"] or wanted["num_attention_heads"]
     missing = [key for key, value in wanted.items() if value is None and key != "tie_word_embeddings"]
     if missing:
-        raise ValueError(f"config.json of family {name!r} lacks {', '.join(missing)}")
+        raise ValueError(f"config.json of family {name!r} lacks {', '.join(missing)}: add it, or fetch the "
+                         "file again")
     is_full = find_attention(source, family, attention, path) == "full"
     named = re.search(r"-b(\d+)$", os.path.basename(os.path.normpath(path)))  # JetLM/SDAR-8B-Chat-b32
     own_size = source.get("block_size") or (int(named[1]) if named and not is_full else None)
@@ -138,49 +141,50 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
 
 
 def refuse_other_networks(source, name, architecture, vocabulary):
-    """ValueError for a checkpoint whose network, or way of decoding, is not ours."""
+    """ValueError for a checkpoint that needs another network, or another way of decoding."""
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     has_experts = any(value and ("expert" in key or key.startswith("moe_")) for key, value in source.items())
     usual = FAMILIES[name].architecture if name in FAMILIES else ""
     is_other = usual != "" and (architecture not in ("", usual) or "auto_map" in source)
-    reasons = {  # what it has -> whether it has that
+    reasons = {  # what is not supported -> whether the checkpoint has it
         "a mixture of experts": has_experts or "moe" in name,
         f"code of its own ({architecture or 'unnamed'}): another network under a known name": is_other,
-        f"rotary positions of rope type {rope_type!r}, and not the plain ones": rope_type != "default",
+        f"rotary positions of rope type {rope_type!r} instead of the plain ones": rope_type != "default",
         "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
             {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),
         "sliding windows": source.get("use_sliding_window"),
-        f"the activation {source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
+        f"the activation {source.get('hidden_act')}, not silu": source.get("hidden_act", "silu") != "silu",
     }
     for reason, is_so in reasons.items():
         if is_so:
             raise ValueError(f"this {name} checkpoint is not supported, since it has {reason}")
     if name not in FAMILIES:
-        raise ValueError(f"unknown model_type {name!r} in config.json: known are {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown model_type {name!r} in config.json: the known ones are "
+                         f"{', '.join(FAMILIES)}")
 
 
 def find_attention(source, family, asked, path):
     """"block" or "full": by family, by --attention, or by the checkpoint's name."""
     if not family.may_choose:
         if asked not in (None, family.attention):
-            raise ValueError(f"--attention {asked} does not fit a checkpoint of {source['model_type']}: "
-                             f"its attention is {family.attention}")
+            raise ValueError(f"--attention {asked} does not fit a checkpoint of {source['model_type']}. Its "
+                             f"attention is always {family.attention}: leave the flag out")
         return family.attention
     name = os.path.basename(os.path.normpath(path)).lower()
     by_name = "block" if "bd3lm" in name else "full" if "mdlm" in name else ""
     attention = asked or source.get("attention") or family.attention or by_name
     if not attention:
-        raise ValueError(f"{source['model_type']} may be of block or of full attention, and the name "
-                         f"{name!r} does not say which: give --attention")
+        raise ValueError(f"a checkpoint of {source['model_type']} may have block or full attention, and the "
+                         f"name {name!r} does not say which: give --attention block, or full")
     return attention
 
 
 def find_mask(source, name, vocab_size, tokenizer):
     """The mask token's id: what config.json says, else what the tokenizer says, else the family's usual one.
 
-    The usual one must be a row of the embedding, and no token that text is made of. Raises ValueError if
-    there is none.
+    The usual one must have a row in the embedding, and must be no token of ordinary text. Raises ValueError
+    if there is none.
     """
     if source.get("mask_token_id") is not None:
         return source["mask_token_id"]
@@ -198,7 +202,7 @@ def find_mask(source, name, vocab_size, tokenizer):
             return token
     raise ValueError(
         f"this {name} checkpoint names no mask token, and none of the usual ones {FAMILIES[name].masks} is "
-        f"unused in its vocabulary of {vocab_size}: choose a token that no text holds, and write its id "
+        f"free in its vocabulary of {vocab_size}: choose a token that occurs in no text, and write its id "
         "into config.json as mask_token_id")
 
 
@@ -209,13 +213,14 @@ def as_list(value):
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-VALUE_HEAD = "value_head.weight"  # ours and in the files
+VALUE_HEAD = "value_head.weight"  # the same name here and in the files
 
 
 def family_name(config, ours):
-    """Our name in the family's spelling: layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight.
+    """The name of a weight here -> its name in the family's files.
 
-    A value model has the names of its backbone, and a head of its own.
+    layers.3.q_proj.weight -> model.layers.3.self_attn.q_proj.weight, in most families.
+    The weights of a value model have the names of its backbone. Only its head has a name of its own.
     """
     if ours == VALUE_HEAD:
         return ours

@@ -19,15 +19,16 @@ import math
 import os
 import sys
 
-SAME = object()  # the default of a setting for a tiny model is the one for all models
+SAME = object()  # says that tiny models have the same default as all others
 
 
 def setting(default, help, *, tiny=SAME, low=-math.inf, above=-math.inf, high=math.inf, choices=None,
             number=None, may_change=False):
     """A dataclass field that is also a flag.
 
-    tiny: another default, for models as small as the embedded one. low, high: inclusive bounds; above: an
-    exclusive one. number: how many values the flag takes. may_change: whether a resumed run may change it.
+    tiny: the default for models as small as the embedded one, if it is another. low, high: inclusive bounds;
+    above: an exclusive lower bound. choices: all values that are possible. number: how many values the flag
+    takes, as argparse's nargs. may_change: whether a resumed run may change it.
     """
     details = dict(help=help, tiny=default if tiny is SAME else tiny, low=low, above=above, high=high,
                    choices=choices, number=number, may_change=may_change)
@@ -40,7 +41,7 @@ def fault(details, value):
         if details["choices"] and value not in (None, *details["choices"]):
             return f"must be one of {', '.join(details['choices'])}"
         if isinstance(value, (list, tuple)) and details["number"] == 2 and value[0] > value[1]:
-            return "keeps nothing: the lower bound comes first"
+            return "keeps nothing, since the lower bound must come first"
         return None
     if details["low"] <= value <= details["high"] and value > details["above"] and math.isfinite(value):
         return None
@@ -55,7 +56,7 @@ def fault(details, value):
 
 
 def check(settings):
-    """ValueError for a setting that is out of its bounds; for __post_init__."""
+    """ValueError for a setting that is out of its bounds. Settings classes call it in __post_init__."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         text = fault(field.metadata, value)
@@ -68,10 +69,10 @@ def check(settings):
 
 
 def make_parser(description, groups, is_tiny):
-    """A parser with the flags of settings classes; groups: title -> class.
+    """A parser with the flags of settings classes. groups: title of a part of the help -> class.
 
-    Its help shows the defaults of the case at hand, and it takes no abbreviations. A setting that two classes
-    have is one flag, the first one's.
+    is_tiny: whether the defaults are those for a tiny model. Flags cannot be abbreviated. If two classes have
+    a setting of the same name, the first one makes the flag.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -82,7 +83,7 @@ def make_parser(description, groups, is_tiny):
 
 
 def peek(argv, name, default=None):
-    """The value of one flag, before the others are known."""
+    """The value of one flag in argv, read before the parser of all flags exists."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(name, default=default)
     known, _ = parser.parse_known_args(argv)
@@ -106,7 +107,7 @@ def add_flags(group, settings, is_tiny, known):
 
 
 def reader(kind, details):
-    """The type of a flag: reads a number or a text, and refuses what is out of bounds."""
+    """A function for argparse that reads the text of a flag, and refuses a value out of bounds."""
     def read(text):
         """The value in a text."""
         value = kind(text)
@@ -114,12 +115,12 @@ def reader(kind, details):
         if problem is not None:
             raise argparse.ArgumentTypeError(f"{problem}, got {text}")
         return value
-    read.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    read.__name__ = kind.__name__  # argparse prints this name if the text is no number at all
     return read
 
 
 def read_flags(settings, args, **others):
-    """The settings object of a class, from parsed flags; others: fields that are no flags."""
+    """An object of a settings class, made from parsed flags. others: fields that do not come from flags."""
     names = [field.name for field in dataclasses.fields(settings) if field.name not in others]
     return settings(**{name: getattr(args, name) for name in names}, **others)
 
@@ -131,13 +132,13 @@ def changeable(groups):
 
 
 def check_same(saved, settings, may_change, path):
-    """Refuses to mix two settings in one run."""
+    """ValueError if `settings` differ from `saved`, those of the run in `path`, where they may not change."""
     settings = json.loads(json.dumps(settings))  # as they would come back from a file
     changed = [f"{name} was {saved.get(name)!r}, is {settings.get(name)!r}"
                for name in sorted({*saved, *settings} - may_change) if saved.get(name) != settings.get(name)]
     if changed:
         raise ValueError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
-                         "Say what the run says, or choose another --name")
+                         "Give the settings of the run, or choose another --name")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def check_same(saved, settings, may_change, path):
 
 
 def load_function(spec, built_in, flag):
-    """What --reward, --advantage, --loss, --views and --strategy name: a function.
+    """The function that --reward, --advantage, --loss, --views or --strategy names.
 
     spec: a name among `built_in`, or file.py:function. ValueError that says what is missing.
     """
@@ -155,8 +156,8 @@ def load_function(spec, built_in, flag):
     if not os.path.isfile(path):
         raise ValueError(f"{flag} {spec}: no file {path or spec!r}; give file.py:function, or one of "
                          + ", ".join(built_in))
-    # A file is executed once, however many flags name it. Its module has a plain name, so that functions in
-    # it can be pickled for a pool of processes.
+    # A file is executed once, however many flags name it. It becomes a module with a name in sys.modules, so
+    # that its functions can be pickled for a pool of processes.
     key = "plugin_" + hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:12]
     if key not in sys.modules:
         folder = os.path.dirname(os.path.realpath(path))
@@ -173,21 +174,22 @@ def load_function(spec, built_in, flag):
 
 @functools.lru_cache(maxsize=64)
 def parameters_of(function):
-    """Parameters by name. Kept, because views are called for every block of every response."""
+    """The parameters of a function, by name. Cached, because `call` runs for each block of each response."""
     return inspect.signature(function).parameters
 
 
 def call(function, **arguments):
-    """Calls a function by name, with those of the arguments that it declares.
+    """Calls a function with those of the arguments that it declares. They are passed by name.
 
-    So a function of the user's lists only what it needs, and a later addition here breaks nobody.
+    So a user's function lists only what it needs. If an argument is added here, it works as before.
     """
     wanted = parameters_of(function)
     unknown = [name for name, parameter in wanted.items()
                if name not in arguments and parameter.default is parameter.empty]
     if unknown:
-        raise ValueError(f"{function.__name__} asks for {', '.join(unknown)}, which it cannot be given: "
-                         f"there are {', '.join(arguments)}")
+        raise ValueError(f"the function {function.__name__} asks for {', '.join(unknown)}, which it cannot "
+                         f"be given: there are {', '.join(arguments)}. Declare only these, or give a default "
+                         "to the others")
     return function(**{name: value for name, value in arguments.items() if name in wanted})
 
 

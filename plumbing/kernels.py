@@ -1,8 +1,8 @@
 """plumbing/kernels.py - twins of attention and of the log-probability: the same numbers, faster.
 
-Nothing here knows the project; plumbing/engine.py puts these functions in the place of the definitions.
+This file imports nothing of the project. plumbing/engine.py uses its functions in place of the definitions.
   masked_attention   twin of model.attention, with masks in three forms
-  CacheReader        the same over a cache of many sequences, whose keys are read where they are
+  CacheReader        twin of model.KVCache.read for many sequences; keys are not copied where that is possible
   chunked_logprobs   twin of model.token_logprobs, which never holds all logits at once
 """
 
@@ -21,21 +21,22 @@ except ImportError as error:  # not installed, or broken
     flash_attn_with_kvcache = None
     flash_attn_error = error
 
-# On Hopper torch prefers cuDNN's attention where there is a mask. That makes a plan for every new shape,
-# which takes half a second as reported, and our shapes change with every batch of prompts.
+# On Hopper GPUs torch prefers cuDNN's attention if there is a mask. cuDNN makes a plan for every new shape,
+# which is reported to take half a second. Our shapes change with every batch of prompts.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-# torch's own switch to go without compiled kernels, where one does not work. It turns CUDA graphs off, too.
+# torch's own switch against compiled kernels, for machines on which one fails. It also stops our CUDA graphs.
 IS_EAGER = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
 compile_once = functools.cache(torch.compile)
 
 
 def compiled(function):
-    """torch.compile, once for each function, and anew for each length of row.
+    """Compiles a function with torch.compile, anew for each length of row.
 
-    Lengths are few, but more than torch's usual limit. Beyond that limit torch would silently compute all
-    scores of a long row, which do not fit: hence the error instead. The limit is kept per thread, and a
-    backward pass runs in a thread of its own. So it is set at every call.
+    There are few lengths, but more than torch's usual limit. Beyond its limit torch would silently run the
+    function uncompiled. All scores of a long row would then be computed, and do not fit into memory. So there
+    is an error instead. Each thread has a limit of its own, and a backward pass runs in another thread. So
+    the limit is set at every call.
     """
     config = torch._dynamo.config
     if config.recompile_limit != 64:
@@ -49,10 +50,10 @@ def compiled(function):
 
 
 def tiles(mask, size=128):
-    """A dense mask (B, 1, T, T) cut for long rows: for every `size` queries, the keys that any of them sees.
+    """Cuts a dense mask (B, 1, T, T) into tiles of `size` queries, each with the keys that any of them sees.
 
     -> list of (queries: slice, keys int64 (n,), mask bool (B, 1, size, n)). A view sees the clean text before
-    its block and itself, which is a small part of a long row. No score is computed of the rest.
+    its block and itself, which is a small part of a long row. Scores of other keys are not computed.
     """
     found = []
     for start in range(0, mask.shape[2], size):
@@ -64,11 +65,13 @@ def tiles(mask, size=128):
 
 
 def flex_mask(rule, layout):
-    """A mask for FlexAttention: only WHICH tiles of 128 x 128 are touched is stored.
+    """A mask for FlexAttention. It stores only which tiles of 128 x 128 hold a pair that may attend.
 
-    rule: a function of two layouts (named tuples of numbers) that gives bool; layout: of (B, T) tensors. Its
-    making is compiled as well: uncompiled it would pass through gigabytes for a row of 16,384 tokens.
+    rule: a function of two layouts (named tuples of numbers) that gives bool. layout: such a tuple of (B, T)
+    tensors. On a GPU the making of the mask is compiled, too. Uncompiled it would need gigabytes for a row of
+    16,384 tokens.
     """
+    # The rule does not look at the position, the first field. The place in the row stands there instead.
     _, *numbers = layout
     at = lambda row, place: type(layout)(place, *(number[row, place] for number in numbers))
     may_see = lambda row, head, i, j: rule(at(row, i), at(row, j))
@@ -79,7 +82,7 @@ def flex_mask(rule, layout):
 
 
 def masked_attention(q, k, v, mask):
-    """Softmax attention: q (B, H, T, D) -> (B, H, T, D). mask: dense, tiles, of FlexAttention, or None."""
+    """Softmax attention: q (B, H, T, D) -> the same. mask: dense, from `tiles` or `flex_mask`, or None."""
     has_groups = q.shape[1] != k.shape[1]  # several heads share a key
     if isinstance(mask, BlockMask):
         flex = compiled(flex_attention) if q.is_cuda else flex_attention
@@ -89,16 +92,17 @@ def masked_attention(q, k, v, mask):
                  for queries, keys, part in mask]
         return torch.cat(parts, dim=2)
     if q.is_cuda and has_groups and mask is not None:
-        # Then CUDA's fast kernels want a key for every head.
+        # With a mask, CUDA's fast kernels need a key for every head of the queries.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         has_groups = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=has_groups)
 
 
 def as_added(mask, dtype):
-    """A dense bool mask as CUDA's kernels take it: a number that is added to each score, 0 or -inf.
+    """Turns a dense bool mask into what CUDA's kernels take: numbers to add to the scores, 0 or -inf.
 
-    They would make it of bools again in every layer. Lines must lie a multiple of eight numbers apart.
+    The kernels would otherwise convert the bools again in every layer. Lines of the mask must lie a multiple
+    of eight numbers apart in memory. On a CPU the mask stays as it is.
     """
     if not mask.is_cuda:
         return mask
@@ -108,25 +112,27 @@ def as_added(mask, dtype):
 
 
 def uses_flash(q):
-    """Whether flash-attn is there, and computes tensors of this kind."""
+    """Whether flash-attn is installed, and can compute tensors of the kind of q."""
     return flash_attn_with_kvcache is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
 
 
 class CacheReader:
     """Attention of rows over a cache of many sequences: made once per forward, and called by every layer.
 
-    Row b sees the first end[b] tokens of slot slots[b]; no end is beyond longest. The first num_in_place rows
-    are the slots 0, 1, 2, ...: their keys are read where they are. The keys of other rows are copied.
+    Row b sees the first end[b] tokens of slot slots[b], and no end exceeds `longest`. The first num_in_place
+    rows are the slots 0, 1, 2, ..., whose keys are read in place. Keys of the other rows, the commits of
+    engine.Decoder.states, are copied.
 
-    On a GPU no keys are copied. There a row is a slot with two blocks of queries, its own and the one that it
-    commits. For a slot that commits nothing the second block is zeros, and what comes of it is dropped:
+    On a GPU no keys are copied. There each slot has one line with two blocks of queries: the block that it
+    decodes, and the block that it commits. If it commits nothing, the second block is zeros, and its result
+    is dropped:
 
         rows     slot 0    slot 1    slot 1 (commit)         line 0  queries of slot 0   zeros
         end      12        16        12                      line 1  queries of slot 1   of its commit
     """
 
     def __init__(self, slots, end, longest, num_in_place, num_queries, cache):
-        """num_queries: of one row for one head of keys, see `__call__`. cache: the keys of all layers."""
+        """num_queries: how many queries of a row read one head of keys, see `__call__`. cache: all keys."""
         self.slots = slots
         self.longest = longest
         self.num_in_place = num_in_place
@@ -135,7 +141,7 @@ class CacheReader:
             self.flash = dict(cache_seqlens=end.int(), cache_batch_idx=slots.int(), causal=False)
             return
         if self.has_pairs:
-            # Captured.__call__ adds commits of a spare slot: they go to one more line, which is cut off.
+            # engine.Captured adds commits of a spare slot. They go to one more line, which is cut off again.
             self.line = slots[num_in_place:].clamp(max=num_in_place)  # (M,) of the commits
             pairs = F.pad(end[:num_in_place, None].expand(-1, 2), (0, 0, 0, 1))  # (lines + 1, 2)
             pairs[self.line, 1] = end[num_in_place:]
@@ -151,7 +157,7 @@ class CacheReader:
         # count as more queries, and no key is copied for them. With H = 4, H_kv = 2 and K = 4:
         # (B, 4, 4, D) -> (B, 2, 8, D).
         folded = q.reshape(len(q), keys.shape[2], -1, q.shape[-1])
-        if uses_flash(q):  # by itself flash-attn folds only single queries
+        if uses_flash(q):  # flash-attn itself only folds a single query
             out = flash_attn_with_kvcache(folded.transpose(1, 2), keys, values, **self.flash)
             return out.transpose(1, 2).reshape(q.shape)
         in_place = slice(0, self.num_in_place)
@@ -185,14 +191,14 @@ class CacheReader:
 
 
 def float32_product(a, b):
-    """a @ b, two matrices, with a float32 result also of bfloat16 factors."""
+    """a @ b for two matrices. The result is float32, also if the factors are bfloat16."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def masked_logits(states, weight, mask_id):
-    """Float32 logits (N, V) of states (N, C) and a head (V, C); one token is ruled out."""
+    """Float32 logits (N, V) of states (N, C) and a head (V, C), with the mask token ruled out."""
     logits = float32_product(states, weight.T)
     logits[:, mask_id] = -math.inf
     return logits
@@ -201,10 +207,10 @@ def masked_logits(states, weight, mask_id):
 class ChunkedLogprobs(torch.autograd.Function):
     """Log-probability and entropy, with a backward pass of their own.
 
-    Logits live for one chunk of positions at a time, and are made again in the backward pass. With z the
-    logits / T, p their softmax and H its entropy, the two gradients are
+    Logits exist for one chunk of positions at a time. The backward pass computes them again. Let z be the
+    logits / T, p their softmax, and H the entropy of p. Then the two gradients are
         d logp / d z_v = [v is the token] - p_v          d H / d z_v = -p_v (log p_v + H)
-    so nothing of size V outlives its chunk but the gradient of the head, which is added up in one place.
+    So only one tensor of size V is kept from chunk to chunk: the gradient of the head, a sum over chunks.
     """
 
     @staticmethod
@@ -219,7 +225,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             entropy[part] = torch.special.entr(logits.sub_(total).exp_()).sum(-1)
         ctx.save_for_backward(states, weight, tokens, entropy)
         ctx.settings = mask_id, temperature, chunk
-        ctx.set_materialize_grads(False)  # an entropy that no loss uses has no gradient: None
+        ctx.set_materialize_grads(False)  # if no loss uses the entropy, its gradient is None
         return logp, entropy
 
     @staticmethod
@@ -231,7 +237,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             grad_logp = torch.zeros_like(entropy)
         grad_states = torch.zeros_like(states)
         needs_weight = ctx.needs_input_grad[1]
-        # Added up in float32: in bfloat16 late chunks would be lost in the sum.
+        # The sum is float32. In bfloat16 the last chunks would be too small to change it.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(states), chunk):
             part = slice(start, start + chunk)
@@ -251,7 +257,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 
 def chunked_logprobs(states, weight, tokens, mask_id, temperature, max_logits):
-    """Log-probabilities of tokens (N,) and entropies, at states (N, C), of a head (V, C): float32 (N,) each.
+    """Log-probabilities of tokens (N,), and entropies, at states (N, C) with the head (V, C): float32 (N,).
 
     At most max_logits logits exist at a time. The head's gradient is read and written once per chunk.
     """

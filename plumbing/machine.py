@@ -1,4 +1,4 @@
-"""plumbing/machine.py - the machine of a run: its flags, which functions compute, and what it loads."""
+"""plumbing/machine.py - the flags about the machine, definitions or twins, and the loading of models."""
 
 import dataclasses
 import os
@@ -18,38 +18,41 @@ BEST_DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
 @dataclass
 class Machine:
-    """What every command may be told about the machine."""
+    """The flags about the machine that every command has."""
 
-    plain: bool = setting(False, "compute by the definitions of the six files, without their fast twins",
+    plain: bool = setting(False, "compute by the plain definitions in the six files, not by their fast twins",
                           may_change=True)
-    device: str = setting(None, "None: a GPU if there is one; for the tiny model the CPU", may_change=True,
-                          choices=("cpu", "cuda"))
-    dtype: str = setting(BEST_DTYPE, "what layers compute in; all that lasts is float32", tiny="float32",
-                         choices=("float32", "bfloat16"))
-    attention: str = setting(None, "of the tiny model, or of a checkpoint that leaves it open",
-                             choices=("block", "full"))
-    block_size: int = setting(None, "K; None is the checkpoint's own", low=1)
-    slots: int = setting(None, "sequences decoded together on a process; None: as many as fit", tiny=64,
-                         low=1, may_change=True)
+    device: str = setting(None, "None: a GPU if there is one, but the CPU for the tiny model",
+                          may_change=True, choices=("cpu", "cuda"))
+    dtype: str = setting(BEST_DTYPE, "number format in which layers compute; weights that are trained are "
+                         "always kept in float32", tiny="float32", choices=("float32", "bfloat16"))
+    attention: str = setting(None, "which tiny model to take; or the attention of a checkpoint that leaves "
+                             "it open", choices=("block", "full"))
+    block_size: int = setting(None, "K, tokens per block; None: the checkpoint's own", low=1)
+    slots: int = setting(None, "sequences that each process decodes together; None: as many as fit into "
+                         "memory", tiny=64, low=1, may_change=True)
 
 
 @dataclass
 class Inference(Machine):
     """The machine of a command that only decodes."""
 
-    cache: str = setting("none", "full attention: keep keys and values outside the block (dual) or before it "
-                         "(prefix). Faster, and not the same policy", choices=engine.CACHES)
+    cache: str = setting("none", "full attention only: reuse keys and values of tokens outside the block "
+                         "(dual) or before it (prefix). Faster, but not exactly the same policy",
+                         choices=engine.CACHES)
 
 
 @dataclass
 class Training(Machine):
     """The machine of a command that trains."""
 
-    tokens_per_micro_batch: int = setting(None, "tokens of one forward and backward; None: as many as fit",
-                                          tiny=4096, low=1, may_change=True)
-    gradient_checkpointing: bool = setting(True, "compute activations again in the backward pass: slower by "
-                                           "a third, fits far longer rows", tiny=False, may_change=True)
-    lora_rank: int = setting(0, "train adapters of this rank; 0 trains everything", low=0)
+    tokens_per_micro_batch: int = setting(None, "tokens in one forward and backward pass; None: as many as "
+                                          "fit into memory", tiny=4096, low=1, may_change=True)
+    gradient_checkpointing: bool = setting(True, "compute activations again in the backward pass: a third "
+                                           "slower, but far longer rows fit into memory", tiny=False,
+                                           may_change=True)
+    lora_rank: int = setting(0, "train LoRA adapters of this rank, with the weights frozen; 0: train the "
+                             "weights", low=0)
 
 
 def start_of(attention):
@@ -58,7 +61,7 @@ def start_of(attention):
 
 
 def is_tiny(path):
-    """Whether a checkpoint (None: the one in assets/) is a tiny one: for default settings."""
+    """Whether a checkpoint (None: that in assets/) is tiny, at most 128 channels. Then tiny defaults hold."""
     if path is None:
         return True
     config = os.path.join(path, "config.json")
@@ -69,7 +72,9 @@ def is_tiny(path):
 
 
 def start(args):
-    """Joins the process group, by the flags of a training run."""
+    """Joins the process group, as the flags of a training run ask."""
+    # In bfloat16 a single process needs a group, too: FSDP2 keeps trained weights in float32, see
+    # parallel.shard.
     parallel.start_processes(args.device, is_tiny(args.model), needs_group=args.dtype == "bfloat16")
 
 
@@ -86,14 +91,14 @@ def choose_compute(settings, model):
 
 
 def self_check(model, method):
-    """The replay law on a few random prompts, before the first RL step, with the kernels of this run.
+    """Checks the replay law on a few random prompts, with the kernels of this run, before the first RL step.
 
-    On a GPU or in bfloat16 no two kernels round alike. There this says what the gap is made of: recorded
-    numbers against a replay by the definitions, and that replay against its fast twin.
+    On a GPU or in bfloat16 different kernels round differently. There two more numbers are printed: how far
+    a replay by the definitions is from the recorded numbers, and how far it is from the fast replay.
     """
     config = model.config
     rng = random.Random(0)
-    # K = 4 divides 64, but not 5, 9 and 30: only these show blocks that are cut in a wrong place.
+    # K = 4 divides 64, but not 5, 9 and 30. Only with such lengths blocks that are cut wrongly show.
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
     short = dataclasses.replace(
         method.decoding, max_new_tokens=min(4 * config.block_size, method.decoding.max_new_tokens))
@@ -101,30 +106,31 @@ def self_check(model, method):
     temperature = method.decoding.temperature
     fast = rollout.replay_differences(model, rollouts, method.compute, temperature)
     size = lambda differences: float(differences.abs().mean())
-    text = f"self-check: replayed and recorded log-probabilities differ by {size(fast):.1e}"
+    text = f"self-check: replayed and recorded log-probabilities differ by {size(fast):.1e} on average"
     if model.device.type == "cuda" or not method.law.is_float32:
         plain = rollout.replay_differences(model, rollouts, rollout.PLAIN, temperature)
-        text += (f"; replayed by the definitions by {size(plain):.1e}, and the two replays by "
+        text += (f"; if the definitions replay, by {size(plain):.1e}; the two replays differ by "
                  f"{size(fast - plain):.1e}")
     parallel.say(text)
     method.law.enforce(gap=size(fast), gap_max=float(fast.abs().max()))
 
 
 def say_backend(model, cache):
-    """Says which kernels decode, and what is only nearly exact."""
+    """Says which attention kernels decode, and warns of an approximate cache."""
     is_broken = getattr(kernels.flash_attn_error, "name", "flash_attn") != "flash_attn"
     if is_broken:
-        parallel.say(f"WARNING: flash-attn is installed but cannot be used: {kernels.flash_attn_error}")
+        parallel.say(f"WARNING: flash-attn is installed but cannot be used: {kernels.flash_attn_error}. "
+                     "Install it again, or go on with torch's attention")
     has_cache = not model.config.is_full or cache != "none"
     name = "flash-attn" if has_cache and kernels.uses_flash(model.embed.weight) else "torch's attention"
-    parallel.say(f"decoding on {model.device} by {name}")
+    parallel.say(f"decoding on {model.device} with {name}")
     if cache != "none":
-        parallel.say(f"WARNING: --cache {cache} approximates: responses are drawn from another policy than "
-                     "the exact one")
+        parallel.say(f"WARNING: --cache {cache} is an approximation: responses come from a slightly "
+                     "different policy. Leave it out for exact results")
 
 
 def load_to_answer(args):
-    """What answers problems -> model, tokenizer, rollout.Compute; with --ar a left-to-right model."""
+    """Loads a model that answers problems -> model, tokenizer, rollout.Compute. With --ar: left to right."""
     parallel.start_processes(args.device, is_tiny=args.ar is None and is_tiny(args.model))
     if args.ar:
         model, tokenizer = autoregressive.load(args.ar)
@@ -132,26 +138,26 @@ def load_to_answer(args):
     model, tokenizer = checkpoints.load_model(args.model or start_of(args.attention), args.block_size,
                                               getattr(torch, args.dtype), attention=args.attention)
     if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer: prompts cannot be encoded")
+        raise ValueError(f"{args.model} has no tokenizer to encode prompts: copy its files into the folder")
     return model, tokenizer, choose_compute(args, model)
 
 
 def load_to_train(path, args, make_value=None):
-    """A checkpoint to train, by the flags -> (model, value model or None, tokenizer), sharded over all
-    processes.
+    """Loads a checkpoint to train, sharded over all processes -> (model, value model or None, tokenizer).
 
-    make_value: from the policy, not yet filled, to a value model (value.ValueModel). Its weights are those of
-    the policy, or the folder's own in value/. Without adapters each process reads its part of every weight,
-    as float32. With adapters the frozen weights stay whole on every process, in --dtype.
+    make_value: makes a value model of the policy before weights are read (value.ValueModel). It starts from
+    the weights in the folder's value/, or else from those of the policy. Without adapters each process reads
+    its part of every weight, as float32. With adapters the frozen weights stay whole on every process, in
+    --dtype.
     """
     folder, config, tokenizer = checkpoints.find_checkpoint(path, args.block_size, args.attention)
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer: prompts cannot be encoded")
+        raise ValueError(f"{path} has no tokenizer to encode prompts: copy its files into the folder")
     if not is_tiny(args.model):
         args.tokens_per_micro_batch = memory.plan(config, args, 1 if make_value is None else 2)
     dtype = getattr(torch, args.dtype)
     model = checkpoints.empty_model(config)
-    for layer in model.layers:  # and so of the value model, a copy
+    for layer in model.layers:  # the value model copies them
         layer.has_gradient_checkpointing = args.gradient_checkpointing
     if args.lora_rank:
         checkpoints.load_weights(model, folder, dtype)
@@ -170,5 +176,5 @@ def load_to_train(path, args, make_value=None):
             checkpoints.load_weights(part, source, torch.float32)
     if has_saved:
         parallel.say(f"value model: {saved} is not used with --lora_rank" if args.lora_rank
-                     else f"value model: going on from {saved}")
+                     else f"value model: it starts from {saved}")
     return model.eval(), value_model, tokenizer

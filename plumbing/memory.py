@@ -1,4 +1,4 @@
-"""plumbing/memory.py - what fits: sequences decoded together, and tokens of a micro-batch."""
+"""plumbing/memory.py - how many sequences, and how many tokens of a micro-batch, fit into memory."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,10 @@ from plumbing import parallel
 
 
 def most_logits(device, is_training=False):
-    """How many logits exist at a time, in float32: 2**25 of them are 128 MiB.
+    """How many float32 logits may exist at a time. 2**25 of them are 128 MiB.
 
-    More on a GPU, where the head's weight is read for each chunk. In training its gradient is, too.
+    On a GPU there are more, in fewer chunks: each chunk reads the head's weight again, and in training also
+    the weight's gradient.
     """
     if device.type == "cuda":
         return 2**27 if is_training else 2**26
@@ -22,7 +23,7 @@ def most_logits(device, is_training=False):
 
 
 def free_bytes(device):
-    """What this process may still take: of its GPU, or its part of the main memory."""
+    """How many bytes this process may still take of its GPU, or of its part of the main memory."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -32,14 +33,14 @@ def free_bytes(device):
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or the word max
     if limit.exists() and limit.read_text().strip().isdigit():
-        # What files fill does not count: they may be forgotten. "anon" are the bytes of processes.
+        # Memory that only caches files does not count, as it can be freed. "anon" is the memory of processes.
         used = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
         available = min(available, int(limit.read_text()) - int(used["anon"]))
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def layer_bytes(config, itemsize):
-    """Bytes per token of what one layer computes, about: states, q, k, v, attention, feed-forward."""
+    """Bytes per token, about, of all that one layer computes: states, q, k, v, attention, feed-forward."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return (6 * config.hidden_size + heads + 3 * config.intermediate_size) * itemsize
 
@@ -50,36 +51,36 @@ def slot_bytes(config, length, itemsize, has_cache):
     They are its cache and its tables, and with full attention what a layer computes for the whole canvas.
     """
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    # 25: a number in each of the five tables of engine.Decoder.
     return length * (25 + cache * has_cache + layer_bytes(config, itemsize) * config.is_full)
 
 
 def fit_slots(asked, number, per_slot, config, device):
-    """How many of `number` sequences are decoded together. As many as asked, or as fit if asked is None.
+    """How many of `number` sequences are decoded together: as many as `asked`; None is as many as fit.
 
-    What fits may be fewer than asked: the optimizer's moments, for example, are there from the second RL step
-    on. The results are the same, so this is said and no error. ValueError if not even one fits.
+    Fewer than `asked` may fit. From the second RL step on, for example, the optimizer's moments take memory.
+    The results are the same, so this is printed, and is no error. ValueError if not even one fits.
     """
     logits = max(most_logits(device), config.vocab_size) * 4 * 6  # of the sampler, see engine.Decoder.draw
     if device.type == "cuda":
-        logits *= 2  # recorded steps have memory of their own
-        torch.cuda.empty_cache()  # what torch keeps is in pieces, and a cache wants few large ones
+        logits *= 2  # CUDA graphs have memory of their own
+        torch.cuda.empty_cache()  # torch keeps small pieces, and the cache needs a few large ones
     free = free_bytes(device)
-    most = int((0.8 * free - logits) // per_slot)  # the rest: prefill, and what fragments
+    most = int((0.8 * free - logits) // per_slot)  # a fifth is left for prefill and fragments
     wanted = min(asked or number, number)
     if most < 1:
         raise ValueError(f"not one sequence of {per_slot / 2**20:,.0f} MiB fits into the "
                          f"{free / 2**30:.1f} GiB that are free: lower --max_new_tokens")
     if asked and most < wanted:
-        parallel.say(f"--slots {asked}: {most} of {per_slot / 2**20:,.0f} MiB each fit into the "
-                     f"{free / 2**30:.1f} GiB that are free, so {most} sequences are decoded together")
+        parallel.say(f"--slots {asked}: {most} of these sequences, {per_slot / 2**20:,.0f} MiB each, fit "
+                     f"into the {free / 2**30:.1f} GiB that are free. So only {most} are decoded together")
     return min(most, wanted)
 
 
 def plan(config, args, num_models):
-    """Says what training takes of this process's memory, before the weights are read -> tokens per
-    micro-batch.
+    """Prints how much memory training takes, before the weights are read -> tokens per micro-batch.
 
-    num_models: 2 with a value model, else 1. ValueError where it cannot fit, with what would.
+    num_models: 2 with a value model, else 1. ValueError if training does not fit; it says what would help.
     """
     device = parallel.default_device()
     wide = 2 if args.dtype == "bfloat16" else 4  # bytes of a number while layers compute
@@ -91,11 +92,12 @@ def plan(config, args, num_models):
         linears = [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
         trained = sum(args.lora_rank * (m.in_features + m.out_features) for m in linears)
     own = trained * num_models / parallel.processes()[1]
-    has_copy = dist.is_initialized() and not args.lora_rank  # of the whole weights, while decoding
+    has_copy = dist.is_initialized() and not args.lora_rank  # decoding needs a copy of the whole weights
     layer = layer_bytes(config, wide)
-    kept = config.hidden_size * wide if args.gradient_checkpointing else layer  # per layer, until backward
+    kept = config.hidden_size * wide if args.gradient_checkpointing else layer  # until backward
     per_token = 3 * layer + config.num_layers * kept
-    # Logits of a chunk; the head's gradient in float32, twice; embedding, head and a gradient are whole.
+    # The head takes the logits of a chunk, three times. It takes its gradient in float32, twice. And it takes
+    # embedding, head and one gradient, which are not sharded while layers compute.
     head = 3 * 4 * most_logits(device, is_training=True)
     head += config.vocab_size * config.hidden_size * (8 + 3 * wide)
     sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), moments=own * 12, head=head)
@@ -110,10 +112,10 @@ def plan(config, args, num_models):
     parallel.say(
         f"plan: {total / 1e9:.2f} billion parameters in {args.dtype}, blocks of {config.block_size}"
         f"{' (assumed: see --block_size)' * config.is_block_size_assumed}, "
-        f"{parallel.processes()[1]} processes; GiB on each: weights "
+        f"{parallel.processes()[1]} processes. GiB on each process: weights "
         f"{GB(sizes['weights'])}, gradients and moments {GB(sizes['moments'])}, head "
-        f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch); while "
-        f"decoding {GB(max(cached, 0))} for sequences; free {GB(free)}")
+        f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch). While "
+        f"decoding, {GB(max(cached, 0))} are left for sequences. Now {GB(free)} are free")
     if sum(sizes.values()) > 0.85 * free or cached < 0:
         needed = max(sum(sizes.values()), 0.85 * free - cached)
         raise ValueError(f"training needs {GB(needed)} GiB on each process, and may use 85 percent of the "
@@ -121,16 +123,17 @@ def plan(config, args, num_models):
                          "smaller --tokens_per_micro_batch, more GPUs, or a smaller model")
     longest = args.max_prompt_tokens + args.max_new_tokens * (1 + config.block_size)  # one token a step
     if not config.is_full and longest * per_token > room:
-        parallel.say(f"WARNING: {args.max_new_tokens} tokens decoded one token a step are a row of {longest} "
-                     f"tokens, and rows are never cut: {GB(longest * per_token)} GiB of activations")
+        parallel.say(f"WARNING: a response of {args.max_new_tokens} tokens, decoded one token a step, makes "
+                     f"a row of {longest} tokens with {GB(longest * per_token)} GiB of activations. Rows are "
+                     "never cut: if memory runs out, lower --max_new_tokens")
     return tokens
 
 
-PLANNED = {}  # update: the bytes that `plan` has computed for it, until they are compared
+PLANNED = {}  # "update" -> the bytes that `plan` has computed for it, until they are printed
 
 
 def say_peak(gib):
-    """Says once, after the first RL step, what the update took on this GPU, beside what was planned."""
+    """Prints once, after the first RL step, how much of this GPU the update took, and what was planned."""
     planned = PLANNED.pop("update", None)
     if planned is not None:
-        parallel.say(f"the update took up to {gib:.1f} GiB of this GPU; planned were {planned / 2**30:.1f}")
+        parallel.say(f"the update took up to {gib:.1f} GiB of this GPU; the plan was {planned / 2**30:.1f}")

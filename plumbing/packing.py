@@ -18,10 +18,10 @@ def pad(rows, pad_id, device):
 
 
 def pack(rows, pad_id, device, multiple):
-    """The twin of `pad`: all rows end to end in one, which is padded to a multiple of so many tokens.
+    """Twin of `pad`: all rows stand end to end in one row, which is padded to a multiple of `multiple`.
 
-    Kernels are compiled for each length. So the lengths are few: multiples of `multiple` up to four times it,
-    and beyond that multiples of four times it.
+    Kernels are compiled anew for each length, so there are few lengths. If multiple is 512, they are 512,
+    1024, 1536 and 2048. Beyond that they are multiples of 2048.
     """
     starts = []
     total = 0
@@ -35,8 +35,8 @@ def pack(rows, pad_id, device, multiple):
 def fill(rows, starts, shape, pad_id, device):
     """A micro-batch of a shape (B, T) in which row n begins at place starts[n] of the B * T tokens."""
     size = shape[0] * shape[1]
-    # Padding is of document -1. Each padding token has a view of its own and sees only itself: a token that
-    # sees nothing would be NaN.
+    # Padding belongs to document -1. Each padding token has a view of its own, so it sees itself only. If it
+    # saw nothing, its output would be NaN.
     columns = dict(tokens=[pad_id] * size, position=[0] * size, document=[-1] * size, block=[0] * size,
                    view=list(range(1, size + 1)))
     targets = []
@@ -58,15 +58,15 @@ WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "vie
 
 
 def micro_batches(units, compute, model):
-    """Lists of rows -> micro-batches of compute.max_tokens tokens at most, on the model's device.
+    """Lists of rows -> micro-batches of at most compute.max_tokens tokens, on the model's device.
 
-    units: the rows of one list stay in one micro-batch where they fit. A loss may then look at a whole
-    response, or at a whole group.
+    units: lists of rows. The rows of one list stay in one micro-batch if they fit into it. A loss may then
+    look at a whole response, or at a whole group.
     """
     pieces = []
     for rows in units:
         longest = max((len(row.tokens) for row in rows), default=1)
-        fitting = max(1, compute.max_tokens // longest)  # rows of a list that is too long for one
+        fitting = max(1, compute.max_tokens // longest)  # rows that fit into one micro-batch
         pieces += [rows[start:start + fitting] for start in range(0, len(rows), fitting)]
     sizes = [(max(len(row.tokens) for row in rows), len(rows)) for rows in pieces]
     parts = []
@@ -81,10 +81,11 @@ def micro_batches(units, compute, model):
 
 
 def by_length(sizes, max_tokens, is_packed=False):
-    """Groups items for forwards of at most max_tokens tokens (or one item), like lengths together.
+    """Puts items of similar length together, for forwards of at most max_tokens tokens, or of one item.
 
     sizes: (length of a row, number of rows) of each item -> lists of item numbers, short ones first. Unless
-    packed, rows are padded to the longest; a group ends early where that would waste a thirty-second of it.
+    they are packed, rows are padded to the longest of their list. A list ends early if the padding would be
+    more than a thirty-second of its tokens.
     """
     groups = []
     num_rows = 0  # of the group being filled
@@ -93,7 +94,7 @@ def by_length(sizes, max_tokens, is_packed=False):
         length, count = sizes[item]
         num_rows += count
         num_tokens += count * length
-        padded = num_tokens if is_packed else num_rows * length  # the longest so far is this one
+        padded = num_tokens if is_packed else num_rows * length  # this item is the longest so far
         is_wasteful = padded > 512 and padded - num_tokens > num_tokens / 32
         if not groups or padded > max_tokens or is_wasteful:
             groups.append([])
@@ -104,12 +105,11 @@ def by_length(sizes, max_tokens, is_packed=False):
 
 
 def dealt_batches(units, compute, model):
-    """The micro-batches of this process's part of the work -> parts, and the number of all processes'
-    targets.
+    """This process's lists of rows -> its micro-batches, and the number of targets on all processes.
 
     To be called on every process. Sharded layers (FSDP2) gather their weights from all processes, in forward
-    and backward: a process that stopped early would leave the others waiting for ever. So one with fewer
-    micro-batches gets dummies, as many as it lacks: one padding token, no targets, a loss of 0.
+    and backward. A process that stopped early would leave the others waiting for ever. So a process with
+    fewer micro-batches gets dummies: one padding token, no targets, a loss of 0.
     """
     parts = micro_batches(units, compute, model)
     num_targets = torch.tensor(sum(len(part.targets.token) for part in parts), device=model.device)

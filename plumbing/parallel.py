@@ -1,8 +1,9 @@
 """plumbing/parallel.py - many processes: the group, sharding (FSDP2), the optimizer step, LoRA layers.
 
-One process group from torchrun, nothing else. Work is dealt out by one rule, `deal`: item i goes to process
-i modulo the number of processes. Losses are sums over a process's own tokens, divided by the token count of
-ALL processes. So gradients are added up, never averaged. One process or eight compute the same update.
+There is one process group, which torchrun starts. Work is dealt out by one rule, `deal`: item i goes to
+process i modulo the number of processes. Losses are sums over a process's own tokens, divided by the token
+count of ALL processes. So gradients are added up, never averaged. One process or eight compute the same
+update, up to rounding.
 """
 
 import functools
@@ -30,19 +31,20 @@ from tqdm import tqdm
 # The group.
 
 
-CHOSEN = dict(device=None)  # by start_processes: "cpu", "cuda", or None for a GPU if there is one
+CHOSEN = dict(device=None)  # set by start_processes: "cpu", "cuda", or None for a GPU if there is one
 
 
 def start_processes(device=None, is_tiny=False, needs_group=False):
     """Joins torchrun's process group, if there is one. needs_group: makes a group of one, if there is none.
 
     device: "cpu" or "cuda". None takes a GPU if there is one, but not for the tiny model, which gains nothing
-    there. is_tiny: one thread per process. For 100k parameters a second core saves a fifth of the time. As
-    soon as another program wants that core, threads wait for each other, and all takes far longer.
+    there. is_tiny: each process gets one thread. With 100k parameters a second core would save only a fifth
+    of the time. If another program uses that core, the threads wait for each other, and all takes far longer.
     """
     CHOSEN["device"] = device or ("cpu" if is_tiny else None)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU on this machine")
+        raise ValueError("--device cuda: torch sees no GPU on this machine. Leave the flag out, or install "
+                         "a torch for your GPU")
     if is_tiny:
         torch.set_num_threads(1)
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -56,7 +58,7 @@ def start_processes(device=None, is_tiny=False, needs_group=False):
     if is_cuda:
         torch.cuda.set_device(local)
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if is_alone else {}
-    # two hours: the others wait for the longest rollout
+    # The timeout is long, since all processes wait for the one that has the longest rollout.
     dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(hours=2), **alone)
 
 
@@ -112,14 +114,14 @@ def from_first(value):
 
 
 def add_up(tensor):
-    """Sum of a tensor over all processes, in place; on every process."""
+    """Sums a tensor over all processes, in place. Every process gets the sum."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def largest(tensor):
-    """Maximum of a tensor over all processes, in place; on every process."""
+    """Takes the maximum of a tensor over all processes, in place. Every process gets the maximum."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
@@ -127,7 +129,7 @@ def largest(tensor):
 
 @functools.lru_cache(maxsize=2)
 def shuffled(number, seed):
-    """A seeded order of range(number), the same on every process."""
+    """A random order of range(number) that follows from the seed, so it is the same on every process."""
     return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -138,7 +140,7 @@ def barrier():
 
 
 def bar(items, name):
-    """A tqdm bar on the first process, if someone is watching a terminal."""
+    """Goes through items, with a progress bar on the first process if the output is a terminal."""
     return tqdm(items, desc=name, disable=None if is_first() else True, mininterval=1)
 
 
@@ -178,18 +180,19 @@ def shard(model, layers, dtype=torch.float32):
 def load(state, **source):
     """Fills the tensors of a state, in place, from files that torch.distributed.checkpoint can read.
 
-    Each process reads its own part, and waits for nobody. source: of torch's `load`, e.g. a storage_reader.
+    Each process reads its own part, and waits for nobody. source: arguments of torch's `load` that say where
+    to read, such as a storage_reader.
     """
-    with warnings.catch_warnings():  # torch warns that each process reads for itself, which is meant
+    with warnings.catch_warnings():  # torch warns that each process reads for itself. That is the intention
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(state, no_dist=True, **source)
 
 
 @contextmanager
 def unsharded(model):
-    """Gives the whole model on this process, for the time of a `with`.
+    """Inside a `with`: a model with whole weights on this process.
 
-    It may run as many forwards as it likes, and no layer waits for another process. A model that is not
+    Its forwards wait for no other process, so each process may run as many as it needs. A model that is not
     sharded is given as it is.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -206,13 +209,13 @@ def unsharded(model):
 
 
 def without_hooks(module):
-    """The same weights in modules that FSDP2 knows nothing of.
+    """The same weights in modules without the hooks of FSDP2.
 
-    Its hooks cost more than a small layer does, and no CUDA graph can hold them.
+    The hooks take longer than a small layer, and a CUDA graph cannot record them.
     """
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
         return module
-    # class FSDPLayer(FSDPModule, Layer)
+    # FSDP2 has made a class FSDPLayer(FSDPModule, Layer). Of its __mro__, number 2 is Layer.
     plain = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
     twin = plain.__new__(plain)
     twin.__dict__.update(module.__dict__)
@@ -223,13 +226,15 @@ def without_hooks(module):
 
 
 def whole_state(model):
-    """Parameters by name, whole and contiguous, of a model that may be sharded; on the first process only, if
-    there are several. To be called on every process."""
+    """Parameters by name, whole and contiguous, of a model that may be sharded.
+
+    If there are several processes, only the first one gets them. To be called on every process.
+    """
     if not dist.is_initialized():
         return model.state_dict()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    # Gathered tensors are views of padded storage when a dimension does not divide by the number of
-    # processes (18 tokens on 4), and safetensors then cannot tell whole tensors from parts: make copies.
+    # If a dimension does not divide by the number of processes (18 tokens on 4), gathered tensors are views
+    # of padded storage. safetensors then cannot tell whole tensors from parts. So copies are made.
     for name in list(state):  # one at a time: there is never a second whole model in memory
         state[name] = state[name].clone(memory_format=torch.contiguous_format)
     return state
@@ -243,14 +248,14 @@ MAX_SKIPPED = 5  # updates in a row whose gradient is not finite, before the run
 
 
 class Learner(NamedTuple):
-    """A network that learns, and what moves its weights."""
+    """A network that learns, and its optimizer."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
 
 def make_learner(model, lr, betas, weight_decay=0.0):
-    """A model with AdamW on its trainable parameters; decay on matrices only."""
+    """A model with AdamW for its trainable parameters. Weight decay acts on matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
@@ -258,16 +263,16 @@ def make_learner(model, lr, betas, weight_decay=0.0):
 
 
 def set_learning_rate(optimizer, lr):
-    """Of all parameters."""
+    """Sets the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def optimizer_step(learner, max_grad_norm=1.0):
-    """Clips the gradient to a norm common to all processes and steps -> (norm, whether it stepped).
+    """Clips the gradient and moves the weights -> (its norm before clipping, whether the weights moved).
 
-    A norm that is not finite skips the update, on every process alike; RuntimeError after MAX_SKIPPED in a
-    row.
+    The norm is that over all processes. If it is not finite, every process skips the update. RuntimeError
+    after MAX_SKIPPED such updates in a row.
     """
     model, optimizer = learner
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
@@ -281,19 +286,19 @@ def optimizer_step(learner, max_grad_norm=1.0):
     optimizer.zero_grad(set_to_none=True)
     if optimizer.num_skipped >= MAX_SKIPPED:
         raise RuntimeError(f"{MAX_SKIPPED} updates in a row had a gradient that is not finite: "
-                           "lower the learning rate")
+                           "lower the learning rate (--lr)")
     return float(norm), is_finite
 
 
 # ------------------------------------------------------------------------------------------------------------
-# LoRA: the trunk stays as it is and takes no gradient; two thin matrices beside each linear layer learn.
+# LoRA: the weights are frozen. Two thin matrices beside each linear layer learn instead.
 
 
-LORA_ALPHA = 2  # times the rank: what B A x is scaled by, as is usual
+LORA_ALPHA = 2  # the factor of B A x. In the usual notation it is alpha / rank, with alpha = 2 rank
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + 2 B A x, frozen W and b; A (rank, in), B (out, rank), 0 at the start (arXiv 2106.09685)."""
+    """W x + b + 2 B A x with W and b frozen (arXiv 2106.09685). A (rank, in); B (out, rank), first 0."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -302,7 +307,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, seed=0):
-    """Freezes a language model; trainable float32 adapters go beside every linear layer but the head."""
+    """Freezes a language model, and adds trainable float32 adapters to each linear layer but the head."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for linear in [m for m in model.layers.modules() if isinstance(m, nn.Linear)]:

@@ -11,11 +11,11 @@ MASK = "\u2591"
 
 
 def play(r, tokenizer, seconds=0.0):
-    """Plays a Rollout, coloured by denoising step; a line per step where the output is no terminal."""
+    """Plays a Rollout, coloured by denoising step. If the output is no terminal, prints a line per step."""
     is_terminal = sys.stdout.isatty()
     last = max(r.step_map)
     texts = [tokenizer.decode([token]) for token in r.response]
-    if is_terminal:  # backgrounds tell denoising steps apart: of the 256 colours, 17 to 231 are a cube
+    if is_terminal:  # each denoising step has a background of its own among the terminal's colours 17 to 230
         texts = [f"\033[48;5;{17 + 30 * at % 214}m{text}\033[0m" for text, at in zip(texts, r.step_map)]
     print(tokenizer.decode(r.prompt))
     for step in range(last + 1):
@@ -26,17 +26,17 @@ def play(r, tokenizer, seconds=0.0):
 
 
 def main(argv=None):
-    """Decodes one prompt and shows how -> Rollout, model, tokenizer. Or checks a file of traces."""
+    """Decodes one prompt and plays it -> Rollout, model, tokenizer. With --check: see check.check."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser("Decode one prompt, and play it in the terminal.",
                                {"decoding": Decoding, "machine": machine.Inference}, is_tiny)
     flag = parser.add_argument
     flag("--model", help="checkpoint folder or hub id; None: the tiny model")
-    flag("--prompt", default="894+396=")
-    flag("--check", metavar="FILE", help="instead: replay traces that another engine recorded, see "
-         "plumbing/check.py")
-    flag("--seed", type=int, default=0, help="of the draws")
-    flag("--seconds", type=float, default=0.3, help="between two steps")
+    flag("--prompt", default="894+396=", help="text that the model answers")
+    flag("--check", metavar="FILE", help="instead of decoding, replay the traces in this file, which another "
+         "engine recorded; plumbing/check.py describes the format")
+    flag("--seed", type=int, default=0, help="random seed of the draws")
+    flag("--seconds", type=float, default=0.3, help="seconds between two denoising steps, in a terminal")
     parser.set_defaults(ar=None)  # only eval_math.py asks autoregressive models
     args = parser.parse_args(argv)
     model, tokenizer, compute = machine.load_to_answer(args)

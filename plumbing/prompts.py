@@ -12,13 +12,14 @@ PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
 class Prompting:
     """How problems become prompts. A model must be trained and tested on the same kind of prompt."""
 
-    max_prompt_tokens: int = setting(784, "longer prompts are skipped and counted", low=1)
+    max_prompt_tokens: int = setting(784, "longer prompts are skipped, and their number is printed", low=1)
     prompt_style: str = setting(
-        "chat", "chat: the chat template; trado: without its last newline; think: followed by <think>; "
-        "no_think: the template's own switch; plain: no template, for base models", choices=PROMPT_STYLES)
+        "chat", "chat: the chat template; trado: the same without the last newline; think: the same, then "
+        "<think>; no_think: the same with thinking switched off; plain: no template, for base models",
+        choices=PROMPT_STYLES)
     instruction: str = setting(
         "\nPlease reason step by step, and put your final answer within \\boxed{}.",
-        "text after each problem; empty for data with whole prompts")
+        "text that follows each problem; use an empty one if the data hold whole prompts")
 
     def __post_init__(self):
         flags.check(self)
@@ -27,17 +28,17 @@ class Prompting:
 def encode_prompts(problems, tokenizer, prompting=Prompting()):
     """Sets Problem.tokens -> (problems that fit, how many do not).
 
-    A model is good at prompts like those it was trained on; one newline too many can cost points. TraDo was
-    trained on prompts that end with the word "assistant", hence the style of that name.
+    A model is good at prompts like those it was trained on. One newline too many can cost accuracy. TraDo was
+    trained on prompts that end with the word "assistant", so there is a style for it.
     """
     style = prompting.prompt_style
     if style != "plain" and not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
-    switch = dict(enable_thinking=False) if style == "no_think" else {}  # templates without it ignore it
+    switch = dict(enable_thinking=False) if style == "no_think" else {}  # others ignore this switch
     chats = [data.as_chat(p.problem, prompting.instruction) for p in problems]
     if style == "plain":
         texts = ["\n".join(message["content"] for message in chat) for chat in chats]
-    else:  # all at once: one by one, 20,000 problems would take several times as long
+    else:  # all in one call: one by one, 20,000 problems would take several times as long
         texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False, **switch)
     if style == "trado":
         texts = [text.rstrip() for text in texts]
@@ -61,6 +62,6 @@ def encode(texts, tokenizer):
     unknown = getattr(tokenizer, "unk_token_id", None)
     for text, tokens in zip(texts, encoded):
         if unknown is not None and unknown in tokens:
-            raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: these are data "
-                             "for another model")
+            raise ValueError(f"the tokenizer does not know all characters of {text[:80]!r}: use other data "
+                             "or another --model")
     return encoded

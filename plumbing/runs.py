@@ -1,7 +1,8 @@
 """plumbing/runs.py - a run: its folder, its metrics and curves, its checkpoints to resume from.
 
-runs/<name>/ belongs to one command at a time, and no command empties it. Whatever is replaced is written
-aside and renamed. So a command may be killed at any moment: what lies under a proper name is whole.
+runs/<name>/ belongs to one command at a time, and no command empties it. What replaces a file is first
+written under a name that ends in .partial, and then renamed. So a command may be killed at any moment: every
+file under its final name is complete.
 """
 
 import glob
@@ -32,25 +33,25 @@ from plumbing import flags, memory, parallel
 from plumbing.checkpoints import read_json, save_checkpoint, save_value_model, write_json
 from plumbing.flags import setting
 
-KEPT = 3  # checkpoints of a run: the newest ones
+KEPT = 3  # how many checkpoints of a run are kept: the newest ones
 
 
 @dataclass
 class RunSettings:
-    """What a training run leaves behind, and what it does with what is there."""
+    """What a training run saves, and whether it goes on with what was saved before."""
 
-    resume: bool = setting(False, "go on with the run of this name, with its settings, from its newest "
+    resume: bool = setting(False, "go on with the run of this --name: with its settings, from its newest "
                            "checkpoint", may_change=True)
-    save_every: int = setting(20, "steps between checkpoints; 0 is at the end only", low=0, may_change=True)
-    report_to: str = setting(None, "where metrics go, too, if it is installed", may_change=True,
+    save_every: int = setting(20, "steps between checkpoints; 0: only one at the end", low=0, may_change=True)
+    report_to: str = setting(None, "send metrics to this program, too; it must be installed", may_change=True,
                              choices=("wandb", "tensorboard"))
     debug: bool = setting(False, "show the traceback of an error", may_change=True)
 
 
 def parse(parser, argv):
-    """The flags of a training run. With --resume they are those of the run itself.
+    """The flags of a training run. With --resume the run's settings are their defaults.
 
-    Only what is to change has to be said again.
+    So only a flag that is to change must be given again.
     """
     path = os.path.join("runs", flags.peek(argv, "--name", parser.get_default("name")), "args.json")
     if "--resume" in (sys.argv[1:] if argv is None else argv) and os.path.isfile(path):
@@ -59,7 +60,7 @@ def parse(parser, argv):
 
 
 def run_command(main):
-    """main() of a script, for people: an error of the user's is one line, with exit status 2."""
+    """Runs the main() of a script. A ValueError or OSError is printed as one line, with exit status 2."""
     program = os.path.basename(sys.argv[0])
     status = 0
     try:
@@ -69,25 +70,26 @@ def run_command(main):
     except KeyboardInterrupt:
         status = 130
         if parallel.is_first():
-            print(f"{program}: stopped. To go on: the same command with --resume (eval_math.py: without)",
-                  file=sys.stderr)
-    except Exception as error:  # any: whoever fails must say so and leave, or the others wait for ever
+            print(f"{program}: stopped. To go on, repeat the command with --resume (eval_math.py: without "
+                  "it)", file=sys.stderr)
+    except Exception as error:  # a process that fails must say so and end: the others wait for it
         status = 2 if isinstance(error, (ValueError, OSError)) else 1
         if status == 1 or "--debug" in sys.argv:
             traceback.print_exc()
         text = f"{program}: error: {error} (--debug shows where)"
-        path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's last words are what it finds there
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun prints at its end what is in this file
         if path:
-            # Of several processes torchrun names the earliest, in whole seconds. Whoever only lost its
-            # connection to one that failed is a minute late: it is not the cause.
+            # If several processes fail, torchrun names the one with the earliest time, in whole seconds. A
+            # process that only lost its connection to another is not the cause. So it gives a time that is a
+            # minute later.
             is_gloo = type(error) is RuntimeError and "gloo" in str(error)
             is_lost = is_gloo or isinstance(error, dist.DistError)
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(dict(message=text, timestamp=int(time.time()) + 60 * is_lost), file)
         print(text, file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Leave without the interpreter's long goodbye. After a failure it would wait for the others, who wait
-        # for this process. After success torch's own threads abort it now and then.
+        # End without Python's usual clean-up. After a failure it would wait for the other processes, which
+        # wait for this one. After success, threads of torch sometimes abort it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -95,15 +97,15 @@ def run_command(main):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Seconds of a step, by what was done. On a GPU also the most memory that tensors took.
+# How many seconds the parts of a step take, and on a GPU how much memory tensors take at most.
 
 
-TAKEN = Counter()  # seconds are added up; of gibibytes the largest number counts
+TAKEN = Counter()  # name -> seconds, which are added up, or gibibytes, of which the largest number is kept
 
 
 @contextmanager
 def timed(name):
-    """A decorator: adds the seconds that a function takes to TAKEN[name]. name: what_seconds."""
+    """A decorator: adds the seconds that a function takes to TAKEN[name]. The name ends in _seconds."""
     started = time.perf_counter()
     has_gpu = torch.cuda.is_initialized()
     if has_gpu:
@@ -116,7 +118,7 @@ def timed(name):
 
 
 def take_seconds():
-    """The seconds since the last call, by name, and on a GPU the peaks of memory; starts again from 0."""
+    """The seconds by name since the last call, and on a GPU the peaks of memory. They start again from 0."""
     taken = dict(TAKEN)
     if "update_gib" in taken:
         memory.say_peak(taken["update_gib"])
@@ -128,30 +130,30 @@ def take_seconds():
 # The folder.
 
 
-# Of LoRA, the adapters alone: the frozen weights are in --model already.
+# With LoRA only the adapters are saved for --resume, since the frozen weights are those of --model.
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 @contextmanager
 def replacing(path):
-    """Gives a name under which to write a file or a folder. At the end it takes the place of `path`.
+    """Inside a `with`: a name under which to write a file or folder, which is renamed to `path` at the end.
 
-    So `path` is whole or absent. After an error of the disk nothing half-written stays, and OSError says what
-    to do. To be entered on the first process, or on all of them: the first one renames.
+    So `path` is never half-written. If the disk fails, what was written is deleted, and OSError says what to
+    do. To be entered on the first process, or on all of them: the first one renames.
     """
     partial = f"{path}.partial"
     try:
         yield partial
         if parallel.is_first():
-            shutil.rmtree(path, ignore_errors=True)  # an older folder; a file is replaced as it is
+            shutil.rmtree(path, ignore_errors=True)  # an older folder; a file need not be removed
             os.replace(partial, path)
     except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if os.path.isfile(partial):
             os.remove(partial)
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise OSError(f"{path} could not be written ({reason}): free some space and go on (--resume); what "
-                      "was saved before is whole") from error
+        raise OSError(f"{path} could not be written ({reason}): free some space, and go on with --resume. "
+                      "What was saved before is complete") from error
 
 
 def train_state(learners):
@@ -162,7 +164,7 @@ def train_state(learners):
         weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
         out[str(number)] = dict(model=weights, optimizer=moments)
         for state in optimizer.state.values() if is_fresh else []:
-            state["step"].zero_()  # get_state_dict made a step of size 0 to have moments: it does not count
+            state["step"].zero_()  # get_state_dict made a step of size 0 to create moments. It does not count
     return out
 
 
@@ -172,15 +174,15 @@ def mark(content):
 
 
 def weight_mark(model):
-    """A short hash of all weights: a sum per matrix. A training step changes some of them."""
+    """A short hash of all weights, made of a sum for each parameter. An update changes some of these sums."""
     return mark([f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in model.parameters()])
 
 
 class Run:
-    """runs/<name>/ while a command works in it. To be used in a `with`; only the first process writes.
+    """The folder runs/<name>/ while a command works in it. To be used in a `with`.
 
-    resume: goes on with the run that is there. Without it, a name that holds a run is an error. groups: the
-    classes of the settings, which know what a resumed run may change.
+    Only the first process writes. resume: goes on with the run in the folder. Without it, a folder that holds
+    a run is an error. groups: the settings classes, which say what a resumed run may change.
     """
 
     def __init__(self, name, settings, resume=False, groups=None, log="metrics.jsonl"):
@@ -190,13 +192,13 @@ class Run:
         self.is_writer = parallel.is_first()
         self.progress = dict(step=0)  # beside weights and moments, all that a checkpoint must hold
         self.tokenizer = None  # saved with every checkpoint
-        self.report = None  # metrics to another program
+        self.report = None  # a function that sends metrics to another program
         self.lock = filelock.FileLock(os.path.join(self.folder, "lock"))
         if self.is_writer:
             self.check_use(resume, flags.changeable(groups or {}))
             os.makedirs(self.folder, exist_ok=True)
             try:
-                self.lock.acquire(timeout=0)  # the kernel lets go of it when this process dies
+                self.lock.acquire(timeout=0)  # the system releases it when this process ends
             except filelock.Timeout:
                 raise ValueError(f"{self.folder} is in use by another command: wait for it, or choose "
                                  "another --name") from None
@@ -213,16 +215,16 @@ class Run:
             flags.check_same(read_json(args_path), self.settings, may_change, args_path)
 
     def begin(self):
-        """From here on the run is under way: its settings are written, and its log opens."""
+        """Begins to write: the settings go into args.json, and the log is opened."""
         if not self.is_writer:
             return
         with replacing(os.path.join(self.folder, "args.json")) as partial:
             write_json(partial, self.settings)
-        # Of a command that was killed while it saved, or deleted an old checkpoint.
+        # These are left from a command that was killed while it saved or deleted a checkpoint.
         for left in glob.glob(os.path.join(glob.escape(self.folder), "checkpoints", "*.partial*")):
             shutil.rmtree(left, ignore_errors=True)
         open(self.path, "a", encoding="utf-8").close()
-        self.keep_lines(self.lines())  # without half a line, if a crash left one
+        self.keep_lines(self.lines())  # drops half a line, if a crash left one
         self.report = reporter(self.settings.get("report_to"), self.folder, self.settings)
 
     def __enter__(self):
@@ -244,7 +246,7 @@ class Run:
                              f"{(last - step) * seconds / 60:.0f} minutes")
 
     def write(self, line):
-        """Appends one line to the log. (NaN and inf are no JSON: null.)"""
+        """Appends one line to the log. NaN and inf become null, since JSON has neither."""
         if self.is_writer:
             clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                      for name, value in line.items()}
@@ -254,23 +256,25 @@ class Run:
                 self.report(clean)
 
     def read(self):
-        """The lines so far, on every process."""
+        """The lines of the log so far, on every process."""
         return parallel.from_first(self.lines() if self.is_writer else None)
 
     def lines(self):
-        """The same, on the first process only. A last line that was cut off by a crash is not one."""
+        """The same, on the first process only. A last line that a crash has cut off is left out."""
         with open(self.path, encoding="utf-8") as file:
             return [json.loads(line) for line in file if line.endswith("\n")]
 
     def keep_lines(self, lines):
-        """The log with these lines only. Killed here, no earlier line is lost."""
+        """Replaces the log by these lines. If the command is killed meanwhile, the old log stays."""
         with replacing(self.path) as partial, open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def save(self, learners):
-        """Saves checkpoints/step-<n>: the first learner's model in its Hugging Face layout, the second's, a
-        value model, in value/, and in train_state/ all that `restore` needs. All but the newest few are
-        deleted after. A learner may be None.
+        """Saves checkpoints/step-<n>, and then deletes all checkpoints but the newest few.
+
+        The folder itself holds the first learner's model in the Hugging Face layout. value/ holds the second
+        learner's, which is a value model. train_state/ holds all that `restore` needs. The second learner may
+        be None.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{self.progress['step']}")
         with replacing(path) as partial:
@@ -278,22 +282,23 @@ class Run:
             if len(learners) > 1 and learners[1] is not None:
                 save_value_model(learners[1].model, partial, self.save_dtype())
             state_folder = os.path.join(partial, "train_state")
-            with warnings.catch_warnings():  # of one process: that it is one
+            with warnings.catch_warnings():  # torch warns a single process that it is one
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.save(train_state(learners), checkpoint_id=state_folder, no_dist=not dist.is_initialized())
             if self.is_writer:
                 write_json(os.path.join(state_folder, "progress.json"), self.progress)
         if self.is_writer:
             for old in checkpoints_of(self.folder)[:-KEPT]:
-                # Renamed first: what is half deleted has no proper name. What cannot go yet may stay.
+                # Renamed first, so that a half-deleted checkpoint is not taken for a whole one. What cannot
+                # be deleted yet may stay.
                 os.rename(old, f"{old}.partial")
                 shutil.rmtree(f"{old}.partial", ignore_errors=True)
             self.plot()
 
     def save_dtype(self):
-        """Of the weights in a checkpoint: the policy as it decoded.
+        """The dtype of saved weights. It is the one in which the policy decoded.
 
-        Adapters are merged in float32: bfloat16 would round their small changes away.
+        With adapters it is float32, since bfloat16 would round their small changes away.
         """
         is_float32 = self.settings.get("lora_rank") or self.settings.get("dtype") != "bfloat16"
         return torch.float32 if is_float32 else torch.bfloat16
@@ -309,11 +314,11 @@ class Run:
     def restore(self, learners):
         """Loads the newest checkpoint into models and optimizers, and cuts the log back to its step.
 
-        -> whether there was one. ValueError for a damaged or foreign checkpoint.
+        -> whether there was a checkpoint. ValueError if it is damaged, or of another model.
         """
         paths = parallel.from_first(checkpoints_of(self.folder))
         if not paths:
-            parallel.say(f"{self.folder} has no checkpoint to go on from: this starts at the beginning")
+            parallel.say(f"{self.folder} has no checkpoint to go on from, so the run starts at step 1")
             if self.is_writer:
                 self.keep_lines([])
             return False
@@ -328,7 +333,7 @@ class Run:
         except CheckpointException as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{paths[-1]} cannot be resumed from ({reason}): it is damaged, or of another "
-                             "model. Move it away to go on from the one before") from error
+                             "model. Move it away to go on from the checkpoint before it") from error
         if self.is_writer:
             self.keep_lines([line for line in self.lines() if line["step"] <= self.progress["step"]])
         parallel.say(f"resuming {self.folder} after step {self.progress['step']}")
@@ -338,7 +343,7 @@ class Run:
         """ValueError if a resumed run would go on with other data; mark: a short hash of the data."""
         if self.progress.setdefault("data", mark) != mark:
             raise ValueError(f"{name} or its prompts have changed since {self.folder} began: bring the old "
-                             "ones back, or start a new run (--name, --model) from its newest checkpoint")
+                             "data back, or start a new run from its newest checkpoint (--model, --name)")
 
     def finish(self, summary):
         """Writes summary.json."""
@@ -367,13 +372,13 @@ class Run:
 
 
 def reporter(kind, folder, settings):
-    """A function that gives a line of metrics to Weights & Biases or TensorBoard; None: to nobody."""
+    """A function that sends a line of metrics to Weights & Biases or TensorBoard. None if `kind` is None."""
     if kind == "wandb":
-        import wandb  # not among the requirements: only who asks for it needs it
+        import wandb  # not in requirements.txt: only a run that asks for it needs it
         run = wandb.init(project="tracerl", name=os.path.basename(folder), config=settings, dir=folder)
         return lambda line: run.log(line, step=line["step"])
     if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter  # the same
+        from torch.utils.tensorboard import SummaryWriter  # not in requirements.txt, either
         writer = SummaryWriter(folder)
         return lambda line: [writer.add_scalar(name, number, line["step"]) for name, number in line.items()
                              if number is not None]

@@ -19,7 +19,7 @@ def lengths(rollouts):
 
 
 class UpdateLog:
-    """Numbers of one update for the log, whatever the loss is: sums over its targets on all processes."""
+    """The numbers of one update for the log: sums over its targets on all processes, whatever the loss is."""
 
     def __init__(self, device, clip_eps):
         self.clip_eps = clip_eps
@@ -28,7 +28,7 @@ class UpdateLog:
 
     @torch.no_grad()
     def add(self, loss, logp, entropy, targets):
-        """One micro-batch: its loss, and log-probability and entropy of its targets, (n,) each."""
+        """Adds one micro-batch: its loss, and log-probability and entropy of its targets, (n,) each."""
         log_ratio = (logp - targets.logp_old).double()  # float64: these are sums over a whole update
         ratio = log_ratio.clamp(-10, 10).exp()
         is_clipped = (ratio - 1).abs() > self.clip_eps
@@ -66,8 +66,10 @@ MAX_IDLE = 5  # steps in a row without an update
 
 
 def say_step(line, progress):
-    """One line of the terminal per RL step; the README explains every name. Then what a table of numbers
-    hides: a policy that moves too far, or not at all."""
+    """Prints one line per RL step, and a warning if the policy moves too far, or not at all.
+
+    The README explains every name. progress: that of the run, which counts steps without an update.
+    """
     parts = [f"step {line['step']:3d}", f"reward {line['reward']:.3f}", f"kept {line['kept_groups']:d}",
              f"length {line['length']:.1f}", f"tokens/step {line['tokens_per_step']:.2f}"]
     if "ratio_max" in line:  # the policy has moved
@@ -92,9 +94,10 @@ def say_step(line, progress):
     is_idle = "kl" not in line and "value_loss" not in line
     progress["idle_steps"] = progress.get("idle_steps", 0) + 1 if is_idle else 0
     if progress["idle_steps"] and progress["idle_steps"] % MAX_IDLE == 0:
-        parallel.say(f"WARNING: no update in {progress['idle_steps']} steps: all responses to a prompt earn "
-                     f"the same (mean reward {line['reward']:.2f}). Problems of another difficulty, a wider "
-                     "--keep_range or a larger --group_size would help, if there is still something to learn")
+        parallel.say(f"WARNING: no update in {progress['idle_steps']} steps. The rewards of each group are "
+                     f"equal, or outside --keep_range (mean reward {line['reward']:.2f}). If there is still "
+                     "something to learn, try problems of another difficulty, a wider --keep_range or a "
+                     "larger --group_size")
 
 
 def announce(recipe, decoding, num_problems):
@@ -103,8 +106,8 @@ def announce(recipe, decoding, num_problems):
     tokens = responses * decoding.max_new_tokens
     parallel.say(
         f"{recipe.steps} RL steps. Each one asks {recipe.prompts} of {num_problems} problems, decodes "
-        f"{recipe.group_size} responses to each, {tokens:,} tokens at most, and trains on the groups whose "
-        f"rewards differ: at most {responses} responses, in {recipe.minibatches * recipe.epochs} updates")
+        f"{recipe.group_size} responses to each, {tokens:,} tokens at most, and trains on at most "
+        f"{responses} responses, in at most {recipe.minibatches * recipe.epochs} updates")
 
 
 def plus_minus(found):
@@ -116,7 +119,7 @@ def plus_minus(found):
 
 
 def print_table(before, after, num_problems):
-    """Accuracies before and after training, and the means of a reward of one's own."""
+    """Prints accuracies before and after training, and the means of a reward function of the user's."""
     title = f"accuracy on {num_problems} test problems"
     parallel.say(f"\n{title:36s}{'before':>16s}{'after':>18s}")
     for name in after:
@@ -129,7 +132,7 @@ def print_table(before, after, num_problems):
 
 
 def print_columns(summary):
-    """The numbers of an evaluation: a column per strategy, a line per number."""
+    """Prints the numbers of an evaluation: a column per strategy, a line per number."""
     parallel.say(" " * 20 + "".join(f"{strategy:>16s}" for strategy in summary))
     for name in next(iter(summary.values())):
         cells = ["?" if found.get(name) is None else f"{found[name]:.3f}" for found in summary.values()]
@@ -139,11 +142,11 @@ def print_columns(summary):
 # ------------------------------------------------------------------------------------------------------------
 # A trace, to look at.
 
-PAGE = os.path.join(os.path.dirname(__file__), "trace.html")  # with the words STEP and DATA where these go
+PAGE = os.path.join(os.path.dirname(__file__), "trace.html")  # a page in which STEP and DATA are replaced
 
 
 def write_trace(run, rollouts, config, tokenizer):
-    """Writes trace.html into a run's folder: of some prompts the best and the worst response."""
+    """Writes trace.html into a run's folder. It shows the best and the worst response to some prompts."""
     groups = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)
@@ -158,7 +161,7 @@ def write_trace(run, rollouts, config, tokenizer):
 
 
 def write_page(pairs, block_size, tokenizer, path, step=0):
-    """Writes lists of responses, each list side by side, as one self-contained page.
+    """Writes one self-contained page, on which the responses of each list stand side by side.
 
     Tokens are coloured by the denoising step that revealed them. block_size: where to draw borders (0:
     nowhere). step: the RL step, for the title.
@@ -166,13 +169,14 @@ def write_page(pairs, block_size, tokenizer, path, step=0):
     shown = [[page_data(r, block_size, tokenizer) for r in pair] for pair in pairs]
     with open(PAGE, encoding="utf-8") as file:
         page = file.read()
-    with open(path, "w", encoding="utf-8") as file:  # no "<" of a model may end the script
+    with open(path, "w", encoding="utf-8") as file:
         page = page.replace("STEP", str(step))
+        # "<" is written as \u003c, so that no text of a model can end the script of the page.
         file.write(page.replace("DATA", json.dumps(shown).replace("<", "\\u003c")))
 
 
 def page_data(r, block_size, tokenizer):
-    """A response as the page wants it."""
+    """A response in the form that the page reads."""
     columns = dict(step=r.step_map, confidence=r.confidence, logp=r.logp, advantage=r.advantage,
                    value=r.value_old)
     tokens = [{"text": tokenizer.decode([token])} for token in r.response]

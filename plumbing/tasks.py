@@ -18,8 +18,8 @@ def arithmetic(split, number, seed=0, slip=0.0):
     """`number` distinct problems like 237+682= with solutions 090;111;090;\\boxed{919} -> list of dicts.
 
     slip: how often the pupil who writes the solutions forgets a carry, and goes on as if there were none. A
-    model that imitates this pupil can add, and slips: a bad habit for reinforcement learning to remove. The
-    `answer` is always the right one.
+    model that imitates this pupil can add, but forgets carries, too. Reinforcement learning can remove this
+    bad habit. The `answer` is always the right one.
     """
     rng = random.Random(f"{split} {seed}")
     rows = {}  # by text
@@ -37,7 +37,7 @@ def work_out(a, b, slip, rng):
 
     237 + 682 is 090;111;090;\\boxed{919}. The first column is 7 + 2 = 09, and 0 is handed on. The second one
     is 3 + 8 = 11, and 1 is handed on. A pupil who slips hands on 0 where a carry is due, as in
-    090;110;080;\\boxed{819}. The slip can be seen the moment it is written.
+    090;110;080;\\boxed{819}. The text itself shows the slip: 110 is written, and 111 is right.
     """
     page = ""
     digits = ""  # of the answer, found from the right
@@ -55,7 +55,7 @@ def work_out(a, b, slip, rng):
 def sudoku_grids():
     """All 288 solved grids of 4 x 4, as strings of 16: each row, column and 2 x 2 box holds 1 2 3 4."""
     rows = list(itertools.permutations("1234"))
-    # Two rows whose boxes are right, then two such bands whose columns are right.
+    # A band is two rows whose two boxes are right. A grid is two bands whose columns are right.
     bands = [(a, b) for a in rows for b in rows if not {*a[:2]} & {*b[:2]} and not {*a[2:]} & {*b[2:]}]
     return ["".join(map("".join, (*top, *low))) for top in bands for low in bands
             if all(len({*column}) == 4 for column in zip(*top, *low))]
@@ -64,14 +64,15 @@ def sudoku_grids():
 def sudoku(split, number, seed=0, slip=0.0):
     """`number` distinct puzzles like 0030100434000040= (0 is empty) with solutions \\boxed{4231132434122143}.
 
-    Every puzzle has one solution. slip: how often the pupil is hasty in one row. Its empty cells then get the
-    digits that the row lacks, in any order, whatever stands in their columns and boxes.
+    Every puzzle has one solution. slip: how often the pupil is hasty in one row. The empty cells of that row
+    then get the missing digits in random order, whatever stands in their columns and boxes.
     """
     rng = random.Random(f"sudoku {split} {seed}")
     grids = sudoku_grids()
     rows = {}  # by text
     while len(rows) < number:
-        # With 4 clues 4 puzzles in 100 have one solution only, with 6 half of them, with 8 four of five.
+        # With 4 clues, 4 puzzles in 100 have only one solution. With 6 clues it is half of them, and with 8
+        # clues it is four in five.
         answer = rng.choice(grids)
         clues = rng.sample(range(16), rng.randint(6, 8))
         text = "".join(answer[i] if i in clues else "0" for i in range(16)) + "="

@@ -1,4 +1,4 @@
-"""plumbing/tiny.py - the tiny model of the embedded default: a checkpoint like any other, only small."""
+"""plumbing/tiny.py - makes the tiny model for the embedded tasks: a checkpoint like any other, only small."""
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -10,7 +10,7 @@ from plumbing import checkpoints, parallel
 
 
 def tiny_tokenizer():
-    """One token per character of the embedded arithmetic, and one for \\boxed{. A Hugging Face tokenizer.
+    """A Hugging Face tokenizer: one token per character of the embedded tasks, and one for \\boxed{.
 
     Its chat template keeps the first line of a message. In a real prompt an instruction follows, such as
     "Please reason step by step". Its words would be unknown to a model of 18 tokens.
@@ -40,8 +40,8 @@ def tiny_model(seed=0, block_size=4, attention="block"):
     """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
     # 2 layers of 64 channels, 4 heads, feed-forward 192.
     num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
-    # The same fields as a published config.json, so that the tiny model goes through
-    # the same code as a real one.
+    # The same fields as in a published config.json, so that the tiny model goes through the same code as a
+    # real one.
     source = dict(block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,
                   rms_norm_eps=1e-6, rope_theta=1e4, hidden_act="silu")
     if attention == "full":

@@ -34,7 +34,7 @@ def recorded_with(model, rollouts, **mistake):
     (dict(), "The traces replay."),
     (dict(is_cut_at_response=True), "Cause: blocks were cut at the start of the response"),
     (dict(is_cut_at_eos=True), "Cause: the last block was cut at eos"),
-    (dict(temperature=0.7), "Cause: the recorded numbers are of temperature 0.7, not 1.0"),
+    (dict(temperature=0.7), "Cause: the log-probabilities were recorded at temperature 0.7, not 1.0"),
 ])
 def test_a_mistake_of_another_engine_is_named(mistake, text, tmp_path, capsys):
     model = random_model()
@@ -63,7 +63,7 @@ def test_numbers_of_a_filtered_distribution_are_suspected(tmp_path, capsys):
     for r in rollouts:
         r.logp = torch.tensor(r.confidence).log().tolist()
     check.check(model, write(tmp_path / "traces.jsonl", rollouts), PLAIN, 1.0)
-    assert "Cause: perhaps top-k or top-p" in capsys.readouterr().out
+    assert "Cause: perhaps the log-probabilities were recorded after top-k" in capsys.readouterr().out
 
 
 def test_a_line_that_is_no_trace_is_named(tmp_path):

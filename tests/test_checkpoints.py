@@ -258,12 +258,13 @@ def test_a_block_size_that_config_json_does_not_name_is_said_in_one_line(tmp_pat
         assert said(kind) == ""
         edit(tmp_path / kind / "config.json", block_size=None)
         assert said(kind) == (
-            "config.json names no block size: K = 4 is assumed. With a wrong K everything runs, and learns "
-            "little (--block_size)\n")
+            "config.json names no block size: K = 4 is assumed. A wrong K gives no error, but little is "
+            "learnt: set --block_size\n")
         assert said(kind, 4) == ""
     shutil.copytree(tmp_path / "sdar", tmp_path / "mine-b8")
     assert said("mine-b8") == (
-        "config.json names no block size: K = 8 is taken from the checkpoint's name (--block_size)\n")
+        "config.json names no block size: K = 8 is taken from the checkpoint's name (--block_size changes "
+        "it)\n")
 
 
 # --------------------------------------------------------------------------------------------- the mask token

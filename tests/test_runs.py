@@ -201,7 +201,7 @@ def test_ctrl_c_is_one_line_and_libraries_warn_of_nothing(folder):
     assert finish(process) == 130
     said = Path("output.txt").read_text()
     assert said.strip().splitlines()[-1].endswith(
-        "tracerl.py: stopped. To go on: the same command with --resume (eval_math.py: without)")
+        "tracerl.py: stopped. To go on, repeat the command with --resume (eval_math.py: without it)")
     assert "Traceback" not in said
 
 
@@ -398,7 +398,7 @@ def test_resume_takes_its_settings_and_its_data_from_the_run(folder):
     assert args["prompts"] == 4 and args["steps"] == 2 and metrics("parts") == metrics("whole")
     whole, parts = weights("whole", 2), weights("parts", 2)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    with pytest.raises(ValueError, match="other settings: lr was 0.01, is 0.5. Say what the run says"):
+    with pytest.raises(ValueError, match="other settings: lr was 0.01, is 0.5. Give the settings of the run"):
         tracerl.main(["--name=parts", "--resume", "--lr=0.5"])
     rows = Path("train.jsonl").read_text().splitlines()
     last = json.loads(rows[-1])

@@ -1,6 +1,6 @@
-"""plumbing/grading - is this answer equal to that one? See README.md here.
+"""plumbing/grading - is this answer equal to that one? See README.md in this folder.
 
-The package needs nothing else of the project, and stands alone.
+The package needs nothing else of the project.
 """
 
 from plumbing.grading.extract import extract_answer

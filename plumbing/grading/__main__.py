@@ -1,4 +1,4 @@
-"""python -m plumbing.grading --grade FILE --out FILE: grades JSON lines of gold and response."""
+"""python -m plumbing.grading --grade FILE --out FILE: grades JSON lines with gold answers and responses."""
 
 import argparse
 
@@ -6,11 +6,11 @@ from plumbing.grading.verdicts import grade_file
 
 
 def main(argv=None):
-    """Grades a file."""
+    """Grades a file, by the flags."""
     parser = argparse.ArgumentParser(prog="python -m plumbing.grading", allow_abbrev=False,
-                                     description="Grade a JSON Lines file of gold and response.")
-    parser.add_argument("--grade", required=True, metavar="FILE", help="rows of gold and response")
-    parser.add_argument("--out", required=True, metavar="FILE", help="where the verdicts go")
+                                     description="Grade a JSON Lines file with gold answers and responses.")
+    parser.add_argument("--grade", required=True, metavar="FILE", help="texts gold and response in each line")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file for the verdicts, a line each")
     args = parser.parse_args(argv)
     try:
         grade_file(args.grade, args.out)

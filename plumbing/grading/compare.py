@@ -3,10 +3,11 @@
 `is_same` takes the trees of two answers apart, as far as they have parts, and compares the parts as formulas
 (formula.py). It runs in a worker only (workers.py). Both answers come in one spelling (spelling.py).
 
-- Lists and sets are one kind, and their order does not matter. Tuples keep brackets and order.
+- Lists and sets are the same, and their order does not matter. For tuples, brackets and order matter.
 - A name may be missing on one side: x = 5 is 5. Two different names are different answers.
 - Inequalities, intervals and unions are sets of numbers, and are compared as sets.
-- Equations are the same if their sides differ by the same function but for a factor.
+- The difference of an equation's two sides is a function that is 0. Two equations are the same if these
+  functions are equal, up to a constant factor.
 """
 
 import ast
@@ -30,7 +31,7 @@ def is_same(answer, gold):
 
 
 def in_base(text):
-    """204_5, (204)_{5}, 204_{five} -> ("", "204", "5"), sign first; None for what has no base."""
+    """204_5, (204)_{5}, 204_{five} -> ("", "204", "5"): sign, digits, base. None without a base."""
     match = re.fullmatch(r"(-?)[({]?([0-9a-zA-Z.]+)[)}]? ?_ ?\{? ?\(?(\d+|[a-z]+)\)? ?\}?", text)
     if not match or not (match[2][0].isdigit() or match[2].isupper() and match[2][1:]):
         return None
@@ -38,7 +39,7 @@ def in_base(text):
 
 
 def read(text):
-    """The trees of a list of answers: 1 \\pm x is two, {1,2} is two, (p,q) = (3,2) is p = 3 and q = 2."""
+    """The trees of an answer's items. 1 \\pm x is two, {1,2} is two, (p,q) = (3,2) is p = 3 and q = 2."""
     if "\\pm" not in text:
         return [part for tree in parse(text) for part in parts_of(tree)]
     texts = text.replace("\\pm", "+").replace("\\mp", "-"), text.replace("\\pm", "-").replace("\\mp", "+")
@@ -58,9 +59,10 @@ def parts_of(tree):
 
 
 def is_same_list(answers, golds):
-    """Whether every part of one list equals another part of the other."""
+    """Whether the parts of two lists can be put in pairs of equals."""
     if len(answers) != len(golds) or len(golds) > 1:
-        # Names on one side alone: x=1, x=2 is the list 1, 2; and y=-4, x=3 is (3,-4), in order of the names.
+        # Names that only one side has are left out: x=1, x=2 is the list 1, 2. If the names differ, the
+        # values are a tuple in the order of the names: y=-4, x=3 is (3,-4).
         answers, golds = without_names(answers, golds), without_names(golds, answers)
     if len(answers) != len(golds) or len(golds) > 100:
         return False
@@ -74,7 +76,7 @@ def is_same_list(answers, golds):
 
 
 def without_names(parts, others):
-    """The values of named parts, if no other part has a name: as a list, or as one tuple."""
+    """The values of parts that have names, as a list or tuple. If `others` have names, nothing changes."""
     named = [split_name(part) for part in parts]
     names = [name for name, _ in named]
     has_names = all(names) or names[0] and not any(names[1:])  # x = 1, x = 2; or x = 1, 2
@@ -150,9 +152,9 @@ def structure(tree):
 
 
 def is_same_relation(answer, gold):
-    """Equations and inequalities: the same signs, turned to point one way, and sides of equal difference."""
+    """Whether two relations have the same signs, if turned to point one way, and the same differences."""
     (signs_a, sides_a), (signs_g, sides_g) = turned(answer), turned(gold)
-    if not signs_g and set(signs_a) == {ast.Eq}:  # x = 2 + 3 = 5: all that is said to be equal must be
+    if not signs_g and set(signs_a) == {ast.Eq}:  # x = 2 + 3 = 5: every value must be right
         values = [side for side in sides_a if not split_name(ast.Compare(side, [ast.Eq()], [gold]))[0]]
         return bool(values) and all(is_same_part(side, gold) for side in values)
     if signs_a != signs_g:
@@ -178,7 +180,7 @@ def turned(tree):
 
 
 def compare_sets(answer, gold):
-    """The verdict on two sets of real numbers of which one is surely a set, or None. (1,3) may be a point."""
+    """The verdict on two sets of real numbers, or None if neither is surely one: (1,3) may be a point."""
     sets = RealSet(answer), RealSet(gold)
     if not any(isinstance(tree, (ast.BoolOp, ast.BinOp, ast.Dict, ast.Compare))
                or {"\\infty", "\\Reals"} & set(leaves(tree)) for tree in (answer, gold)):
@@ -196,9 +198,9 @@ def compare_sets(answer, gold):
 
 
 class RealSet:
-    """A set of real numbers: interval, inequality, union, {x : x > 3}.
+    """A set of real numbers: an interval, an inequality, a union, or {x : x > 3}.
 
-    ends: the ends and single points met so far. variables: the names of its numbers.
+    ends: the ends and single points met so far. variables: the letters that stand for its numbers.
     """
 
     def __init__(self, tree):
@@ -212,7 +214,7 @@ class RealSet:
         return self.ends[-1]
 
     def contains(self, x, tree):
-        """Whether a number is in a set. ValueError if it is no set."""
+        """Whether the number x is in the set `tree`. ValueError if `tree` is no set of real numbers."""
         match tree:
             case ast.BoolOp(op=op, values=parts):
                 results = [self.contains(x, part) for part in parts]
@@ -221,7 +223,7 @@ class RealSet:
                 left, right = self.contains(x, left), self.contains(x, right)
                 if isinstance(op, ast.BitOr):
                     return left or right
-                return left and right == isinstance(op, ast.BitAnd)  # a difference excludes the right one
+                return left and right == isinstance(op, ast.BitAnd)  # a difference leaves out the right set
             case (ast.Compare(left=ast.Constant(value=name), ops=[ast.In()], comparators=[inside])
                   | ast.Dict(keys=[ast.Constant(value=name)], values=[inside])):
                 self.variables.add(name)
@@ -248,7 +250,7 @@ class RealSet:
 
 
 def holds(left, sign, right):
-    """Whether left < right, or another relation. Numbers that differ by rounding alone count as equal."""
+    """Whether a relation holds, such as left < right. Numbers that only rounding sets apart are equal."""
     if abs(left - right) < abs(right) * 1e-40 + 1e-60:
         return sign in (ast.LtE, ast.GtE, ast.Eq)
     return sign is ast.NotEq or sign in ((ast.Lt, ast.LtE) if left < right else (ast.Gt, ast.GtE))

@@ -5,7 +5,7 @@ The instruction asks for the answer in \\boxed{}. Only the last box counts, so a
 
 import re
 
-MAX_ANSWER = 1000  # characters of an answer worth reading
+MAX_ANSWER = 1000  # characters: a longer answer is not read
 BOX = re.compile(r"\\boxed(?=\s*\{)|\\boxed\s*(?=-?[\d.])|\\boxed\s+(?=-?[a-zA-Z]\b)")
 # An escape is a backslash with the character behind it. It is matched first, so the brace in \} is no brace.
 UNESCAPED_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)

@@ -1,11 +1,11 @@
-"""plumbing/grading/formula.py - reads an answer in LaTeX, and says whether two formulas are one function.
+"""plumbing/grading/formula.py - reads answers in LaTeX, and says whether two formulas are the same function.
 
 The spelled answer is translated, token by token, into an expression in Python's syntax. Python's parser then
 makes a tree of it, and nothing is ever executed. All leaves are texts: 2x^2 becomes "2"*"x"**"2". An unknown
-token is refused, for a misread formula may reward a wrong answer.
+token is refused, since a formula that is read wrongly may reward a wrong answer.
 
-Nothing is simplified. Two trees are compared by their values at many points, with so many digits that
-different values differ. Every operation has a bound on the size of its result, so no formula takes long.
+Nothing is simplified. Two trees are compared by their values at many points, with enough digits to tell
+different values apart. Every operation has a bound on the size of its result, so no formula takes long.
 """
 
 import ast
@@ -41,7 +41,7 @@ PAIRS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 HALF_OPEN = {"(]": "right_closed(", "[)": "left_closed("}
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 MARKS = {"!": "factorial", "binom": "binomial", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
-ROUNDED = {"sin", "cos", "tan", "cot", "ln"}  # functions that may be 0 where a rounded argument gives 1e-150
+ROUNDED = {"sin", "cos", "tan", "cot", "ln"}  # may give 1e-150 instead of 0, as arguments are rounded
 CONSTANTS = {"e", "i", "\\pi", "\\infty", "degree"}
 
 
@@ -56,12 +56,12 @@ def to_python(text):
     code = []
     suffix = ""
     previous = "start"
-    opened = []  # what is still open: (bracket, its place in code, what follows the closing one)
+    opened = []  # what is still open: (bracket, its index in code, the text behind its closing bracket)
     for token in TOKEN.finditer(text):
         kind = token.lastgroup
         symbol = token[0]
         if previous == "function" and kind != "opening":
-            opened.append(("", len(code), suffix))  # \sin 2x: the argument ends at a sign or a function
+            opened.append(("", len(code), suffix))  # in \sin 2x, 2x ends at a sign or a function
             code.append("(")
         ends_argument = kind in ("function", "closing", "middle", "word", "end", "sign") and symbol != "^"
         while ends_argument and previous != "function" and opened and not opened[-1][0]:
@@ -107,23 +107,24 @@ def parse(text):
 
 
 def leaves(tree):
-    """The texts of numbers and letters in a tree, from the left."""
+    """The texts of all numbers and letters in a tree, those near the root first."""
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
 
 
 def letters_of(tree):
-    """The names of the letters in a tree, without e, i and pi."""
+    """The names of the letters in a tree, without CONSTANTS such as e, i and pi."""
     return {leaf for leaf in leaves(tree) if re.match(r"[a-zA-Z\\]", leaf)} - CONSTANTS
 
 
 class Calculator:
-    """Values of trees at one point. A value that does not exist, or is too large, is a ValueError.
+    """Computes values of trees at one point. ValueError for a value that does not exist, or is too large.
 
-    letters: name -> Fraction. is_real: whether a value that is not real counts as missing.
+    letters: name -> Fraction. is_real: whether a value that is not real counts as missing. digits: decimal
+    digits of the computation.
     """
 
     def __init__(self, letters, is_real, digits):
-        import mpmath  # here, so that importing the project does not need it: it comes with sympy
+        import mpmath  # not at the top of the file: plain numbers and texts are graded without it
         self.mp, self.is_real = mpmath.mp, is_real
         self.mp.dps = digits
         self.sizes = [0]  # of all values so far, as powers of 2
@@ -138,7 +139,7 @@ class Calculator:
             value = value.real
         if not self.mp.isfinite(value) or self.is_real and isinstance(value, self.mp.mpc):
             raise ValueError("not a real number")
-        # What is left of two equal numbers is 0, and not their last digits: \sqrt{2}^2 - 2, \sin\pi.
+        # If equal numbers cancel, their last digits may be left, as in \sqrt{2}^2 - 2 and \sin\pi. That is 0.
         may_cancel = isinstance(tree, ast.BinOp) and type(tree.op) in (ast.Add, ast.Sub) or isinstance(
             tree, ast.Call) and tree.func.id in ROUNDED
         if value and may_cancel and self.mp.mag(value) < max(self.sizes) - 3.3 * (self.mp.dps - 50):
@@ -173,14 +174,14 @@ class Calculator:
         raise ValueError("no formula")
 
     def power(self, base, exponent, is_odd_root=False):
-        """base ** exponent, bounded; of a negative base, an odd root is real."""
+        """base ** exponent. ValueError if it is too large. An odd root of a negative base is real."""
         if base and abs(exponent) * abs(self.mp.mag(base)) > 40_000 or not base and exponent.real <= 0:
             raise ValueError("too large, or 0 to the power of 0")
         is_negative = is_odd_root and not isinstance(base, self.mp.mpc) and base < 0
         return -((-base) ** exponent) if is_negative else base ** exponent
 
     def function(self, name, *values):
-        """\\sin, \\frac, a factorial and others."""
+        """The value of \\sin, \\frac, a factorial or another function."""
         first = values[0]
         last = values[-1]
         if (len(values) == 2) != (name in ("frac", "binom", "root")) or len(values) > 2:
@@ -203,10 +204,10 @@ class Calculator:
 
 
 def values_at(trees, letters, is_real):
-    """The values of trees at one point, None for those undefined there; and the tolerance for a difference.
+    """The values of trees at one point, None where undefined, and by how much equal values may differ.
 
-    The digits suffice for the smallest value beside the largest: 2^{1000} + 1 is not 2^{1000}. They also
-    suffice for the digits in the text: 0.333333 is not 1/3. A point that needs thousands counts as undefined.
+    There are enough digits to tell 2^{1000} + 1 from 2^{1000}, and 0.333333 from 1/3. With letters, a point
+    that needs more than 1,400 digits counts as undefined.
     """
     num_typed = sum(len(leaf) for tree in trees for leaf in leaves(tree))
     for digits in (150, 1500) if letters else (150, 1500, 11_000):
@@ -228,7 +229,7 @@ def values_at(trees, letters, is_real):
 
 
 def points(letters):
-    """Random values for letters: small and large, of either sign or all positive, fractions or whole."""
+    """Random values for letters: small or large, positive or of either sign, fractions or whole numbers."""
     rng = random.Random(0)
     for scale in (1, 3, 10, 30, 200, 10 ** 4, 10 ** 7):
         for signs in ((1,), (1, -1)):
@@ -239,8 +240,8 @@ def points(letters):
 def is_same_function(answer, gold, factor=None):
     """Whether two trees have the same value wherever both are defined.
 
-    factor: for the sides of equations, None asks for equal values, "any" allows a constant factor between
-    them, and "positive" one above 0. An answer with a letter that the gold answer lacks is wrong.
+    factor: None asks for equal values. For the sides of relations, "any" allows a constant factor between
+    them, and "positive" a factor above 0. An answer with a letter that the gold answer lacks is wrong.
     """
     letters = sorted(letters_of(gold))
     if letters_of(answer) - letters_of(gold):
@@ -252,7 +253,8 @@ def is_same_function(answer, gold, factor=None):
     for point in points(letters) if letters else [{}]:
         (x, y), tolerance = values_at((answer, gold), point, is_real)
         if x is None or y is None:
-            # \ln(ab) is \ln a + \ln b where both are defined. But \ln|x| is more than \ln x.
+            # Undefined points are left out, so \ln(ab) is \ln a + \ln b. With bars they count: \ln|x| is not
+            # \ln x.
             if has_bars and not x is y is None:
                 return False
             continue

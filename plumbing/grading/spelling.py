@@ -1,8 +1,8 @@
 """plumbing/grading/spelling.py - one spelling for what is written in many ways.
 
-"\\dfrac{1}{2}", "½" and "\\frac12 \\text{ cm}" all become "\\frac{1}{2}". Everything here is text to text.
-Most of it is the table of regular expressions in forms.txt. The words that may stand behind a number are in
-units.txt.
+"\\dfrac{1}{2}", "½" and "\\frac12 \\text{ cm}" all become "\\frac{1}{2}". Only texts are changed here, and no
+numbers are computed but periodic decimals. Most of the work is done by the table of regular expressions in
+forms.txt. The words that may stand behind a number are in units.txt.
 """
 
 import re
@@ -33,7 +33,7 @@ def periodic(match):
 
 
 def read_table(name):
-    """The lines of a table in this folder, without comments; at "# ===" it falls into parts."""
+    """The lines of a table in this folder, without comments, part by part. "# ===" begins a new part."""
     parts = re.split("\n# ===.*", (Path(__file__).parent / name).read_text(encoding="utf-8"))
     return [[line for line in part.split("\n") if line and not line.startswith("# ")] for part in parts]
 
@@ -51,12 +51,12 @@ SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"
 
 
 def spell_pair(answer, gold):
-    """An answer and the gold answer in one spelling. Nouns of the gold answer may stand in the answer."""
+    """An answer and the gold answer in one spelling. Words of the gold answer may be units in the answer."""
     texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
     words = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2}
     nouns = frozenset(words - {"and", "not"})
     gold = spell(gold, nouns, may_touch=False)
-    # "5m" in mathematics may be a product. It is one where the gold answer has letters.
+    # "5m" may be five metres, or a product. If the gold answer has letters, it is taken for a product.
     has_letters = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", gold))
     return spell(answer, nouns, may_touch=None if has_letters else True), gold
 
@@ -65,23 +65,23 @@ def spell_pair(answer, gold):
 def spell(text, nouns, may_touch):
     """One spelling of an answer.
 
-    nouns: more words that count as units. may_touch: whether units without \\text may touch the number: "5cm"
-    if True, only "5 cm" if False; if None, there are none.
+    nouns: more words that count as units. may_touch: how a unit may stand behind a number without \\text.
+    True: as in "5cm" or "5 cm". False: as in "5 cm" only. None: not at all.
     """
     if text.isdigit():
         return text
     text = replace(text.strip(), SIGNS).translate(SCRIPTS)
     if "\\begin" not in text:
-        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac for \frac; in a matrix it ends a row
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac is \frac; but \\ ends a matrix row
     text = UNITS_IN_TEXT.sub(lambda m: without_units(m[0], nouns), text)
     bare = BARE_UNIT.search(text)
     if bare and may_touch is not None and is_bare_unit(bare, nouns, may_touch):
         text = text[:bare.start()]
     text = replace(text, FORMS)
     if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
-        text = text.replace("\\degree", "")  # as units are; in \sin 30^\circ it counts
+        text = text.replace("\\degree", "")  # a unit, but not in \sin 30^\circ
     text = re.sub(r"\s+", " ", text).strip().rstrip("\\ ")
-    if not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
+    if not re.search(r"[(\[]|\\\{", text):  # 1,234 is a number, but (1,234) is a pair
         text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"(?<![.,]) ?[.,;][\\ ]*$", "", text).strip()
     while re.fullmatch(GROUP, text):
@@ -108,20 +108,20 @@ def is_unit(text, nouns):
 
 
 def is_known(word, nouns):
-    """Whether a word, or what it is the plural of, is a unit or a noun. Case counts in "m" and "Pa"."""
+    """Whether a word or its singular is a unit or one of the nouns. Case counts in short words: "m", "Pa"."""
     names = {word, word.lower(), word.lower().removesuffix("s")} if len(word) > 2 else {word}
     return bool(names & UNITS or names & nouns)
 
 
 def without_units(text, nouns):
-    """What is left of "\\text{ kg}\\cdot\\text{m} ..." without the units it begins with."""
+    """A text such as "\\text{ kg}\\cdot\\text{m} ..." without the units with which it begins."""
     while (unit := UNIT.match(text)) and is_unit(unit[1], nouns):
         text = text[unit.end():]
     return " " + text
 
 
 def is_bare_unit(match, nouns, may_touch):
-    """Whether the words that end an answer, as in "5 cm", are units. One letter needs a space before it."""
+    """Whether the words at the end of an answer, as in "5 cm", are units. A single letter needs a space."""
     first = WORD.match(match[1])[0]
     has_space = match[0][0] == " "
     is_fit = has_space or may_touch

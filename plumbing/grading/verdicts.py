@@ -25,7 +25,7 @@ def verdict(answer, gold):
     """
     if answer is None or not answer.strip("$ \n\t"):
         return False, "none"
-    gold = gold.rsplit("####", 1)[-1]
+    gold = gold.rsplit("####", 1)[-1]  # in GSM8K the answer stands behind ####
     if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return False, "guard"
     answer, gold = spell_pair(answer, gold)
@@ -51,7 +51,7 @@ def is_correct(answer, gold):
 
 
 def grade(pairs):
-    """`verdict` of many (answer, gold) pairs, in order. All workers are at it."""
+    """The verdicts on many (answer, gold) pairs, in order. All workers share the work."""
     with ThreadPoolExecutor(Workers.NUMBER) as pool:
         return list(pool.map(lambda pair: verdict(*pair), pairs))
 
@@ -77,7 +77,7 @@ def read_json_rows(path):
 
 
 def grade_file(path, out):
-    """Rows of gold and response -> rows of correct, answer and how in the file `out`. Prints a summary."""
+    """Grades rows of gold and response. Writes rows of correct, answer and how to `out`; prints a summary."""
     if os.path.exists(out) and os.path.samefile(path, out):
         raise ValueError(f"{out} is the file to be graded, and would be overwritten: give another name")
     rows = read_json_rows(path)
@@ -85,7 +85,7 @@ def grade_file(path, out):
         texts = (row.get("gold"), row.get("response")) if isinstance(row, dict) else (None,)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(
-                f"{path}, row {number}: needs the texts gold and response, has {str(row)[:80]!r}")
+                f"{path}, row {number}: needs the texts gold and response, but it is {str(row)[:80]!r}")
     is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
     started = time.perf_counter()
     answers = [extract_answer(row["response"]) for row in rows]
@@ -99,5 +99,5 @@ def grade_file(path, out):
     right = sum(is_right for is_right, _ in verdicts)
     print(f"{right} of {len(rows)} right ({right / max(len(rows), 1):.1%}); decided by " +
           ", ".join(f"{how} {count}" for how, count in hows.most_common()) +
-          f"; {len(rows) / seconds:.0f} checks per second; rows in {out}")
+          f"; {len(rows) / seconds:.0f} checks per second; the verdicts are in {out}")
     return verdicts

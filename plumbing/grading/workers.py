@@ -1,7 +1,7 @@
 """plumbing/grading/workers.py - the comparison runs in processes that may be killed.
 
-A response may hold any text. So only a child process works on it, with limits of the kernel on its memory and
-its CPU time. The training process sees a yes or a no.
+A response may hold any text. So only a child process works on it, and the kernel limits the memory and the
+CPU time of that process. The training process only gets a yes or a no.
 """
 
 import atexit
@@ -19,9 +19,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 class Workers:
     """Two persistent processes that compare answers, with kernel limits on memory and on CPU time per check.
 
-    They are started fresh, when first needed: never forked from a process with threads or CUDA. A check that
-    dies is wrong, and counted; its worker is replaced. CPU time decides, and not the load of the machine. The
-    wall clock only ends checks that sleep.
+    They are started when first needed, as new programs: never forked from a process with threads or CUDA. If
+    a worker dies of a check, that answer is wrong, and a new worker is started. The limit is on CPU time, so
+    the load of the machine changes no verdict. The wall clock only ends checks that sleep.
     """
 
     NUMBER = 2
@@ -51,7 +51,7 @@ class Workers:
         process = self.idle.get()
         reply = ""
         try:
-            if process is not None and process.poll() is not None:  # it died while idle: no verdict on anyone
+            if process is not None and process.poll() is not None:  # it died while idle, which says nothing
                 self.bury(process)
                 process = None
             process = process or self.start()
@@ -66,7 +66,8 @@ class Workers:
             finally:
                 timer.cancel()
         finally:
-            # Dead, or interrupted: with its reply unread it would answer the next question with this verdict.
+            # Without a reply the worker is dead, or it was interrupted. An interrupted worker must end, too:
+            # its unread reply would be taken for the verdict on the next question.
             if process is not None and not reply:
                 process.kill()
                 self.bury(process)
@@ -74,7 +75,8 @@ class Workers:
             self.idle.put(process)
         if reply:
             return json.loads(reply), "expression"
-        print(f"grading: a check was killed by its limits, and counts as wrong: {answer!r}", file=sys.stderr)
+        print(f"grading: a check went beyond its limits, so this answer counts as wrong: {answer!r}",
+              file=sys.stderr)
         return False, "killed"
 
     def start(self):
@@ -82,13 +84,13 @@ class Workers:
         process = subprocess.Popen(
             [sys.executable, "-c", COMMAND], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        if process.stdout.readline() != "ready\n":  # else every answer it should check would count as wrong
+        if process.stdout.readline() != "ready\n":  # else all of its checks would count as wrong
             raise RuntimeError(f"the grading worker does not start: `python -c {COMMAND!r}` shows why")
         atexit.register(process.kill)
         return process
 
     def bury(self, process):
-        """Counts a worker that died, and closes its pipes: 500 deaths must not use up a run's open files."""
+        """Counts a worker that died, and closes its pipes, or many deaths would use up a run's open files."""
         process.wait()
         atexit.unregister(process.kill)
         process.stdout.close()
@@ -113,14 +115,14 @@ def work():
     limit_resource(resource.RLIMIT_AS, Workers.MEMORY)
     limit_resource(resource.RLIMIT_CORE, 0)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # what a library prints goes to stderr: it is no reply
     print("ready", file=replies)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit_resource(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + Workers.CPU_SECONDS)
         try:
             verdict = is_same(*json.loads(line))
-        except Exception:  # whatever text by a model brings about here: it is not the right answer
+        except Exception:  # whatever error a model's text causes, its answer is not right
             verdict = False
         print(json.dumps(bool(verdict)), file=replies)
 
