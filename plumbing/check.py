@@ -131,6 +131,6 @@ def check(model, path, compute, temperature):
     if found.max() < 1e-3:
         found_causes.append("perhaps the log-probabilities were recorded after top-k or top-p, since none is "
                             "below the replayed one. Record them before these filters")
-    for text in found_causes:
+    for text in found_causes or ["not one of those that are known here"]:
         print(f"Cause: {text}.")
     return gap

@@ -8,6 +8,7 @@ copied into the folders that are saved. It is never run.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -212,7 +213,20 @@ def save_checkpoint(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     if tokenizer is not None and "tokenizer_config.json" not in config.files:
         tokenizer.save_pretrained(folder)
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    give_usual_modes(folder)
     save_config(config, state[family_name(config, "embed.weight")].dtype, folder)
+
+
+def give_usual_modes(folder):
+    """Lets everybody read the weights who may read other new files.
+
+    safetensors makes files that only their owner may read. On a shared disk nobody else could load them.
+    """
+    usual = Path(folder, "usual.partial")
+    usual.touch()  # its mode is that of any new file
+    for path in Path(folder).glob("*.safetensors"):
+        shutil.copymode(usual, path)
+    usual.unlink()
 
 
 def save_config(config, dtype, folder):
@@ -263,3 +277,4 @@ def save_value_model(value_model, folder, dtype=None):
     if parallel.is_first():
         os.makedirs(os.path.join(folder, "value"), exist_ok=True)
         save_file(state, os.path.join(folder, "value", "model.safetensors"))
+        give_usual_modes(os.path.join(folder, "value"))

@@ -187,9 +187,9 @@ def call(function, **arguments):
     unknown = [name for name, parameter in wanted.items()
                if name not in arguments and parameter.default is parameter.empty]
     if unknown:
-        raise ValueError(f"the function {function.__name__} asks for {', '.join(unknown)}, which it cannot "
-                         f"be given: there are {', '.join(arguments)}. Declare only these, or give a default "
-                         "to the others")
+        name = getattr(function, "__name__", function)  # functools.partial has none
+        raise ValueError(f"the function {name} asks for {', '.join(unknown)}, which it cannot be given: there "
+                         f"are {', '.join(arguments)}. Declare only these, or give a default to the others")
     return function(**{name: value for name, value in arguments.items() if name in wanted})
 
 

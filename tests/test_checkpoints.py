@@ -527,6 +527,15 @@ def test_loading_never_holds_a_second_copy(tmp_path):
 # ----------------------------------------------------------------------------------------------------- saving
 
 
+def test_saved_weights_have_the_mode_of_any_new_file(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        checkpoints.save_checkpoint(random_model(), tiny.tiny_tokenizer(), tmp_path / "c")
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "c").iterdir()} == {0o640}
+
+
 def test_a_saved_theta_stands_where_old_and_new_readers_look(tmp_path):
     """Transformers 4 reads rope_theta, 5 reads rope_parameters; either falls back to 10000 in silence."""
     their_checkpoint("qwen3", True, tmp_path / "new")
