@@ -130,13 +130,11 @@ class Recipe:
     warmup: int = setting(0, "RL steps in which the learning rate rises to --lr", tiny=10, low=0)
     minibatches: int = setting(1, "updates per pass over the rollouts of an RL step", tiny=2, low=1)
     epochs: int = setting(1, "passes over the rollouts of an RL step", low=1)
-    shrink: int = setting(None, "s: how many denoising steps share one trace step; None: 1, or 8 with full "
-                          "attention", tiny=1, low=1)
+    shrink: int = setting(None, "denoising steps per trace step; None: 1, full attention 8", tiny=1, low=1)
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy that made the rollouts", low=0)
-    keep_range: float = setting(None, "without a value model: train on groups whose mean reward is between "
-                                "these two. None: 0.2 and 0.8 with --reward math and --advantage group, if "
-                                "the model is not tiny; otherwise all groups", number=2)
+    keep_range: float = setting(None, "train on groups whose mean reward is between these two; None: 0.2 and "
+                                "0.8 for a real model, --reward math and --advantage group, else all", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
     value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)
@@ -441,19 +439,16 @@ class Choice:
 
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
     train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")
-    dev_data: str = setting(None, "problems for --eval_every; None: those of arithmetic or sudoku, or none")
-    eval_data: str = setting(None, "test problems, only used before and after training; None: those of "
-                             "arithmetic or sudoku")
+    dev_data: str = setting(None, "problems for --eval_every; None: those of an embedded task")
+    eval_data: str = setting(None, "test problems, for before and after; None: those of an embedded task")
     eval_limit: int = setting(200, "how many test problems; None: all", tiny=None, low=1, may_change=True)
     eval_strategies: str = setting(None, "how test problems are decoded: strategies, or greedy. None: "
                                    "--strategy; tiny model: also dynamic, static, greedy", number="+")
     name: str = setting("tracerl", "name of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if the boxed answer is right, else 0; or file.py:function")
-    advantage: str = setting("group", "group: standard score within the group; value: GAE with a value "
-                             "model; or file.py:function")
+    advantage: str = setting("group", "group: standard score; value: a value model; or file.py:function")
     loss: str = setting("clip", "clip: clipped policy gradient with a KL; or file.py:function")
-    views: str = setting("trace", "states to train on: trace; or with random masks: random, coupled (with "
-                         "complement); or file.py:function")
+    views: str = setting("trace", "trace; with masks at random: random, coupled; or file.py:function")
 
 
 GROUPS = {"choice": Choice, "recipe": Recipe, "decoding": Decoding, "prompts": Prompting,
