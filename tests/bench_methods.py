@@ -94,7 +94,6 @@ ARMS = {  # what is compared: flags of tracerl.py
     "rejection": [],  # see `fine_tune_on_right`
 }
 VIEWS = ("tracerl", "random", "coupled")
-CURVES = ("tracerl", "random", "shrink-4")  # whose learning curves are drawn
 EQUAL = ", equal seconds"
 PUBLISHED = ("tracerl", "shrink-4", "some-steps", "random", "coupled", "diffu-grpo", "wd1", "clip-higher",
              "gspo", "dr-grpo", "value", "just-grpo", "as-many-random", "mean-per-step", "no-reward",
@@ -103,6 +102,7 @@ WHICH = dict.fromkeys(SETTINGS, PUBLISHED) | {
     "k4": (*PUBLISHED, "value-clip", "batch", "raw", "shrink-2", "static"), "k8": VIEWS}
 STRATEGIES = ("dynamic", "static", "greedy")  # by which test problems are answered
 EVIDENCE = ROOT / "tests/evidence.json"
+BROKEN = ROOT / "tests/broken.json"
 LRS = ("1e-4", "3e-4", "1e-3")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
 
@@ -445,61 +445,54 @@ def bold(mean, half):
 # The picture.
 
 
-def draw(tables, path):
-    """For every setting, three to a row: differences to the first arm above, rewards of three arms below.
+OFF_TRACE = {"shrink-4": "4 steps merged", "random": "one random mask", "coupled": "a mask and its complement",
+             "diffu-grpo": "everything masked"}  # the arms of the left panel
 
-    Differences are in accuracy, paired by seed, with 95 percent intervals; hollow: with equal seconds.
+
+def draw(tables, broken, path):
+    """Two panels: what it costs to leave the trace, and what the faults of examples/broken.py cost.
+
+    tables: of evidence.json. broken: of broken.json, see bench_broken.py; {} leaves the right panel empty.
+    Both show accuracy minus that of a control, paired by seed, with 95 percent intervals.
     """
-    settings = [name for name in tables if not name.endswith(EQUAL)]
-    num_rows = -(-len(settings) // 3)
-    figure = Figure(figsize=(11, 5.2 * num_rows), layout="constrained")
-    for row, part in enumerate(figure.subfigures(num_rows, 1, squeeze=False)[:, 0]):
-        shown = settings[row * 3:row * 3 + 3]
-        for column, (upper, lower) in enumerate(part.subplots(2, 3, squeeze=False).T):
-            if column < len(shown):
-                setting = shown[column]
-                draw_differences(tables[setting], tables.get(setting + EQUAL, {}), upper)
-                draw_curves(tables[setting], lower)
-                upper.set_title(setting if "sudoku" in setting else f"arithmetic-{setting}", fontsize=10)
-            else:
-                upper.remove()
-                lower.remove()
+    left = {text: {setting: difference(table, arm) for setting, table in tables.items()
+                   if arm in table and not setting.endswith(EQUAL)} for arm, text in OFF_TRACE.items()}
+    right = {}
+    for setting, by_steps in broken.items():
+        arms = by_steps.get("30", {})
+        for arm in [arm for arm in arms if not arm.startswith("none")]:
+            control = arms["none_filtered" if arm == "after_filter" else "none"]
+            differences = [r["accuracy"][1] - control[seed]["accuracy"][1] for seed, r in arms[arm].items()]
+            right.setdefault(arm.replace("_", " "), {})[setting] = interval(differences)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    titles = ("accuracy minus that of the trace", "accuracy minus that of an exact replay")
+    for axes, rows, title in zip(figure.subplots(1, 2), (left, right), titles):
+        draw_rows(rows, axes)
+        axes.set_title(title, fontsize=11)
     figure.savefig(path, dpi=100)
 
 
-def draw_differences(table, equal_seconds, axes):
-    """A line for every arm but the first, and the control, which is far off."""
-    first, *others = (arm for arm in dict.fromkeys([*table, *equal_seconds]) if arm != "no-reward")
-    for row, arm in enumerate(others):
-        for one, shift, colour in ((table, 0, "C0"), (equal_seconds, 0.3, "white")):
-            if arm in one:
-                mean, half = difference(one, arm)
-                axes.errorbar(mean, row + shift, xerr=half, fmt="o", capsize=2, color="C0", markersize=4,
-                              markerfacecolor=colour, linewidth=1)
+def draw_rows(rows, axes):
+    """A line for each row, and in it a point with its interval for each setting.
+
+    rows: label -> {setting: (mean, half)}.
+    """
+    colours = {setting: f"C{number}" for number, setting in enumerate(SETTINGS)}
+    shown = [setting for setting in SETTINGS if any(setting in cells for cells in rows.values())]
+    for number, cells in enumerate(rows.values()):
+        for place, setting in enumerate(shown):
+            if setting in cells:
+                mean, half = cells[setting]
+                axes.errorbar(mean, number + 0.12 * (place - len(shown) / 2), xerr=half, fmt="o", capsize=2,
+                              markersize=4, color=colours[setting], linewidth=1)
+    for setting in shown:
+        axes.plot([], [], "o", color=colours[setting], markersize=4,
+                  label=setting if "sudoku" in setting else f"arithmetic-{setting}")
     axes.axvline(0, color="0.6", linewidth=1)
-    axes.set_yticks(range(len(others)), others, fontsize=8)
-    axes.set_xlim(-0.2, 0.12)  # the same everywhere
-    axes.locator_params(axis="x", nbins=6)
+    axes.set_yticks(range(len(rows)), rows, fontsize=10)
     axes.invert_yaxis()
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(f"accuracy minus {first}'s", fontsize=8)
-
-
-def draw_curves(table, axes):
-    """Mean reward against the RL step, with 95 percent intervals, of CURVES (or the first three arms)."""
-    for arm in [arm for arm in CURVES if arm in table] or list(table)[:3]:
-        _, results = table[arm]
-        rewards = zip(*(r["curve"] for r in results))  # by RL step
-        means, halves = zip(*(interval(numbers) for numbers in rewards))
-        steps = range(1, len(means) + 1)
-        line, = axes.plot(steps, means, label=arm, linewidth=1.2)
-        lower = [mean - half for mean, half in zip(means, halves)]
-        upper = [mean + half for mean, half in zip(means, halves)]
-        axes.fill_between(steps, lower, upper, alpha=0.12, color=line.get_color(), linewidth=0)
-    axes.set_xlabel("RL step", fontsize=8)
-    axes.set_ylabel("reward of its rollouts", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.legend(fontsize=7)
+    if shown:
+        axes.legend(fontsize=8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -621,7 +614,7 @@ def parse_args(argv=None):
     flag("--quick", action="store_true", help="a small part, compared with evidence.json")
     flag("--out", help="JSON file to add results to; None: runs/methods.json, or runs/variance.json")
     flag("--show", action="store_true", help="run nothing: print the tables of --out")
-    flag("--picture", help="where to draw what is in --out")
+    flag("--picture", help="where to draw what is in --out and in broken.json")
     args = parser.parse_args(argv)
     has_rejection = args.arms is not None and "rejection" in args.arms
     if has_rejection and not args.seconds and (not args.equal_seconds or args.arms[0] == "rejection"):
@@ -676,7 +669,7 @@ def main(argv=None):
         for setting, table in known.items():
             print_table(setting, table)
     if args.picture:
-        draw(known, args.picture)
+        draw(known, json.loads(BROKEN.read_text()) if BROKEN.is_file() else {}, args.picture)
     return tables
 
 
