@@ -95,7 +95,7 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... (only you can punish a truncated response)
+        rollout    the record: step_map, is_truncated, ... (you must punish truncated responses)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
     value or an advantage of your own. A return takes the MEAN reward of the tokens of each trace step. So
     give all tokens of a step the reward of that step. (`reward` in the log is the sum over tokens.)
@@ -300,7 +300,7 @@ class Evaluation:
     model: str = setting(None, "diffusion model: checkpoint folder or hub id; None: the tiny model")
     ar: str = setting(None, "evaluate this autoregressive model instead, decoded by transformers")
     data: str = setting("arithmetic-test", f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id")
-    limit: int = setting(None, "only so many problems, from the first on; None: all", low=1)
+    limit: int = setting(None, "ask only the first problems, this number of them; None: all", low=1)
     n: int = setting(1, "responses per problem; a later call may raise it", low=1, may_change=True)
     strategy: str = setting(("static", "dynamic"), "how to decode: any --strategy of tracerl.py, or greedy",
                             number="+")

@@ -38,7 +38,8 @@ Single capital letters are sizes in every file. (In formulas T is also the tempe
 advantage, V a value, L the loss.)
   B rows            T tokens in a row   P prompt tokens   R response tokens   K tokens per block
   S trace steps     V vocabulary        C channels        H heads             D channels of a head
-  G responses per prompt                N items of a list, such as targets; n those of one micro-batch
+  G responses per prompt                N items of a list, such as targets
+In a loss, N are the targets of the whole update, and n those of one micro-batch.
 """
 
 import math
@@ -75,7 +76,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False  # True: the embedding and the head are one matrix
     pad_id: int = 0
     eos_ids: tuple = ()  # any of these ends a response; sft.py teaches the first
-    family: str = "sdar"  # whose weight names a checkpoint has
+    family: str = "sdar"  # the family whose names the weights have in a checkpoint file
     source: dict = field(default_factory=dict)  # config.json as it was read; saving writes it again
 
     def __post_init__(self):
@@ -141,8 +142,8 @@ def dense_mask(layout):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How the network attends. Its forward is given an `attend`: a function of (layer number, q, k, v) that
-# returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). Three of them are made here:
+# How the network attends. `states` and every layer are given an `attend`. It is a function of (layer number,
+# q, k, v) that returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). Three are made here:
 #     attend_by_rule(layout)   the tokens of each row see one another, by the rule        (training, replay)
 #     cache.read               a noisy block sees the cached clean blocks, and itself     (denoising)
 #     cache.append             a clean block does the same, and then stays in the cache   (after denoising)
@@ -356,7 +357,7 @@ class Targets(NamedTuple):
     Whole numbers are int64. The others are float32, and 0 where nobody has filled them in.
     """
 
-    logit_index: torch.Tensor  # which output predicts it, counted in its row. In a micro-batch: in all rows
+    logit_index: torch.Tensor  # the output that predicts it: its place in the row, or in all rows end to end
     token: torch.Tensor  # the token to predict
     rollout_index: torch.Tensor  # the number of its rollout in the list that build_rows was given
     response_index: torch.Tensor  # its index in that rollout's response

@@ -46,7 +46,8 @@ Read in this order: Rollout, Decoding; sample, the strategies, generate; views, 
 The definitions here decode one prompt at a time. plumbing/engine.py does the same for many at once, and tests
 compare it with these functions. These calls into plumbing/ matter here and in the files that follow:
   parallel.deal, gather      a process's part of a list; the whole list again, on every process
-  packing.micro_batches      turns rows into tensors; `dealt_batches` also gives every process equally many
+  packing.micro_batches      turns rows into tensors; `dealt_batches` also gives every process
+                             as many micro-batches, and counts the targets of all processes
   parallel.optimizer_step    clips the gradient to norm 1, and moves the weights
   flags.call                 calls a function with those of the arguments that it declares
 """
@@ -229,13 +230,13 @@ class Decoding:
 
     max_new_tokens: int = setting(
         2000, "maximum tokens of a response. A longer one is truncated, and counts as wrong. With full "
-        "attention every forward sees so many response positions", tiny=20, low=1)
+        "attention every forward sees this number of response positions", tiny=20, low=1)
     strategy: str = setting(
         "dynamic", "what a denoising step reveals: static, dynamic, sequential, entropy, or file.py:function")
     threshold: float = setting(0.9, "probability above which dynamic reveals a token", low=0, high=1)
     denoising_steps: int = setting(
-        None, "denoising steps per block. Each reveals at least K / steps tokens (static: exactly so many). "
-        "None: K", low=1)
+        None, "denoising steps per block; None: K. In each, static and sequential reveal about K / steps "
+        "tokens, dynamic at least that number", low=1)
     temperature: float = setting(1.0, "T, of decoding and of the trained policy; 0: greedy", low=0)
     top_k: int = setting(0, "draw among the k most probable tokens; 0: among all", low=0)
     top_p: float = setting(1.0, "draw among the most probable tokens up to this sum; 1: all", above=0, high=1)
@@ -246,7 +247,7 @@ class Decoding:
 
     def quota(self, K, step_in_block):
         """How many tokens a step is to reveal. K = 8 in 3 steps: 3, 3, 2."""
-        if step_in_block >= K:  # whoever reveals a token in each step needs no more than K of them
+        if step_in_block >= K:  # with a token or more in each step, K steps are always enough
             raise ValueError(f"--strategy {self.strategy} must reveal a mask of every block in every step")
         each, remainder = divmod(K, self.denoising_steps or K)
         return each + (step_in_block < remainder)
@@ -360,8 +361,8 @@ def block_states(model, tokens, block, attend):
     block = block.to(model.device)
     if not model.config.is_full:
         return model.states(tokens[block][None], block[None], attend)[0]
-    # Full attention: every forward sees the whole canvas, with the masks on the right. No cache is possible,
-    # since each revealed token changes the keys and values of all the others.
+    # Full attention: every forward sees the whole text, prompt and response, with the masks on the right. No
+    # cache is possible, since each revealed token changes the keys and values of all the others.
     position = torch.arange(len(tokens), device=model.device)
     see_all = lambda layer, q, k, v: attention(q, k, v)
     states = model.states(tokens[None], position[None], see_all)[0]  # (P + max_new_tokens, C)
@@ -527,7 +528,7 @@ def lay_out(r, rollout_index, views, config):
     R = len(r.response)
     text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
     size = len(text) if config.is_full else config.block_size  # of a block
-    text += [config.mask_id] * (-len(text) % size)  # needed only if K was smaller in decoding
+    text += [config.mask_id] * (-len(text) % size)  # only if a response was decoded with a smaller K
     # Numbers of each response token that travel with it. A list that is not filled yet counts as zeros.
     known = {name: getattr(r, name) or [0.0] * R for name in ("logp", "advantage", "value_old", "returns")}
     rows = []

@@ -181,7 +181,7 @@ def draw_batch(examples, step, recipe):
 
 
 def train(learner, examples, evaluate_dev, compute, recipe, run):
-    """The loop. It ends after recipe.steps updates, or earlier once stop_accuracy has been reached.
+    """The loop. It ends after recipe.steps updates. Once stop_accuracy is reached, only the cooldown follows.
 
     Order and masks follow from the step, the learning rate from the step and `decay_start`. So a run resumes
     from any checkpoint.
@@ -227,7 +227,7 @@ class Lesson:
     dev_data: str = setting(None, "problems with answers for --eval_every")
     name: str = setting("sft", "name of the folder under runs/", may_change=True)
     max_new_tokens: int = setting(2000, "longer responses are skipped, and their number is printed. Full "
-                                  "attention: every forward sees so many response positions", tiny=20, low=1)
+                                  "attention: the response positions that every forward sees", tiny=20, low=1)
     slip: float = setting(0.6, "arithmetic, sudoku: how often the pupil makes a mistake", low=0, high=1)
     raw_solutions: bool = setting(False, "keep solutions as they are. Otherwise #### 72 at the end, as in "
                                   "GSM8K, becomes \\boxed{72}, which a reward looks for")

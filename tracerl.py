@@ -84,18 +84,19 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     All trained tokens weigh the same. The paper first averages inside each trace step: see examples/forks.py.
     In the first update of an RL step every ratio is 1, so nothing is clipped and k3 is 0.
 
-    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). If the
-    trained tokens were plain draws from the OLD policy, the mean of -log ratio would be that KL. Revealing
-    prefers sure tokens, so this is an approximation. ratio - 1 has mean 0 then, and only lowers the noise.
+    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). For
+    plain draws from the OLD policy, the mean of -log ratio is this KL. ratio - 1 then has mean 0, and only
+    lowers the noise. Our tokens are not plain draws, since revealing prefers sure tokens. So k3 is an
+    approximation.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch. It declares those
     parameters it needs. Beside those above there are
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
-        num_groups       groups of the whole update. If your loss declares it, groups are not cut (see below)
-    With block attention a response is one row, and rows are never cut. With full attention a response has
-    many rows, and one that exceeds a micro-batch is cut. The same goes for a group. targets is a
-    model.Targets: it also holds step, view, group, rollout_index, logp, ...
+        num_groups       groups of the whole update
+    A response stays in one micro-batch if it fits. If your loss declares num_groups, so does a whole group.
+    With block attention a response is one row and always fits. With full attention it has many rows, and may
+    be cut. targets is a model.Targets: it also holds step, view, group, rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
@@ -134,7 +135,7 @@ class Recipe:
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy that made the rollouts", low=0)
     keep_range: float = setting(None, "keep groups with a mean reward between these; None: 0.2 and 0.8 for a "
-                                "real model with built-in reward and advantage, else all", number=2)
+                                "real model with the default reward and advantage, else all", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
     value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)
@@ -232,7 +233,8 @@ def give_advantages(rollouts, value_learner, method, recipe):
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, recipe.group_size)
     line = dict(reward=rewards.mean().item()) | show.lengths(rollouts)
     if value_learner is not None:
-        # Here every group can teach: a reward may be more or less than was expected, though all are equal.
+        # Here every group can teach. Even if all its rewards are equal, the value model may have expected
+        # others.
         found = value.value_advantages(value_learner.model, rollouts, method.compute, recipe.shrink,
                                        recipe.gamma, recipe.gae_lambda)
         return rollouts, line | found | dict(kept_groups=len(rewards))
@@ -283,8 +285,9 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     """Lays the kept rollouts out as rows -> batches, and the gap, which it measures on some of the rollouts.
 
     It also computes Targets.logp_old of all updates but the first. The first update needs no pass of its own:
-    its policy IS the old one, see `update`. The recorded log-probabilities would do for the trace itself. But
-    other views are other states, and on a GPU decoding and training round differently.
+    its policy IS the old one, see `update`. For views of the trace, the recorded log-probabilities would be
+    good enough as old ones. But other views are other states, and on a GPU decoding and training round
+    differently.
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
@@ -385,7 +388,8 @@ def update(policy, batch, method, is_first, recipe):
                 num_responses=batch.num_responses, num_groups=batch.num_groups, clip_eps=recipe.clip_eps,
                 kl_coef=recipe.kl_coef)
         else:
-            loss = logp.sum()  # a dummy micro-batch: 0. Its backward must run, for the others wait for it
+            # A dummy micro-batch: its loss is 0. Its backward must run, because other processes wait for it.
+            loss = logp.sum()
         # Losses of micro-batches are parts of one sum: each was divided by the tokens of the whole update. So
         # their gradients add up to that of the update.
         loss.backward()

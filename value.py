@@ -1,16 +1,16 @@
 """value.py - a baseline for each token, computed over trace steps.
 
 The diffusion value model (arXiv 2509.06949, section on the diffusion value model) is a copy of the policy's
-backbone with a linear head that gives one number. It reads the rows of the trace at the same outputs at which
-the policy predicts tokens. So V_j estimates the value of the state just BEFORE the trace step that reveals
-token j. It is read at the place of token j. A baseline may know the state, but not the token that is about to
-be drawn.
+backbone with a linear head that gives one number. Its input is the rows of the trace. V_j is its output at
+the place where the policy predicts token j, so that token is still masked. So V_j estimates the value of the
+state just BEFORE the trace step that reveals token j. A baseline may know the state, but not the token that
+is about to be drawn.
 
 Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one
 state. The value model is read at the position of each token, so V differs between the tokens of one step.
 Each token has its own baseline V_j. Their mean V* is the value of the whole step. Earlier steps use V* when
-they look ahead to this step. The table shows the response 1 0 1 ; with step_map 1 3 1 2. It is right and
-earns 1. The last two lines are its advantages, with gamma = 1.
+they look ahead to this step. In the table, the whole response is 1 0 1 ; with step_map 1 3 1 2, and its
+reward is 1. The last two lines are its advantages, with gamma = 1.
 
     token                  1    0    1    ;
     step_map               1    3    1    2

@@ -33,7 +33,7 @@ A response earns 1 if it is right, else 0. Its advantage is (reward - mean) / st
     seed  response                    reward  advantage
 
 7. THE LOSS AND THE UPDATE (tracerl.policy_loss)
-Ratios are 1, and all responses are equally long. So the advantages cancel: the loss is 0, the gradient not.
+Ratios are 1 and all responses equally long. So the advantages cancel, and the loss is 0. The gradient is not.
 
 8. AFTER THE UPDATE (rollout.replay)
 The log-probability of a response is the sum over its trained tokens. Two carries make up most of the change.
@@ -126,9 +126,9 @@ def main():
         line(f"{words[row.tokens[i]]}  view {row.view[i]}", ["x" if mask[i, j] else "." for j in part])
 
     head(5)
-    # Decoding took one forward per step, and one per clean block for the cache. Replay takes one forward for
-    # the whole row, without a cache. The result is a tensor for each response, with the gradient that section
-    # 7 needs.
+    # Decoding took one forward per step. It took one more for each clean block but the last, to fill the
+    # cache. Replay takes one forward for the whole row, without a cache. The result is a tensor for each
+    # response, with the gradient that section 7 needs.
     replayed = rollout.replay(model, rollouts)
     for token, step, old, new in zip(text, r.step_map, r.logp, replayed[0].tolist()):
         print(f"    {token:<10}{step:>4}{old:>12.6f}{new:>12.6f}{new - old:>12.1e}")
@@ -155,7 +155,8 @@ def main():
     targets = SimpleNamespace(logp_old=logp.detach(), advantage=advantages.repeat_interleave(lengths))
     loss = policy_loss(logp, targets, num_tokens=len(logp))
     loss.backward()
-    # A gradient longer than 1 would be shortened to 1. This is tracerl.py's learning rate after its warm-up.
+    # A gradient longer than 1 would be shortened to 1. lr=1e-4 is the learning rate of tracerl.py after its
+    # warm-up.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
     print(f"    {len(logp)} trained tokens, loss {loss:.1e}, length of the gradient {norm:.3f}")
