@@ -5,7 +5,8 @@ A block diffusion language model is an ordinary decoder-only transformer with th
   1. It has a mask token, "?" below. The network's output at position i predicts the token AT position i.
   2. Attention looks back by whole blocks of K tokens, not by single tokens.
   3. A training row holds the clean text and, behind it, *views*. A view is a copy of one block with some of
-     its tokens masked. In TraceRL a view is a state of its decoding. In fine-tuning the masks are random.
+     its tokens masked. In TraceRL it shows the block in a state of its decoding. In fine-tuning the masks are
+     random.
 
 Changes 2 and 3 are one rule over three small numbers that every token has: document, block, view. The picture
 shows that rule for the prompt 894+396= and its first response block, 1 0 1 ; with K = 4. An x means that the
@@ -23,7 +24,7 @@ token on the left may see the token on top.
 (The clean 101; is there for the blocks after it, if there are any.) The rule has two cases because decoding
 has two sources: the cache of clean blocks, and the block itself in its present state. The same rule governs
 prefill, decoding, replay and fine-tuning. Dream and LLaDA use full attention, where every token sees every
-token. There the whole text counts as one block.
+token. For attention the whole text then counts as one block.
 
 Read in this order: ModelConfig, Layout, may_attend, dense_mask, attention, KVCache, Layer, BlockDiffusionLM,
 policy_logits, token_logprobs.
@@ -65,7 +66,7 @@ class ModelConfig:
     intermediate_size: int  # channels inside the feed-forward
     mask_id: int  # the token "?"
     is_full: bool = False  # True: every token sees every token (Dream, LLaDA). False: block attention
-    block_size: int = 4  # K. With full attention: which positions are decoded together
+    block_size: int = 4  # K. With full attention: how many positions are decoded together
     has_qk_norm: bool = True  # RMSNorm on every head of q and k, before the rotation (Qwen3, SDAR)
     has_qkv_bias: bool = False  # True for Qwen2 and Dream
     # Dream was made from an autoregressive model, and kept its habit: the output at position i predicts the
@@ -76,7 +77,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False  # True: the embedding and the head are one matrix
     pad_id: int = 0
     eos_ids: tuple = ()  # any of these ends a response; sft.py teaches the first
-    family: str = "sdar"  # the family whose names the weights have in a checkpoint file
+    family: str = "sdar"  # the family of the checkpoint: how weights are named in its files
     source: dict = field(default_factory=dict)  # config.json as it was read; saving writes it again
 
     def __post_init__(self):
@@ -127,7 +128,8 @@ def may_attend(query, key):
     - Plain text, prefill: every token has view 0, so attention is causal by blocks. K = 1 is causal.
     - Decoding: the block being decoded is one view, and the KV cache holds the clean blocks before it.
     - Replay, fine-tuning: many views share one clean text, and no view sees another.
-    - Full attention: all is block 0. A view is the whole canvas, and sees all of itself and nothing else.
+    - Full attention: all is block 0. A view is the whole text, prompt and response, and sees all of itself
+      and nothing else.
     """
     is_clean_past = (key.view == 0) & (key.block < query.block)
     is_together = (key.view == query.view) & (key.block == query.block)
@@ -145,7 +147,7 @@ def dense_mask(layout):
 # How the network attends. `states` and every layer are given an `attend`. It is a function of (layer number,
 # q, k, v) that returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). Three are made here:
 #     attend_by_rule(layout)   the tokens of each row see one another, by the rule        (training, replay)
-#     cache.read               a noisy block sees the cached clean blocks, and itself     (denoising)
+#     cache.read               a block with masks sees the cached clean blocks, and itself (denoising)
 #     cache.append             a clean block does the same, and then stays in the cache   (after denoising)
 
 
@@ -178,7 +180,7 @@ class KVCache:
         return torch.cat([self.keys[layer], k], dim=2), torch.cat([self.values[layer], v], dim=2)
 
     def read(self, layer, q, k, v):
-        """An `attend` for a noisy block, which is not kept: it sees the cache and itself."""
+        """An `attend` for a block with masks, which is not kept: it sees the cache and itself."""
         # No mask is needed: all that the cache holds lies before this block, and is clean.
         return attention(q, *self.joined(layer, k, v))
 
@@ -383,7 +385,7 @@ class Row:
     targets: list = field(default_factory=list)  # of Targets
 
     def add(self, tokens, block, view):
-        """Appends one block: K tokens, or with full attention the whole canvas as block 0."""
+        """Appends one block: K tokens, or with full attention the whole text as block 0."""
         start = block * len(tokens)  # block 2 of K = 4 begins at position 8
         self.tokens += tokens
         self.position += range(start, start + len(tokens))

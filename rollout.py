@@ -17,7 +17,8 @@ Twelve words:
   group           the G responses to one prompt
   gap             the distance between a replayed log-probability and the recorded one; it should be zero
 
-This is one block of K = 4 tokens while it is decoded, and what the record keeps of it:
+Single capital letters, such as K, P or N, are sizes. The first page of model.py lists them. This is one block
+of K = 4 tokens while it is decoded, and what the record keeps of it:
 
     before step 1    ? ? ? ?     step 1 reveals 1 and 1     token                1      0      1      ;
     before step 2    1 ? 1 ?     step 2 reveals ;           step_map             1      3      1      2
@@ -47,7 +48,7 @@ The definitions here decode one prompt at a time. plumbing/engine.py does the sa
 compare it with these functions. These calls into plumbing/ matter here and in the files that follow:
   parallel.deal, gather      a process's part of a list; the whole list again, on every process
   packing.micro_batches      turns rows into tensors; `dealt_batches` also gives every process
-                             as many micro-batches, and counts the targets of all processes
+                             the same number of them, and counts the targets of all processes
   parallel.optimizer_step    clips the gradient to norm 1, and moves the weights
   flags.call                 calls a function with those of the arguments that it declares
 """
@@ -98,7 +99,9 @@ class Rollout:
 
 
 def uniform(seed, step, position):
-    """Draws in [0, 1), float64, of the shape of `position`: a hash of three whole numbers (or int64 tensors).
+    """Random numbers in [0, 1), float64, of the shape of `position`.
+
+    Each is a hash of three whole numbers (or int64 tensors).
 
     seed and step may be plain numbers. uniform(7, 3, tensor([11])) is the draw of the response with seed 7 at
     its denoising step 3 for position 11. It depends on nothing else: not on the batch, not on the process.
@@ -168,7 +171,7 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
     logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (N, V)
     if temperature == 0 or top_k == 1:
         # Greedy. After the filter every confidence would be 1, and a strategy could not rank the positions.
-        # So confidence and entropy are those of the unfiltered distribution, with T = 1 where T is 0.
+        # So confidence and entropy are those of the unfiltered distribution. Temperature 0 counts as 1 there.
         token = logp.argmax(-1)
         p = logp.exp()
     else:
@@ -179,8 +182,8 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
     return token, confidence, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
-# The strategies: what a denoising step reveals. Tensors are (B, K), one line per block; quota is (B,), and
-# says how many tokens n a step is to reveal in each block.
+# The strategies: what a denoising step reveals. Tensors are (B, K), one line per block. quota is (B,). It
+# holds a number for each block, n below: how many tokens the step is to reveal there.
 
 
 def reveal_static(confidence, is_masked, quota):

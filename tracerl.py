@@ -1,8 +1,8 @@
 """tracerl.py - the method: reinforcement learning on the trace by which a diffusion language model decoded.
 
 TraceRL (arXiv 2509.06949) is PPO or GRPO with one question answered. What is the log-probability of a text
-that was not written from left to right? TraceRL takes the log-probability of its trace: every token is scored
-in the state in which it was revealed.
+that was not written from left to right? TraceRL scores every token in the state in which it was revealed, and
+takes the sum. (rollout.py says why this is a surrogate.)
 
 One RL step has six stages. `train` calls them in this order, and the README numbers them in the same way:
 
@@ -65,7 +65,7 @@ def group_advantages(rewards):
     longest len(r.response), tokens behind eos included. A group of zeros is left out of the update.
     """
     mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
-    std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, not by G - 1, as the authors do
+    std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, as the authors do, not by G - 1
     return (rewards - mean) / std.masked_fill(std < 1e-6, torch.inf)  # 0 / inf = 0 where all are equal
 
 
@@ -94,7 +94,7 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
         num_groups       groups of the whole update
-    A response stays in one micro-batch if it fits. If your loss declares num_groups, so does a whole group.
+    A response stays in one micro-batch if it fits. If your loss declares num_groups, a whole group does, too.
     With block attention a response is one row and always fits. With full attention it has many rows, and may
     be cut. targets is a model.Targets: it also holds step, view, group, rollout_index, logp, ...
     """
@@ -419,7 +419,8 @@ def update_value(learner, batch, compute, recipe):
 def finish_step(line, rollouts, learners, task, recipe, run):
     """Evaluates, writes `line` (the numbers of this RL step) to the log, and saves a checkpoint."""
     step = line["step"]
-    # These seconds go into the line, too: metrics.jsonl has one line for each step.
+    # The seconds that the timed stages took go into the line, too: metrics.jsonl has one line for each RL
+    # step.
     line |= runs.take_seconds()
     if task.dev_problems and recipe.eval_every and step % recipe.eval_every == 0:
         found = task.examinee.evaluate(task.dev_problems, seed=recipe.seed)
@@ -443,8 +444,8 @@ class Choice:
 
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
     train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")
-    dev_data: str = setting(None, "problems for --eval_every; None: those of an embedded task")
-    eval_data: str = setting(None, "test problems, for before and after; None: those of an embedded task")
+    dev_data: str = setting(None, "problems for --eval_every; None: those of arithmetic or sudoku")
+    eval_data: str = setting(None, "test problems, before and after; None: those of arithmetic or sudoku")
     eval_limit: int = setting(200, "how many test problems; None: all", tiny=None, low=1, may_change=True)
     eval_strategies: str = setting(None, "how test problems are decoded: strategies, or greedy. None: "
                                    "--strategy; tiny model: also dynamic, static, greedy", number="+")

@@ -19,7 +19,7 @@ Each denoising step sees a block with masks, and reveals tokens. The numbers are
     block  step  before the step          revealed in the first, second, third and fourth place
 
 3. THE TRAINING ROW (rollout.build_rows)
-Behind the clean text stand the views. Shown is the part for block 2. Each place predicts its target.
+Behind the clean text stand the views. Shown is the part for block 2. A target is what its place predicts.
 
 4. THE ATTENTION MASK (model.may_attend)
 A token on the left sees the tokens on top that have an x. A view sees itself, and earlier clean blocks.
@@ -149,9 +149,9 @@ def main():
     # sight, but they are not trained.
     lengths = torch.tensor([r.num_tokens for r in rollouts])  # (G,)
     logp = torch.cat([logp[:length] for logp, length in zip(replayed, lengths)])  # (N,)
-    # tracerl.py adds up the same loss over micro-batches. Of model.Targets the loss reads only these two
-    # fields. The policy has not moved yet, so its log-probabilities are the old ones. Every token has the
-    # advantage of its response.
+    # tracerl.py adds up the same loss over micro-batches. The loss reads only logp_old and advantage. The
+    # policy has not moved yet, so its log-probabilities are the old ones. Every token has the advantage of
+    # its response.
     targets = SimpleNamespace(logp_old=logp.detach(), advantage=advantages.repeat_interleave(lengths))
     loss = policy_loss(logp, targets, num_tokens=len(logp))
     loss.backward()
