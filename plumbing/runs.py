@@ -24,7 +24,6 @@ import filelock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -357,6 +356,8 @@ class Run:
         names = {name for line in lines for name in line if isinstance(line[name], (int, float))} - {"step"}
         first = [name for name in ("reward", "dev_accuracy", "accuracy", "loss") if name in names]
         names = first + sorted(names - {*first})
+        # Not at the top: the first RL step would wait half a second for this import.
+        from matplotlib.figure import Figure
         num_rows = math.ceil(len(names) / 3)
         height = 2.2 * num_rows  # inches
         figure = Figure(figsize=(12, height))
