@@ -95,7 +95,7 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... (you must punish truncated responses)
+        rollout    the record: step_map, is_truncated, ... (nothing else punishes truncated responses)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
     value or an advantage of your own. A return takes the MEAN reward of the tokens of each trace step. So
     give all tokens of a step the reward of that step. (`reward` in the log is the sum over tokens.)
@@ -226,7 +226,7 @@ def accuracy(samples):
     mean = fmean(means)  # every problem counts the same, however many samples it has
     n = len(means)
     error = stdev(means) / n**0.5 if n > 1 else None  # one problem alone says nothing about others
-    # pass@k for every k up to the smallest number of samples of a problem.
+    # pass@k for k = 2, 4, 8, ..., up to the smallest number of samples of a problem.
     fewest = min(len(numbers) for numbers in samples)
     found = {f"pass_at_{k}": fmean(pass_at(k, numbers) for numbers in samples)
              for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= fewest}

@@ -32,7 +32,7 @@ policy_logits, token_logprobs.
 Left out: dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism.
 In other files:
   1. reading and writing checkpoints: plumbing/checkpoints.py; the families: plumbing/families.py;
-  2. fast attention and fast log-probabilities, which give the same numbers: plumbing/kernels.py;
+  2. fast attention and log-probabilities, the same up to rounding: plumbing/kernels.py;
   3. LoRA, and sharding over several GPUs: plumbing/parallel.py.
 
 Single capital letters are sizes in every file. (In formulas T is also the temperature, R a return, A an
@@ -144,8 +144,8 @@ def dense_mask(layout):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How the network attends. `states` and every layer are given an `attend`. It is a function of (layer number,
-# q, k, v) that returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). Three are made here:
+# How the network attends. Its method `states` and every layer are given an `attend`. It is a function of (layer
+# number, q, k, v) that returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). Three are made here:
 #     attend_by_rule(layout)   the tokens of each row see one another, by the rule        (training, replay)
 #     cache.read               a block with masks sees the cached clean blocks, and itself (denoising)
 #     cache.append             a clean block does the same, and then stays in the cache   (after denoising)
@@ -203,7 +203,7 @@ def rotary(position, head_dim, theta):
     return angle.cos(), angle.sin()
 
 
-# These two have no weights. They are modules so that a GPU can compile each of them into one kernel.
+# The next two have no weights. They are modules so that a GPU can compile each of them into one kernel.
 
 
 class Rotation(nn.Module):

@@ -101,7 +101,7 @@ class Rollout:
 def uniform(seed, step, position):
     """Random numbers in [0, 1), float64, of the shape of `position`.
 
-    Each is a hash of three whole numbers (or int64 tensors).
+    Each is a hash of seed, step and position.
 
     seed and step may be plain numbers. uniform(7, 3, tensor([11])) is the draw of the response with seed 7 at
     its denoising step 3 for position 11. It depends on nothing else: not on the batch, not on the process.
@@ -566,7 +566,7 @@ def lay_out(r, rollout_index, views, config):
 class Compute(NamedTuple):
     """The functions that have a fast twin, and how much is computed at once.
 
-    Definition and twin give the same numbers.
+    Definition and twin give the same numbers up to rounding.
     """
 
     generate: Callable  # (model, prompts, seeds, decoding) -> list[Rollout]
@@ -648,8 +648,8 @@ def drift(model, rollouts, compute, temperature):
     """How far updates have moved the policy since it made these rollouts: KL(old || new), the largest ratio.
 
     An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are
-    always 1, so they cannot show a collapse. The comparison is with the recorded numbers. So in bfloat16 the
-    drift contains the gap, too.
+    always 1, so they cannot show a collapse. So some rollouts are replayed after the updates,
+    and compared with what was recorded. In bfloat16 the drift contains the gap, too.
     """
     log_ratio = replay_differences(model, rollouts, compute, temperature)
     ratio = log_ratio.clamp(-10, 10).exp()

@@ -102,9 +102,9 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
     logp, masked_share: float32 (n,), of one micro-batch. is_weighted: each token is multiplied by 1 / t,
     where t is the masked fraction of its block. A token is masked with probability t. So the weighted sum
-    estimates the sum over ALL response tokens, without bias. Its mean over the masks is an upper bound on
-    minus the log-likelihood of the response, the diffusion bound. The normaliser is then the number of
-    response tokens. Without weights (the authors' choice) it is the number of masked tokens.
+    estimates the sum over ALL response tokens, without bias. Averaged over random choices of masks it is an
+    upper bound on minus the log-likelihood of the response, the diffusion bound. With weights, the normaliser
+    is the number of response tokens. Without (the authors' choice) it is the number of masked tokens.
     """
     # In the block 1 ? ? ; two of four tokens are masked, t = .5. With weights each of them counts twice: for
     # itself, and for one that is not masked this time.
@@ -175,7 +175,7 @@ def draw_batch(examples, step, recipe):
     epoch, turn = divmod(step, len(examples) // recipe.batch_size)
     order = parallel.shuffled(len(examples), mix(recipe.seed, epoch))
     chosen = order[turn * recipe.batch_size:(turn + 1) * recipe.batch_size]
-    # Another epoch masks other tokens, and a resumed run masks the same.
+    # Another epoch masks other tokens. A resumed run masks what the uninterrupted one would have masked.
     return [dataclasses.replace(examples[i], seed=mix(recipe.seed, step, number))
             for number, i in enumerate(chosen)]
 

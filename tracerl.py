@@ -27,8 +27,8 @@ Read in this order: group_advantages, policy_loss, train, and then the stages. F
 marks what a paper can replace by a function in a file of its own.
 
 Left out:
-  1. a frozen reference model: the KL is to the policy that made the rollout (examples/ has the other one);
-  2. rollouts older than the policy, a second inference engine: the weights that train are those that decode;
+  1. a frozen reference model: the KL is to the policy that made the rollout (a frozen one: examples/);
+  2. rollouts from earlier RL steps, a second inference engine: the weights that train are those that decode;
   3. reward models.
 """
 
@@ -318,7 +318,7 @@ def make_batch(learners, groups, method, recipe):
     # Dealt like cards, the longest first: then every process has about the same work. (The rest of the key
     # makes the order the same on every process.)
     units.sort(key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
-    own = parallel.deal(units)  # item i goes to process i modulo their number
+    own = parallel.deal(units)  # item i goes to process i modulo the number of processes
 
     rows, num_tokens = micro_batches_of(own, model, method.views, method, recipe)
     value_rows = []
@@ -464,7 +464,7 @@ def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser(
-        "TraceRL. Defaults below are for the model of --model, else for the tiny one.", GROUPS, is_tiny)
+        "TraceRL. Defaults are for the tiny model; with --model for real checkpoints.", GROUPS, is_tiny)
     args = runs.parse(parser, argv)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"

@@ -19,7 +19,8 @@ Each denoising step sees a block with masks, and reveals tokens. The numbers are
     block  step  before the step          revealed in the first, second, third and fourth place
 
 3. THE TRAINING ROW (rollout.build_rows)
-Behind the clean text stand the views. Shown is the part for block 2. A target is what its place predicts.
+Behind the clean text stand the views. Shown is the part for block 2. Below a place stands what it must
+predict.
 
 4. THE ATTENTION MASK (model.may_attend)
 A token on the left sees the tokens on top that have an x. A view sees itself, and earlier clean blocks.
@@ -106,7 +107,7 @@ def main():
 
     head(3)
     row = rollout.build_rows([r], model.config, trained_only=True)[0][0]
-    # The row is long. Shown is what concerns block 2: the clean text up to this block, and its three views.
+    # The row is long. Shown is what concerns block 2: the clean text up to its end, and its three views.
     part = [i for i in range(len(row.tokens)) if row.block[i] <= 2]
     line("token", [words[row.tokens[i]] for i in part])
     # A view has the positions and the number of its block. Only the view number tells the copies apart.

@@ -321,7 +321,7 @@ def test_help_has_groups_and_the_defaults_of_the_case_at_hand(capsys):
         tracerl.main(["--help"])
     said = capsys.readouterr().out
     places = [said.index(f"\n{title}:") for title in tracerl.GROUPS]
-    assert places == sorted(places) and "Defaults below are for the model of --model" in said
+    assert places == sorted(places) and "Defaults are for the tiny model; with --model for real checkpoints" in said
     assert "(default: 45)" in said
     with pytest.raises(SystemExit):
         tracerl.main(["--model=x", "--help"])
