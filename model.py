@@ -144,8 +144,9 @@ def dense_mask(layout):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How the network attends. Its method `states` and every layer are given an `attend`. It is a function of (layer
-# number, q, k, v) that returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). Three are made here:
+# How the network attends. Its method `states` and every layer are given an `attend`. It is a function of
+# (layer number, q, k, v) that returns out, with q and out (B, H, T, D), k and v (B, H_kv, T, D). Three are
+# made here:
 #     attend_by_rule(layout)   the tokens of each row see one another, by the rule        (training, replay)
 #     cache.read               a block with masks sees the cached clean blocks, and itself (denoising)
 #     cache.append             a clean block does the same, and then stays in the cache   (after denoising)
