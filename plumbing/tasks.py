@@ -42,12 +42,15 @@ def work_out(a, b, slip, rng):
     page = ""
     digits = ""  # of the answer, found from the right
     carry = 0
-    for power in (1, 10, 100):
+    last = 10 ** (len(str(a)) - 1)
+    power = 1
+    while power <= last:
         column = a // power % 10 + b // power % 10 + carry
         # The last column has no next one: both digits of its sum go into the answer.
-        carry = column // 10 if power == 100 or rng.random() >= slip else 0
+        carry = column // 10 if power == last or rng.random() >= slip else 0
         page += f"{column:02d}{carry};"  # 11 and 1 handed on: "111;"
-        digits = f"{column % 10 if power < 100 else column}{digits}"
+        digits = f"{column % 10 if power < last else column}{digits}"
+        power *= 10
     return f"{page}\\boxed{{{digits}}}"
 
 
