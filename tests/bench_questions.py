@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import bench_broken
 import bench_methods
 from examples.process_reward import columns
-from plumbing import checkpoints, tasks
+from plumbing import checkpoints, runs, tasks
 
 FORKS = ROOT / "examples/forks.py"
 OUT = ROOT / "tests/questions.json"
@@ -164,7 +164,7 @@ def run(trial):
 
 def examine(trial, folder):
     """How a policy does in each order: 16 responses to each of 200 test problems -> {order: numbers}."""
-    model = start_of(trial.setting) if trial.arm == "start" else folder / "checkpoint"
+    model = start_of(trial.setting) if trial.arm == "start" else runs.checkpoints_of(folder)[-1]
     name = name_of(trial) + "-eval"
     task, _, _ = bench_methods.SETTINGS[trial.setting]
     if not (Path("runs") / name / "summary.json").is_file():
@@ -200,8 +200,8 @@ def spread(numbers):
 
 def versus(results, control, number):
     """A number of an arm minus that of another one, paired by seed."""
-    seeds = [seed for seed in results if seed in control]
-    return bench_methods.bold(*bench_methods.interval([number(results[s]) - number(control[s]) for s in seeds]))
+    differences = [number(results[seed]) - number(control[seed]) for seed in results if seed in control]
+    return bench_methods.bold(*bench_methods.interval(differences))
 
 
 def show_order(setting, arms):
