@@ -95,7 +95,7 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... (nothing else punishes truncated responses)
+        rollout    the record: step_map, is_truncated, ... (only your function can punish truncation)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
     value or an advantage of your own. A return takes the MEAN reward of the tokens of each trace step. So
     give all tokens of a step the reward of that step. (`reward` in the log is the sum over tokens.)
@@ -203,7 +203,7 @@ def summarize(lines):
         samples.setdefault((str(line["text"]), line["gold"]), []).append(float(line["correct"]))
     # {("894+396=", "1290"): [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
     found = accuracy(list(samples.values()))
-    if not any(line["gold"] for line in lines):  # with a reward of one's own: nothing is right or wrong
+    if not any(line["gold"] for line in lines):  # no problem has an answer: nothing is right or wrong
         found = dict.fromkeys(found)  # so every number of accuracy is None
     if "reward" in lines[0]:
         found["reward"] = fmean(line["reward"] for line in lines)
@@ -295,7 +295,7 @@ def evaluate_command(args):
 
 @dataclass
 class Evaluation:
-    """What the command does."""
+    """The flags that say which model is asked which problems, or which file is graded."""
 
     model: str = setting(None, "diffusion model: checkpoint folder or hub id; None: the tiny model")
     ar: str = setting(None, "evaluate this autoregressive model instead, decoded by transformers")

@@ -8,9 +8,10 @@ A block diffusion language model is an ordinary decoder-only transformer with th
      its tokens masked. In TraceRL it shows the block in a state of its decoding. In fine-tuning the masks are
      random.
 
-Changes 2 and 3 are one rule over three small numbers that every token has: document, block, view. The picture
-shows that rule for the prompt 894+396= and its first response block, 1 0 1 ; with K = 4. An x means that the
-token on the left may see the token on top.
+Changes 2 and 3 are one rule over three small numbers of every token: its document, its block and its view.
+The document is the text to which it belongs. The picture shows the rule for one document, the prompt 894+396=
+with its first response block, 1 0 1 ; and K = 4. An x means that the token on the left may see the token on
+top.
 
                      clean text          views of block 2
                      894+ 396= 101;      ????  1?1?  1?1;
@@ -99,8 +100,8 @@ class Layout(NamedTuple):
     """Where each token of a batch of rows stands. All four are int64 (B, T).
 
     position  absolute position in prompt + response, for the rotary embedding
-    document  which text the token belongs to. plumbing/packing.py numbers the rows of a micro-batch, and
-              may put several of them end to end. -1 is padding
+    document  the number of the text to which the token belongs. plumbing/packing.py gives each row of a
+              micro-batch its number, and may put several rows end to end. -1 is padding
     block     position // K. With full attention it is 0 everywhere
     view      0 for clean text; v > 0 for the v-th view of its text
     """
@@ -112,7 +113,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def clean(cls, position, block_size, is_full):
-        """The layout of plain text without views, by its positions (B, T)."""
+        """The layout of plain text without views, by its positions (B, T). Training rows have their own."""
         zero = torch.zeros_like(position)
         # Blocks are cut at ABSOLUTE positions 0, K, 2K, ..., and not at the start of the response. With P = 9
         # and K = 4, positions 8 to 11 are one block: one prompt token and three response tokens.
@@ -126,7 +127,8 @@ def may_attend(query, key):
     Inside one document, a token sees the clean tokens of earlier blocks. It also sees its own block in its
     own view. What this means in each use:
     - Plain text, prefill: every token has view 0, so attention is causal by blocks. K = 1 is causal.
-    - Decoding: the block being decoded is one view, and the KV cache holds the clean blocks before it.
+    - Decoding: the block being decoded is one view, and the KV cache holds the clean blocks before it. Nothing
+      calls this function there, since the cache holds just what the rule allows.
     - Replay, fine-tuning: many views share one clean text, and no view sees another.
     - Full attention: all is block 0. A view is the whole text, prompt and response, and sees all of itself
       and nothing else.
@@ -204,7 +206,7 @@ def rotary(position, head_dim, theta):
     return angle.cos(), angle.sin()
 
 
-# The next two have no weights. They are modules so that a GPU can compile each of them into one kernel.
+# The next two have no weights. They are modules so that each can be compiled into one kernel for a GPU.
 
 
 class Rotation(nn.Module):
@@ -261,7 +263,7 @@ class Layer(nn.Module):
         return self.compute(x, cos, sin, attend)
 
     def compute(self, x, cos, sin, attend):
-        """The layer itself."""
+        """Attention through `attend`, then feed-forward. Checkpointing calls it a second time in backward."""
         B, T, _ = x.shape
         h = self.attention_norm(x)
         q = self.q_norm(self.q_proj(h).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
@@ -357,10 +359,11 @@ def token_logprobs(model, states, tokens, temperature=1.0):
 class Targets(NamedTuple):
     """All that a loss needs to know of each predicted token. (N,) tensors in a micro-batch, numbers in a Row.
 
-    Whole numbers are int64. The others are float32, and 0 where nobody has filled them in.
+    Whole numbers are int64. The others are float32, and 0 where nobody has filled them in. Our own losses do
+    not read step, view, group and logp. They are there for a loss of yours.
     """
 
-    logit_index: torch.Tensor  # the output that predicts it: its place in the row, or in all rows end to end
+    logit_index: torch.Tensor  # where it is predicted. In a Row: place in the row. In a micro-batch: of B * T
     token: torch.Tensor  # the token to predict
     rollout_index: torch.Tensor  # the number of its rollout in the list that build_rows was given
     response_index: torch.Tensor  # its index in that rollout's response
@@ -386,7 +389,10 @@ class Row:
     targets: list = field(default_factory=list)  # of Targets
 
     def add(self, tokens, block, view):
-        """Appends one block: K tokens, or with full attention the whole text as block 0."""
+        """Appends one block: K tokens, or with full attention the whole text as block 0.
+
+        A view gets the positions of the clean block of which it is a copy.
+        """
         start = block * len(tokens)  # block 2 of K = 4 begins at position 8
         self.tokens += tokens
         self.position += range(start, start + len(tokens))

@@ -80,11 +80,11 @@ class Rollout:
     response: list  # token ids of every decoded block
     num_tokens: int  # how many there are up to and including eos. These earn the reward, and are trained
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
-    confidence: list = field(default_factory=list)  # its probability after top-k and top-p, see `sample`
+    confidence: list = field(default_factory=list)  # its probability after top-k and top-p. For forks, pages
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
     canvas: int = 0  # full attention: response positions that every forward sees, masks included. Else 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
-    seed: int = 0  # of its draws
+    seed: int = 0  # of its draws, and of its masks where views are random
     # Filled in between decoding and the update, by tracerl.py, eval_math.py and value.py:
     group: int = 0  # the number of its prompt in this RL step
     reward: float = 0.0
@@ -167,6 +167,7 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
     which it was drawn. It says how sure the draw was. The entropy is of the same distribution. logp is
     log softmax(logits / T) BEFORE the filters, because that is the policy which the loss trains. With filters
     the tokens are no longer exact draws from that policy; the replay law holds all the same.
+    with_entropy: False saves time where no strategy needs the entropy, which is then 0.
     """
     logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (N, V)
     if temperature == 0 or top_k == 1:
@@ -229,7 +230,11 @@ STRATEGIES = dict(static=reveal_static, dynamic=reveal_dynamic, sequential=revea
 
 @dataclass
 class Decoding:
-    """How tokens are drawn and revealed. ValueError for what is out of range."""
+    """How tokens are drawn and revealed. ValueError for what is out of range.
+
+    Each field is a flag of the commands. `setting` gives its default, its help and its bounds; `tiny` is the
+    default for the tiny model, if that is another one.
+    """
 
     max_new_tokens: int = setting(
         2000, "maximum tokens of a response. A longer one is truncated, and counts as wrong. With full "
@@ -249,7 +254,7 @@ class Decoding:
         self.function = flags.load_function(self.strategy, STRATEGIES, "--strategy")
 
     def quota(self, K, step_in_block):
-        """How many tokens a step is to reveal. K = 8 in 3 steps: 3, 3, 2."""
+        """How many tokens a step is to reveal. K = 8 in 3 steps: 3, 3, 2. ValueError beyond K steps."""
         if step_in_block >= K:  # with a token or more in each step, K steps are always enough
             raise ValueError(f"--strategy {self.strategy} must reveal a mask of every block in every step")
         each, remainder = divmod(K, self.denoising_steps or K)
@@ -360,12 +365,15 @@ def decoded_span(P, max_new_tokens, config):
 
 
 def block_states(model, tokens, block, attend):
-    """Final states (K, C) that predict the tokens at the positions `block` of a text (T,)."""
+    """One forward -> final states (K, C) that predict the tokens at the positions `block` of a text (T,).
+
+    Block attention: the forward is of this block alone, and `attend` is that of the cache. Full attention: it
+    is of the whole text, and `attend` is not used.
+    """
     block = block.to(model.device)
     if not model.config.is_full:
         return model.states(tokens[block][None], block[None], attend)[0]
-    # Full attention: every forward sees the whole text, prompt and response, with the masks on the right. No
-    # cache is possible, since each revealed token changes the keys and values of all the others.
+    # No cache is possible, since each revealed token changes the keys and values of all the others.
     position = torch.arange(len(tokens), device=model.device)
     see_all = lambda layer, q, k, v: attention(q, k, v)
     states = model.states(tokens[None], position[None], see_all)[0]  # (P + max_new_tokens, C)
@@ -373,7 +381,10 @@ def block_states(model, tokens, block, attend):
 
 
 def record(prompt, seed, columns, decoding, config):
-    """The Rollout of a decoded response; columns: its tokens, steps, confidences and log-probabilities."""
+    """The Rollout of a decoded response; columns: its tokens, steps, confidences and log-probabilities.
+
+    The first eos says where it ends: the tokens up to there earn the reward, and are trained.
+    """
     response, step_map, confidence, logp = columns
     if not all(map(math.isfinite, logp)):
         raise ValueError("the model's logits are not finite: its weights hold NaN or inf, or overflow")
@@ -386,7 +397,10 @@ def record(prompt, seed, columns, decoding, config):
 
 
 def generate_each(model, prompts, seeds, decoding):
-    """`generate` for a list of prompts, one after the other. ValueError unless each has a seed."""
+    """`generate` for a list of prompts, one after the other. ValueError unless each has a seed.
+
+    Its fast twin, engine.generate, decodes many at once. `Compute` at the end of this file holds one of them.
+    """
     return [generate(model, prompt, decoding, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
@@ -435,10 +449,11 @@ def trace_views(rollout, block, shrink):
 def random_views(block, rng):
     """A baseline of the paper: masks drawn at random, in place of the trace. The masked tokens are targets.
 
-    The fraction that is masked is drawn from U(0.1, 0.9) for each block (full attention: for the response).
+    Each token is masked with the same probability. It is drawn from U(0.1, 0.9) for each block (full
+    attention: for the response).
     """
-    fraction = rng.uniform(0.1, 0.9)
-    masked = [j for j in block if rng.random() < fraction]  # may be empty: then the view is left out
+    probability = rng.uniform(0.1, 0.9)
+    masked = [j for j in block if rng.random() < probability]  # may be empty: then the view is left out
     return [(masked, masked)]
 
 
@@ -531,7 +546,9 @@ def lay_out(r, rollout_index, views, config):
     R = len(r.response)
     text = r.prompt + r.response + [config.mask_id] * (r.canvas - R)
     size = len(text) if config.is_full else config.block_size  # of a block
-    text += [config.mask_id] * (-len(text) % size)  # only if a response was decoded with a smaller K
+    # Fills the last block. In our own rollouts it is whole already. The trace of another engine, which
+    # rollout.py --check reads, may end earlier.
+    text += [config.mask_id] * (-len(text) % size)
     # Numbers of each response token that travel with it. A list that is not filled yet counts as zeros.
     known = {name: getattr(r, name) or [0.0] * R for name in ("logp", "advantage", "value_old", "returns")}
     rows = []
@@ -657,7 +674,10 @@ def drift(model, rollouts, compute, temperature):
 
 
 def some(rollouts, config):
-    """A part of the rollouts of an RL step that stands for all: a sixteenth, with full attention a 64th."""
+    """The rollouts on which gap and drift are measured: a sixteenth of them, with full attention a 64th.
+
+    A replay costs a forward, and a part is enough to see a fault.
+    """
     return rollouts[::64 if config.is_full else 16]
 
 

@@ -63,7 +63,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     examples = []
     for p, solution in zip(problems, solutions):
         response = solution + [eos]
-        # Without a step map, the solution counts as written from left to right, one token a step.
+        # Without a step map, the solution counts as written from left to right, one token a step. Only views
+        # of the trace look at it.
         steps = list(p.step_map or range(1, len(response)))
         if len(steps) != len(response) - 1:
             raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: "
@@ -88,7 +89,8 @@ def noise_views(block, rng):
     """One view per block (full attention: of the response): k of its c tokens masked, k uniform in 1 to c.
 
     A coin for each token would be worse: a block of 4 would be wholly masked only once in 16 times. But every
-    block is wholly masked when its decoding begins.
+    block is wholly masked when its decoding begins. (tracerl.py --views random does toss coins: see
+    rollout.random_views.)
     """
     masked = sorted(rng.sample(block, rng.randint(1, len(block))))  # of block [4, 5, 6, 7] perhaps [5, 6]
     return [(masked, masked)]  # what is masked is what is predicted
@@ -102,9 +104,10 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
     logp, masked_share: float32 (n,), of one micro-batch. is_weighted: each token is multiplied by 1 / t,
     where t is the masked fraction of its block. A token is masked with probability t. So the weighted sum
-    estimates the sum over ALL response tokens, without bias. Averaged over random choices of masks it is an
-    upper bound on minus the log-likelihood of the response, the diffusion bound. With weights, the normaliser
-    is the number of response tokens. Without (the authors' choice) it is the number of masked tokens.
+    estimates the sum over ALL response tokens, without bias. The mean of minus this sum, over random masks,
+    is called the diffusion bound: it is never smaller than minus the log-likelihood of the response. With
+    weights, the normaliser is the number of response tokens. Without (the authors' choice) it is the number
+    of masked tokens.
     """
     # In the block 1 ? ? ; two of four tokens are masked, t = .5. With weights each of them counts twice: for
     # itself, and for one that is not masked this time.
@@ -217,9 +220,13 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
             run.save([learner])  # weights and moments; all else follows from run.progress
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Set-up. The method ends here.
+
+
 @dataclass
 class Lesson:
-    """What is learnt."""
+    """The flags that say what is learnt: from which checkpoint, and from which worked problems."""
 
     model: str = setting(None, "start from this checkpoint folder or hub id; None: a new tiny model")
     data: str = setting(None, "arithmetic, sudoku, or a file or hub id. Columns: problem and solution, or "

@@ -11,7 +11,7 @@ One RL step has six stages. `train` calls them in this order, and the README num
   3 advantage   how much better than the other responses to the same prompt,       give_advantages
                 or than the value model expected
   4 old logp    replay with the policy that made the rollouts: the gap, and the    old_logprobs
-                old log-probabilities of all updates but the first
+                old log-probabilities of all batches but the first
   5 update      clipped policy gradient on the states of the trace                 learn, update, policy_loss
   6 finish      log, evaluate, save                                                finish_step
 
@@ -61,8 +61,9 @@ def group_advantages(rewards):
     FORK HERE. --advantage file.py:function calls a function of yours. It declares those parameters it needs:
         rewards    float (groups, G)
         rollouts   the records, group by group: step_map, confidence, logp, ... of every response
-    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, L), where L is the
-    longest len(r.response), tokens behind eos included. A group of zeros is left out of the update.
+    It gives one number per response, (groups, G). Or it gives one per token, (groups, G, longest), where
+    longest is the largest len(r.response). That counts tokens behind eos, too. A group of zeros is left out
+    of the update.
     """
     mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
     std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, as the authors do, not by G - 1
@@ -73,7 +74,7 @@ ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see
 
 
 def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
-    """The clipped policy gradient of PPO with a KL penalty, as in the objective of arXiv 2509.06949:
+    """The clipped policy gradient of PPO with a KL penalty, both as in arXiv 2509.06949:
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 
@@ -152,7 +153,7 @@ class Recipe:
 
 
 class Learners(NamedTuple):
-    """What learns: the policy, and the value model if there is one."""
+    """What learns: the policy, and the value model if there is one. Each is a model with its optimizer."""
 
     policy: parallel.Learner
     value: parallel.Learner = None
@@ -171,7 +172,7 @@ class Method(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is learnt."""
+    """The problems to train on, and those on which the policy is tested from time to time."""
 
     tokenizer: object
     problems: list
@@ -282,12 +283,13 @@ class Batch(NamedTuple):
 @torch.no_grad()
 @runs.timed("update_seconds")
 def old_logprobs(learners, rollouts, kept, method, recipe, step):
-    """Lays the kept rollouts out as rows -> batches, and the gap, which it measures on some of the rollouts.
+    """Measures the gap, and lays the kept rollouts out as rows -> batches, one for each update, and the gap.
 
-    It also computes Targets.logp_old of all updates but the first. The first update needs no pass of its own:
-    its policy IS the old one, see `update`. For views of the trace, the recorded log-probabilities would be
-    good enough as old ones. But other views are other states, and on a GPU decoding and training round
-    differently.
+    RuntimeError if the replay law is broken. Groups are shuffled, and dealt whole to at most --minibatches
+    batches. Then Targets.logp_old of all batches but the first is computed. The first one needs no pass of
+    its own: its update begins at the old policy, see `update`. For views of the trace, the recorded
+    log-probabilities would be good enough as old ones. But other views are other states, and on a GPU
+    decoding and training round differently.
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
@@ -344,7 +346,11 @@ def micro_batches_of(units, model, views, method, recipe):
 
 @runs.timed("update_seconds")
 def learn(learners, batches, rollouts, method, recipe, step):
-    """The value model's updates, then the policy's: every batch once per epoch -> numbers for the log."""
+    """The value model's updates, then the policy's: every batch once per epoch -> numbers for the log.
+
+    The policy waits while the value model has its head start. Then its learning rate rises for --warmup RL
+    steps. At the end the drift is measured.
+    """
     policy = learners.policy
     value_updates = []
     updates = []
@@ -374,7 +380,7 @@ def update(policy, batch, method, is_first, recipe):
     """One optimizer step of the policy -> its numbers, over all processes.
 
     is_first: no update has come before in this RL step. So the old policy is the present one, and its
-    log-probabilities are those of this very forward.
+    log-probabilities are those of this very forward. They stay in targets.logp_old for later epochs.
     """
     log = show.UpdateLog(policy.model.device, recipe.clip_eps)
     for rows in batch.rows:

@@ -151,7 +151,10 @@ def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
 
 
 def estimate(r, values, steps, gamma, lam):
-    """Values, returns and advantages of one response, as three lists with a number for each token."""
+    """Values, returns and advantages of one response, as three lists with a number for each token.
+
+    Its reward lies on the last trace step. Process rewards lie on their own tokens.
+    """
     steps = torch.tensor([steps])  # (1, R): a batch of one
     rewards = place_rewards(torch.tensor([r.reward]), steps)
     if r.token_rewards:  # process rewards: each token has its own
