@@ -127,8 +127,8 @@ def may_attend(query, key):
     Inside one document, a token sees the clean tokens of earlier blocks. It also sees its own block in its
     own view. What this means in each use:
     - Plain text, prefill: every token has view 0, so attention is causal by blocks. K = 1 is causal.
-    - Decoding: the block being decoded is one view, and the KV cache holds the clean blocks before it. Nothing
-      calls this function there, since the cache holds just what the rule allows.
+    - Decoding: the block being decoded is one view, and the KV cache holds the clean blocks before it. So the
+      cache holds just what the rule allows, and nothing calls this function.
     - Replay, fine-tuning: many views share one clean text, and no view sees another.
     - Full attention: all is block 0. A view is the whole text, prompt and response, and sees all of itself
       and nothing else.

@@ -67,8 +67,8 @@ def cut_at_eos(rollouts, config, *how, **more):
 
     The authors' code for block attention keeps a response up to eos, and fills it up with padding. The
     padding counts as revealed last, so it is a mask in every trained state. Only tokens of the last block can
-    have a gap, and most of them have none. So the mean is small, but the largest gap is not. (The log also
-    counts the tokens behind eos, which nobody trains.)
+    have a gap, and most of them have none. So the mean is small, but the largest gap is not. (The gap in the
+    log includes the tokens behind eos, which nobody trains.)
     """
     cut = []
     for r in rollouts:
@@ -82,9 +82,9 @@ def small_blocks(rollouts, config, *how, **more):
     """Training blocks are a quarter of those in decoding: rows of K = 4 for rollouts of K = 16.
 
     The configuration that LightningRL ships does this, with blocks of 32 and of 4. A token does not see what
-    to the right of its small block. It sees all that is to the left, though masks stood there. The gap is
-    wide in every block. Most gaps are negative: in such a state the token is less probable than when it was
-    drawn.
+    is to the right of its small block. It sees finished tokens to the left of it, though some were masks. The
+    gap is wide in every block. Most gaps are negative: in such a state the token is less probable than when
+    it was drawn.
     """
     check_blocks(config)
     small = dataclasses.replace(config, block_size=max(1, config.block_size // 4))

@@ -178,10 +178,10 @@ def shrunk_baseline(rewards):
     """--advantage: the baseline lies between the group's mean and the mean of all (EBPO, "empirical Bayes").
 
     baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise is the
-    variance of all rewards / G, and spread is the variance of the group means. What is above the baseline is
-    then made a standard score over the RL step. So a group in which all responses fail still has negative
-    advantages; --keep_range would drop it. The paper keeps these statistics over all steps so far. Here they
-    are those of one RL step.
+    variance of all rewards / G, and spread is the variance of the group means. The reward minus the
+    baseline is then standardized over the RL step (mean 0, standard deviation 1). So a group in which all
+    responses fail still has negative advantages; --keep_range would drop it. The paper keeps these statistics
+    over all steps so far. Here they are those of one RL step.
     """
     means = rewards.mean(-1, keepdim=True)
     noise = rewards.var(unbiased=False) / rewards.shape[1]
@@ -240,9 +240,10 @@ def as_many_random(rollout, block, rng):
 # ------------------------------------------------------------------------------------------------------------
 # Losses on a lower bound of the response's log-likelihood, the ELBO. It is the expected sum of log p / t over
 # the masked tokens of random masks, where t is the masked fraction of the block. The fewer tokens are masked,
-# the more each of them counts. With one mask of every block, the sum of 1 / t over all masked tokens is the
-# length of the response. (If tokens behind eos are masked, too, this holds in the last block only on
-# average.) The old and the new policy get the same masks.
+# the more each of them counts. A mask here is a random set of tokens that are hidden together. With one such
+# mask for every block, the sum of 1 / t over all masked tokens is the length of the response. (The last block
+# is an exception if tokens behind eos are masked, too. There it holds on average only.) The old and the new
+# policy get the same masks.
 
 
 def elbo_views(block, rng):
@@ -346,5 +347,5 @@ def quadrature_ratio(logp, targets, num_responses, clip_eps):
 
 
 def always_one():
-    """--reward: every response earns 1. With --advantage raw, this shows what only becoming surer does."""
+    """--reward: every response earns 1. With --advantage raw, a model only becomes surer of its answers."""
     return 1.0

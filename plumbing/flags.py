@@ -188,8 +188,9 @@ def call(function, **arguments):
                if name not in arguments and parameter.default is parameter.empty]
     if unknown:
         name = getattr(function, "__name__", function)  # functools.partial has none
-        raise ValueError(f"the function {name} asks for {', '.join(unknown)}, which it cannot be given: there "
-                         f"are {', '.join(arguments)}. Declare only these, or give a default to the others")
+        raise ValueError(f"the function {name} asks for {', '.join(unknown)}, which it cannot be given: "
+                         f"there are {', '.join(arguments)}. Declare only these, or give a default to the "
+                         "others")
     return function(**{name: value for name, value in arguments.items() if name in wanted})
 
 

@@ -33,10 +33,10 @@ compile_once = functools.cache(torch.compile)
 def compiled(function):
     """Compiles a function with torch.compile, anew for each length of row.
 
-    There are few lengths, but more than torch's usual limit. Beyond its limit torch would silently run the
-    function uncompiled. All scores of a long row would then be computed, and do not fit into memory. So there
-    is an error instead. Each thread has a limit of its own, and a backward pass runs in another thread. So
-    the limit is set at every call.
+    There are few lengths, but more than the number of compilations that torch allows by default. Beyond that
+    number torch would silently run the function uncompiled. All scores of a long row would then be computed,
+    and do not fit into memory. So there is an error instead. Each thread has a limit of its own, and a
+    backward pass runs in another thread. So the limit is set at every call.
     """
     config = torch._dynamo.config
     if config.recompile_limit != 64:
@@ -120,15 +120,16 @@ class CacheReader:
     """Attention of rows over a cache of many sequences: made once per forward, and called by every layer.
 
     Row b sees the first end[b] tokens of slot slots[b], and no end exceeds `longest`. The first num_in_place
-    rows are the slots 0, 1, 2, ..., whose keys are read in place. Keys of the other rows, the commits of
-    engine.Decoder.states, are copied.
+    rows are the slots 0, 1, 2, ..., whose keys are read in place. Keys of the other rows are
+    copied: those of the commits of engine.Decoder.states, or with a cache of full attention all of them.
 
-    On a GPU no keys are copied. There each slot has one line with two blocks of queries: the block that it
-    decodes, and the block that it commits. If it commits nothing, the second block is zeros, and its result
-    is dropped:
+    With block attention on a GPU, or with flash-attn, no keys are copied. On a GPU each slot has one line
+    with two blocks of queries: the block that it decodes, and the block that it commits. If it commits
+    nothing, the second block is zeros, and its result is dropped:
 
-        rows     slot 0    slot 1    slot 1 (commit)         line 0  queries of slot 0   zeros
-        end      12        16        12                      line 1  queries of slot 1   of its commit
+        rows:     slot 0 (end 12)      slot 1 (end 16)      commit of slot 1 (end 12)
+        become:   line 0   queries of slot 0   zeros
+                  line 1   queries of slot 1   queries of its commit
     """
 
     def __init__(self, slots, end, longest, num_in_place, num_queries, cache):
@@ -157,7 +158,7 @@ class CacheReader:
         # count as more queries, and no key is copied for them. With H = 4, H_kv = 2 and K = 4:
         # (B, 4, 4, D) -> (B, 2, 8, D).
         folded = q.reshape(len(q), keys.shape[2], -1, q.shape[-1])
-        if uses_flash(q):  # flash-attn itself only folds a single query
+        if uses_flash(q):  # flash-attn folds heads by itself only if a row has a single query
             out = flash_attn_with_kvcache(folded.transpose(1, 2), keys, values, **self.flash)
             return out.transpose(1, 2).reshape(q.shape)
         in_place = slice(0, self.num_in_place)
@@ -173,7 +174,7 @@ class CacheReader:
         return torch.cat(out).reshape(q.shape)
 
     def read_pairs(self, folded, keys, values):
-        """The same for a GPU: folded queries (B, H_kv, Q, D) -> (B, H_kv, Q, D)."""
+        """The same for a GPU: folded queries (rows, H_kv, Q, D), commits included -> the same shape."""
         B = self.num_in_place
         _, heads, number, D = folded.shape
         pairs = folded.new_zeros(B + 1, heads, number, 2, D)

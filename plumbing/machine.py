@@ -1,4 +1,4 @@
-"""plumbing/machine.py - the flags about the machine, definitions or twins, and the loading of models."""
+"""plumbing/machine.py - flags about the machine, definitions or twins, and how models are loaded."""
 
 import dataclasses
 import os
@@ -98,7 +98,7 @@ def self_check(model, method):
     """
     config = model.config
     rng = random.Random(0)
-    # K = 4 divides 64, but not 5, 9 and 30. Only with such lengths blocks that are cut wrongly show.
+    # K = 4 does not divide 5, 9 and 30. Only prompts of such lengths show blocks that are cut wrongly.
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in (5, 9, 30, 64)]
     short = dataclasses.replace(
         method.decoding, max_new_tokens=min(4 * config.block_size, method.decoding.max_new_tokens))
@@ -145,10 +145,10 @@ def load_to_answer(args):
 def load_to_train(path, args, make_value=None):
     """Loads a checkpoint to train, sharded over all processes -> (model, value model or None, tokenizer).
 
-    make_value: makes a value model of the policy before weights are read (value.ValueModel). It starts from
-    the weights in the folder's value/, or else from those of the policy. Without adapters each process reads
-    its part of every weight, as float32. With adapters the frozen weights stay whole on every process, in
-    --dtype.
+    make_value: makes a value model of the policy (value.ValueModel). Without adapters it starts from the
+    weights in the folder's value/, or else from those of the policy, and each process reads its part of every
+    weight, as float32. With adapters it starts from the policy, and the frozen weights stay whole on every
+    process, in --dtype.
     """
     folder, config, tokenizer = checkpoints.find_checkpoint(path, args.block_size, args.attention)
     if tokenizer is None:

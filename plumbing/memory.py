@@ -61,7 +61,7 @@ def fit_slots(asked, number, per_slot, config, device):
     Fewer than `asked` may fit. From the second RL step on, for example, the optimizer's moments take memory.
     The results are the same, so this is printed, and is no error. ValueError if not even one fits.
     """
-    logits = max(most_logits(device), config.vocab_size) * 4 * 6  # of the sampler, see engine.Decoder.draw
+    logits = max(most_logits(device), config.vocab_size) * 4 * 6  # float32, about six times in the sampler
     if device.type == "cuda":
         logits *= 2  # CUDA graphs have memory of their own
         torch.cuda.empty_cache()  # torch keeps small pieces, and the cache needs a few large ones

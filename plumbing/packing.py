@@ -58,10 +58,10 @@ WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "vie
 
 
 def micro_batches(units, compute, model):
-    """Lists of rows -> micro-batches of at most compute.max_tokens tokens, on the model's device.
+    """Lists of rows -> micro-batches of at most compute.max_tokens tokens, or of one longer row.
 
-    units: lists of rows. The rows of one list stay in one micro-batch if they fit into it. A loss may then
-    look at a whole response, or at a whole group.
+    They are on the model's device. units: lists of rows. The rows of one list stay in one micro-batch if they
+    fit into it. A loss may then look at a whole response, or at a whole group.
     """
     pieces = []
     for rows in units:
@@ -73,7 +73,7 @@ def micro_batches(units, compute, model):
     for group in by_length(sizes, compute.max_tokens, compute.is_packed):
         rows = [row for number in group for row in pieces[number]]
         if compute.is_packed:
-            multiple = -(-compute.max_tokens // 512) * 128
+            multiple = -(-compute.max_tokens // 512) * 128  # a quarter of max_tokens, in whole tiles of 128
             parts.append(pack(rows, model.config.pad_id, model.device, multiple))
         else:
             parts.append(pad(rows, model.config.pad_id, model.device))

@@ -14,8 +14,8 @@ class Prompting:
 
     max_prompt_tokens: int = setting(784, "longer prompts are skipped, and their number is printed", low=1)
     prompt_style: str = setting(
-        "chat", "chat: the chat template; trado: the same without the last newline; think: the same, then "
-        "<think>; no_think: the same with thinking switched off; plain: no template, for base models",
+        "chat", "chat: the chat template; trado: chat without the last newline; think: chat, then <think>; "
+        "no_think: chat with thinking switched off; plain: no template, for base models",
         choices=PROMPT_STYLES)
     instruction: str = setting(
         "\nPlease reason step by step, and put your final answer within \\boxed{}.",
@@ -34,7 +34,7 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
     style = prompting.prompt_style
     if style != "plain" and not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
-    switch = dict(enable_thinking=False) if style == "no_think" else {}  # others ignore this switch
+    switch = dict(enable_thinking=False) if style == "no_think" else {}  # some templates ignore it
     chats = [data.as_chat(p.problem, prompting.instruction) for p in problems]
     if style == "plain":
         texts = ["\n".join(message["content"] for message in chat) for chat in chats]

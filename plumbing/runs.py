@@ -2,7 +2,7 @@
 
 runs/<name>/ belongs to one command at a time, and no command empties it. What replaces a file is first
 written under a name that ends in .partial, and then renamed. So a command may be killed at any moment: every
-file under its final name is complete.
+file under its final name is complete. Only the log may end with half a line, which the next command drops.
 """
 
 import glob
@@ -88,7 +88,7 @@ def run_command(main):
         print(text, file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # End without Python's usual clean-up. After a failure it would wait for the other processes, which
-        # wait for this one. After success, threads of torch sometimes abort it.
+        # wait for this one. After success, threads of torch sometimes crash the process during the clean-up.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -94,10 +94,10 @@ def say_step(line, progress):
     is_idle = "kl" not in line and "value_loss" not in line
     progress["idle_steps"] = progress.get("idle_steps", 0) + 1 if is_idle else 0
     if progress["idle_steps"] and progress["idle_steps"] % MAX_IDLE == 0:
-        parallel.say(f"WARNING: no update in {progress['idle_steps']} steps. The rewards of each group are "
-                     f"equal, or outside --keep_range (mean reward {line['reward']:.2f}). If there is still "
-                     "something to learn, try problems of another difficulty, a wider --keep_range or a "
-                     "larger --group_size")
+        parallel.say(f"WARNING: no update in {progress['idle_steps']} steps. In each group all rewards are "
+                     "equal, or their mean is outside --keep_range (mean reward of the step "
+                     f"{line['reward']:.2f}). If there is still something to learn, try problems of another "
+                     "difficulty, a wider --keep_range or a larger --group_size")
 
 
 def announce(recipe, decoding, num_problems):
