@@ -95,7 +95,7 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... (only your function can punish truncation)
+        rollout    the record: step_map, is_truncated, ... (only your function can give a truncated one 0)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
     value or an advantage of your own. A return takes the MEAN reward of the tokens of each trace step. So
     give all tokens of a step the reward of that step. (`reward` in the log is the sum over tokens.)

@@ -363,7 +363,7 @@ class Targets(NamedTuple):
     not read step, view, group and logp. They are there for a loss of yours.
     """
 
-    logit_index: torch.Tensor  # where it is predicted. In a Row: place in the row. In a micro-batch: of B * T
+    logit_index: torch.Tensor  # the output that predicts it, among T of a Row or B * T of a micro-batch
     token: torch.Tensor  # the token to predict
     rollout_index: torch.Tensor  # the number of its rollout in the list that build_rows was given
     response_index: torch.Tensor  # its index in that rollout's response

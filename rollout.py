@@ -33,8 +33,8 @@ The three states on the left are the views of this block. The token 0 was drawn 
 sight. In another state it has another probability. That number is the wrong one to train on: the policy did
 not draw the token there.
 
-The sum of these log-probabilities is what TraceRL takes for the log-probability of the response. Strictly it
-is a surrogate. Whether a token is revealed depends on the draw, and draws that are not revealed are thrown
+TraceRL uses the sum of these log-probabilities as the log-probability of the trace. Strictly it is a
+surrogate. Whether a token is revealed depends on the draw, and draws that are not revealed are thrown
 away. So uncertain tokens are rarer among the trained tokens than among the draws. And the choice of what to
 reveal gets no gradient: a confidence decides it, and the loss has no term for that decision.
 
@@ -80,7 +80,7 @@ class Rollout:
     response: list  # token ids of every decoded block
     num_tokens: int  # how many there are up to and including eos. These earn the reward, and are trained
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
-    confidence: list = field(default_factory=list)  # its probability after top-k and top-p. For forks, pages
+    confidence: list = field(default_factory=list)  # its probability after top-k, top-p: for losses of yours
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
     canvas: int = 0  # full attention: response positions that every forward sees, masks included. Else 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
@@ -183,8 +183,8 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
     return token, confidence, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
-# The strategies: what a denoising step reveals. Tensors are (B, K), one line per block. quota is (B,). It
-# holds a number for each block, n below: how many tokens the step is to reveal there.
+# The strategies: what a denoising step reveals. Tensors are (B, K), one line per block. quota (B,) says how
+# many tokens the step is to reveal in each block. The docstrings below call this number n.
 
 
 def reveal_static(confidence, is_masked, quota):
@@ -399,7 +399,8 @@ def record(prompt, seed, columns, decoding, config):
 def generate_each(model, prompts, seeds, decoding):
     """`generate` for a list of prompts, one after the other. ValueError unless each has a seed.
 
-    Its fast twin, engine.generate, decodes many at once. `Compute` at the end of this file holds one of them.
+    Its fast twin, engine.generate, decodes many at once. `Compute`, further down, holds this function or the
+    twin.
     """
     return [generate(model, prompt, decoding, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
@@ -549,7 +550,7 @@ def lay_out(r, rollout_index, views, config):
     # Fills the last block. In our own rollouts it is whole already. The trace of another engine, which
     # rollout.py --check reads, may end earlier.
     text += [config.mask_id] * (-len(text) % size)
-    # Numbers of each response token that travel with it. A list that is not filled yet counts as zeros.
+    # These numbers of each response token are copied into its Targets. A list not filled yet counts as zeros.
     known = {name: getattr(r, name) or [0.0] * R for name in ("logp", "advantage", "value_old", "returns")}
     rows = []
     for view_number, view in enumerate(views, 1):

@@ -104,10 +104,10 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
     logp, masked_share: float32 (n,), of one micro-batch. is_weighted: each token is multiplied by 1 / t,
     where t is the masked fraction of its block. A token is masked with probability t. So the weighted sum
-    estimates the sum over ALL response tokens, without bias. The mean of minus this sum, over random masks,
-    is called the diffusion bound: it is never smaller than minus the log-likelihood of the response. With
-    weights, the normaliser is the number of response tokens. Without (the authors' choice) it is the number
-    of masked tokens.
+    estimates the sum over ALL response tokens, without bias. Take the negative of this sum, and average it
+    over random masks. That is the diffusion bound, an upper bound on minus the log-likelihood of the
+    response. With weights, the normaliser is the number of response tokens. Without (the authors' choice) it
+    is the number of masked tokens.
     """
     # In the block 1 ? ? ; two of four tokens are masked, t = .5. With weights each of them counts twice: for
     # itself, and for one that is not masked this time.

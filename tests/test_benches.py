@@ -9,6 +9,7 @@ from conftest import FAST, FIXTURES, ROOT, decode, random_model, random_prompts,
 
 import bench_broken
 import bench_methods
+import bench_questions
 import bench_rollout
 import bench_update
 import tracerl
@@ -163,3 +164,41 @@ def test_the_cost_of_broken_replays_is_shown_from_what_ran(tmp_path, capsys):
     assert "| padded | 2.0e+00, 6.0e+00 |" in output and "| none | 0.500 -> 0.850 |" in output
     assert output.count("| padded | **-0.200 +- 0.000** |") == 2  # accuracy and reward
     assert "1 steps" not in output
+
+
+def test_every_run_of_the_three_questions_is_a_command_of_this_project(monkeypatch):
+    monkeypatch.setattr(bench_questions, "start_of", lambda setting: TINY)
+    names = set()
+    for question, arms in bench_questions.ARMS.items():
+        for arm in [arm for arm in arms if arm != "start"]:
+            trial = bench_questions.Trial(question, bench_questions.SETTINGS[question][0], arm, 3)
+            script, *words = bench_questions.command_of(trial)
+            if script == "examples/broken.py":
+                assert words.pop(0) in bench_broken.FAULTS
+            args = tracerl.parse_args(words)
+            # Each arm makes as many updates of the policy, on as many rollouts.
+            head_start = args.value_warmup if args.advantage == "value" else 0
+            assert args.steps - head_start == (100 if question == "large" else 30)
+            assert args.prompts * args.group_size == (256 if question == "values" else 512)
+            names.add(args.name)
+    assert len(names) == sum(map(len, bench_questions.ARMS.values())) - 1  # no two share a folder
+
+
+def test_the_answers_to_the_three_questions_are_shown_from_what_ran(tmp_path, capsys):
+    scores = lambda x: dict(accuracy=x, pass_at_4=x, pass_at_16=x)
+    orders = lambda x, y: {"0": dict(dynamic=scores(x), sequential=scores(y)),
+                           "1": dict(dynamic=scores(x), sequential=scores(y))}
+    run = lambda x: dict(before=0.5, accuracy=x, gap_max=1e-6, curve=[], lowest=0.4, reward=0.6, jump=0.01,
+                         explained=None, seconds=0.5)
+    known = dict(order={"k4": dict(start=orders(0.5, 0.4), dynamic=orders(0.9, 0.7),
+                                   sequential=orders(0.8, 0.8))},
+                 large={"large-k16": {"tracerl": {"0": run(0.9), "1": run(0.7)},
+                                      "shrink 4": {"0": run(0.8), "1": run(0.6)}}})
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(known))
+    bench_questions.main(["order", "--show", "--out", str(path)])
+    output = capsys.readouterr().out
+    assert "| sequential | dynamic | 0.800 +- 0.000 |" in output and "**+0.300 +- 0.000** |" in output
+    assert "| left to right minus by confidence | sequential | **+0.100 +- 0.000** |" in output
+    bench_questions.main(["large", "--show", "--out", str(path)])
+    assert "| **-0.100 +- 0.000** | 0.600 +- 0.000 |" in capsys.readouterr().out
