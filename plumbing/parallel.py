@@ -50,7 +50,8 @@ def start_processes(device=None, is_tiny=False, needs_group=False):
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if dist.is_initialized() or (is_alone and not needs_group):
         return
-    is_cuda, local = default_device().type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
+    is_cuda = default_device().type == "cuda"
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if is_cuda and local >= torch.cuda.device_count():
         raise ValueError(
             f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
@@ -220,7 +221,8 @@ def without_hooks(module):
     twin = plain.__new__(plain)
     twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("states", None)  # `shard` has wrapped it; the class has the plain one
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    twin._forward_hooks = OrderedDict()
+    twin._forward_pre_hooks = OrderedDict()
     twin._modules = {name: child and without_hooks(child) for name, child in module._modules.items()}
     return twin
 

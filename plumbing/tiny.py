@@ -38,8 +38,9 @@ def new_model(seed, block_size, attention):
 
 def tiny_model(seed=0, block_size=4, attention="block"):
     """A randomly initialised model for the tokenizer above, about 100k parameters, float32 on the CPU."""
-    # 2 layers of 64 channels, 4 heads, feed-forward 192.
-    num_layers, hidden_size, vocab_size = 2, 64, len(tiny_tokenizer())
+    num_layers = 2
+    hidden_size = 64
+    vocab_size = len(tiny_tokenizer())
     # The same fields as in a published config.json, so that the tiny model goes through the same code as a
     # real one.
     source = dict(block_size=block_size, mask_token_id=2, eos_token_id=1, pad_token_id=0,

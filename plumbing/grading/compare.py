@@ -104,7 +104,8 @@ def split_name(tree):
 
 def is_same_part(answer, gold):
     """Whether two trees that are no lists are equal."""
-    (name_a, value_a), (name_g, value_g) = split_name(answer), split_name(gold)
+    name_a, value_a = split_name(answer)
+    name_g, value_g = split_name(gold)
     if name_a and name_a == name_g:
         return is_same_part(value_a, value_g)
     if name_a and name_g and not letters_of(value_a):
@@ -117,7 +118,8 @@ def is_same_part(answer, gold):
         return verdict
     if isinstance(answer, ast.Compare) or isinstance(gold, ast.Compare):
         return is_same_relation(answer, gold)
-    (kind_a, parts_a), (kind_g, parts_g) = structure(answer), structure(gold)
+    kind_a, parts_a = structure(answer)
+    kind_g, parts_g = structure(gold)
     if kind_a == kind_g == "formula":
         return is_same_function(answer, gold)
     return kind_a == kind_g and len(parts_a) == len(parts_g) and all(map(is_same_part, parts_a, parts_g))
@@ -153,7 +155,8 @@ def structure(tree):
 
 def is_same_relation(answer, gold):
     """Whether two relations have the same signs, if turned to point one way, and the same differences."""
-    (signs_a, sides_a), (signs_g, sides_g) = turned(answer), turned(gold)
+    signs_a, sides_a = turned(answer)
+    signs_g, sides_g = turned(gold)
     if not signs_g and set(signs_a) == {ast.Eq}:  # x = 2 + 3 = 5: every value must be right
         values = [side for side in sides_a if not split_name(ast.Compare(side, [ast.Eq()], [gold]))[0]]
         return bool(values) and all(is_same_part(side, gold) for side in values)
@@ -204,7 +207,9 @@ class RealSet:
     """
 
     def __init__(self, tree):
-        self.tree, self.ends, self.variables = tree, [], set()
+        self.tree = tree
+        self.ends = []
+        self.variables = set()
 
     def number(self, tree):
         """The value of an end, which may be infinite."""
@@ -220,7 +225,8 @@ class RealSet:
                 results = [self.contains(x, part) for part in parts]
                 return all(results) if isinstance(op, ast.And) else any(results)
             case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd() | ast.Sub() as op, right=right):
-                left, right = self.contains(x, left), self.contains(x, right)
+                left = self.contains(x, left)
+                right = self.contains(x, right)
                 if isinstance(op, ast.BitOr):
                     return left or right
                 return left and right == isinstance(op, ast.BitAnd)  # a difference leaves out the right set

@@ -125,7 +125,8 @@ class Calculator:
 
     def __init__(self, letters, is_real, digits):
         import mpmath  # not at the top of the file: plain numbers and texts are graded without it
-        self.mp, self.is_real = mpmath.mp, is_real
+        self.mp = mpmath.mp
+        self.is_real = is_real
         self.mp.dps = digits
         self.sizes = [0]  # of all values so far, as powers of 2
         self.letters = {"e": self.mp.e, "i": self.mp.mpc(0, 1), "\\pi": self.mp.pi}

@@ -31,7 +31,10 @@ class Workers:
     MAX_CACHED = 100_000
 
     def __init__(self):
-        self.idle, self.lock, self.started, self.killed = queue.Queue(), threading.Lock(), 0, 0
+        self.idle = queue.Queue()
+        self.lock = threading.Lock()
+        self.started = 0
+        self.killed = 0
         self.cache = {}
 
     def ask(self, *question):
