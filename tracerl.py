@@ -120,8 +120,8 @@ LOSSES = dict(clip=policy_loss)  # --loss
 class Recipe:
     """The numbers of the method.
 
-    For real checkpoints the defaults are the paper's for SDAR, except for two: one update per RL step (the
-    authors' code makes several), and the value model's head start.
+    For real checkpoints the defaults are the paper's for SDAR, except for two. There is one update per RL
+    step, where the authors' code makes several. And the value model has a head start.
     """
 
     seed: int = setting(0, "random seed of prompts, rollouts and views")

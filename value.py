@@ -1,10 +1,9 @@
 """value.py - a baseline for each token, computed over trace steps.
 
-The diffusion value model (arXiv 2509.06949, section on the diffusion value model) is a copy of the policy's
-backbone with a linear head that gives one number. Its input is the rows of the trace. V_j is its output at
-the place where the policy predicts token j, so that token is still masked. So V_j estimates the value of the
-state just BEFORE the trace step that reveals token j. A baseline may know the state, but not the token that
-is about to be drawn.
+The diffusion value model of arXiv 2509.06949 is a copy of the policy's backbone, with a linear head that
+gives one number. Its input is the rows of the trace. V_j is its output at the place where the policy predicts
+token j, so that token is still masked. So V_j estimates the value of the state just BEFORE the trace step
+that reveals token j. A baseline may know the state, but not the token that is about to be drawn.
 
 Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one
 state. The value model is read at the position of each token, so V differs between the tokens of one step.

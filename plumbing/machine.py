@@ -93,8 +93,8 @@ def choose_compute(settings, model):
 def self_check(model, method):
     """Checks the replay law on a few random prompts, with the kernels of this run, before the first RL step.
 
-    On a GPU or in bfloat16 different kernels round differently. There two more numbers are printed: how far
-    a replay by the definitions is from the recorded numbers, and how far it is from the fast replay.
+    On a GPU or in bfloat16 different kernels round differently. There two more numbers are printed. They say
+    how far a replay by the definitions is from the recorded numbers, and how far from the fast replay.
     """
     config = model.config
     rng = random.Random(0)
@@ -146,9 +146,9 @@ def load_to_train(path, args, make_value=None):
     """Loads a checkpoint to train, sharded over all processes -> (model, value model or None, tokenizer).
 
     make_value: makes a value model of the policy (value.ValueModel). Without adapters it starts from the
-    weights in the folder's value/, or else from those of the policy, and each process reads its part of every
-    weight, as float32. With adapters it starts from the policy, and the frozen weights stay whole on every
-    process, in --dtype.
+    weights in the folder's value/, or else from those of the policy. Each process then reads its part of
+    every weight, as float32. With adapters it starts from the policy. The frozen weights then stay whole on
+    every process, in --dtype.
     """
     folder, config, tokenizer = checkpoints.find_checkpoint(path, args.block_size, args.attention)
     if tokenizer is None:
