@@ -95,10 +95,11 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     the same as token ids, with eos
-        rollout    the record: step_map, is_truncated, ... (only your function can give a truncated one 0)
+        rollout    the record: step_map, is_truncated, ... (give truncated ones 0 here: nobody else does)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
-    value or an advantage of your own. A return takes the MEAN reward of the tokens of each trace step. So
-    give all tokens of a step the reward of that step. (`reward` in the log is the sum over tokens.)
+    value or an advantage of your own. A token's return is its own reward, and the MEAN reward of
+    each later trace step. So give all tokens of a step the reward of that step. (`reward` in the log is the
+    sum over tokens.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none

@@ -80,7 +80,7 @@ class Rollout:
     response: list  # token ids of every decoded block
     num_tokens: int  # how many there are up to and including eos. These earn the reward, and are trained
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
-    confidence: list = field(default_factory=list)  # its probability after top-k, top-p: for losses of yours
+    confidence: list = field(default_factory=list)  # its probability after top-k, top-p: for plug-ins, pages
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
     canvas: int = 0  # full attention: response positions that every forward sees, masks included. Else 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
@@ -686,10 +686,11 @@ def some(rollouts, config):
 class ReplayLaw:
     """Stops a run whose gap is more than rounding: it would train on states in which the policy never was.
 
-    A wrong mask, position or step moves many log-probabilities by 0.05 nats and more. In float32, rounding
-    stays below 1e-4 on average, and below ten times that for the worst token. In bfloat16, decoding and
-    training round differently: on CPUs means of about 1e-3 were seen. There a run stops after the third step
-    in a row whose mean is above 0.05. (A resumed run counts anew.)
+    Most wrong masks, positions or steps move the mean by far more than 0.05 nats. In float32, rounding stays
+    below 1e-4 on average, and below ten times that for the worst token. In bfloat16, decoding and training
+    round differently: on CPUs means of about 1e-3 were seen. There a run stops after the third step in a row
+    whose mean is above 0.05. A weak fault may hide below that bound, so try a new setting in float32 first.
+    (A resumed run counts anew.)
     """
 
     is_float32: bool

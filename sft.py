@@ -22,7 +22,7 @@ train_step, train.
 
 Left out:
   1. a loss on the prompt: only the response is masked and predicted;
-  2. packing short examples into one row on a CPU.
+  2. packing on a CPU: there every example is padded to the longest one of its micro-batch.
 """
 
 import dataclasses

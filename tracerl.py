@@ -74,7 +74,7 @@ ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see
 
 
 def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
-    """The clipped policy gradient of PPO with a KL penalty. arXiv 2509.06949 has both, with other weights:
+    """The clipped policy gradient of PPO with a KL penalty. The paper has both, but weighs tokens otherwise.
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 
@@ -96,8 +96,9 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
         num_responses    of the whole update
         num_groups       groups of the whole update
     A response stays in one micro-batch if it fits. If your loss declares num_groups, a whole group does, too.
-    With block attention a response is one row and always fits. With full attention it has many rows, and may
-    be cut. targets is a model.Targets: it also holds step, view, group, rollout_index, logp, ...
+    With block attention a response is one row. A row is never cut: one that is longer than a micro-batch gets
+    a micro-batch of its own. With full attention a response has many rows, and they may be dealt to several
+    micro-batches. targets is a model.Targets: it also holds step, view, group, rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
@@ -450,8 +451,8 @@ class Choice:
 
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
     train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")
-    dev_data: str = setting(None, "problems for --eval_every; None: those of arithmetic or sudoku")
-    eval_data: str = setting(None, "test problems, before and after; None: those of arithmetic or sudoku")
+    dev_data: str = setting(None, "problems for --eval_every; None: those of arithmetic or sudoku, else none")
+    eval_data: str = setting(None, "test problems, before and after. Arithmetic and sudoku have their own")
     eval_limit: int = setting(200, "how many test problems; None: all", tiny=None, low=1, may_change=True)
     eval_strategies: str = setting(None, "how test problems are decoded: strategies, or greedy. None: "
                                    "--strategy; tiny model: also dynamic, static, greedy", number="+")
