@@ -97,9 +97,9 @@ def math_reward(problem, text, rollout):
         tokens     the same as token ids, with eos
         rollout    the record: step_map, is_truncated, ... (give truncated ones 0 here: nobody else does)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
-    value or an advantage of your own. A token's return is its own reward, and the MEAN reward of
-    each later trace step. So give all tokens of a step the reward of that step. (`reward` in the log is the
-    sum over tokens.)
+    value or an advantage of your own. With a value model, the return of a token is its own
+    reward plus the MEAN reward of each later trace step, discounted by gamma. So to give a step the reward x,
+    give x to each of its tokens. (`reward` in the log is the sum over tokens: it counts x once for each.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none
@@ -112,7 +112,8 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     Each response is judged once, and all processes share the verdict. If every process judged for
     itself, a time limit might strike on one of them only. Then they would train on different groups.
     """
-    # The grader's checks run in worker processes. A function of the user's may not like threads.
+    # The grader's checks run in worker processes, and many threads can wait for them at the same time. A
+    # function of the user's may not be safe in threads, so it runs in one.
     num_threads = grading.Workers.NUMBER if reward is math_reward else 1
     pairs = parallel.deal(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
     with ThreadPoolExecutor(num_threads) as pool:

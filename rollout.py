@@ -80,7 +80,7 @@ class Rollout:
     response: list  # token ids of every decoded block
     num_tokens: int  # how many there are up to and including eos. These earn the reward, and are trained
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
-    confidence: list = field(default_factory=list)  # its probability after top-k, top-p: for plug-ins, pages
+    confidence: list = field(default_factory=list)  # how probable it was, see `sample`. Plug-ins may read it
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
     canvas: int = 0  # full attention: response positions that every forward sees, masks included. Else 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
@@ -650,7 +650,9 @@ def per_response(rollouts, parts, numbers):
 def replay_differences(model, rollouts, compute, temperature):
     """Replayed minus recorded log-probability of all tokens of rollouts, float64 (N,), on every process."""
     own = parallel.deal(rollouts)
-    with parallel.unsharded(model) as whole:  # processes may have different numbers of rollouts
+    # With sharded weights every process would have to join every forward. But processes may have different
+    # numbers of rollouts, so each replays with whole weights.
+    with parallel.unsharded(model) as whole:
         replayed = replay(whole, own, compute, temperature)
     differences = [logp.cpu().double() - torch.tensor(r.logp).double() for logp, r in zip(replayed, own)]
     return torch.cat(parallel.gather(differences))

@@ -88,9 +88,9 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
 def noise_views(block, rng):
     """One view per block (full attention: of the response): k of its c tokens masked, k uniform in 1 to c.
 
-    A coin for each token would be worse: a block of 4 would be wholly masked only once in 16 times. But every
-    block is wholly masked when its decoding begins. (tracerl.py --views random does toss coins: see
-    rollout.random_views.)
+    A fair coin for each token would be worse: a block of 4 would be wholly masked only once in 16 times. But
+    every block is wholly masked when its decoding begins. (tracerl.py --views random tosses coins, too. But
+    it first draws how likely a mask is, for each block: see rollout.random_views.)
     """
     masked = sorted(rng.sample(block, rng.randint(1, len(block))))  # of block [4, 5, 6, 7] perhaps [5, 6]
     return [(masked, masked)]  # what is masked is what is predicted
@@ -102,12 +102,11 @@ VIEWS = dict(random=noise_views, trace=rollout.trace_views)  # --views
 def sft_loss(logp, masked_share, normalizer, is_weighted):
     """Minus the log-likelihood of the masked tokens, divided by the normaliser of the whole update.
 
-    logp, masked_share: float32 (n,), of one micro-batch. is_weighted: each token is multiplied by 1 / t,
-    where t is the masked fraction of its block. A token is masked with probability t. So the weighted sum
-    estimates the sum over ALL response tokens, without bias. Take the negative of this sum, and average it
-    over random masks. That is the diffusion bound, an upper bound on minus the log-likelihood of the
-    response. With weights, the normaliser is the number of response tokens. Without (the authors' choice) it
-    is the number of masked tokens.
+    logp, masked_share: float32 (n,), of one micro-batch. is_weighted: each log-probability is divided by t,
+    the masked fraction of its block. At a given t a token is masked with probability t, so on average every
+    response token counts once. The diffusion bound is minus this weighted sum, averaged over random masks. It
+    is an upper bound on minus the log-likelihood of the response. With weights, the normaliser is the number
+    of response tokens. Without (the authors' choice) it is the number of masked tokens.
     """
     # In the block 1 ? ? ; two of four tokens are masked, t = .5. With weights each of them counts twice: for
     # itself, and for one that is not masked this time.

@@ -97,8 +97,9 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
         num_groups       groups of the whole update
     A response stays in one micro-batch if it fits. If your loss declares num_groups, a whole group does, too.
     With block attention a response is one row. A row is never cut: one that is longer than a micro-batch gets
-    a micro-batch of its own. With full attention a response has many rows, and they may be dealt to several
-    micro-batches. targets is a model.Targets: it also holds step, view, group, rollout_index, logp, ...
+    a micro-batch of its own. With full attention a response has many rows. If they do not fit together,
+    they are spread over several micro-batches. targets is a model.Targets: it also holds step, view, group,
+    rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
