@@ -238,7 +238,8 @@ def accuracy(samples):
 def pass_at(k, numbers):
     """Probability that k of these samples, chosen at random, hold a right one (unbiased, arXiv 2107.03374).
 
-    Of four samples one is right: two of them hold it in 3 of 6 choices, so pass@2 is .5.
+    Of four samples one is right. Two samples can be chosen in 6 ways. In 3 of these the right one is among
+    them, so pass@2 is .5.
     """
     # One minus the probability that all k of them are wrong.
     num_wrong = sum(not number for number in numbers)

@@ -12,7 +12,7 @@ Twelve words:
   trace           which denoising step revealed which token; `step_map` holds the number of that step
   view            a copy of a block as it was before one denoising step, or before several merged ones
   trace step      the denoising steps that share one view: 1, or as many as --shrink says
-  row             one training input: the clean text, and behind it the views
+  row             one training input: the clean text, and behind it the views. Full attention: one view alone
   replay          to compute the log-probability of every token again, in the state in which it was drawn
   group           the G responses to one prompt
   gap             the distance between a replayed log-probability and the recorded one; it should be zero
@@ -47,8 +47,8 @@ Read in this order: Rollout, Decoding; sample, the strategies, generate; views, 
 The definitions here decode one prompt at a time. plumbing/engine.py does the same for many at once, and tests
 compare it with these functions. These calls into plumbing/ matter here and in the files that follow:
   parallel.deal, gather      a process's part of a list; the whole list again, on every process
-  packing.micro_batches      turns rows into tensors; `dealt_batches` also gives every process
-                             the same number of them, and counts the targets of all processes
+  packing.micro_batches      turns rows into micro-batches of tensors. `dealt_batches` also gives every
+                             process equally many of these, and counts the tokens that all of them predict
   parallel.optimizer_step    clips the gradient to norm 1, and moves the weights
   flags.call                 calls a function with those of the arguments that it declares
 """
@@ -232,8 +232,8 @@ STRATEGIES = dict(static=reveal_static, dynamic=reveal_dynamic, sequential=revea
 class Decoding:
     """How tokens are drawn and revealed. ValueError for what is out of range.
 
-    Each field is a flag of the commands. `setting` gives its default, its help and its bounds; `tiny` is the
-    default for the tiny model, if that is another one.
+    Each field is a flag of the commands. `setting` gives its default, its help and its bounds. Where the tiny
+    model has another default, `tiny` gives it.
     """
 
     max_new_tokens: int = setting(
@@ -365,10 +365,11 @@ def decoded_span(P, max_new_tokens, config):
 
 
 def block_states(model, tokens, block, attend):
-    """One forward -> final states (K, C) that predict the tokens at the positions `block` of a text (T,).
+    """One forward -> the last hidden states (K, C), which predict the tokens at positions `block` of a text.
 
-    Block attention: the forward is of this block alone, and `attend` is that of the cache. Full attention: it
-    is of the whole text, and `attend` is not used.
+    Block attention: the forward is of this block alone. `attend` is cache.read, or cache.append if the block
+    is clean and shall stay in the cache: see "How the network attends" in model.py. Full attention: the
+    forward is of the whole text, and `attend` is not used.
     """
     block = block.to(model.device)
     if not model.config.is_full:

@@ -122,8 +122,9 @@ LOSSES = dict(clip=policy_loss)  # --loss
 class Recipe:
     """The numbers of the method.
 
-    For real checkpoints the defaults are the paper's for SDAR, except for two. There is one update per RL
-    step, where the authors' code makes several. And the value model has a head start.
+    For real checkpoints the defaults are the paper's for SDAR. Two choices are ours. There is one update per
+    RL step: the paper gives no number, and the authors' code makes several. And the value model has a head
+    start, which theirs has not.
     """
 
     seed: int = setting(0, "random seed of prompts, rollouts and views")
@@ -300,7 +301,7 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     method.law.enforce(**gap)
     # Groups were kept or dropped as a whole. So with G = 4, each group is the next four rollouts.
     groups = [kept[start:start + recipe.group_size] for start in range(0, len(kept), recipe.group_size)]
-    # Groups stay whole, so that every update has positive and negative advantages. The order is seeded. Of
+    # Groups stay whole, so that an update has positive and negative advantages. The order is seeded. Of
     # five groups, the first of two updates takes the 1st, 3rd and 5th in this order, the second the others.
     groups = [groups[i] for i in parallel.shuffled(len(groups), mix(recipe.seed, step))]
     batches = [make_batch(learners, groups[start::recipe.minibatches], method, recipe)
@@ -458,7 +459,7 @@ class Choice:
     eval_strategies: str = setting(None, "how test problems are decoded: strategies, or greedy. None: "
                                    "--strategy; tiny model: also dynamic, static, greedy", number="+")
     name: str = setting("tracerl", "name of the folder under runs/", may_change=True)
-    reward: str = setting("math", "math: 1 if the boxed answer is right, else 0; or file.py:function")
+    reward: str = setting("math", "math: 1 if right and not truncated, else 0; or file.py:function")
     advantage: str = setting("group", "group: standard score; value: a value model; or file.py:function")
     loss: str = setting("clip", "clip: clipped policy gradient with a KL; or file.py:function")
     views: str = setting("trace", "trace; with masks at random: random, coupled; or file.py:function")

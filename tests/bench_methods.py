@@ -103,6 +103,7 @@ WHICH = dict.fromkeys(SETTINGS, PUBLISHED) | {
 STRATEGIES = ("dynamic", "static", "greedy")  # by which test problems are answered
 EVIDENCE = ROOT / "tests/evidence.json"
 BROKEN = ROOT / "tests/broken.json"
+QUESTIONS = ROOT / "tests/questions.json"
 LRS = ("1e-4", "3e-4", "1e-3")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # 97.5 percent, by number
 
@@ -449,24 +450,33 @@ OFF_TRACE = {"shrink-4": "4 steps merged", "random": "one random mask", "coupled
              "diffu-grpo": "everything masked"}  # the arms of the left panel
 
 
-def draw(tables, broken, path):
-    """Two panels: what it costs to leave the trace, and what the faults of examples/broken.py cost.
+def draw(tables, broken, order, path):
+    """Three panels: what it costs to leave the trace, what a broken replay costs, and what the order changes.
 
-    tables: of evidence.json. broken: of broken.json, see bench_broken.py; {} leaves the right panel empty.
-    Both show accuracy minus that of a control, paired by seed, with 95 percent intervals.
+    tables: of evidence.json. broken: of broken.json, see bench_broken.py. order: of questions.json, see
+    bench_questions.py. An empty one leaves its panel empty. All show an accuracy minus that of a control,
+    paired by seed, with 95 percent intervals.
     """
     left = {text: {setting: difference(table, arm) for setting, table in tables.items()
                    if arm in table and not setting.endswith(EQUAL)} for arm, text in OFF_TRACE.items()}
-    right = {}
+    middle = {}
     for setting, by_steps in broken.items():
         arms = by_steps.get("30", {})
         for arm in [arm for arm in arms if not arm.startswith("none")]:
             control = arms["none_filtered" if arm == "after_filter" else "none"]
             differences = [r["accuracy"][1] - control[seed]["accuracy"][1] for seed, r in arms[arm].items()]
-            right.setdefault(arm.replace("_", " "), {})[setting] = interval(differences)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    titles = ("accuracy minus that of the trace", "accuracy minus that of an exact replay")
-    for axes, rows, title in zip(figure.subplots(1, 2), (left, right), titles):
+            middle.setdefault(arm.replace("_", " "), {})[setting] = interval(differences)
+    right = {}
+    for setting, arms in order.items():
+        for tested, text in (("dynamic", "tested by confidence"), ("sequential", "tested left to right")):
+            for number, name in (("accuracy", "pass@1"), ("pass_at_16", "pass@16")):
+                differences = [r[tested][number] - arms["dynamic"][seed][tested][number]
+                               for seed, r in arms["sequential"].items()]
+                right.setdefault(f"{name}, {text}", {})[setting] = interval(differences)
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    titles = ("accuracy minus that of the trace", "accuracy minus that of an exact replay",
+              "trained left to right, minus by confidence")
+    for axes, rows, title in zip(figure.subplots(1, 3), (left, middle, right), titles):
         draw_rows(rows, axes)
         axes.set_title(title, fontsize=11)
     figure.savefig(path, dpi=100)
@@ -669,7 +679,9 @@ def main(argv=None):
         for setting, table in known.items():
             print_table(setting, table)
     if args.picture:
-        draw(known, json.loads(BROKEN.read_text()) if BROKEN.is_file() else {}, args.picture)
+        broken, questions = (json.loads(path.read_text()) if path.is_file() else {}
+                             for path in (BROKEN, QUESTIONS))
+        draw(known, broken, questions.get("order", {}), args.picture)
     return tables
 
 
