@@ -48,7 +48,7 @@ The definitions here decode one prompt at a time. plumbing/engine.py does the sa
 compare it with these functions. These calls into plumbing/ matter here and in the files that follow:
   parallel.deal, gather      a process's part of a list; the whole list again, on every process
   packing.micro_batches      turns rows into micro-batches of tensors. `dealt_batches` also gives every
-                             process equally many of these, and counts the tokens that all of them predict
+                             process equally many micro-batches, and counts the targets of all processes
   parallel.optimizer_step    clips the gradient to norm 1, and moves the weights
   flags.call                 calls a function with those of the arguments that it declares
 """

@@ -143,7 +143,7 @@ class Recipe:
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
     value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)
-    value_clip: float = setting(0.2, "bound on a value's change in an RL step; 0: no bound", tiny=0, low=0)
+    value_clip: float = setting(0.2, "clip of a value's change in an RL step; 0: no clip", tiny=0, low=0)
     gamma: float = setting(1.0, "discount per trace step", low=0, high=1)
     gae_lambda: float = setting(1.0, "lambda of generalized advantage estimation", low=0, high=1)
     eval_every: int = setting(10, "RL steps between evaluations on --dev_data; 0: none", tiny=20, low=0,
@@ -273,7 +273,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
 
 
 class Batch(NamedTuple):
-    """One update: this process's micro-batches, and what is counted over all processes."""
+    """What one update reads: this process's micro-batches, and what is counted over all processes."""
 
     rows: list  # micro-batches (model.Rows) for the policy
     value_rows: list  # the same for the value model: always of the trace; [] without one
@@ -286,13 +286,13 @@ class Batch(NamedTuple):
 @torch.no_grad()
 @runs.timed("update_seconds")
 def old_logprobs(learners, rollouts, kept, method, recipe, step):
-    """Measures the gap, and lays the kept rollouts out as rows -> batches, one for each update, and the gap.
+    """Measures the gap, and lays the kept rollouts out as rows -> batches, and the gap.
 
-    RuntimeError if the replay law is broken. Groups are shuffled, and dealt whole to at most --minibatches
+    Each batch makes one update per epoch. RuntimeError if the replay law is broken. Groups are shuffled, and dealt whole to at most --minibatches
     batches. Then Targets.logp_old of all batches but the first is computed. The first one needs no pass of
-    its own: its update begins at the old policy, see `update`. For views of the trace, the recorded
-    log-probabilities would be good enough as old ones. But other views are other states, and on a GPU
-    decoding and training round differently.
+    its own: its update begins at the old policy, see `update`. With one view per denoising step, the recorded
+    log-probabilities would be good enough as old ones. But views that --shrink merges are other states, and
+    so are views off the trace. And on a GPU decoding and training round differently.
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
@@ -321,7 +321,7 @@ def make_batch(learners, groups, method, recipe):
     needs_groups = flags.declares(method.loss, "num_groups")
     units = groups if needs_groups else [[r] for group in groups for r in group]
     # Dealt like cards, the longest first: then every process has about the same work. (The rest of the key
-    # makes the order the same on every process.)
+    # breaks ties, so that the order does not depend on how the units were ordered before.)
     units.sort(key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
     own = parallel.deal(units)  # item i goes to process i modulo the number of processes
 
@@ -503,7 +503,8 @@ def load_start(args):
     # be its first, which uses little but the sign of the gradient.
     learners = Learners(parallel.make_learner(model, args.lr, (0.9, 0.95)))
     if value_model is not None:
-        # A long memory (0.999): once failures are rare, one of them must not throw the value model off.
+        # beta2 0.999: AdamW's second moment remembers the large gradients of earlier failures for long. So
+        # when failures have become rare, a single one does not move the value model far.
         learners = learners._replace(value=parallel.make_learner(value_model, args.value_lr, (0.9, 0.999)))
     return learners, tokenizer
 
