@@ -288,11 +288,12 @@ class Batch(NamedTuple):
 def old_logprobs(learners, rollouts, kept, method, recipe, step):
     """Measures the gap, and lays the kept rollouts out as rows -> batches, and the gap.
 
-    Each batch makes one update per epoch. RuntimeError if the replay law is broken. Groups are shuffled, and dealt whole to at most --minibatches
-    batches. Then Targets.logp_old of all batches but the first is computed. The first one needs no pass of
-    its own: its update begins at the old policy, see `update`. With one view per denoising step, the recorded
-    log-probabilities would be good enough as old ones. But views that --shrink merges are other states, and
-    so are views off the trace. And on a GPU decoding and training round differently.
+    Each batch makes one update per epoch. RuntimeError if the replay law is broken. Groups are shuffled, and
+    dealt whole to at most --minibatches batches. Then Targets.logp_old of all batches but the first is
+    computed. The first one needs no pass of its own: its update begins at the old policy, see `update`. With
+    one view per denoising step, the recorded log-probabilities would be good enough as old ones. But views
+    that --shrink merges are other states, and so are views off the trace. And on a GPU decoding and training
+    round differently.
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
