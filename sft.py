@@ -129,8 +129,8 @@ def train_step(learner, examples, views, is_weighted, compute):
         loss = sft_loss(logp, part.targets.masked_share, normalizer, is_weighted)
         loss.backward()  # gradients of the parts add up
         total += loss.detach()
-    norm, _ = parallel.optimizer_step(learner)  # a gradient with NaN or inf is skipped
-    return float(parallel.add_up(total)), norm
+    stepped = parallel.optimizer_step(learner)  # a gradient with NaN or inf is skipped
+    return float(parallel.add_up(total)), stepped["gradient_norm"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ def update(policy, batch, method, is_first, recipe):
     is_first: no update has come before in this RL step. So the old policy is the present one, and its
     log-probabilities are those of this very forward. They stay in targets.logp_old for later epochs.
     """
-    log = show.UpdateLog(policy.model.device, recipe.clip_eps)
+    parts = []  # of the micro-batches, for the log
     for rows in batch.rows:
         # One forward of [clean text | view | view | ...], and log-probabilities of its targets only.
         logp, entropy = rollout.forward_rows(policy.model, rows, method.compute, method.decoding.temperature)
@@ -403,10 +403,10 @@ def update(policy, batch, method, is_first, recipe):
         # Losses of micro-batches are parts of one sum: each was divided by the tokens of the whole update. So
         # their gradients add up to that of the update.
         loss.backward()
-        log.add(loss, logp, entropy, rows.targets)
+        parts.append([numbers.detach() for numbers in (loss, logp, entropy, rows.targets.logp_old)])
     # A gradient with NaN or inf: the update is skipped, counted and reported.
-    norm, is_finite = parallel.optimizer_step(policy)
-    return log.numbers(batch.num_tokens) | dict(gradient_norm=norm, skipped_updates=int(not is_finite))
+    stepped = parallel.optimizer_step(policy)
+    return show.update_numbers(parts, batch.num_tokens, recipe.clip_eps) | stepped
 
 
 def update_value(learner, batch, compute, recipe):
@@ -419,8 +419,8 @@ def update_value(learner, batch, compute, recipe):
                                 batch.num_value_tokens, recipe.value_clip)
         loss.backward()
         total += loss.detach()
-    _, is_finite = parallel.optimizer_step(learner)
-    return dict(value_loss=float(parallel.add_up(total)), skipped_updates=int(not is_finite))
+    stepped = parallel.optimizer_step(learner)
+    return dict(value_loss=float(parallel.add_up(total))) | stepped
 
 
 # -------------------------------------------------------------------------------------------------- 6 finish

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from plumbing import parallel
+from plumbing.families import as_list
 from rollout import Rollout
 
 
@@ -16,8 +17,7 @@ def load(path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     settings = model.generation_config
-    eos = settings.eos_token_id
-    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
+    ids = [*as_list(settings.eos_token_id), tokenizer.eos_token_id]
     settings.eos_token_id = sorted({token for token in ids if token is not None})
     settings.pad_token_id = settings.eos_token_id[0]  # padding stands behind the end, and nobody reads it
     settings.repetition_penalty = 1.0  # no penalty, also if the checkpoint's own settings ask for one

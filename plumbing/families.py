@@ -130,7 +130,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
         num_kv_heads=wanted["num_key_value_heads"],
         head_dim=source.get("head_dim") or wanted["hidden_size"] // wanted["num_attention_heads"],
         intermediate_size=wanted["intermediate_size"], is_full=is_full,
-        mask_id=find_mask(source, name, wanted["vocab_size"], tokenizer),
+        mask_id=find_mask(source, name, wanted["vocab_size"], tokenizer, vocabulary),
         block_size=block_size or own_size or family.block_size,
         is_block_size_assumed=not (block_size or own_size),
         has_qk_norm=family.has_qk_norm, has_qkv_bias=family.has_qkv_bias, shifts_logits=family.shifts_logits,
@@ -180,7 +180,7 @@ def find_attention(source, family, asked, path):
     return attention
 
 
-def find_mask(source, name, vocab_size, tokenizer):
+def find_mask(source, name, vocab_size, tokenizer, vocabulary):
     """The mask token's id: what config.json says, else what the tokenizer says, else the family's usual one.
 
     The usual one must have a row in the embedding, and must be no token of ordinary text. Raises ValueError
@@ -188,12 +188,10 @@ def find_mask(source, name, vocab_size, tokenizer):
     """
     if source.get("mask_token_id") is not None:
         return source["mask_token_id"]
-    vocabulary = {}
     ordinary = set()
     if tokenizer is not None:
         if tokenizer.mask_token_id is not None:
             return tokenizer.mask_token_id
-        vocabulary = tokenizer.get_vocab()
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         ordinary = set(vocabulary.values()) - special
     for usual in FAMILIES[name].masks:

@@ -4,6 +4,8 @@
 to end in one long row, and their document numbers keep them apart. Both give every target the same numbers.
 """
 
+import itertools
+
 import torch
 
 from model import Layout, Row, Rows, Targets
@@ -23,11 +25,7 @@ def pack(rows, pad_id, device, multiple):
     Kernels are compiled anew for each length, so there are few lengths. If multiple is 512, they are 512,
     1024, 1536 and 2048. Beyond that they are multiples of 2048.
     """
-    starts = []
-    total = 0
-    for row in rows:
-        starts.append(total)
-        total += len(row.tokens)
+    *starts, total = itertools.accumulate((len(row.tokens) for row in rows), initial=0)
     size = multiple if total <= 4 * multiple else 4 * multiple
     return fill(rows, starts, (1, -(-total // size) * size), pad_id, device)
 
@@ -113,7 +111,7 @@ def dealt_batches(units, compute, model):
     """
     parts = micro_batches(units, compute, model)
     num_targets = torch.tensor(sum(len(part.targets.token) for part in parts), device=model.device)
-    most = int(parallel.largest(torch.tensor(len(parts), device=model.device)))
+    most = max(1, int(parallel.largest(torch.tensor(len(parts), device=model.device))))
     row = Row(tokens=[model.config.pad_id], position=[0], block=[0], view=[1])
     dummies = [pad([row], model.config.pad_id, model.device) for _ in range(most - len(parts))]
     return parts + dummies, int(parallel.add_up(num_targets))

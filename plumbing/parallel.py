@@ -271,7 +271,7 @@ def set_learning_rate(optimizer, lr):
 
 
 def optimizer_step(learner, max_grad_norm=1.0):
-    """Clips the gradient and moves the weights -> (its norm before clipping, whether the weights moved).
+    """Clips the gradient and moves the weights -> for the log: its norm before that, and 1 if it was skipped.
 
     The norm is that over all processes. If it is not finite, every process skips the update. RuntimeError
     after MAX_SKIPPED such updates in a row.
@@ -289,7 +289,7 @@ def optimizer_step(learner, max_grad_norm=1.0):
     if optimizer.num_skipped >= MAX_SKIPPED:
         raise RuntimeError(f"{MAX_SKIPPED} updates in a row had a gradient that is not finite: "
                            "lower the learning rate (--lr)")
-    return float(norm), is_finite
+    return dict(gradient_norm=float(norm), skipped_updates=int(not is_finite))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -18,30 +18,25 @@ def lengths(rollouts):
         tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
 
 
-class UpdateLog:
-    """The numbers of one update for the log: sums over its targets on all processes, whatever the loss is."""
+def update_numbers(parts, num_tokens, clip_eps):
+    """The numbers of one update for the log, over all processes, whatever the loss is.
 
-    def __init__(self, device, clip_eps):
-        self.clip_eps = clip_eps
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, k3, clipped ratios, entropy
-        self.ratio_max = torch.zeros((), dtype=torch.float64, device=device)
-
-    @torch.no_grad()
-    def add(self, loss, logp, entropy, targets):
-        """Adds one micro-batch: its loss, and log-probability and entropy of its targets, (n,) each."""
-        log_ratio = (logp - targets.logp_old).double()  # float64: these are sums over a whole update
-        ratio = log_ratio.clamp(-10, 10).exp()
-        is_clipped = (ratio - 1).abs() > self.clip_eps
-        self.sums += torch.stack([
-            loss.double(), (ratio - 1 - log_ratio).sum(), is_clipped.double().sum(), entropy.double().sum()])
-        self.ratio_max = torch.cat([ratio, self.ratio_max[None]]).max()
-
-    def numbers(self, num_tokens):
-        """The numbers by name; num_tokens: targets of the whole update. To be called on every process."""
-        loss, *sums = parallel.add_up(self.sums).tolist()
-        kl, clip_fraction, entropy = (number / max(num_tokens, 1) for number in sums)
-        return dict(loss=loss, kl=kl, clip_fraction=clip_fraction, entropy=entropy,
-                    ratio_max=float(parallel.largest(self.ratio_max)), trained_tokens=num_tokens)
+    parts: loss, log-probability, entropy and old log-probability of this process's micro-batches. The first
+    is a number, and the others are (n,). num_tokens: targets of the whole update. To be called on every
+    process.
+    """
+    losses, *others = zip(*parts)
+    logp, entropy, logp_old = (torch.cat(numbers) for numbers in others)
+    log_ratio = (logp - logp_old).double()  # float64: these are sums over a whole update
+    ratio = log_ratio.clamp(-10, 10).exp()
+    is_clipped = (ratio - 1).abs() > clip_eps
+    own = [torch.stack(losses), ratio - 1 - log_ratio, is_clipped, entropy]
+    sums = parallel.add_up(torch.stack([numbers.double().sum() for numbers in own]))
+    loss, kl, num_clipped, entropy = sums.tolist()
+    ratio_max = parallel.largest(torch.cat([ratio, ratio.new_zeros(1)]).max())  # 0 without targets
+    n = max(num_tokens, 1)
+    return dict(loss=loss, kl=kl / n, clip_fraction=num_clipped / n, entropy=entropy / n,
+                ratio_max=float(ratio_max), trained_tokens=num_tokens)
 
 
 def means(updates, value_updates):
