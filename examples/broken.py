@@ -96,9 +96,9 @@ def left_to_right(rollouts, config, views=None, *how, **more):
 
     This is the log-probability of JustGRPO, whose rollouts do go from left to right. A public run with a
     block model of 0.6B parameters used it for rollouts in any order. It trained on code, and its reward
-    stayed up, while HumanEval fell from 47.0 to 23.8. (That run showed no masks to the right of a token. With
-    K = 4, small_blocks makes such rows.) A token has no gap if it was drawn in this very state. The others
-    have gaps of either sign.
+    stayed up, while HumanEval fell from 47.0 to 23.8. (In that run a token saw nothing to its right, not even
+    masks. With K = 4, small_blocks makes such rows, since its blocks then hold one token each.) A token has
+    no gap if it was drawn in this very state. The others have gaps of either sign.
     """
     return build_rows(rollouts, config, prefix_views, *how, **more)
 

@@ -124,9 +124,9 @@ def self_normalized(logp, targets, num_groups):
     """--loss: a weighted log-likelihood, in which the weights of a group sum to 1 (StableDRL).
 
     A group adds -sum_i w_i A_i log p_i over its responses, w_i = min(ratio_i, 5) / sum_k min(ratio_k, 5).
-    Here ratio_i is the geometric mean over tokens, and log p_i is the mean. No gradient goes through w. The
-    bound holds for either sign of A. The bound 5 and the means are those of the authors' code
-    (github.com/JianyuanZhong/StableDRL). Left out: the bounds of SPG, which they use in place of log p.
+    Here ratio_i is the geometric mean over tokens, and log p_i is the mean. No gradient goes through w. A
+    ratio is cut at 5 whatever the sign of A. The 5 and the means are those of the authors' code
+    (github.com/JianyuanZhong/StableDRL). Left out: in place of log p they use the bounds of SPG.
     """
     response = targets.rollout_index
     ratio = mean_by(response, logp - targets.logp_old).exp()
@@ -238,11 +238,11 @@ def as_many_random(rollout, block, rng):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Losses on a lower bound of the response's log-likelihood, the ELBO. It is the expected sum of log p / t over
-# the masked tokens of random masks, where t is the masked fraction of the block. The fewer tokens are masked,
-# the more each of them counts. A mask here is a random set of tokens that are hidden together. With one such
-# mask for every block, the sum of 1 / t over all masked tokens is the length of the response. (The last block
-# is an exception if tokens behind eos are masked, too. There it holds on average only.) The old and the new
+# Losses on a lower bound of the response's log-likelihood, the ELBO. Here a mask is a random set of tokens of
+# a block, which are hidden together, and t is the hidden fraction of the block. The ELBO is the expected sum
+# of log p / t over the hidden tokens. The fewer tokens are hidden, the more each of them counts. With one
+# mask for every block, the sum of 1 / t over all hidden tokens is the length of the response. (The last block
+# is an exception if tokens behind eos are hidden, too. There it holds on average only.) The old and the new
 # policy get the same masks.
 
 

@@ -65,7 +65,8 @@ def penalized(rewards, rollouts):
     """--advantage: the usual one, minus BETA times how far the response's KL is above its group's mean.
 
     The KL of a response is sum_j (log p(j) - log p_reference(j)), as in RLHF. It is not divided by a standard
-    deviation. Otherwise groups of equal rewards would be trained on the KL alone, at full strength.
+    deviation. The division would make the penalty equally large in every group. A group of equal rewards has
+    no other advantage, and would follow the KL at full strength.
     """
     kl = []
     for r, logp in zip(rollouts, reference_logp(rollouts)):

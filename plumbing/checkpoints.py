@@ -218,7 +218,7 @@ def save_checkpoint(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
 
 
 def give_usual_modes(folder):
-    """Lets everybody read the weights who may read other new files.
+    """Gives the weight files the permissions that any new file has.
 
     safetensors makes files that only their owner may read. On a shared disk nobody else could load them.
     """

@@ -214,7 +214,7 @@ def as_chat(problem, instruction):
 
 
 def boxed_solution(text):
-    """Puts the answer of a solution that ends as those of GSM8K do into a \\boxed{}. Others stay the same.
+    """If a solution ends as those of GSM8K do, puts its answer into a \\boxed{}. Others stay the same.
 
     "48/2 = <<48/2=24>>24 clips.\\n#### 24" -> "48/2 = 24 clips.\\nThe answer is \\boxed{24}."
     """

@@ -59,8 +59,8 @@ class SlotCache:
         """An `attend` for decoding: row b is the tokens at position[b] (T,) of the sequence in slots[b].
 
         They see all that the slot holds before end[b] (B,). Two rows may be blocks of one slot: all rows
-        write before any row reads. longest: an int that no end exceeds. num_in_place: so many of the rows,
-        the first ones, are the slots 0, 1, 2, ... in this order.
+        write before any row reads. longest: an int that no end exceeds. num_in_place: how many rows at the
+        front are the slots 0, 1, 2, ..., in this order.
         """
         num_queries = position.shape[1] * self.heads_per_key
         reader = kernels.CacheReader(slots, end, longest, num_in_place, num_queries, self.keys)
@@ -201,7 +201,7 @@ class Decoder:
         found = self.denoise(torch.tensor(lines + commits), len(lanes),
                              sum(lane.num_masked for lane in lanes), max(lane.start for lane in lanes) + K)
         ended = []
-        # `tolist` is the only place at which the host waits for the device.
+        # In a denoising step the host waits for the device only here, at tolist. `release` waits once more.
         for slot, (lane, num_masked, has_eos) in enumerate(zip(lanes, *found.tolist())):
             lane.num_masked = num_masked
             lane.step += 1
@@ -260,7 +260,8 @@ class Decoder:
         """Draws tokens for masks, from their states (N, C) -> token, confidence, logp, entropy, (N,) each."""
         decoding = self.decoding
         parts = []
-        chunk = max(1, memory.most_logits(self.device) // self.config.vocab_size)  # V = 152k, CPU: 220
+        # So many masks go through the head at a time. On a CPU with V = 152k it is 220.
+        chunk = max(1, memory.most_logits(self.device) // self.config.vocab_size)
         # Entropies take one more pass over all logits. They are only computed if the strategy declares them.
         with_entropy = flags.declares(decoding.function, "entropy")
         for states, u in zip(h.split(chunk), draws.split(chunk)):

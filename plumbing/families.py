@@ -56,7 +56,8 @@ class Family(NamedTuple):
 # They have no mask token, so a row of the embedding that no text uses becomes one. Qwen's embedding is longer
 # than its vocabulary: the first row beyond the vocabulary is free. Llama 3 reserves tokens for such purposes.
 # SmolLM2 reserves none, but its vocabulary has special tokens that its training never met. In the model of
-# 135M parameters, eleven of them still have equal rows. `<empty_output>` is one of these.
+# 135M parameters, eleven of these tokens still have one and the same row, so training has not told them
+# apart. `<empty_output>` is one of these.
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen

@@ -26,9 +26,9 @@ def setting(default, help, *, tiny=SAME, low=-math.inf, above=-math.inf, high=ma
             number=None, may_change=False):
     """A dataclass field that is also a flag.
 
-    tiny: the default for models as small as the embedded one, if it is another. low, high: inclusive bounds;
-    above: an exclusive lower bound. choices: all values that are possible. number: how many values the flag
-    takes, as argparse's nargs. may_change: whether a resumed run may change it.
+    tiny: the default for tiny models, such as those in assets/, where it differs from the usual one. low,
+    high: inclusive bounds; above: an exclusive lower bound. choices: all values that are possible. number:
+    how many values the flag takes, as argparse's nargs. may_change: whether a resumed run may change it.
     """
     details = dict(help=help, tiny=default if tiny is SAME else tiny, low=low, above=above, high=high,
                    choices=choices, number=number, may_change=may_change)
@@ -132,7 +132,10 @@ def changeable(groups):
 
 
 def check_same(saved, settings, may_change, path):
-    """ValueError if `settings` differ from `saved`, those of the run in `path`, where they may not change."""
+    """ValueError if a setting has changed that may not change.
+
+    saved: the settings of the run, as the file `path` holds them. may_change: names that may differ.
+    """
     settings = json.loads(json.dumps(settings))  # as they would come back from a file
     changed = [f"{name} was {saved.get(name)!r}, is {settings.get(name)!r}"
                for name in sorted({*saved, *settings} - may_change) if saved.get(name) != settings.get(name)]

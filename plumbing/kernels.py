@@ -120,12 +120,13 @@ class CacheReader:
     """Attention of rows over a cache of many sequences: made once per forward, and called by every layer.
 
     Row b sees the first end[b] tokens of slot slots[b], and no end exceeds `longest`. The first num_in_place
-    rows are the slots 0, 1, 2, ..., whose keys are read in place. Keys of the other rows are
-    copied: those of the commits of engine.Decoder.states, or with a cache of full attention all of them.
+    rows are the slots 0, 1, 2, ..., whose keys are read in place. With block attention the other rows are the
+    commits of engine.Decoder.states. With a cache of full attention all rows are such other rows.
 
-    With block attention on a GPU, or with flash-attn, no keys are copied. On a GPU each slot has one line
-    with two blocks of queries: the block that it decodes, and the block that it commits. If it commits
-    nothing, the second block is zeros, and its result is dropped:
+    How the other rows read depends on the kernel. With flash-attn no keys are copied. With block attention on
+    a GPU without flash-attn none are copied, either. There each slot has one line with two blocks of queries:
+    the block that it decodes, and the block that it commits. If it commits nothing, the second block is
+    zeros, and its result is dropped. Elsewhere their keys are copied.
 
         rows:     slot 0 (end 12)      slot 1 (end 16)      commit of slot 1 (end 12)
         become:   line 0   queries of slot 0   zeros
@@ -211,7 +212,8 @@ class ChunkedLogprobs(torch.autograd.Function):
     Logits exist for one chunk of positions at a time. The backward pass computes them again. Let z be the
     logits / T, p their softmax, and H the entropy of p. Then the two gradients are
         d logp / d z_v = [v is the token] - p_v          d H / d z_v = -p_v (log p_v + H)
-    So only one tensor of size V is kept from chunk to chunk: the gradient of the head, a sum over chunks.
+    Of all tensors with V in their shape, only the head's gradient (V, C) is kept from chunk to chunk. It is a
+    sum over chunks.
     """
 
     @staticmethod

@@ -109,8 +109,8 @@ def self_check(model, method):
     text = f"self-check: replayed and recorded log-probabilities differ by {size(fast):.1e} on average"
     if model.device.type == "cuda" or not method.law.is_float32:
         plain = rollout.replay_differences(model, rollouts, rollout.PLAIN, temperature)
-        text += (f"; if the definitions replay, by {size(plain):.1e}; the two replays differ by "
-                 f"{size(fast - plain):.1e}")
+        text += (f"; with a replay by the plain definitions they differ by {size(plain):.1e}; the two "
+                 f"replays differ from each other by {size(fast - plain):.1e}")
     parallel.say(text)
     method.law.enforce(gap=size(fast), gap_max=float(fast.abs().max()))
 
@@ -145,10 +145,10 @@ def load_to_answer(args):
 def load_to_train(path, args, make_value=None):
     """Loads a checkpoint to train, sharded over all processes -> (model, value model or None, tokenizer).
 
-    make_value: makes a value model of the policy (value.ValueModel). Without adapters it starts from the
-    weights in the folder's value/, or else from those of the policy. Each process then reads its part of
-    every weight, as float32. With adapters it starts from the policy. The frozen weights then stay whole on
-    every process, in --dtype.
+    make_value: makes a value model of the policy (value.ValueModel). Without adapters, each process reads its
+    part of every weight, as float32. The value model reads the folder's value/ if there is one, or else the
+    policy's weights. With adapters, the frozen weights stay whole on every process, in --dtype, and the value
+    model starts from the policy.
     """
     folder, config, tokenizer = checkpoints.find_checkpoint(path, args.block_size, args.attention)
     if tokenizer is None:

@@ -51,7 +51,7 @@ def slot_bytes(config, length, itemsize, has_cache):
     They are its cache and its tables, and with full attention what a layer computes for the whole canvas.
     """
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-    # 25: a number in each of the five tables of engine.Decoder.
+    # 25 bytes: one entry in each of the five tables of engine.Decoder, 8 + 1 + 8 + 4 + 4.
     return length * (25 + cache * has_cache + layer_bytes(config, itemsize) * config.is_full)
 
 
@@ -96,8 +96,9 @@ def plan(config, args, num_models):
     layer = layer_bytes(config, wide)
     kept = config.hidden_size * wide if args.gradient_checkpointing else layer  # until backward
     per_token = 3 * layer + config.num_layers * kept
-    # The head takes the logits of a chunk, three times. It takes its gradient in float32, twice. And it takes
-    # embedding, head and one gradient, which are not sharded while layers compute.
+    # For the head there must be room for three copies of a chunk's logits, and for two copies of the head's
+    # gradient, all in float32. Embedding, head and one gradient come on top, in --dtype: they are not sharded
+    # while layers compute.
     head = 3 * 4 * most_logits(device, is_training=True)
     head += config.vocab_size * config.hidden_size * (8 + 3 * wide)
     sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), moments=own * 12, head=head)
