@@ -5,8 +5,9 @@ Each line of the file is one response: {"prompt": [token ids], "response": [toke
 the engine recorded. With full attention, "canvas" may say how many response positions every forward saw.
 
 The replay should give the same numbers. If it does not, usual mistakes are tried one by one: three ways to
-cut blocks, and other temperatures. A mistake that makes the gap vanish is named as the cause. Two more
-mistakes can only be suspected: log-probabilities after a filter, and a last block that is not whole.
+cut blocks, other block sizes, and other temperatures. A mistake that makes the gap vanish is named as the
+cause. Two more mistakes can only be suspected: log-probabilities after a filter, and a last block that is not
+whole.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ MISTAKES = {
     "blocks were cut at the start of the response, and the last block was cut at eos":
         dict(is_cut_at_response=True, is_cut_at_eos=True),
 }
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
 TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 
 
@@ -57,19 +59,22 @@ def read_traces(path, config):
 
 
 @torch.no_grad()
-def differences(model, rollouts, compute, temperature=1.0, is_cut_at_response=False, is_cut_at_eos=False):
+def differences(model, rollouts, compute, temperature=1.0, block_size=None, is_cut_at_response=False,
+                is_cut_at_eos=False):
     """Replayed minus recorded log-probability of every response token -> float32 (N,).
 
-    is_cut_at_response, is_cut_at_eos: repeat this mistake of another engine, see MISTAKES.
+    block_size: another K than the model's. is_cut_at_response, is_cut_at_eos: repeat this mistake of another
+    engine, see MISTAKES.
     """
+    config = dataclasses.replace(model.config, block_size=block_size or model.config.block_size)
     found = []
     for r in rollouts:
         # To cut blocks at the start of the response, padding in front of the prompt makes the prompt end with
         # a block. Nobody sees the padding, and all positions stay what they are. P = 9, K = 4: 3 tokens more.
-        shift = -len(r.prompt) % model.config.block_size if is_cut_at_response else 0
-        moved = dataclasses.replace(r, prompt=[model.config.pad_id] * shift + r.prompt)
+        shift = -len(r.prompt) % config.block_size if is_cut_at_response else 0
+        moved = dataclasses.replace(r, prompt=[config.pad_id] * shift + r.prompt)
         moved.response = r.response[:r.num_tokens] if is_cut_at_eos else r.response
-        rows, = rollout.build_rows([moved], model.config)
+        rows, = rollout.build_rows([moved], config)
         known = len(moved.response)
         values = torch.zeros(known)
         for part in rollout.packing.micro_batches([rows], compute._replace(is_packed=False), model):
@@ -117,6 +122,9 @@ def check(model, path, compute, temperature):
     mistakes = {} if config.is_full else MISTAKES  # with full attention there are no blocks to cut
     found_causes = [text for text, mistake in mistakes.items()
                     if is_rounding(model, differences(model, rollouts, compute, temperature, **mistake))]
+    for size in [] if config.is_full else BLOCK_SIZES:
+        if is_rounding(model, differences(model, rollouts, compute, temperature, size)):
+            found_causes.append(f"blocks were of size {size}, not {config.block_size} (--block_size {size})")
     for other in TEMPERATURES:
         if is_rounding(model, differences(model, rollouts, compute, other)):
             found_causes.append(f"the log-probabilities were recorded at temperature {other}, not "

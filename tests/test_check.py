@@ -34,6 +34,8 @@ def recorded_with(model, rollouts, **mistake):
     (dict(), "The traces replay."),
     (dict(is_cut_at_response=True), "Cause: blocks were cut at the start of the response"),
     (dict(is_cut_at_eos=True), "Cause: the last block was cut at eos"),
+    (dict(block_size=2), "Cause: blocks were of size 2, not 4 (--block_size 2)"),
+    (dict(block_size=1), "Cause: blocks were of size 1, not 4"),  # from left to right, without any masks
     (dict(temperature=0.7), "Cause: the log-probabilities were recorded at temperature 0.7, not 1.0"),
 ])
 def test_a_mistake_of_another_engine_is_named(mistake, text, tmp_path, capsys):
