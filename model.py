@@ -82,6 +82,7 @@ class ModelConfig:
     source: dict = field(default_factory=dict)  # config.json as it was read; saving writes it again
 
     def __post_init__(self):
+        """ValueError for settings that do not fit together."""
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"mask id {self.mask_id} is outside the vocabulary of {self.vocab_size} tokens")
         if self.block_size < 1:

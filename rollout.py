@@ -250,6 +250,7 @@ class Decoding:
     top_p: float = setting(1.0, "draw among the most probable tokens up to this sum; 1: all", above=0, high=1)
 
     def __post_init__(self):
+        """Checks the ranges, and finds the function that `reveal` calls."""
         flags.check(self)
         self.function = flags.load_function(self.strategy, STRATEGIES, "--strategy")
 

@@ -155,6 +155,7 @@ class Recipe:
     eval_every: int = setting(100, "updates between evaluations on --dev_data", low=1, may_change=True)
 
     def __post_init__(self):
+        """ValueError for numbers out of range, and for weights with views of the trace."""
         flags.check(self)
         if self.weighted and self.views == "trace":
             raise ValueError("--weighted needs random views: every token of a trace is a target once anyhow")

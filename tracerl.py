@@ -152,6 +152,7 @@ class Recipe:
                              "nats; None: 1e-4, or 0.05 in bfloat16", above=0, may_change=True)
 
     def __post_init__(self):
+        """ValueError for numbers out of range."""
         flags.check(self)
 
 
