@@ -180,7 +180,7 @@ def read(folder):
     lines = bench_methods.read_metrics(folder)
     summary = checkpoints.read_json(folder / "summary.json")
     before, after = (summary[name]["dynamic"]["accuracy"] for name in ("before", "after"))
-    curve = [line["reward"] for line in lines][-30:]  # without the head start of a value model
+    curve = [line["reward"] for line in lines][-30:]  # without the head start that a value model has
     explained = [line["explained_variance"] for line in lines[10:] if "explained_variance" in line]
     return dict(before=before, accuracy=after, gap_max=max(line["gap_max"] for line in lines), curve=curve,
                 lowest=min(fmean(curve[i:i + 5]) for i in range(len(curve) - 4)), reward=fmean(curve),
@@ -223,12 +223,14 @@ def show_order(setting, arms):
 
 
 def show_runs(setting, arms):
-    """A line for each arm. `vs` is its accuracy minus that of the first arm with its size of groups."""
-    print(f"\n{setting}\n| arm | before | accuracy | vs | reward, all steps | lowest of five steps | "
+    """A line for each arm; rewards are of the last 30 RL steps, in which the policy learns.
+
+    values: `vs` is the accuracy minus that of `mean` with this size of groups. large: minus that of `tracerl`.
+    """
+    print(f"\n{setting}\n| arm | before | accuracy | vs | reward | lowest of five steps | "
           "step to step | explained | s/step | largest gap |\n" + "|---" * 10 + "|")
     for arm, results in arms.items():
-        same_size = [name for name in arms if name.split(",")[0].split()[-1] == arm.split(",")[0].split()[-1]]
-        first = same_size[0] if "value 16" in arms else next(iter(arms))
+        first = f"mean {arm.partition(',')[0].split()[-1]}" if "mean 16" in arms else "tracerl"
         column = lambda key: [r[key] for r in results.values()]
         explained = "" if column("explained")[0] is None else f"{fmean(column('explained')):.2f}"
         print(f"| {arm} | {fmean(column('before')):.3f} | {spread(column('accuracy'))} | "
