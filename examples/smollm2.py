@@ -99,8 +99,10 @@ def compare(folder, theirs):
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     tokens = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     with torch.no_grad():
-        logits, expected = ours(tokens), theirs(tokens).logits
-    difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+        logits = ours(tokens)
+        expected = theirs(tokens).logits
+    difference = float((logits - expected).abs().max())
+    largest = float(expected.abs().max())
     if difference > 1e-5 * largest:
         raise RuntimeError(f"{folder}: with K = 1 the logits differ from transformers' by {difference:.1e}, "
                            f"and the largest logit is {largest:.1f}. The conversion is wrong: try another "
@@ -118,7 +120,9 @@ THINGS = ["shells", "books", "apples", "coins", "cards", "pens", "stamps", "marb
 
 def word_problem(draw):
     """One of four kinds of word problem, by a random.Random -> (problem, its one-line solution, answer)."""
-    name, things, kind = draw.choice(NAMES), draw.choice(THINGS), draw.randrange(4)
+    name = draw.choice(NAMES)
+    things = draw.choice(THINGS)
+    kind = draw.randrange(4)
     a, b, c = (draw.randint(2, 9) for _ in range(3))
     if kind == 0:
         problem = f"{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?"
@@ -135,7 +139,8 @@ def word_problem(draw):
 
 def write_problems(folder, seed=0):
     """Writes train.jsonl (6,000 problems), dev.jsonl (100) and test.jsonl (200); no problem occurs twice."""
-    draw, rows = random.Random(seed), {}
+    draw = random.Random(seed)
+    rows = {}
     while len(rows) < 6300:
         problem, solution, answer = word_problem(draw)
         rows[problem] = dict(problem=problem, answer=str(answer), solution=f" {solution} \\boxed{{{answer}}}")

@@ -107,7 +107,8 @@ def dealt_batches(units, compute, model):
 
     To be called on every process. Sharded layers (FSDP2) gather their weights from all processes, in forward
     and backward. A process that stopped early would leave the others waiting for ever. So a process with
-    fewer micro-batches gets dummies: one padding token, no targets, a loss of 0.
+    fewer micro-batches gets dummies: one padding token, no targets, a loss of 0. If no process has any
+    target, each gets one dummy.
     """
     parts = micro_batches(units, compute, model)
     num_targets = torch.tensor(sum(len(part.targets.token) for part in parts), device=model.device)

@@ -63,7 +63,9 @@ def is_same_list(answers, golds):
     if len(answers) != len(golds) or len(golds) > 1:
         # Names that only one side has are left out: x=1, x=2 is the list 1, 2. If the names differ, the
         # values are a tuple in the order of the names: y=-4, x=3 is (3,-4).
-        answers, golds = without_names(answers, golds), without_names(golds, answers)
+        unnamed = without_names(answers, golds)
+        golds = without_names(golds, answers)
+        answers = unnamed
     if len(answers) != len(golds) or len(golds) > 100:
         return False
     left = list(golds)
