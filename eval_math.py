@@ -94,7 +94,7 @@ def math_reward(problem, text, rollout):
     parameters it needs:
         problem    the Problem
         text       the response before eos
-        tokens     the same as token ids, with eos
+        tokens     token ids of the response, eos included
         rollout    the record: step_map, is_truncated, ... (give truncated ones 0 here: nobody else does)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
     value or an advantage of your own. With a value model, the return of a token is its own
@@ -221,8 +221,9 @@ def summarize(lines):
 def accuracy(samples):
     """Lists of each problem's samples (1 right, 0 wrong) -> accuracy, its standard error, n, and pass@k.
 
-    The standard error is over problems: samples of one problem are alike, and count as one observation. Two
-    problems with the samples 1 1 0 and 0 0 0 have the means .67 and 0, so accuracy .33, n = 2.
+    n is the number of problems. The standard error is over problems, too: samples of one problem are alike,
+    and count as one observation. Two problems with the samples 1 1 0 and 0 0 0 have the means .67 and 0, so
+    accuracy .33, n = 2.
     """
     means = [fmean(numbers) for numbers in samples]
     mean = fmean(means)  # every problem counts the same, however many samples it has
@@ -236,7 +237,7 @@ def accuracy(samples):
 
 
 def pass_at(k, numbers):
-    """Probability that k of these samples, chosen at random, hold a right one (unbiased, arXiv 2107.03374).
+    """Probability that one of k samples, chosen at random, is right (unbiased estimator, arXiv 2107.03374).
 
     Of four samples one is right. Two samples can be chosen in 6 ways. In 3 of these the right one is among
     them, so pass@2 is .5.
@@ -255,7 +256,7 @@ def evaluate_command(args):
     strategies = ["autoregressive"] if args.ar else args.strategy
     for name in args.strategy:  # report a wrong name before a model is loaded
         flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--strategy")
-    # With --ar, a left-to-right model: the same prompts, the same grader and the same table.
+    # With --ar this is a left-to-right model. Prompts, grader and table stay the same.
     model, tokenizer, compute = machine.load_to_answer(args)
     # The same problems, in the same order, whenever this command is called again.
     problems = load_prompts(args.data, tokenizer, flags.read_flags(Prompting, args))[:args.limit]
@@ -265,7 +266,7 @@ def evaluate_command(args):
     name = f"eval-{args.ar or args.model or 'tiny'}-{args.data}"
     name = args.name or re.sub(r"[^\w.-]+", "-", name).strip("-.")
     # The settings in args.json hold fingerprints: other weights under the same path are refused.
-    marks = dict(weights=runs.weight_mark(model), problems=data.fingerprint(problems))
+    marks = dict(weights=runs.weight_mark(model), problems=runs.mark(problems))
     with runs.Run(name, vars(args) | marks, resume=True, groups=GROUPS, log="responses.jsonl") as run:
         run.begin()
         # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
@@ -291,7 +292,7 @@ def evaluate_command(args):
         summary = {strategy: summarize([line for key, line in done.items() if key[0] == strategy])
                    for strategy in strategies}
         run.finish(summary)
-    parallel.say(f"{args.data}, n = {args.n}: responses and summary are in {run.folder}")
+    parallel.say(f"{args.data}, {args.n} responses per problem: they and a summary are in {run.folder}")
     show.print_columns(summary)
     return summary
 
@@ -302,8 +303,8 @@ class Evaluation:
 
     model: str = setting(None, "diffusion model: checkpoint folder or hub id; None: the tiny model")
     ar: str = setting(None, "evaluate this autoregressive model instead, decoded by transformers")
-    data: str = setting("arithmetic-test", f"arithmetic-test, {', '.join(data.HUB)}, a file, or a hub id")
-    limit: int = setting(None, "ask only the first problems, this number of them; None: all", low=1)
+    data: str = setting("arithmetic-test", f"or sudoku-test, {', '.join(data.HUB)}, a file, a hub id")
+    limit: int = setting(None, "ask only this number of problems, the first ones; None: all", low=1)
     n: int = setting(1, "responses per problem; a later call may raise it", low=1, may_change=True)
     strategy: str = setting(("static", "dynamic"), "how to decode: any --strategy of tracerl.py, or greedy",
                             number="+")

@@ -3,6 +3,7 @@
 A block diffusion language model is an ordinary decoder-only transformer with three changes:
 
   1. It has a mask token, "?" below. The network's output at position i predicts the token AT position i.
+     (Dream is different: see shifts_logits below.)
   2. Attention looks back by whole blocks of K tokens, not by single tokens.
   3. A training row holds the clean text and, behind it, *views*. A view is a copy of one block with some of
      its tokens masked. In TraceRL it shows the block in a state of its decoding. In fine-tuning the masks are
@@ -36,8 +37,8 @@ In other files:
   2. fast attention and log-probabilities, the same up to rounding: plumbing/kernels.py;
   3. LoRA, and sharding over several GPUs: plumbing/parallel.py.
 
-Single capital letters are sizes in every file. (In formulas T is also the temperature, R a return, A an
-advantage, V a value, L the loss.)
+In shapes, single capital letters are sizes, the same in every file. (In formulas, T is the temperature, R a
+return, A an advantage, V a value, and L the loss.)
   B rows            T tokens in a row   P prompt tokens   R response tokens   K tokens per block
   S trace steps     V vocabulary        C channels        H heads             D channels of a head
   G responses per prompt                N items of a list, such as targets
@@ -127,7 +128,8 @@ def may_attend(query, key):
 
     Inside one document, a token sees the clean tokens of earlier blocks. It also sees its own block in its
     own view. What this means in each use:
-    - Plain text, prefill: every token has view 0, so attention is causal by blocks. K = 1 is causal.
+    - Plain text, prefill: every token has view 0, so attention is causal by blocks. With K = 1 it is
+      ordinary causal attention.
     - Decoding: the block being decoded is one view, and the KV cache holds the clean blocks before it. So the
       cache holds just what the rule allows, and nothing calls this function.
     - Replay, fine-tuning: many views share one clean text, and no view sees another.
@@ -360,8 +362,8 @@ def token_logprobs(model, states, tokens, temperature=1.0):
 class Targets(NamedTuple):
     """All that a loss needs to know of each predicted token. (N,) tensors in a micro-batch, numbers in a Row.
 
-    Whole numbers are int64. The others are float32, and 0 where nobody has filled them in. Our own losses do
-    not read step, view, group and logp. They are there for a loss of yours.
+    Whole numbers are int64. The others are float32, and 0 where nobody has filled them in. The fields
+    step, view, group and logp are there for a loss of yours. Our own losses read none of them.
     """
 
     logit_index: torch.Tensor  # the output that predicts it, among T of a Row or B * T of a micro-batch

@@ -11,7 +11,7 @@ Twelve words:
   clean           of a block: all its tokens are revealed. They never change again
   trace           which denoising step revealed which token; `step_map` holds the number of that step
   view            a copy of a block as it was before one denoising step, or before several merged ones
-  trace step      the denoising steps that share one view: 1, or as many as --shrink says
+  trace step      the denoising steps that share one view: by default 1, at most as many as --shrink says
   row             one training input: the clean text, and behind it the views. Full attention: one view alone
   replay          to compute the log-probability of every token again, in the state in which it was drawn
   group           the G responses to one prompt
@@ -48,7 +48,8 @@ The definitions here decode one prompt at a time. plumbing/engine.py does the sa
 compare it with these functions. These calls into plumbing/ matter here and in the files that follow:
   parallel.deal, gather      a process's part of a list; the whole list again, on every process
   packing.micro_batches      turns rows into micro-batches of tensors. `dealt_batches` also gives every
-                             process equally many micro-batches, and counts the targets of all processes
+                             process equally many micro-batches, and counts the targets (masked tokens to
+                             predict) of all processes
   parallel.optimizer_step    clips the gradient to norm 1, and moves the weights
   flags.call                 calls a function with those of the arguments that it declares
 """
@@ -71,16 +72,16 @@ from plumbing.flags import setting
 class Rollout:
     """One response and the trace by which it was decoded. Decoding fills it in, and the update reads it.
 
-    Lists have one entry per response token, unless their comment says otherwise. The response ends with a
-    whole block. Tokens behind the end of the answer are kept, since they were in sight when others were
-    drawn.
+    Lists have one entry per response token, unless their comment says otherwise. With block attention the
+    response ends with a whole block. Tokens behind the end of the answer are kept, since they were in sight
+    when others were drawn.
     """
 
     prompt: list  # token ids of the prompt
     response: list  # token ids of every decoded block
     num_tokens: int  # how many there are up to and including eos. These earn the reward, and are trained
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
-    confidence: list = field(default_factory=list)  # how probable it was, see `sample`. Plug-ins may read it
+    confidence: list = field(default_factory=list)  # how probable it was: see `sample`
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
     canvas: int = 0  # full attention: response positions that every forward sees, masks included. Else 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
@@ -90,7 +91,7 @@ class Rollout:
     reward: float = 0.0
     token_rewards: list = field(default_factory=list)  # process rewards, one per trained token, if any
     advantage: list = field(default_factory=list)
-    value_old: list = field(default_factory=list)  # by the value model before this RL step's updates
+    value_old: list = field(default_factory=list)  # the value model's estimates before this RL step's updates
     returns: list = field(default_factory=list)
 
 
@@ -114,7 +115,7 @@ def uniform(seed, step, position):
         x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47  # the & makes >> a logical shift
         x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
         x = x ^ (x >> 31 & (1 << 33) - 1)
-    return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53  # the upper 53 bits are all that a float64 holds
+    return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53  # the upper 53 bits, as many as a float64 holds
 
 
 def mix(*numbers):
@@ -164,9 +165,10 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
     """Draws a token at each position: logits (N, V), draws float64 (N,) -> token, confidence, logp, entropy.
 
     All four are (N,). The confidence is the token's probability after the filters, in the distribution from
-    which it was drawn. It says how sure the draw was. The entropy is of the same distribution. logp is
-    log softmax(logits / T) BEFORE the filters, because that is the policy which the loss trains. With filters
-    the tokens are no longer exact draws from that policy; the replay law holds all the same.
+    which it was drawn. (Greedy decoding: before the filters.) It says how sure the draw was. The entropy is
+    of the same distribution. logp is log softmax(logits / T) BEFORE the filters, because that is the policy
+    which the loss trains. With filters the tokens are no longer exact draws from that policy; the replay law
+    holds all the same.
     with_entropy: False saves time where no strategy needs the entropy, which is then 0.
     """
     logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (N, V)
@@ -183,8 +185,8 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True
     return token, confidence, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
-# The strategies: what a denoising step reveals. Tensors are (B, K), one line per block. quota (B,) says how
-# many tokens the step is to reveal in each block. The docstrings below call this number n.
+# The strategies: what a denoising step reveals. Tensors are (B, K): one block of each of B responses. quota
+# (B,) says how many tokens the step is to reveal in each block. The docstrings below call this number n.
 
 
 def reveal_static(confidence, is_masked, quota):
@@ -237,8 +239,8 @@ class Decoding:
     """
 
     max_new_tokens: int = setting(
-        2000, "maximum tokens of a response. A longer one is truncated, and counts as wrong. With full "
-        "attention every forward sees this number of response positions", tiny=20, low=1)
+        2000, "maximum tokens of a response; a longer one is truncated. With full attention every forward "
+        "sees this number of response positions", tiny=20, low=1)
     strategy: str = setting(
         "dynamic", "what a denoising step reveals: static, dynamic, sequential, entropy, or file.py:function")
     threshold: float = setting(0.9, "probability above which dynamic reveals a token", low=0, high=1)
@@ -320,8 +322,8 @@ def generate(model, prompt, decoding, seed=0):
             token, sure, token_logp, entropy = (numbers[None] for numbers in drawn)  # (1, K): one block
             # (1,) each: how many tokens to reveal now, and the number of this step in the block.
             numbers = [[decoding.quota(K, step_in_block)], [step_in_block]]
-            quota, place = torch.tensor(numbers, device=model.device)
-            is_kept = decoding.reveal(sure, entropy, is_masked[None], quota, token, place)[0]
+            quota, step_here = torch.tensor(numbers, device=model.device)
+            is_kept = decoding.reveal(sure, entropy, is_masked[None], quota, token, step_here)[0]
             # Revealed tokens are written into the text. The others are forgotten, and drawn again.
             revealed = block[is_kept]
             tokens[revealed] = token[0, is_kept]
@@ -335,7 +337,7 @@ def generate(model, prompt, decoding, seed=0):
         if set(tokens[block[block >= P]].tolist()) & set(config.eos_ids):
             break
         if not config.is_full:
-            # One forward more. The last one still saw masks, and later blocks shall read keys and values of
+            # One more forward. The last one still saw masks, but later blocks must read keys and values of
             # the clean tokens.
             block_states(model, tokens, block, cache.append)
     response = slice(P, int(block[-1]) + 1)
@@ -369,7 +371,7 @@ def block_states(model, tokens, block, attend):
     """One forward -> the last hidden states (K, C), which predict the tokens at positions `block` of a text.
 
     Block attention: the forward is of this block alone. `attend` is cache.read, or cache.append if the block
-    is clean and shall stay in the cache: see "How the network attends" in model.py. Full attention: the
+    is clean and is to stay in the cache: see "How the network attends" in model.py. Full attention: the
     forward is of the whole text, and `attend` is not used.
     """
     block = block.to(model.device)
@@ -431,7 +433,7 @@ def trace_views(rollout, block, shrink):
         rng       random.Random, seeded by the rollout: it draws the same on every process
     It gives a list of (masked, targets): the indices that are masks in a view, and those to predict there.
 
-    step_map 1 3 1 2 of the block 1 0 1 ; has the views below. With shrink 2 two denoising steps share one
+    With step_map 1 3 1 2, the block 1 0 1 ; has the views below. With shrink 2 two denoising steps share one
     view. The token ; is then predicted in the state ????, although it was drawn in the state 1?1?. So its
     log-probability differs from the recorded one. In return there are fewer views: rows are shorter, and with
     full attention there are fewer of them. (The gap is measured with shrink 1, whatever the flag says.)

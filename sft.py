@@ -46,9 +46,9 @@ from rollout import Decoding, Rollout, mix
 def to_examples(problems, tokenizer, config, max_new_tokens):
     """Worked problems -> list[Rollout], the record from which rows are made.
 
-    Responses of more than max_new_tokens tokens, eos included, are left out. The end of the last block (full
-    attention: of the canvas) is filled. The filling is trained, too. In decoding the model draws these tokens
-    itself, and it sees them while it draws others.
+    Responses of more than max_new_tokens tokens, eos included, are left out. The end of the last block is
+    filled, and the filling is trained, too. In decoding the model draws these tokens itself, and it sees them
+    while it draws others. With full attention the whole canvas is filled, as LLaDA was trained.
     """
     if not config.eos_ids:
         raise ValueError("this checkpoint names no eos token: without one a response cannot end")
@@ -63,8 +63,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     examples = []
     for p, solution in zip(problems, solutions):
         response = solution + [eos]
-        # Without a step map, the solution counts as written from left to right, one token a step. Only views
-        # of the trace look at it.
+        # Without a step map, the solution counts as written from left to right, one token a step. Only
+        # --views trace reads the step map.
         steps = list(p.step_map or range(1, len(response)))
         if len(steps) != len(response) - 1:
             raise ValueError(f"{len(steps)} steps in the step map of {len(response) - 1} tokens: "
@@ -86,11 +86,14 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
 
 
 def noise_views(block, rng):
-    """One view per block (full attention: of the response): k of its c tokens masked, k uniform in 1 to c.
+    """One view per block, or with full attention per response: k of its c tokens are masked.
+
+    k is uniform in 1 to c.
 
     A fair coin for each token would be worse: a block of 4 would be wholly masked only once in 16 times. But
-    every block is wholly masked when its decoding begins. (tracerl.py --views random tosses coins, too. But
-    it first draws how likely a mask is, for each block: see rollout.random_views.)
+    every block is wholly masked when its decoding begins. (`--views random` of tracerl.py is another
+    function, rollout.random_views. It does toss coins, but first it draws for each block how likely a mask
+    is.)
     """
     masked = sorted(rng.sample(block, rng.randint(1, len(block))))  # of block [4, 5, 6, 7] perhaps [5, 6]
     return [(masked, masked)]  # what is masked is what is predicted
@@ -164,8 +167,9 @@ class Recipe:
 def learning_rate(step, recipe, decay_start):
     """The rate rises during the warm-up, stays level, and from decay_start on falls to a tenth.
 
-    The last, small steps average out the noise of masks and batches. Take warmup 30, cooldown 200 and
-    decay_start 500. The rate is full from step 29 to 499, .55 of that at step 599, a tenth from step 699 on.
+    The last updates, at a small rate, average out the noise of masks and batches. Take warmup 30, cooldown
+    200 and decay_start 500. The rate is full from step 29 to 499, .55 of that at step 599, a tenth from step
+    699 on.
     """
     cooled = max(0, step - decay_start + 1) / recipe.cooldown  # 0 before the cooldown, 1 at its end
     return recipe.lr * min((step + 1) / recipe.warmup, 1 - 0.9 * min(1.0, cooled))
@@ -207,7 +211,8 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
             # Accuracy by decoding, not the loss: a loss can still fall when the answers are already right.
             line["accuracy"] = evaluate_dev()["accuracy"]
             # A start that is too good leaves reinforcement learning nothing to do. The skill comes suddenly,
-            # and at another time for each seed. So an accuracy ends the training, not a number of updates.
+            # and at another time for each seed. So --stop_accuracy can end the training at an accuracy, and
+            # not after a number of updates.
             is_reached = recipe.stop_accuracy is not None and line["accuracy"] >= recipe.stop_accuracy
             if is_reached and "decay_start" not in run.progress:
                 run.progress["decay_start"] = number
@@ -296,7 +301,7 @@ def main(argv=None):
             examinee = Examinee(model, tokenizer, Decoding(max_new_tokens=args.max_new_tokens), compute)
             dev = load_prompts(args.dev_data, tokenizer, prompting)[:200]
             evaluate_dev = functools.partial(examinee.evaluate, dev, seed=args.seed)
-        # betas of AdamW: the tiny model was tuned with these; reinforcement learning uses its own.
+        # betas of AdamW: the other settings of the tiny model were chosen with these. tracerl.py has its own.
         learner = parallel.make_learner(model, args.lr, (0.9, 0.98), args.weight_decay)
         # Settings, model and data have proved good. From here on the folder is written to.
         run.begin()

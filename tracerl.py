@@ -10,8 +10,8 @@ One RL step has six stages. `train` calls them in this order, and the README num
   2 reward      1 if the boxed answer is right and the response has ended, else 0  eval_math.give_rewards
   3 advantage   how much better than the other responses to the same prompt,       give_advantages
                 or than the value model expected
-  4 old logp    replay with the policy that made the rollouts: the gap, and the    old_logprobs
-                old log-probabilities of all batches but the first
+  4 old logp    replay some rollouts to measure the gap. Compute the old log-       old_logprobs
+                probabilities of all updates but the first
   5 update      clipped policy gradient on the states of the trace                 learn, update, policy_loss
   6 finish      log, evaluate, save                                                finish_step
 
@@ -42,7 +42,7 @@ import torch
 import rollout
 import value
 from eval_math import Examinee, give_rewards, load_prompts, math_reward
-from plumbing import data, flags, machine, packing, parallel, runs, show
+from plumbing import flags, machine, packing, parallel, runs, show
 from plumbing.flags import setting
 from plumbing.prompts import Prompting
 from plumbing.tasks import EMBEDDED
@@ -74,7 +74,7 @@ ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see
 
 
 def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
-    """The clipped policy gradient of PPO with a KL penalty. The paper has both, but weighs tokens otherwise.
+    """The clipped policy gradient of PPO with a KL penalty. The paper has both, with other weights of tokens.
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 
@@ -91,7 +91,7 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     approximation.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch. It declares those
-    parameters it needs. Beside those above there are
+    parameters it needs. Besides those above there are
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
         num_groups       groups of the whole update
@@ -122,9 +122,9 @@ LOSSES = dict(clip=policy_loss)  # --loss
 class Recipe:
     """The numbers of the method.
 
-    For real checkpoints the defaults are the paper's for SDAR. Two choices are ours. There is one update per
-    RL step: the paper gives no number, and the authors' code makes several. And the value model has a head
-    start, which theirs has not.
+    For real checkpoints the defaults are the paper's for SDAR. Two of these numbers differ. There is one
+    update per RL step: the paper gives no number, and the authors' code makes several. And the value model
+    has a head start, which theirs does not have.
     """
 
     seed: int = setting(0, "random seed of prompts, rollouts and views")
@@ -176,7 +176,7 @@ class Method(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The problems to train on, and those on which the policy is tested from time to time."""
+    """The problems to train on, and the development problems on which the policy is evaluated at times."""
 
     tokenizer: object
     problems: list
@@ -251,8 +251,8 @@ def give_advantages(rollouts, value_learner, method, recipe):
     advantages = parallel.from_first(torch.as_tensor(given, dtype=torch.float32))
     longest = max(len(r.response) for r in rollouts)
     if advantages.shape not in (rewards.shape, (*rewards.shape, longest)) or not advantages.isfinite().all():
-        raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers for the "
-                         f"{tuple(rewards.shape)} responses, or some that are not finite (0 / 0?)")
+        raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers, not all of them finite? It "
+                         f"must give {tuple(rewards.shape)} or {(*rewards.shape, longest)} finite ones")
     # If no group is left there is no update. The step is logged, and the next one asks other prompts.
     is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
     if recipe.keep_range is not None:
@@ -267,7 +267,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
 # ------------------------------------------------------------------------------------------------ 4 old logp
 #
 # One process and eight make the same update up to rounding, because
-#   1. a draw depends on its response's seed, denoising step and position, and on nothing else;
+#   1. a random number depends on its response's seed, denoising step and position, and on nothing else;
 #   2. every process holds all records of a step, and chooses from them by the same seeded rules;
 #   3. only forwards and backwards are dealt out, and each loss is a part of one sum, divided beforehand by
 #      the tokens of the WHOLE update.
@@ -293,8 +293,8 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     dealt whole to at most --minibatches batches. Then Targets.logp_old of all batches but the first is
     computed. The first one needs no pass of its own: its update begins at the old policy, see `update`. With
     one view per denoising step, the recorded log-probabilities would be good enough as old ones. But views
-    that --shrink merges are other states, and so are views off the trace. And on a GPU decoding and training
-    round differently.
+    that --shrink merges are other states, and so are views off the trace. And in bfloat16, or on a GPU,
+    decoding and training round differently.
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
@@ -505,8 +505,8 @@ def load_start(args):
     # be its first, which uses little but the sign of the gradient.
     learners = Learners(parallel.make_learner(model, args.lr, (0.9, 0.95)))
     if value_model is not None:
-        # beta2 0.999: AdamW's second moment remembers the large gradients of earlier failures for long. So
-        # when failures have become rare, a single one does not move the value model far.
+        # beta2 0.999: AdamW's second moment remembers the large gradients of earlier failures for a long
+        # time. So when failures have become rare, a single one does not move the value model far.
         learners = learners._replace(value=parallel.make_learner(value_model, args.value_lr, (0.9, 0.999)))
     return learners, tokenizer
 
@@ -527,7 +527,7 @@ def main(argv=None):
         recipe.shrink = recipe.shrink or (8 if model.config.is_full else 1)
         law = rollout.ReplayLaw(args.dtype == "float32", decoding.temperature, recipe.max_gap)
         method = Method(*functions, decoding, machine.choose_compute(args, model), law)
-        machine.self_check(model, method)
+        machine.self_check(model, method)  # the replay law on a few random prompts, before anything else
         load = functools.partial(
             load_prompts, tokenizer=tokenizer, prompting=prompting, needs_answer=args.reward == "math")
         examinee = Examinee(model, tokenizer, decoding, method.compute, method.reward)
@@ -542,7 +542,7 @@ def main(argv=None):
         run.begin()
         if args.resume:
             run.restore(learners)
-        run.check_data(data.fingerprint(task.problems), f"--train_data {args.train_data}")
+        run.check_data(runs.mark(task.problems), f"--train_data {args.train_data}")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
         train(learners, method, task, recipe, run)

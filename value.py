@@ -2,7 +2,7 @@
 
 The diffusion value model of arXiv 2509.06949 is a copy of the policy's backbone, with a linear head that
 gives one number. Its input is the rows of the trace. V_j is its output at the place where the policy predicts
-token j, so that token is still masked. So V_j estimates the value of the state just BEFORE the trace step
+token j. There token j is still masked. So V_j estimates the value of the state just BEFORE the trace step
 that reveals token j. A baseline may know the state, but not the token that is about to be drawn.
 
 Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one
@@ -45,7 +45,7 @@ class ValueModel(nn.Module):
         self.backbone = copy.deepcopy(policy, shared)
         self.backbone.head = None  # a value model predicts no tokens
         self.value_head = nn.Linear(policy.config.hidden_size, 1, bias=False, device=policy.device)
-        # Zero, so that the first advantages are plain rewards and not the noise of a random head.
+        # Zero, so that values start at 0, and not at the noise of a random head.
         nn.init.zeros_(self.value_head.weight)
 
     @property

@@ -44,17 +44,17 @@ def cut_at_response(rollouts, config, *how, **more):
     With P = 9 and K = 4, decoding fills the positions 9 10 11 | 12 13 14 15. Training then shows
     9 10 11 12 | 13 14 15 16.
     The authors' code for block attention does this. Tokens near a border see too much or too little. The gap
-    is wide in every block. It is 0 for each prompt whose length is a multiple of K.
+    is large in every block. It is 0 for each prompt whose length is a multiple of K.
     """
     check_blocks(config)
-    # Every prompt is made longer, so that it ends with a block. For P = 9, that takes 3 tokens.
+    # Every prompt is made longer, so that it ends where a block ends. For P = 9, that takes 3 tokens.
     missing = [-len(r.prompt) % config.block_size for r in rollouts]
     longer = [dataclasses.replace(r, prompt=[config.pad_id] * number + r.prompt)
               for r, number in zip(rollouts, missing)]
     rows_of_each = build_rows(longer, config, *how, **more)
     for rows, number in zip(rows_of_each, missing):
         for row in rows:
-            # The additional tokens go, since nobody may see them. All others keep their blocks.
+            # The additional tokens are removed again, since nobody may see them. Others keep their blocks.
             for numbers in (row.tokens, row.position, row.block, row.view):
                 del numbers[:number]
             row.position = [position - number for position in row.position]
@@ -81,10 +81,10 @@ def cut_at_eos(rollouts, config, *how, **more):
 def small_blocks(rollouts, config, *how, **more):
     """Training blocks are a quarter of those in decoding: rows of K = 4 for rollouts of K = 16.
 
-    The configuration that LightningRL ships does this, with blocks of 32 and of 4. A token does not see what
-    is to the right of its small block. It sees finished tokens to the left of it, though some were masks. The
-    gap is wide in every block. Most gaps are negative: in such a state the token is less probable than when
-    it was drawn.
+    The configuration that LightningRL ships does more of this, with blocks of 32 and of 4. A token does not
+    see what is to the right of its small block. It sees finished tokens to the left of it, though some were
+    masks. The gap is large in every block. Most gaps are negative: in such a state the token is less probable
+    than when it was drawn.
     """
     check_blocks(config)
     small = dataclasses.replace(config, block_size=max(1, config.block_size // 4))
@@ -98,7 +98,7 @@ def left_to_right(rollouts, config, views=None, *how, **more):
     block model of 0.6B parameters used it for rollouts in any order. It trained on code, and its reward
     stayed up, while HumanEval fell from 47.0 to 23.8. (In that run a token saw nothing to its right, not even
     masks. With K = 4, small_blocks makes such rows, since its blocks then hold one token each.) A token has
-    no gap if it was drawn in this very state. The others have gaps of either sign.
+    no gap if it was drawn in the state of these rows. The others have gaps of either sign.
     """
     return build_rows(rollouts, config, prefix_views, *how, **more)
 
@@ -109,13 +109,13 @@ def prefix_views(block):
 
 
 def padded(rollouts, config, *how, **more):
-    """16 padding tokens stand in front of every prompt, and all tokens see them.
+    """16 padding tokens (K of them if K is larger) stand in front of every prompt, and all tokens see them.
 
     The authors' code for LLaDA pads prompts on the left, and masks nothing. Its sampler pads in the same way,
     but to the longest prompt of another batch. Here the sampler pads nothing. Tokens in every block have a
     gap, the first ones, too. Most gaps are negative.
     """
-    number = max(16, config.block_size)  # whole blocks, so that blocks are cut where they were
+    number = max(16, config.block_size)  # whole blocks for K = 4, 16 and 32: blocks are cut where they were
     longer = [dataclasses.replace(r, prompt=[config.pad_id] * number + r.prompt) for r in rollouts]
     return build_rows(longer, config, *how, **more)
 
@@ -161,7 +161,7 @@ FAULTS = {  # by name: which functions of rollout.py are replaced, and by what
 }
 ANY_GAP = ["--max_gap=1e9"]  # nats
 FLAGS = {  # of tracerl.py, for faults that need others than ANY_GAP. The user's own flags come later, and win
-    "none": [],  # the law is in force
+    "none": [],  # the replay law is enforced
     "after_filter": [*ANY_GAP, "--top_p=0.8", f"--loss={__file__}:recorded_is_old"],
 }
 

@@ -40,7 +40,10 @@ print("\\n" + secret)
 
 
 def passes_tests(problem, text, rollout):
-    """--reward: 1 if the last code block of the response passes the problem's tests, else 0."""
+    """--reward: 1 if the last code block of the response passes the problem's tests, else 0.
+
+    Without a code block the whole response is run. A truncated response earns 0.
+    """
     blocks = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
     code = blocks[-1] if blocks else text
     return 0.0 if rollout.is_truncated else float(succeeds(code, problem.answer))

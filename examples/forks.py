@@ -1,8 +1,8 @@
 """examples/forks.py - published variants of the method, each as a function: examples to copy.
 
 Every function declares the arguments that it needs, and is given them by name. The docstrings marked FORK
-HERE in tracerl.py, rollout.py and eval_math.py list them. These are the flags, and F stands for
-examples/forks.py.
+HERE in tracerl.py, rollout.py and eval_math.py list them. Below are the flags of each variant.
+F stands for examples/forks.py.
 
     TraceRL as the paper weighs it      --loss F:paper_weights
     DAPO, 2503.14476                    --loss F:clip_higher
@@ -100,9 +100,9 @@ def truncated_importance(logp, targets, num_tokens, clip_eps, kl_coef):
     """--loss: each token's advantage times min(pi_old / pi_recorded, 2).
 
     Where decoding and training round differently, as in bfloat16 on a GPU, responses come from a slightly
-    other policy than the one that is trained. This weight corrects for that (truncated importance sampling,
-    as in Espeholt et al., arXiv 1802.01561). It needs --views trace and --shrink 1: other views are other
-    states.
+    different policy than the one that is trained. This weight corrects for that (truncated importance
+    sampling, as in Espeholt et al., arXiv 1802.01561). It needs --views trace and --shrink 1: other views are
+    other states.
     """
     weight = (targets.logp_old - targets.logp).exp().clamp(max=2.0)
     weighed = targets._replace(advantage=targets.advantage * weight)
@@ -126,7 +126,7 @@ def self_normalized(logp, targets, num_groups):
     A group adds -sum_i w_i A_i log p_i over its responses, w_i = min(ratio_i, 5) / sum_k min(ratio_k, 5).
     Here ratio_i is the geometric mean over tokens, and log p_i is the mean. No gradient goes through w. A
     ratio is cut at 5 whatever the sign of A. The 5 and the means are those of the authors' code
-    (github.com/JianyuanZhong/StableDRL). Left out: in place of log p they use the bounds of SPG.
+    (github.com/JianyuanZhong/StableDRL). Left out: the bounds of SPG, which they use in place of log p.
     """
     response = targets.rollout_index
     ratio = mean_by(response, logp - targets.logp_old).exp()
@@ -177,11 +177,11 @@ def mean_per_step(rewards, rollouts):
 def shrunk_baseline(rewards):
     """--advantage: the baseline lies between the group's mean and the mean of all (EBPO, "empirical Bayes").
 
-    baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise is the
-    variance of all rewards / G, and spread is the variance of the group means. The reward minus the
+    baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise is
+    (variance of all rewards) / G, and spread is the variance of the group means. The reward minus the
     baseline is then standardized over the RL step (mean 0, standard deviation 1). So a group in which all
-    responses fail still has negative advantages; --keep_range would drop it. The paper keeps these statistics
-    over all steps so far. Here they are those of one RL step.
+    responses fail still has negative advantages, and is trained on. (--keep_range would drop it.) The paper
+    keeps these statistics over all steps so far. Here they are those of one RL step.
     """
     means = rewards.mean(-1, keepdim=True)
     noise = rewards.var(unbiased=False) / rewards.shape[1]
@@ -255,7 +255,7 @@ def elbo_ratio(logp, targets, num_responses, clip_eps, kl_coef):
     """--loss: one ratio per response, exp((ELBO - ELBO_old) / length), and a squared KL (ESPO).
 
     The KL is k2 = (ELBO - ELBO_old)^2 / (2 length). Here it is the KL to the policy that made the rollouts.
-    In the paper it is the KL to a frozen reference. Left out: their masks come in complementary pairs.
+    In the paper it is the KL to a frozen reference. Left out: complementary pairs of masks.
     """
     response = targets.rollout_index
     length = sum_by(response, 1 / targets.masked_share) / DRAWS
@@ -299,10 +299,10 @@ def linear_bound(logp, targets, num_responses, clip_eps):
 def sandwiched(logp, targets, num_responses):
     """--loss: A times a lower bound of log p where A > 0, and times an upper one where A < 0 (SPG).
 
-    The lower bound is the ELBO per token. The upper bound is the mean over tokens of
-    1/beta log(mean over masks of p^beta / t), with beta = 1.5. A mask that leaves the token in sight counts
-    as 0. The upper bound is averaged with the lower one, as in the authors' code. Here all responses weigh
-    the same. In that code they weigh by length.
+    The lower bound is the ELBO per token. The upper bound is the mean, over tokens that a mask hid, of 1/beta
+    log(mean over masks of p^beta / t), with beta = 1.5. A mask that leaves the token in sight counts as 0.
+    The upper bound is averaged with the lower one, as in the authors' code. Here all responses weigh the
+    same. In that code they weigh by length.
     """
     response = targets.rollout_index
     beta = 1.5

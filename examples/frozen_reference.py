@@ -10,7 +10,7 @@ may still move far away. Here a second model never changes, and the policy is ke
 The second model replays the same traces, so both models score each token in the same state. (The second model
 takes memory: every process holds all of it.)
 
-This needs --views trace and --shrink 1, so that both models score the same states. It also needs
+`loss` needs --views trace and --shrink 1, so that both models score the same states. Both functions need
 --temperature 1, at which the reference replays. The reference must have the same K.
 """
 

@@ -180,11 +180,11 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Converts the weights, writes the problems, and says or runs the two commands."""
+    """Converts the weights, writes the problems, and prints the two commands. --run also runs them."""
     args = parse_args(argv)
     difference, largest = convert(args.folder, args.cache)
-    print(f"{args.folder}: SmolLM2-135M-Instruct. With K = 1 its logits are transformers', within "
-          f"{difference:.1e} of {largest:.1f}")
+    print(f"{args.folder}: SmolLM2-135M-Instruct. With K = 1 its logits differ from those of "
+          f"transformers by at most {difference:.1e}; the largest logit is {largest:.1f}")
     write_problems(args.folder)
     for words in commands(args.folder):
         print(shlex.join(["python", *words]))

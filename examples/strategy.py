@@ -15,9 +15,9 @@ from rollout import reveal_dynamic
 def falling(confidence, is_masked, quota, step, threshold, fall=0.1):
     """--strategy: like dynamic, but the threshold falls by `fall` with every step in the block.
 
-    When the first tokens of a block are revealed, all others are still masks. So these first tokens should be
-    sure. Each token that is revealed helps to draw the others. confidence, is_masked (B, K); quota, step
-    (B,). step counts from 0 in the block.
+    When the first tokens of a block are revealed, all others are still masks. So the model should be sure of
+    these first tokens. Each token that is revealed helps to draw the others. confidence, is_masked (B, K);
+    quota, step (B,). step counts from 0 in the block.
     """
     fallen = threshold - fall * step  # (B,) .9 .8 .7 in the first three steps of a block
     return reveal_dynamic(confidence, is_masked, quota, fallen[:, None])  # (B, 1), for all K positions

@@ -164,7 +164,8 @@ def main():
 
     head(8)
     # 4 + 6 = 10, carry 1: the third token of a response is this carry. 9 + 9 + 1 = 19, carry 1: the seventh
-    # token is that one. Whoever forgets a carry writes 0. The response with seed 19 forgets only the first.
+    # token is that one. A response that forgets a carry has 0 there. The one with seed 19 forgets only the
+    # first carry.
     for r, reward, old, new in zip(rollouts, rewards, replayed, rollout.replay(model, rollouts)):
         before = old[:r.num_tokens].sum()
         after = new[:r.num_tokens].sum()

@@ -119,16 +119,16 @@ def check(model, path, compute, temperature):
     if is_rounding(model, found):
         print("The traces replay.")
         return gap
-    mistakes = {} if config.is_full else MISTAKES  # with full attention there are no blocks to cut
-    found_causes = [text for text, mistake in mistakes.items()
-                    if is_rounding(model, differences(model, rollouts, compute, temperature, **mistake))]
-    for size in [] if config.is_full else BLOCK_SIZES:
-        if is_rounding(model, differences(model, rollouts, compute, temperature, size)):
-            found_causes.append(f"blocks were of size {size}, not {config.block_size} (--block_size {size})")
-    for other in TEMPERATURES:
-        if is_rounding(model, differences(model, rollouts, compute, other)):
-            found_causes.append(f"the log-probabilities were recorded at temperature {other}, not "
-                                f"{temperature} (--temperature {other})")
+    tries = {}  # cause -> arguments of `differences`
+    if not config.is_full:  # with full attention there are no blocks to cut
+        tries |= MISTAKES
+        tries |= {f"blocks were of size {size}, not {config.block_size} (--block_size {size})":
+                  dict(block_size=size) for size in BLOCK_SIZES}
+    tries |= {f"the log-probabilities were recorded at temperature {other}, not {temperature} (--temperature "
+              f"{other})": dict(temperature=other) for other in TEMPERATURES}
+    usual = dict(temperature=temperature)
+    found_causes = [text for text, mistake in tries.items()
+                    if is_rounding(model, differences(model, rollouts, compute, **usual | mistake))]
     is_open = position // config.block_size == end // config.block_size  # in a last block that is not whole
     is_last_alone = is_open.any() and not is_open.all() and is_rounding(model, found[~is_open])
     if is_last_alone and not config.is_full and not found_causes:

@@ -58,7 +58,8 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     if block_size is None and not source.get("block_size"):
         why = "is taken from the checkpoint's name (--block_size changes it)"
         if config.is_block_size_assumed:
-            why = "is assumed. A wrong K gives no error, but little is learnt: set --block_size"
+            why = ("is assumed, for the order of decoding (--block_size changes it)" if config.is_full else
+                   "is assumed. A wrong K gives no error, but little is learnt: set --block_size")
         parallel.say(f"config.json names no block size: K = {config.block_size} {why}")
     # Qwen3 names its padding token in this file only.
     generation_path = os.path.join(path, "generation_config.json")

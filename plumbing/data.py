@@ -11,11 +11,10 @@ one. An answer that is read wrongly makes every reward 0, and nothing else would
 understood is refused. The message names source, row and column, and says what to do.
 
 Read in this order: COLUMNS, read_problems, read_fields, read_answer, find_answer. The second part makes
-chats, boxed solutions and fingerprints of problems. The last part turns a source into rows.
+chats and boxed solutions. The last part turns a source into rows.
 """
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -97,7 +96,7 @@ def read_fields(row, where, needs_answer):
     solution = read_solution(*cells["solution"]) or response
     answer = read_answer(*cells["answer"], needs_answer)
     written = cells["answer"][0]
-    if is_empty(written):  # without a column for the answer, it is the one that the solution states
+    if is_empty(written):  # without a column for the answer, it is what the solution states
         answer = find_answer(solution)
     elif not solution and isinstance(written, str) and len(written) > len(answer) + 20:
         solution = written  # GSM8K's column "answer" holds the whole solution
@@ -122,7 +121,7 @@ def is_empty(cell):
 
 
 def as_text(cell, place, remedy="write one text"):
-    """A text, a number, or a list that holds only one -> str, "" if empty. ValueError for anything else."""
+    """A text, a number, or a list with one of these -> str, "" if empty. ValueError for anything else."""
     while isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     if is_empty(cell):
@@ -197,7 +196,7 @@ def find_answer(text):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# From problems to chats, boxed solutions and fingerprints.
+# From problems to chats and boxed solutions.
 
 
 def as_chat(problem, instruction):
@@ -226,12 +225,6 @@ def boxed_solution(text):
     return f"{work}The answer is \\boxed{{{end[1]}}}."
 
 
-def fingerprint(problems):
-    """A short hash of problems, answers, solutions, step maps and prompts. Other data give another hash."""
-    content = [(p.problem, p.answer, p.solution, p.step_map, p.tokens) for p in problems]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # From a source to rows: lists of dicts.
 
@@ -239,7 +232,8 @@ def fingerprint(problems):
 def read_set(source):
     """The rows of a local folder or of a data set on the hub. FileNotFoundError if `source` names neither."""
     name, config, split = (HUB.get(source, source) + "::").split(":")[:3]
-    # "data/mistyped.csv" and "./mistyped" look like hub ids, but they should not be looked for on the hub.
+    # "data/mistyped.csv" looks like a hub id, and so does "data/mistyped" beside a folder data/. Neither
+    # should be looked for on the hub.
     is_path = name.endswith(FILES) or os.path.isdir(os.path.dirname(name))
     is_id = source in HUB or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not is_path
     if not is_id and not os.path.isdir(name):
@@ -250,12 +244,12 @@ def read_set(source):
     try:
         return list(datasets.load_dataset(name, config or None, split=split or "train"))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{source}: no file, and as a folder or hub id (name:config:split) it cannot be "
-                         f"read: {error}") from None
+        raise ValueError(f"{source}: this is no file, and it could not be read as a folder or a hub id "
+                         f"(name:config:split): {error}") from None
 
 
 def read_file(path):
-    """The rows of one file. Its name ends in its kind. ValueError names the file and what is broken."""
+    """The rows of one file. The ending of its name says its kind. ValueError says what is broken."""
     if not path.endswith(FILES):
         raise ValueError(f"{path}: the name must end in {', '.join(FILES)}")
     try:

@@ -29,10 +29,10 @@ CACHES = ("none", "prefix", "dual")  # of full attention, see Decoder.full_state
 class SlotCache:
     """Twin of model.KVCache for many sequences: (slots, length, H_kv, D) of keys and of values per layer.
 
-    A forward first writes the keys and values of its tokens at their positions, then reads everything up to
-    its block's own end. So a block lies in the cache while it still holds masks. That is harmless, since
-    every forward overwrites its block before it reads. Once a block is clean, its keys and values must be
-    written again before a later block reads them: see Decoder.states.
+    A forward first writes the keys and values of its tokens at their positions. Then it reads everything up
+    to the end of its own block. So a block lies in the cache while it still holds masks. That is harmless,
+    since every forward overwrites its block before it reads. Once a block is clean, its keys and values must
+    be written again before a later block reads them: see Decoder.states.
     """
 
     def __init__(self, config, num_slots, length, dtype, device):
@@ -189,8 +189,8 @@ class Decoder:
         K = self.config.block_size
         lanes = self.lanes
         # All that the device needs to know of a slot. Say that slot 0 decodes the block of positions 8..11
-        # with seed 7, one token a step. The third denoising step of its response is the second one in this
-        # block. Its line is then (8, 3, 1, 7, 1).
+        # with seed 7, one token a step, and that the block before it took one step. The third denoising step
+        # of the response is then the second one in this block. Its line is then (8, 3, 1, 7, 1).
         lines = [(lane.start, lane.step, self.decoding.quota(K, lane.step_in_block), lane.seed,
                   lane.step_in_block) for lane in lanes]
         # Say that slot 1 has just begun the block of positions 12..15. The cache still holds the block 8..11
@@ -260,7 +260,7 @@ class Decoder:
         """Draws tokens for masks, from their states (N, C) -> token, confidence, logp, entropy, (N,) each."""
         decoding = self.decoding
         parts = []
-        # So many masks go through the head at a time. On a CPU with V = 152k it is 220.
+        # This many masks go through the head at a time. On a CPU with V = 152k it is 220.
         chunk = max(1, memory.most_logits(self.device) // self.config.vocab_size)
         # Entropies take one more pass over all logits. They are only computed if the strategy declares them.
         with_entropy = flags.declares(decoding.function, "entropy")

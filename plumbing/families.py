@@ -53,11 +53,11 @@ class Family(NamedTuple):
 # The last three are autoregressive, and sft.py makes block diffusion models of them. Their weights are loaded
 # as they are, and attention becomes block-wise. With K = 1 they are the autoregressive networks themselves.
 #
-# They have no mask token, so a row of the embedding that no text uses becomes one. Qwen's embedding is longer
-# than its vocabulary: the first row beyond the vocabulary is free. Llama 3 reserves tokens for such purposes.
-# SmolLM2 reserves none, but its vocabulary has special tokens that its training never met. In the model of
-# 135M parameters, eleven of these tokens still have one and the same row, so training has not told them
-# apart. `<empty_output>` is one of these.
+# They have no mask token. So the id of a row of the embedding that no text uses becomes the mask token.
+# Qwen's embedding is longer than its vocabulary: the first row beyond the vocabulary is free. Llama 3
+# reserves tokens for such purposes. SmolLM2 reserves none, but its vocabulary has special tokens that its
+# training never met. In the model of 135M parameters, eleven of these tokens still have one and the same row,
+# so training has not told them apart. `<empty_output>` is one of these.
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen
@@ -100,8 +100,8 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     """Reads a config.json (a dict) in the spelling of any family -> CheckpointConfig.
 
     block_size, attention ("block" or "full"): what the user asks for, or None. path: the checkpoint's name,
-    which may say either. tokenizer: may name the mask token. Raises ValueError for an unknown model_type, a
-    missing field, or a variant that the network does not have.
+    which may say block size or attention. tokenizer: may name the mask token. Raises ValueError for an
+    unknown model_type, a missing field, or a variant that the network does not have.
     """
     name = str(source.get("model_type", "none")).lower()
     architecture = (source.get("architectures") or [""])[0]
@@ -166,7 +166,7 @@ def refuse_other_networks(source, name, architecture, vocabulary):
 
 
 def find_attention(source, family, asked, path):
-    """"block" or "full": fixed by the family, or else by --attention, by config.json, or by the name."""
+    """"block" or "full": fixed by the family. Else by --attention, config.json, the usual, or the name."""
     if not family.may_choose:
         if asked not in (None, family.attention):
             raise ValueError(f"--attention {asked} does not fit a checkpoint of {source['model_type']}. Its "

@@ -184,7 +184,7 @@ def parameters_of(function):
 def call(function, **arguments):
     """Calls a function with those of the arguments that it declares. They are passed by name.
 
-    So a user's function lists only what it needs. If an argument is added here, it works as before.
+    So a user's function lists only what it needs, and still works when an argument is added here.
     """
     wanted = parameters_of(function)
     unknown = [name for name, parameter in wanted.items()

@@ -35,7 +35,7 @@ def compiled(function):
 
     There are few lengths, but more than the number of compilations that torch allows by default. Beyond that
     number torch would silently run the function uncompiled. All scores of a long row would then be computed,
-    and do not fit into memory. So there is an error instead. Each thread has a limit of its own, and a
+    and would not fit into memory. So there is an error instead. Each thread has a limit of its own, and a
     backward pass runs in another thread. So the limit is set at every call.
     """
     config = torch._dynamo.config
@@ -124,9 +124,9 @@ class CacheReader:
     commits of engine.Decoder.states. With a cache of full attention all rows are such other rows.
 
     How the other rows read depends on the kernel. With flash-attn no keys are copied. With block attention on
-    a GPU without flash-attn none are copied, either. There each slot has one line with two blocks of queries:
-    the block that it decodes, and the block that it commits. If it commits nothing, the second block is
-    zeros, and its result is dropped. Elsewhere their keys are copied.
+    a GPU without flash-attn none are copied, either. There a slot has one line of queries, made of two
+    blocks: the block that it decodes, and the block that it commits. If it commits nothing, the second block
+    is zeros, and its result is dropped. Elsewhere their keys are copied.
 
         rows:     slot 0 (end 12)      slot 1 (end 16)      commit of slot 1 (end 12)
         become:   line 0   queries of slot 0   zeros

@@ -153,10 +153,10 @@ def load_to_train(path, args, make_value=None):
     folder, config, tokenizer = checkpoints.find_checkpoint(path, args.block_size, args.attention)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer to encode prompts: copy its files into the folder")
-    if not is_tiny(args.model):
-        args.tokens_per_micro_batch = memory.plan(config, args, 1 if make_value is None else 2)
     dtype = getattr(torch, args.dtype)
     model = checkpoints.empty_model(config)
+    if not is_tiny(args.model):
+        args.tokens_per_micro_batch = memory.plan(model, args, 1 if make_value is None else 2)
     for layer in model.layers:  # the value model copies them
         layer.has_gradient_checkpointing = args.gradient_checkpointing
     if args.lora_rank:

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model import BlockDiffusionLM
 from plumbing import parallel
 
 
@@ -77,15 +76,15 @@ def fit_slots(asked, number, per_slot, config, device):
     return min(most, wanted)
 
 
-def plan(config, args, num_models):
+def plan(model, args, num_models):
     """Prints how much memory training takes, before the weights are read -> tokens per micro-batch.
 
-    num_models: 2 with a value model, else 1. ValueError if training does not fit; it says what would help.
+    model: only its shapes count. num_models: 2 with a value model, else 1. ValueError if training does not
+    fit; it says what would help.
     """
     device = parallel.default_device()
+    config = model.config
     wide = 2 if args.dtype == "bfloat16" else 4  # bytes of a number while layers compute
-    with torch.device("meta"):
-        model = BlockDiffusionLM(config)
     total = sum(p.numel() for p in model.parameters())
     trained = total
     if args.lora_rank:
@@ -107,7 +106,6 @@ def plan(config, args, num_models):
     most = 2048 if args.plain else 16384  # the definition holds the logits of a whole micro-batch
     tokens = args.tokens_per_micro_batch or max(1024, min(most, int(room / per_token) // 1024 * 1024))
     sizes["activations"] = tokens * per_token
-    PLANNED["update"] = sum(sizes.values())
     cached = 0.85 * free - sizes["weights"] - sizes["moments"] - has_copy * total * wide
     GB = lambda size: f"{size / 2**30:.1f}"
     parallel.say(
@@ -129,12 +127,3 @@ def plan(config, args, num_models):
                      "never cut: if memory runs out, lower --max_new_tokens")
     return tokens
 
-
-PLANNED = {}  # "update" -> the bytes that `plan` has computed for it, until they are printed
-
-
-def say_peak(gib):
-    """Prints once, after the first RL step, how much of this GPU the update took, and what was planned."""
-    planned = PLANNED.pop("update", None)
-    if planned is not None:
-        parallel.say(f"the update took up to {gib:.1f} GiB of this GPU; the plan was {planned / 2**30:.1f}")

@@ -82,8 +82,8 @@ def by_length(sizes, max_tokens, is_packed=False):
     """Puts items of similar length together, for forwards of at most max_tokens tokens, or of one item.
 
     sizes: (length of a row, number of rows) of each item -> lists of item numbers, short ones first. Unless
-    they are packed, rows are padded to the longest of their list. A list ends early if the padding would be
-    more than a thirty-second of its tokens.
+    they are packed, rows are padded to the longest of their list. A list of more than 512 tokens ends early
+    if the padding would be more than a thirty-second of its tokens.
     """
     groups = []
     num_rows = 0  # of the group being filled
@@ -108,7 +108,7 @@ def dealt_batches(units, compute, model):
     To be called on every process. Sharded layers (FSDP2) gather their weights from all processes, in forward
     and backward. A process that stopped early would leave the others waiting for ever. So a process with
     fewer micro-batches gets dummies: one padding token, no targets, a loss of 0. If no process has any
-    target, each gets one dummy.
+    row, each gets one dummy.
     """
     parts = micro_batches(units, compute, model)
     num_targets = torch.tensor(sum(len(part.targets.token) for part in parts), device=model.device)

@@ -39,7 +39,8 @@ def start_processes(device=None, is_tiny=False, needs_group=False):
 
     device: "cpu" or "cuda". None takes a GPU if there is one, but not for the tiny model, which gains nothing
     there. is_tiny: each process gets one thread. With 100k parameters a second core would save only a fifth
-    of the time. If another program uses that core, the threads wait for each other, and all takes far longer.
+    of the time. If another program uses that core, the threads wait for each other, and everything takes far
+    longer.
     """
     CHOSEN["device"] = device or ("cpu" if is_tiny else None)
     if device == "cuda" and not torch.cuda.is_available():
@@ -235,7 +236,7 @@ def whole_state(model):
     if not dist.is_initialized():
         return model.state_dict()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    # If a dimension does not divide by the number of processes (18 tokens on 4), gathered tensors are views
+    # If a dimension is not divisible by the number of processes (18 tokens on 4), gathered tensors are views
     # of padded storage. safetensors then cannot tell whole tensors from parts. So copies are made.
     for name in list(state):  # one at a time: there is never a second whole model in memory
         state[name] = state[name].clone(memory_format=torch.contiguous_format)
@@ -271,7 +272,7 @@ def set_learning_rate(optimizer, lr):
 
 
 def optimizer_step(learner, max_grad_norm=1.0):
-    """Clips the gradient and moves the weights -> for the log: its norm before that, and 1 if it was skipped.
+    """Clips the gradient and moves the weights -> the norm before clipping, and 1 if the update was skipped.
 
     The norm is that over all processes. If it is not finite, every process skips the update. RuntimeError
     after MAX_SKIPPED such updates in a row.

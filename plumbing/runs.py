@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from plumbing import flags, memory, parallel
+from plumbing import flags, parallel
 from plumbing.checkpoints import read_json, save_checkpoint, save_value_model, write_json
 from plumbing.flags import setting
 
@@ -119,8 +119,6 @@ def timed(name):
 def take_seconds():
     """The seconds by name since the last call, and on a GPU the peaks of memory. They start again from 0."""
     taken = dict(TAKEN)
-    if "update_gib" in taken:
-        memory.say_peak(taken["update_gib"])
     TAKEN.clear()
     return taken
 
@@ -168,8 +166,8 @@ def train_state(learners):
 
 
 def mark(content):
-    """A short hash of JSON values."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    """A short hash of JSON values. Of an object, such as a Problem, all fields count."""
+    return hashlib.sha256(json.dumps(content, default=vars).encode()).hexdigest()[:12]
 
 
 def weight_mark(model):

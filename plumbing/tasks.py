@@ -8,8 +8,8 @@ import zlib
 
 def is_of(split, text):
     """Whether a problem belongs to a split: "train", "dev" or "test"."""
-    # A hash of the text deals every problem to one of ten buckets, whatever the seed. So no seed of the
-    # training data can ever contain a test problem.
+    # A hash of the text deals every problem to one of ten buckets, whatever the seed. So training
+    # data never contain a test problem, whatever their seed.
     buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]
     return zlib.crc32(text.encode()) % 10 in buckets
 

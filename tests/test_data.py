@@ -12,7 +12,7 @@ from conftest import FIXTURES, small_data
 
 import eval_math
 from eval_math import Problem
-from plumbing import data, grading
+from plumbing import data, grading, runs
 from plumbing.prompts import Prompting, encode_prompts
 
 BOX = "\\boxed{5}"
@@ -328,7 +328,7 @@ def test_a_folder_in_the_hubs_layout_is_read(tmp_path):
         pyarrow.parquet.write_table(table, f"set/data/{split}-00000-of-00001.parquet")
     for source in ("./set", f"{tmp_path}/set", "set", "set/"):
         assert pairs(source) == READ and pairs(f"{source}::test") == READ[:1]
-    with pytest.raises(ValueError, match="set::dev: no file, and as a folder .*dev"):
+    with pytest.raises(ValueError, match="set::dev: this is no file, and it could not be read as a folder .*dev"):
         load_problems("./set::dev")
     shutil.rmtree("set/data")
     write("set/train.jsonl", *ROWS[1:])  # no old rows from a cache
@@ -353,7 +353,7 @@ def test_what_is_not_on_the_hub_is_no_file_either(monkeypatch):
             raise error
 
         monkeypatch.setattr(datasets, "load_dataset", fail)
-        with pytest.raises(ValueError, match=f"owner/name:a: no file, .* cannot be read: {str(error)[:30]}"):
+        with pytest.raises(ValueError, match=f"owner/name:a: this is no file, .*: {str(error)[:30]}"):
             load_problems("owner/name:a")
 
 
@@ -416,11 +416,11 @@ def test_solutions_of_gsm8k_end_in_a_box_for_fine_tuning():
 def test_a_fingerprint_knows_other_data(tmp_path):
     small_data(tmp_path)
     problems = load_problems("train.jsonl")
-    first = data.fingerprint(problems)
-    assert first == data.fingerprint(load_problems("train.jsonl")) and len(first) == 12
+    first = runs.mark(problems)
+    assert first == runs.mark(load_problems("train.jsonl")) and len(first) == 12
     others = [problems[::-1], problems[1:]]
     for field, value in dict(problem="1+1=", answer="0", solution="s", tokens=[1]).items():
         changed = load_problems("train.jsonl")
         setattr(changed[7], field, value)
         others.append(changed)
-    assert len({first, *map(data.fingerprint, others)}) == 7
+    assert len({first, *map(runs.mark, others)}) == 7

@@ -231,7 +231,7 @@ def test_a_plan_is_said_and_what_cannot_fit_is_refused_with_what_would(monkeypat
     def plan(gib, *more):
         """Tokens per micro-batch on a machine with so many GiB."""
         monkeypatch.setattr(memory, "free_bytes", lambda device: gib * 2**30)
-        return memory.plan(config, tracerl.parse_args([*usual, *more]), num_models=1)
+        return memory.plan(checkpoints.empty_model(config), tracerl.parse_args([*usual, *more]), num_models=1)
 
     assert plan(80, "--lora_rank=32") == 16384
     assert "plan: 4.41 billion parameters in bfloat16" in capsys.readouterr().out
