@@ -303,7 +303,7 @@ class Evaluation:
 
     model: str = setting(None, "diffusion model: checkpoint folder or hub id; None: the tiny model")
     ar: str = setting(None, "evaluate this autoregressive model instead, decoded by transformers")
-    data: str = setting("arithmetic-test", f"or sudoku-test, {', '.join(data.HUB)}, a file, a hub id")
+    data: str = setting("arithmetic-test", f"{', '.join(data.HUB)}, sudoku-test, a file, or a hub id")
     limit: int = setting(None, "ask only this number of problems, the first ones; None: all", low=1)
     n: int = setting(1, "responses per problem; a later call may raise it", low=1, may_change=True)
     strategy: str = setting(("static", "dynamic"), "how to decode: any --strategy of tracerl.py, or greedy",

@@ -375,7 +375,7 @@ class Targets(NamedTuple):
     group: torch.Tensor  # the number of its prompt in this RL step: responses of one group share it
     masked_share: torch.Tensor  # float: the masked fraction of the block's response tokens in this view
     logp: torch.Tensor  # float: its log-probability, recorded when it was drawn
-    logp_old: torch.Tensor  # float: the same by the policy at the start of the RL step, see tracerl.py
+    logp_old: torch.Tensor  # float: its log-probability in this view, before the updates of the RL step
     advantage: torch.Tensor  # float
     value_old: torch.Tensor  # float: the value model's estimate at the start of the RL step
     returns: torch.Tensor  # float: what the value model should have said

@@ -11,7 +11,7 @@ Twelve words:
   clean           of a block: all its tokens are revealed. They never change again
   trace           which denoising step revealed which token; `step_map` holds the number of that step
   view            a copy of a block as it was before one denoising step, or before several merged ones
-  trace step      the denoising steps that share one view: by default 1, at most as many as --shrink says
+  trace step      the denoising steps that share one view: at most as many as --shrink says (usually 1)
   row             one training input: the clean text, and behind it the views. Full attention: one view alone
   replay          to compute the log-probability of every token again, in the state in which it was drawn
   group           the G responses to one prompt
@@ -713,8 +713,8 @@ class ReplayLaw:
         if is_law:
             return
         text = (f"the replay law is broken: replayed and recorded log-probabilities differ by {gap:.1e} on "
-                f"average and by up to {gap_max:.1e}, far more than rounding ({bound:.0e}). Training and "
-                "sampling disagree about masks, positions, blocks or steps.")
+                f"average (allowed: {bound:.0e}) and by up to {gap_max:.1e} (in float32: {10 * bound:.0e}). "
+                "Training and sampling disagree about masks, positions, blocks or steps.")
         if self.is_float32 or self.num_wide >= 3:
             raise RuntimeError(text)
         parallel.say(f"WARNING: {text}")

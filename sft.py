@@ -14,7 +14,7 @@ Fine-tuning teaches it to predict the token AT the position, where a mask stands
 becomes block-wise, and an unused row of its embedding becomes the mask token. Nothing else changes. (This is
 the recipe of SDAR, arXiv 2510.06303.)
 
-    python sft.py                     # a tiny model on additions, two minutes: how assets/tiny-block was made
+    python sft.py --stop_accuracy 0.4     # a tiny model on additions, as in assets/: two minutes
     torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen3-4B --data solutions.jsonl --name qwen3-block
 
 In the loop of this file a step is one update. Read in this order: to_examples, noise_views, sft_loss,
@@ -177,8 +177,8 @@ def learning_rate(step, recipe, decay_start):
 
 def draw_batch(examples, step, recipe):
     """The examples of an update: every epoch in an order of its own, each with the seed of its masks."""
-    # 130 examples in batches of 64 are two updates an epoch. The two that are left over wait for another
-    # epoch, with another order.
+    # 130 examples in batches of 64 are two updates an epoch. Two examples are left over. They wait for
+    # another epoch, which has another order.
     epoch, turn = divmod(step, len(examples) // recipe.batch_size)
     order = parallel.shuffled(len(examples), mix(recipe.seed, epoch))
     chosen = order[turn * recipe.batch_size:(turn + 1) * recipe.batch_size]
@@ -211,7 +211,7 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
             # Accuracy by decoding, not the loss: a loss can still fall when the answers are already right.
             line["accuracy"] = evaluate_dev()["accuracy"]
             # A start that is too good leaves reinforcement learning nothing to do. The skill comes suddenly,
-            # and at another time for each seed. So --stop_accuracy can end the training at an accuracy, and
+            # and at another time for each seed. So --stop_accuracy starts the cooldown at an accuracy, and
             # not after a number of updates.
             is_reached = recipe.stop_accuracy is not None and line["accuracy"] >= recipe.stop_accuracy
             if is_reached and "decay_start" not in run.progress:

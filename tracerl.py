@@ -10,8 +10,8 @@ One RL step has six stages. `train` calls them in this order, and the README num
   2 reward      1 if the boxed answer is right and the response has ended, else 0  eval_math.give_rewards
   3 advantage   how much better than the other responses to the same prompt,       give_advantages
                 or than the value model expected
-  4 old logp    replay some rollouts to measure the gap. Compute the old log-       old_logprobs
-                probabilities of all updates but the first
+  4 old logp    replay some rollouts to measure the gap. Compute the old            old_logprobs
+                log-probabilities of all updates but the first
   5 update      clipped policy gradient on the states of the trace                 learn, update, policy_loss
   6 finish      log, evaluate, save                                                finish_step
 
@@ -122,9 +122,9 @@ LOSSES = dict(clip=policy_loss)  # --loss
 class Recipe:
     """The numbers of the method.
 
-    For real checkpoints the defaults are the paper's for SDAR. Two of these numbers differ. There is one
-    update per RL step: the paper gives no number, and the authors' code makes several. And the value model
-    has a head start, which theirs does not have.
+    For real checkpoints the defaults are the paper's for SDAR, where it gives them. Two differ from the
+    authors' code: there is one update per RL step (theirs makes several), and the value model has a head
+    start (theirs has none).
     """
 
     seed: int = setting(0, "random seed of prompts, rollouts and views")
@@ -251,8 +251,8 @@ def give_advantages(rollouts, value_learner, method, recipe):
     advantages = parallel.from_first(torch.as_tensor(given, dtype=torch.float32))
     longest = max(len(r.response) for r in rollouts)
     if advantages.shape not in (rewards.shape, (*rewards.shape, longest)) or not advantages.isfinite().all():
-        raise ValueError(f"--advantage gives {tuple(advantages.shape)} numbers, not all of them finite? It "
-                         f"must give {tuple(rewards.shape)} or {(*rewards.shape, longest)} finite ones")
+        raise ValueError(f"--advantage gives NaN, inf or a wrong shape: {tuple(advantages.shape)}. It must "
+                         f"give {tuple(rewards.shape)} or {(*rewards.shape, longest)} finite numbers")
     # If no group is left there is no update. The step is logged, and the next one asks other prompts.
     is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
     if recipe.keep_range is not None:
@@ -464,7 +464,7 @@ class Choice:
     reward: str = setting("math", "math: 1 if right and not truncated, else 0; or file.py:function")
     advantage: str = setting("group", "group: standard score; value: a value model; or file.py:function")
     loss: str = setting("clip", "clip: clipped policy gradient with a KL; or file.py:function")
-    views: str = setting("trace", "trace; with masks at random: random, coupled; or file.py:function")
+    views: str = setting("trace", "trace; random, coupled: with random masks; or file.py:function")
 
 
 GROUPS = {"choice": Choice, "recipe": Recipe, "decoding": Decoding, "prompts": Prompting,

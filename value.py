@@ -64,7 +64,8 @@ def trace_steps(r, config, shrink=1):
     """The trace step of every response token, over the whole response -> list of int, 0 if not trained.
 
     Steps are numbered 1, 2, ... in the order of decoding. Denoising steps that --shrink merges share a
-    number. A step that revealed no trained token is not counted. It revealed only tokens behind eos.
+    number. A step that revealed no trained token is not counted. It revealed only tokens behind eos or beyond
+    max_new_tokens.
     """
     steps = [0] * len(r.response)
     number = 0  # trace steps so far

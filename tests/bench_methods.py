@@ -446,8 +446,8 @@ def bold(mean, half):
 # The picture.
 
 
-OFF_TRACE = {"shrink-4": "4 steps merged", "random": "one random mask", "coupled": "a mask and its complement",
-             "diffu-grpo": "everything masked"}  # the arms of the left panel
+OFF_TRACE = {"shrink-4": "4 steps merged", "random": "random view", "coupled": "random and complement",
+             "diffu-grpo": "masked view"}  # the arms of the left panel
 
 
 def draw(tables, broken, order, path):
