@@ -81,10 +81,10 @@ def cut_at_eos(rollouts, config, *how, **more):
 def small_blocks(rollouts, config, *how, **more):
     """Training blocks are a quarter of those in decoding: rows of K = 4 for rollouts of K = 16.
 
-    The configuration that LightningRL ships does more of this, with blocks of 32 and of 4. A token does not
-    see what is to the right of its small block. It sees finished tokens to the left of it, though some were
-    masks. The gap is large in every block. Most gaps are negative: in such a state the token is less probable
-    than when it was drawn.
+    The configuration that LightningRL ships goes further: it decodes in blocks of 32, and trains in blocks of
+    4. A token does not see what is to the right of its small block. It sees finished tokens to the left of
+    it, though some were masks. The gap is large in every block. Most gaps are negative: in such a state the
+    token is less probable than when it was drawn.
     """
     check_blocks(config)
     small = dataclasses.replace(config, block_size=max(1, config.block_size // 4))

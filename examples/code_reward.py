@@ -42,11 +42,17 @@ print("\\n" + secret)
 def passes_tests(problem, text, rollout):
     """--reward: 1 if the last code block of the response passes the problem's tests, else 0.
 
-    Without a code block the whole response is run. A truncated response earns 0.
+    Without a code block the whole response is run. A truncated response earns 0. The tests are a text, or a
+    list of texts.
     """
-    blocks = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
-    code = blocks[-1] if blocks else text
-    return 0.0 if rollout.is_truncated else float(succeeds(code, problem.answer))
+    # Blocks of other languages are matched, too. Otherwise the end of one would be taken for a beginning.
+    blocks = re.findall(r"```(\w*)[^\n]*\n(.*?)```", text, re.DOTALL)
+    python = [code for language, code in blocks if language in ("", "py", "python")]
+    code = python[-1] if python else text
+    tests = problem.answer
+    if tests.startswith("["):  # a list in the data comes as JSON
+        tests = "\n".join(json.loads(tests))
+    return 0.0 if rollout.is_truncated else float(succeeds(code, tests))
 
 
 def succeeds(code, tests):

@@ -229,9 +229,9 @@ def some_steps(rollout, block, shrink, rng):
 
 
 def as_many_random(rollout, block, rng):
-    """--views: random masks, but as many views as the trace has, so that an update costs the same.
+    """--views: random masks, one view for each denoising step, as the trace has with --shrink 1.
 
-    (With full attention, the authors' baseline also draws many masks for each response, namely 35.)
+    So an update costs as much as that of the trace. (With full attention, the authors' baseline also draws many masks for each response, namely 35.)
     """
     steps = {rollout.step_map[j] for j in block}
     return [view for _ in steps for view in random_views(block, rng)]
@@ -252,7 +252,7 @@ def elbo_views(block, rng):
 
 
 def elbo_ratio(logp, targets, num_responses, clip_eps, kl_coef):
-    """--loss: one ratio per response, exp((ELBO - ELBO_old) / length), and a squared KL (ESPO).
+    """--loss: one ratio per response, exp((ELBO - ELBO_old) / length), and the KL estimate k2 (ESPO).
 
     The KL is k2 = (ELBO - ELBO_old)^2 / (2 length). Here it is the KL to the policy that made the rollouts.
     In the paper it is the KL to a frozen reference. Left out: complementary pairs of masks.
@@ -282,7 +282,7 @@ def block_elbo(logp, targets, num_responses, clip_eps):
 def linear_bound(logp, targets, num_responses, clip_eps):
     """--loss: a lower bound of elbo_ratio's objective that is a sum over masks (BGPO).
 
-    Let d_n be the difference of the log-likelihoods per token that mask n estimates. Where A > 0,
+    Let d_n be what mask n estimates (new minus old log-likelihood) / length to be. Where A > 0,
     exp(mean of d_n) is replaced by the mean of 1 + d_n (the tangent). Where A < 0, it is replaced by the mean
     of exp(d_n) (Jensen). Both bound the objective from below. So each mask's part could have a micro-batch of
     its own, and memory would hold one mask at a time, which is the paper's aim. The clip of each part is that
@@ -299,8 +299,8 @@ def linear_bound(logp, targets, num_responses, clip_eps):
 def sandwiched(logp, targets, num_responses):
     """--loss: A times a lower bound of log p where A > 0, and times an upper one where A < 0 (SPG).
 
-    The lower bound is the ELBO per token. The upper bound is the mean, over tokens that a mask hid, of 1/beta
-    log(mean over masks of p^beta / t), with beta = 1.5. A mask that leaves the token in sight counts as 0.
+    The lower bound is the ELBO per token. The upper bound is the mean of (1/beta) log M over hidden tokens. M
+    is the mean over masks of p^beta / t, and beta is 1.5. A mask that leaves the token in sight counts as 0.
     The upper bound is averaged with the lower one, as in the authors' code. Here all responses weigh the
     same. In that code they weigh by length.
     """

@@ -47,7 +47,8 @@ def reference_logp(rollouts):
 def with_reference(rewards, rollouts):
     """--advantage: the usual one. It also hands the reference's log-probabilities to the loss.
 
-    They are stored in value_old, which nobody uses without a value model.
+    They are stored in value_old, which training does not use without a value model. (trace.html then shows
+    them as `value`.)
     """
     for r, logp in zip(rollouts, reference_logp(rollouts)):
         r.value_old = logp
@@ -56,8 +57,9 @@ def with_reference(rewards, rollouts):
 
 def loss(logp, targets, num_tokens, clip_eps, kl_coef):
     """--loss: the usual one, and BETA KL(policy || reference), as GRPO estimates it."""
-    log_ratio = targets.value_old - logp  # of the reference to the policy
-    k3 = log_ratio.clamp(max=10).exp() - 1 - log_ratio
+    # Of the reference to the policy. Beyond e^10 the term is constant, and its gradient 0.
+    log_ratio = (targets.value_old - logp).clamp(max=10)
+    k3 = log_ratio.exp() - 1 - log_ratio
     return policy_loss(logp, targets, num_tokens, clip_eps, kl_coef) + BETA * k3.sum() / num_tokens
 
 
@@ -65,8 +67,8 @@ def penalized(rewards, rollouts):
     """--advantage: the usual one, minus BETA times how far the response's KL is above its group's mean.
 
     The KL of a response is sum_j (log p(j) - log p_reference(j)), as in RLHF. It is not divided by a standard
-    deviation. The division would make the penalty equally large in every group. A group of equal rewards has
-    no other advantage, and would follow the KL at full strength.
+    deviation. With the division, the penalty would be equally large in every group. A group of equal rewards,
+    which has no other advantage, would then follow the KL at full strength.
     """
     kl = []
     for r, logp in zip(rollouts, reference_logp(rollouts)):

@@ -13,7 +13,7 @@ is, about six bits for each weight. So this model is a little worse than the pub
 says what came out, and how long it took.
 
 Left out: weights at full precision. They are on the Hugging Face hub as HuggingFaceTB/SmolLM2-135M-Instruct.
-`--model` takes that name, too.
+`sft.py --model` takes that name.
 """
 
 import argparse

@@ -19,8 +19,8 @@ Each denoising step sees a block with masks, and reveals tokens. The numbers are
     block  step  before the step          revealed in the first, second, third and fourth place
 
 3. THE TRAINING ROW (rollout.build_rows)
-Behind the clean text stand the views. Shown is the part for block 2. Below a place stands what it must
-predict.
+Behind the clean text stand the views. Shown is the part for block 2. The line `target` shows, under a mask,
+the token that it must predict.
 
 4. THE ATTENTION MASK (model.may_attend)
 A token on the left sees the tokens on top that have an x. A view sees itself, and earlier clean blocks.

@@ -36,10 +36,12 @@ def read_traces(path, config):
     rollouts = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-                prompt, response, step_map, logp = (row[name] for name in FIELDS)
+                prompt, response, step_map, logp = (list(row[name]) for name in FIELDS)
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{where}: this is no JSON object with {', '.join(FIELDS)} ({error}): "
                                  "write one such object per line") from None
@@ -55,6 +57,8 @@ def read_traces(path, config):
             canvas = row.get("canvas", len(response)) if config.is_full else 0
             rollouts.append(Rollout(prompt, response, min(ends, default=len(response)), step_map, logp=logp,
                                     canvas=canvas))
+    if not rollouts:
+        raise ValueError(f"{path} holds no traces: write one JSON object per line")
     return rollouts
 
 
@@ -63,14 +67,16 @@ def differences(model, rollouts, compute, temperature=1.0, block_size=None, is_c
                 is_cut_at_eos=False):
     """Replayed minus recorded log-probability of every response token -> float32 (N,).
 
+    With is_cut_at_eos these are the tokens up to eos.
     block_size: another K than the model's. is_cut_at_response, is_cut_at_eos: repeat this mistake of another
     engine, see MISTAKES.
     """
     config = dataclasses.replace(model.config, block_size=block_size or model.config.block_size)
     found = []
     for r in rollouts:
-        # To cut blocks at the start of the response, padding in front of the prompt makes the prompt end with
-        # a block. Nobody sees the padding, and all positions stay what they are. P = 9, K = 4: 3 tokens more.
+        # To cut blocks at the start of the response, padding in front of the prompt makes it end where a
+        # block ends. Nobody sees the padding, and all positions stay what they are. P = 9, K = 4: 3 tokens
+        # more.
         shift = -len(r.prompt) % config.block_size if is_cut_at_response else 0
         moved = dataclasses.replace(r, prompt=[config.pad_id] * shift + r.prompt)
         moved.response = r.response[:r.num_tokens] if is_cut_at_eos else r.response
@@ -84,9 +90,10 @@ def differences(model, rollouts, compute, temperature=1.0, block_size=None, is_c
             # these tokens gets document -1 and a view of its own, so it sees only itself.
             is_nowhere = (layout.position < shift) | (layout.position >= end) & bool(is_cut_at_eos)
             document = layout.document.masked_fill(is_nowhere, -1)
-            view = torch.where(is_nowhere, torch.arange(layout.view.shape[1]) + 1000000, layout.view.cpu())
+            alone = torch.arange(layout.view.shape[1], device=layout.view.device) + 1000000
+            view = torch.where(is_nowhere, alone, layout.view)
             part = part._replace(layout=layout._replace(
-                position=(layout.position - shift).clamp(min=0), document=document, view=view.to(document)))
+                position=(layout.position - shift).clamp(min=0), document=document, view=view))
             logp, _ = rollout.forward_rows(model, part, compute, temperature)
             values[part.targets.response_index.cpu()] = logp.cpu()
         found.append(values - torch.tensor(r.logp[:known]))

@@ -235,8 +235,9 @@ def save_config(config, dtype, folder):
     family = FAMILIES[config.family]
     size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
     dtype = str(dtype).removeprefix("torch.")
-    # Two settings have two names each. Transformers 5 reads `dtype` and `rope_parameters`. Older versions
-    # read `torch_dtype` and `rope_theta`. A version that does not find its name silently takes a default.
+    # Two settings have two names each. Transformers 5 writes `dtype` and `rope_parameters`, and also reads
+    # `rope_theta`. Older versions know `torch_dtype` and `rope_theta` only. A version that does not find its
+    # name silently takes a default.
     changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
                "torch_dtype": dtype, "rope_theta": config.rope_theta, size_name: config.vocab_size}
     if family.may_choose:  # --attention or the folder's old name may have said it

@@ -189,8 +189,8 @@ class Decoder:
         K = self.config.block_size
         lanes = self.lanes
         # All that the device needs to know of a slot. Say that slot 0 decodes the block of positions 8..11
-        # with seed 7, one token a step, and that the block before it took one step. The third denoising step
-        # of the response is then the second one in this block. Its line is then (8, 3, 1, 7, 1).
+        # with seed 7, one token a step, and that the block before it took one step. For the third denoising
+        # step of the response, the second one in this block, its line is (8, 3, 1, 7, 1).
         lines = [(lane.start, lane.step, self.decoding.quota(K, lane.step_in_block), lane.seed,
                   lane.step_in_block) for lane in lanes]
         # Say that slot 1 has just begun the block of positions 12..15. The cache still holds the block 8..11

@@ -166,7 +166,11 @@ def refuse_other_networks(source, name, architecture, vocabulary):
 
 
 def find_attention(source, family, asked, path):
-    """"block" or "full": fixed by the family. Else by --attention, config.json, the usual, or the name."""
+    """"block" or "full".
+
+    A family may have one only. Otherwise --attention, config.json, the family's default and the name are
+    asked, in this order.
+    """
     if not family.may_choose:
         if asked not in (None, family.attention):
             raise ValueError(f"--attention {asked} does not fit a checkpoint of {source['model_type']}. Its "

@@ -100,7 +100,7 @@ def add_flags(group, settings, is_tiny, known):
         default = details["tiny"] if is_tiny else field.default
         more = dict(default=default, help=details["help"].replace("%", "%%"))
         if field.type is bool:
-            more["action"] = argparse.BooleanOptionalAction if default else "store_true"
+            more["action"] = argparse.BooleanOptionalAction  # --no-plain goes on without --plain of before
         else:
             more.update(type=reader(field.type, details), nargs=details["number"], choices=details["choices"])
         group.add_argument(f"--{field.name}", **more)

@@ -1,4 +1,4 @@
-"""plumbing/machine.py - flags about the machine, definitions or twins, and how models are loaded."""
+"""plumbing/machine.py - flags about the machine, definitions or twins, loading of models."""
 
 import dataclasses
 import os

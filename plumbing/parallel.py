@@ -301,7 +301,7 @@ LORA_ALPHA = 2  # the factor of B A x. In the usual notation it is alpha / rank,
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + 2 B A x with W and b frozen (arXiv 2106.09685). A (rank, in); B (out, rank), first 0."""
+    """W x + b + 2 B A x with W and b frozen (arXiv 2106.09685). A (rank, in); B (out, rank) starts at 0."""
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""

@@ -15,13 +15,16 @@ def play(r, tokenizer, seconds=0.0):
     is_terminal = sys.stdout.isatty()
     last = max(r.step_map)
     texts = [tokenizer.decode([token]) for token in r.response]
-    if is_terminal:  # each denoising step has a background of its own among the terminal's colours 17 to 230
+    if is_terminal:  # neighbouring denoising steps have different backgrounds, of the colours 17 to 230
         texts = [f"\033[48;5;{17 + 30 * at % 214}m{text}\033[0m" for text, at in zip(texts, r.step_map)]
-    print(tokenizer.decode(r.prompt))
+    prompt = tokenizer.decode(r.prompt)
+    if not is_terminal:
+        print(prompt)
     for step in range(last + 1):
         line = "".join(text if at <= step else MASK for text, at in zip(texts, r.step_map))
-        start = "\033[2K\r" if is_terminal else f"step {step:3d}  "
-        print(start + line, end="" if is_terminal and step < last else "\n", flush=True)
+        # A terminal's screen is cleared before each step: a response may have many lines.
+        start = f"\033[2J\033[H{prompt}\n" if is_terminal else f"step {step:3d}  "
+        print(start + line, flush=True)
         time.sleep(seconds * is_terminal)
 
 
@@ -36,6 +39,7 @@ def main(argv=None):
     flag("--check", metavar="FILE", help="instead of decoding, replay the traces in this file, which another "
          "engine recorded; plumbing/check.py describes the format")
     flag("--seed", type=int, default=0, help="random seed of the draws")
+    flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--seconds", type=float, default=0.3, help="seconds between two denoising steps, in a terminal")
     parser.set_defaults(ar=None)  # only eval_math.py asks autoregressive models
     args = parser.parse_args(argv)

@@ -135,15 +135,18 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 def replacing(path):
     """Inside a `with`: a name under which to write a file or folder, which is renamed to `path` at the end.
 
-    So `path` is never half-written. If the disk fails, what was written is deleted, and OSError says what to
-    do. To be entered on the first process, or on all of them: the first one renames.
+    So `path` is never half-written. A folder of this name is renamed first, and deleted last. If the disk
+    fails, what was written is deleted, and OSError says what to do. To be entered on the first process, or on
+    all of them: the first one renames.
     """
     partial = f"{path}.partial"
     try:
         yield partial
         if parallel.is_first():
-            shutil.rmtree(path, ignore_errors=True)  # an older folder; a file need not be removed
-            os.replace(partial, path)
+            if os.path.isdir(path):
+                os.replace(path, f"{path}.old.partial")
+            os.replace(partial, path)  # this also replaces a file
+            shutil.rmtree(f"{path}.old.partial", ignore_errors=True)
     except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if os.path.isfile(partial):
@@ -189,7 +192,7 @@ class Run:
         self.is_writer = parallel.is_first()
         self.progress = dict(step=0)  # beside weights and moments, all that a checkpoint must hold
         self.tokenizer = None  # saved with every checkpoint
-        self.report = None  # a function that sends metrics to another program
+        self.report, self.end_report = reporter(None, "", {})  # see there
         self.lock = filelock.FileLock(os.path.join(self.folder, "lock"))
         if self.is_writer:
             self.check_use(resume, flags.changeable(groups or {}))
@@ -222,12 +225,14 @@ class Run:
             shutil.rmtree(left, ignore_errors=True)
         open(self.path, "a", encoding="utf-8").close()
         self.keep_lines(self.lines())  # drops half a line, if a crash left one
-        self.report = reporter(self.settings.get("report_to"), self.folder, self.settings)
+        self.report, self.end_report = reporter(
+            self.settings.get("report_to"), self.folder, self.settings)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
+        self.end_report()
         self.lock.release()
 
     def steps(self, last, name):
@@ -249,8 +254,7 @@ class Run:
                      for name, value in line.items()}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
-            if self.report is not None:
-                self.report(clean)
+            self.report(clean)
 
     def read(self):
         """The lines of the log so far, on every process."""
@@ -371,17 +375,21 @@ class Run:
 
 
 def reporter(kind, folder, settings):
-    """A function that sends a line of metrics to Weights & Biases or TensorBoard. None if `kind` is None."""
+    """Two functions for Weights & Biases or TensorBoard: one sends a line of metrics, the other one ends.
+
+    Without a kind they do nothing.
+    """
     if kind == "wandb":
         import wandb  # not in requirements.txt: only a run that asks for it needs it
         run = wandb.init(project="tracerl", name=os.path.basename(folder), config=settings, dir=folder)
-        return lambda line: run.log(line, step=line["step"])
+        return lambda line: run.log(line, step=line["step"]), run.finish
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter  # not in requirements.txt, either
         writer = SummaryWriter(folder)
-        return lambda line: [writer.add_scalar(name, number, line["step"]) for name, number in line.items()
+        send = lambda line: [writer.add_scalar(name, number, line["step"]) for name, number in line.items()
                              if number is not None]
-    return None
+        return send, writer.close
+    return (lambda line: None), (lambda: None)
 
 
 def checkpoints_of(folder):

@@ -101,7 +101,7 @@ def announce(recipe, decoding, num_problems):
     tokens = responses * decoding.max_new_tokens
     parallel.say(
         f"{recipe.steps} RL steps. Each one asks {recipe.prompts} of {num_problems} problems, decodes "
-        f"{recipe.group_size} responses to each, {tokens:,} tokens at most, and trains on at most "
+        f"{recipe.group_size} responses to each ({tokens:,} tokens at most in all), and trains on at most "
         f"{responses} responses, in at most {recipe.minibatches * recipe.epochs} updates")
 
 

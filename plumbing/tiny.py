@@ -29,7 +29,7 @@ def tiny_tokenizer():
 
 
 def new_model(seed, block_size, attention):
-    """A new tiny model on this process's device, sharded if there are several, and its tokenizer."""
+    """A new tiny model on this process's device, and its tokenizer. Several processes: sharded."""
     model = tiny_model(seed, block_size, attention)
     model.to(parallel.default_device())
     parallel.shard(model, model.layers)

@@ -361,8 +361,8 @@ def test_a_decoding_plays_in_the_terminal(folder, capsys, monkeypatch):
     player.main(flags)
     terminal.flush()
     said = terminal.buffer.getvalue().decode()
-    assert said.count("\033[2K\r") == max(r.step_map) + 1  # each step is written over the one before
-    assert re.sub(r"\033\[[\d;]*[mK]", "", said).split("\r")[-1].strip() == lines[-1][10:]
+    assert said.count("\033[2J") == max(r.step_map) + 1  # each step begins with an empty screen
+    assert re.sub(r"\033\[[\d;]*[mH]", "", said).split("\033[2J")[-1].split() == [prompt, lines[-1][10:]]
 
 
 def test_importing_does_nothing_and_the_last_words_under_torchrun_are_the_cause(folder):

@@ -373,6 +373,16 @@ def test_a_frozen_reference_is_in_the_loss_with_its_own_log_probabilities(frozen
     assert weights.isfinite().all() and not torch.equal(weights, other)
 
 
+def test_a_token_far_below_the_reference_is_not_pushed_further_away():
+    logp, targets = as_targets(made_up())
+    logp = logp.detach().requires_grad_()
+    far = targets._replace(value_old=logp.detach() + 14, advantage=torch.zeros_like(logp))
+    near = targets._replace(value_old=logp.detach() + 1, advantage=torch.zeros_like(logp))
+    for given, is_pulled in ((far, False), (near, True)):
+        gradient, = torch.autograd.grad(frozen_reference.loss(logp, given, 40, 0.2, 0.0), logp)
+        assert (gradient < 0).all() if is_pulled else (gradient == 0).all()
+
+
 def test_a_frozen_reference_penalizes_the_reward(frozen, monkeypatch):
     rollouts = copies()
     kept = keep(rollouts, method_of(advantage=frozen_reference.penalized))
@@ -422,6 +432,16 @@ def test_code_earns_only_by_passing_its_tests(body, expected, monkeypatch):
     assert flags.call(code_reward.passes_tests, problem=problem, text=ADD.format(body), rollout=r) == expected
     r.is_truncated = True
     assert code_reward.passes_tests(problem, ADD.format(body), r) == 0
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("assert add(1, 2) == 3", 1), ("assert add(1, 2) == 4", 0),
+    ('["x = 3", "assert add(1, 2) == x"]', 1), ('["assert add(1, 2) == 3", "assert add(1, 2) == 4"]', 0),
+])
+def test_code_is_found_between_other_blocks_and_tests_may_be_a_list(answer, expected):
+    text = "Like\n```text\n1 + 2\n```\nit is\n```python\ndef add(a, b):\n    return a + b\n```\n```\n"
+    problem = eval_math.Problem("Write add.", answer)
+    assert code_reward.passes_tests(problem, text[:-4], Rollout([3], [4], 1, [1])) == expected
 
 
 def test_code_ends_in_time_with_all_that_it_has_started(tmp_path, monkeypatch):

@@ -235,6 +235,20 @@ def test_a_run_is_never_replaced(folder):
         runs.Run("taken", {})
 
 
+def test_a_folder_is_old_or_new_whenever_the_command_is_killed(folder, monkeypatch):
+    os.makedirs("whole")
+    Path("whole/old").touch()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt), runs.replacing("whole") as partial:
+        os.makedirs(partial)
+        Path(partial, "new").touch()
+    assert os.listdir("whole") == ["new"]
+
+
 def test_a_command_that_cannot_start_changes_nothing(folder):
     tracerl.main([*SMALL, "--steps=1"])
     args = Path("runs/tracerl/args.json").read_bytes()
@@ -438,7 +452,8 @@ def test_metrics_go_to_other_programs_when_asked(folder, monkeypatch):
     def init(**settings):
         """A stand-in for wandb.init."""
         started.append(settings)
-        return types.SimpleNamespace(log=lambda line, step: logged.append((step, line)))
+        return types.SimpleNamespace(log=lambda line, step: logged.append((step, line)),
+                                     finish=lambda: logged.append("finish"))
 
     wandb = types.ModuleType("wandb")
     wandb.init = init
@@ -447,7 +462,7 @@ def test_metrics_go_to_other_programs_when_asked(folder, monkeypatch):
     with runs.Run("s", dict(report_to="wandb", lr=0.5)) as run:
         run.begin()
         run.write(dict(step=1, reward=0.5, loss=math.nan))
-    assert logged == [(1, dict(step=1, reward=0.5, loss=None))]
+    assert logged == [(1, dict(step=1, reward=0.5, loss=None)), "finish"]
     assert started[0]["name"] == "s" and started[0]["config"]["lr"] == 0.5
 
 

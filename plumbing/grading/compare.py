@@ -6,8 +6,8 @@
 - Lists and sets are the same, and their order does not matter. For tuples, brackets and order matter.
 - A name may be missing on one side: x = 5 is 5. Two different names are different answers.
 - Inequalities, intervals and unions are sets of numbers, and are compared as sets.
-- The difference of an equation's two sides is a function that is 0. Two equations are the same if these
-  functions are equal, up to a constant factor.
+- An equation says that the difference of its sides is 0. Two equations are the same if these differences are
+  the same function, up to a constant factor.
 """
 
 import ast
@@ -148,7 +148,9 @@ def structure(tree):
             if kind[0] == "matrix":
                 return kind, [ast.UnaryOp(sign, cell) for cell in cells]
         case ast.BinOp(op=ast.Mult() | ast.Div(), left=left, right=right):  # a matrix and a factor
-            for matrix, factor in ((left, right), (right, left)):
+            # A matrix may stand behind its factor, but not behind a fraction bar.
+            orders = [(left, right), (right, left)] if isinstance(tree.op, ast.Mult) else [(left, right)]
+            for matrix, factor in orders:
                 kind, cells = structure(matrix)
                 if kind[0] == "matrix":
                     return kind, [ast.BinOp(cell, tree.op, factor) for cell in cells]
@@ -242,7 +244,9 @@ class RealSet:
                 sides = [left, *others]
                 names = {side.value for side in sides if isinstance(side, ast.Constant) and letters_of(side)}
                 self.variables |= names
-                values = [x if leaves(side) == [*names] else self.number(side) for side in sides]
+                # Only the letter alone stands for x. -x and |x| are no numbers, which is an error.
+                values = [x if isinstance(side, ast.Constant) and {side.value} == names else self.number(side)
+                          for side in sides]
                 return all(holds(a, type(sign), b) for a, sign, b in zip(values, signs, values[1:]))
             case ast.Set(elts=parts):
                 return any([holds(x, ast.Eq, self.number(part)) for part in parts])

@@ -68,7 +68,7 @@ def spell(text, nouns, may_touch):
     nouns: more words that count as units. may_touch: how a unit may stand behind a number without \\text.
     True: as in "5cm" or "5 cm". False: as in "5 cm" only. None: not at all.
     """
-    if text.isdigit():
+    if text.isascii() and text.isdigit():  # "5²" is a digit to Python, too
         return text
     text = replace(text.strip(), SIGNS).translate(SCRIPTS)
     if "\\begin" not in text:

@@ -46,7 +46,7 @@ def without_spaces(text):
 
 
 def is_correct(answer, gold):
-    """Whether an extracted answer (or None) equals the gold one; the same from any thread, under any load."""
+    """Whether an extracted answer (or None) equals the gold one. It is the same from any thread."""
     return verdict(answer, gold)[0]
 
 

@@ -1,7 +1,8 @@
 """plumbing/grading/workers.py - the comparison runs in processes that may be killed.
 
-A response may hold any text. So only a child process works on it, and the kernel limits the memory and the
-CPU time of that process. The training process only gets a yes or a no.
+A response may hold any text. So only a child process parses its answer and computes with it. The kernel
+limits the memory and the CPU time of that process. The training process finds the answer in the response,
+spells it in one way (both take bounded time), and gets a yes or a no.
 """
 
 import atexit
@@ -21,7 +22,8 @@ class Workers:
 
     They are started when first needed, as new programs: never forked from a process with threads or CUDA. If
     a worker dies of a check, that answer is wrong, and a new worker is started. The limit is on CPU time, so
-    the load of the machine changes no verdict. The wall clock only ends checks that sleep.
+    a usual load of the machine changes no verdict. The wall clock ends checks that sleep, or that hardly ever
+    get a CPU.
     """
 
     NUMBER = 2
@@ -39,11 +41,13 @@ class Workers:
 
     def ask(self, *question):
         """(verdict, how) of an answer and a gold answer, from memory if it was asked before."""
-        if question not in self.cache:
+        found = self.cache.get(question)
+        if found is None:
+            found = self.run(*question)
             if len(self.cache) > self.MAX_CACHED:
                 self.cache.clear()
-            self.cache[question] = self.run(*question)
-        return self.cache[question]
+            self.cache[question] = found
+        return found
 
     def run(self, answer, gold):
         """One check in the next idle worker."""
@@ -131,7 +135,7 @@ def work():
 
 
 def limit_resource(kind, limit):
-    """Sets a limit of the kernel on this process. A lower limit that is in force already stays."""
+    """Sets a limit of the kernel on this process. A lower hard limit stays."""
     import resource
     _, hard = resource.getrlimit(kind)
     if hard != resource.RLIM_INFINITY:
