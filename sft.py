@@ -241,8 +241,6 @@ class Lesson:
     max_new_tokens: int = setting(2000, "longer responses are skipped, and their number is printed. Full "
                                   "attention: the response positions that every forward sees", tiny=20, low=1)
     slip: float = setting(0.6, "arithmetic, sudoku: how often the pupil makes a mistake", low=0, high=1)
-    raw_solutions: bool = setting(False, "keep solutions as they are. Otherwise #### 72 at the end, as in "
-                                  "GSM8K, becomes \\boxed{72}, which a reward looks for")
 
 
 GROUPS = {"lesson": Lesson, "recipe": Recipe, "prompts": Prompting, "machine": machine.Training,
@@ -270,7 +268,7 @@ def load_examples(tokenizer, config, args, prompting):
         problems, _ = encode_prompts(problems, tokenizer, prompting)
     else:
         problems = load_prompts(args.data, tokenizer, prompting, needs_answer=False)
-        for p in problems if not args.raw_solutions else []:
+        for p in problems:
             if p.step_map is None:  # GSM8K's "#### 72" becomes \\boxed{72}, which is what a reward looks for
                 p.solution = data.boxed_solution(p.solution)
     examples = to_examples(problems, tokenizer, config, args.max_new_tokens)
@@ -278,7 +276,9 @@ def load_examples(tokenizer, config, args, prompting):
     if len(examples) < args.batch_size:
         raise ValueError(f"{len(examples)} examples with at most {args.max_new_tokens} tokens are fewer "
                          f"than a batch of {args.batch_size}: lower --batch_size or raise --max_new_tokens")
-    parallel.say(f"sft: {len(examples)} examples; skipped {len(problems) - len(examples)} long responses")
+    boxless = sum("\\boxed" not in p.solution for p in problems)  # a reward looks for the box
+    parallel.say(f"sft: {len(examples)} examples; skipped {len(problems) - len(examples)} long responses; "
+                 f"{boxless} solutions have no \\boxed{{}}")
     return examples
 
 

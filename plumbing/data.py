@@ -43,6 +43,7 @@ ROLES = dict(human="user", gpt="assistant")
 END = r"(?m)(?:^####(?!#)[^\n]*\n)?^(?:####(?!#)|The answer is:) *([^\n]+?)\s*\Z"
 LIST_TEXT = r"(?s)\s*\[\s*(['\"])(.*)\1\s*\]\s*"  # a list that was written as a text: "['34']"
 MAX_ANSWER = 200  # characters: a longer text is a solution, not an answer
+NO_ANSWER = ("proof", "notfound")  # what NuminaMath-1.5 writes in place of an answer
 
 
 class MissingAnswer(ValueError):
@@ -183,6 +184,8 @@ def read_answer(cell, place, needs_answer):
         cell = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\"))
     text = as_text(cell, place, "write one answer, rename a column that holds one to "
                    f"{COLUMNS['answer'][0]}, or use a reward of your own (--reward)").strip()
+    if needs_answer and text.lower() in NO_ANSWER:  # else \boxed{proof} would earn 1
+        return ""
     is_solution = "\\boxed" in text or "####" in text
     if is_solution or needs_answer and len(text) > MAX_ANSWER:
         return find_answer(text) or ("" if needs_answer else text)

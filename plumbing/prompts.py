@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from plumbing import data, flags
 from plumbing.flags import setting
 
-PROMPT_STYLES = ("chat", "trado", "think", "no_think", "plain")
+PROMPT_STYLES = ("chat", "trado", "trado_think", "think", "no_think", "plain")
 
 
 @dataclass
@@ -14,8 +14,8 @@ class Prompting:
 
     max_prompt_tokens: int = setting(784, "longer prompts are skipped, and their number is printed", low=1)
     prompt_style: str = setting(
-        "chat", "chat: the chat template; trado: chat without the last newline; think: chat, then <think>; "
-        "no_think: chat with thinking switched off; plain: no template, for base models",
+        "chat", "chat: the chat template; trado: chat without the last newline; think, trado_think: one "
+        "of these, then <think>; no_think: chat with thinking off; plain: no template, for base models",
         choices=PROMPT_STYLES)
     instruction: str = setting(
         "\nPlease reason step by step, and put your final answer within \\boxed{}.",
@@ -40,12 +40,15 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
         texts = ["\n".join(message["content"] for message in chat) for chat in chats]
     else:  # all in one call: one by one, 20,000 problems would take several times as long
         texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False, **switch)
-    if style == "trado":
-        texts = [text.rstrip() for text in texts]
+    if style in ("trado", "trado_think"):
+        texts = [text.rstrip() + "<think>" * (style == "trado_think") for text in texts]
     if style == "think":
         texts = [text if text.rstrip().endswith("<think>") else f"{text}<think>\n" for text in texts]
+    begin = []
+    if style == "plain":  # Some tokenizers begin every text with a special token (BOS), as a template does.
+        begin = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
     for p, tokens in zip(problems, encode(texts, tokenizer)):
-        p.tokens = tokens
+        p.tokens = tokens if tokens[:1] == begin else begin + tokens
     fitting = [p for p in problems if len(p.tokens) <= prompting.max_prompt_tokens]
     if not fitting:
         raise ValueError(f"none of {len(problems)} prompts has at most {prompting.max_prompt_tokens} tokens: "
@@ -58,7 +61,9 @@ def encode(texts, tokenizer):
 
     That character would be lost. Byte-level tokenizers (Qwen, LLaDA) know all; the tiny one has 18 tokens.
     """
-    encoded = tokenizer(texts, add_special_tokens=False).input_ids  # a template has written the special ones
+    encoded = []
+    for start in range(0, len(texts), 1000):  # in portions: one call needs about 150 bytes for each token
+        encoded += tokenizer(texts[start:start + 1000], add_special_tokens=False).input_ids
     unknown = getattr(tokenizer, "unk_token_id", None)
     for text, tokens in zip(texts, encoded):
         if unknown is not None and unknown in tokens:

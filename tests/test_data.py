@@ -160,6 +160,8 @@ def test_rows_without_an_answer_are_skipped_and_counted(capsys):
     assert [p.problem for p in load_problems(path)] == ["2+3?"]
     assert "train.jsonl: skipped 3 rows without an answer" in capsys.readouterr().out
     assert data.read_problems(path)[1] == 3
+    numina = write("numina.jsonl", {"problem": "a?", "answer": "proof"}, {"problem": "b?", "answer": "2"})
+    assert [p.problem for p in load_problems(numina)] == ["b?"]
     with pytest.raises(ValueError, match="rest.jsonl, row 1: no answer"):  # not one is left
         load_problems(write("rest.jsonl", *rows[1:]))
     assert len(load_problems(path, needs_answer=False)) == 4

@@ -111,13 +111,17 @@ class Characters:
         template = jinja2.Template(self.chat_template, keep_trailing_newline=True)
         return [template.render(messages=chat, **settings) for chat in chats]
 
-    def __call__(self, texts, add_special_tokens):
-        assert not add_special_tokens  # the template has written them
+    bos_token_id = None  # or a character with which every text begins
+
+    def __call__(self, texts, add_special_tokens=True):
+        if add_special_tokens:
+            return type("Encoding", (), dict(input_ids=[self.bos_token_id] if self.bos_token_id else []))
         return type("Encoding", (), dict(input_ids=[list(text) for text in texts]))
 
 
 @pytest.mark.parametrize("style, end", [
     ("chat", "<|im_start|>assistant\n"), ("trado", "<|im_start|>assistant"),
+    ("trado_think", "<|im_start|>assistant<think>"),
     ("think", "<|im_start|>assistant\n<think>\n"),
     ("no_think", "<|im_start|>assistant\n<think>\n\n</think>\n\n"), ("plain", "within \\boxed{}."),
 ])
@@ -127,6 +131,15 @@ def test_a_prompt_ends_as_its_style_says(style, end):
     text = "".join(problem.tokens)
     assert text.endswith(end) and "1+1?\nPlease reason" in text
     assert style == "plain" or text.startswith("<|im_start|>user\n1+1?")
+
+
+def test_a_prompt_without_a_template_begins_as_the_tokenizer_begins_texts():
+    tokenizer = Characters()
+    tokenizer.bos_token_id = "^"
+    for question, style, start in (("1+1?", "plain", "^1+"), ("^1+1?", "plain", "^1+"), ("1+1?", "chat", "<")):
+        problem = Problem(question, "2")
+        encode_prompts([problem], tokenizer, Prompting(prompt_style=style))
+        assert "".join(problem.tokens).startswith(start)
 
 
 def test_a_bad_setting_of_prompts_is_refused_by_name():
