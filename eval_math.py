@@ -55,8 +55,8 @@ def load_problems(source, needs_answer=True):
     """Problems from any source -> list[Problem].
 
     source: "arithmetic[-dev|-test]", "sudoku[-dev|-test]"; a local file or folder; a name (math500, gsm8k,
-    gsm8k-train, aime2024); or a hub id, owner/name[:config[:split]]. needs_answer: rows without an answer are
-    skipped and counted. Errors name the source, the row and the column.
+    gsm8k-train, aime2024, aime2025); or a hub id, owner/name[:config[:split]]. needs_answer: rows without an
+    answer are skipped and counted. Errors name the source, the row and the column.
     """
     # "sudoku-dev" -> sudoku, dev. "sudoku" alone is for training.
     task, _, split = source.partition("-")
@@ -271,6 +271,7 @@ def evaluate_command(args):
         run.begin()
         # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
+        summary = {}
         for strategy in strategies:
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
@@ -288,9 +289,8 @@ def evaluate_command(args):
                 for key, line in zip(chunk, lines):
                     done[key] = dict(strategy=key[0], problem=key[1], sample=key[2]) | line
                     run.write(done[key])
-        # A column per strategy, from all lines, whenever they were made.
-        summary = {strategy: summarize([line for key, line in done.items() if key[0] == strategy])
-                   for strategy in strategies}
+            # All responses that were asked for, whenever they were made.
+            summary[strategy] = summarize([done[key] for key in keys])
         run.finish(summary)
     parallel.say(f"{args.data}, {args.n} responses per problem: they and a summary are in {run.folder}")
     show.print_columns(summary)

@@ -268,7 +268,7 @@ class Decoding:
 
         FORK HERE. --strategy file.py:function calls a function of yours. It declares those parameters that it
         needs:
-            confidence, entropy, token    of the draws, (B, K)
+            confidence, entropy, token    of the draws, (B, K); 0 where nothing is masked
             is_masked                     (B, K)
             quota                         how many tokens the step is to reveal, (B,)
             step                          the denoising step, here counted from 0 in its block, (B,)
@@ -276,6 +276,8 @@ class Decoding:
         It must reveal at least one mask of every block that has one. Use tensor operations
         only: `if x.any()` makes a GPU wait, and no CUDA graph can hold it.
         """
+        # A function of yours may take a mean over the block. So it must not see draws that do not count.
+        confidence, entropy, token = (torch.where(is_masked, x, 0) for x in (confidence, entropy, token))
         return flags.call(self.function, confidence=confidence, entropy=entropy, is_masked=is_masked,
                           quota=quota, token=token, step=step, threshold=self.threshold) & is_masked
 
@@ -306,11 +308,12 @@ def generate(model, prompt, decoding, seed=0):
     cache = KVCache()
     if not config.is_full:  # the whole blocks of the prompt are clean from the start
         for clean in range(0, start, K):
-            block_states(model, tokens, torch.arange(clean, clean + K), cache.append)
+            block_states(model, tokens, torch.arange(clean, clean + K, device=model.device), cache.append)
     step = 0  # denoising steps so far, over the whole response
     for start in range(start, end, K):
-        block = torch.arange(start, min(start + K, end), device=model.device)  # its absolute positions
-        is_masked = block >= P
+        block = torch.arange(start, start + K, device=model.device)  # its absolute positions
+        is_masked = (block >= P) & (block < end)
+        block = block.clamp(max=end - 1)  # with full attention the last block may reach beyond the canvas
         step_in_block = 0
         while is_masked.any():
             step += 1
@@ -374,7 +377,6 @@ def block_states(model, tokens, block, attend):
     is clean and is to stay in the cache: see "How the network attends" in model.py. Full attention: the
     forward is of the whole text, and `attend` is not used.
     """
-    block = block.to(model.device)
     if not model.config.is_full:
         return model.states(tokens[block][None], block[None], attend)[0]
     # No cache is possible, since each revealed token changes the keys and values of all the others.
@@ -477,13 +479,8 @@ def blocks_of(prompt_length, response_length, K):
 
     With P = 9, R = 7 and K = 4, positions 9 10 11 | 12 13 14 15 are the indices [0, 1, 2], [3, 4, 5, 6].
     """
-    blocks = []
-    start = 0
-    while start < response_length:
-        size = K - (prompt_length + start) % K
-        blocks.append(list(range(start, min(start + size, response_length))))
-        start += size
-    return blocks
+    ends = range(K - prompt_length % K, response_length + K, K)  # where blocks end: 3, 7
+    return [list(range(max(end - K, 0), min(end, response_length))) for end in ends]
 
 
 def views_of(rollout, config, views=trace_views, shrink=1):

@@ -67,7 +67,8 @@ def group_advantages(rewards):
     """
     mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
     std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, as the authors do, not by G - 1
-    return (rewards - mean) / std.masked_fill(std < 1e-6, torch.inf)  # 0 / inf = 0 where all are equal
+    # Of equal rewards, std is 0 or rounding. Then A is 0 / inf = 0.
+    return (rewards - mean) / std.masked_fill(std < 1e-6 * (1 + mean.abs()), torch.inf)
 
 
 ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see value.value_advantages
@@ -248,7 +249,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
                          "response: use --advantage value, one of your own, or a reward that is their sum")
     # A function of yours may draw at random: all processes take what the first one got.
     given = flags.call(method.advantage, rewards=rewards, rollouts=rollouts)
-    advantages = parallel.from_first(torch.as_tensor(given, dtype=torch.float32))
+    advantages = parallel.from_first(torch.as_tensor(given, dtype=torch.float32).cpu())
     longest = max(len(r.response) for r in rollouts)
     if advantages.shape not in (rewards.shape, (*rewards.shape, longest)) or not advantages.isfinite().all():
         raise ValueError(f"--advantage gives NaN, inf or a wrong shape: {tuple(advantages.shape)}. It must "
@@ -457,7 +458,7 @@ class Choice:
     train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")
     dev_data: str = setting(None, "problems for --eval_every; None: those of arithmetic or sudoku, else none")
     eval_data: str = setting(None, "test problems, before and after. Arithmetic and sudoku have their own")
-    eval_limit: int = setting(200, "how many test problems; None: all", tiny=None, low=1, may_change=True)
+    eval_limit: int = setting(200, "how many test problems; None: all", tiny=None, low=1)
     eval_strategies: str = setting(None, "how test problems are decoded: strategies, or greedy. None: "
                                    "--strategy; tiny model: also dynamic, static, greedy", number="+")
     name: str = setting("tracerl", "name of the folder under runs/", may_change=True)
@@ -542,7 +543,7 @@ def main(argv=None):
         run.begin()
         if args.resume:
             run.restore(learners)
-        run.check_data(runs.mark(task.problems), f"--train_data {args.train_data}")
+        run.check_data(runs.mark([task.problems, test]), "the problems of --train_data or --eval_data")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
         train(learners, method, task, recipe, run)

@@ -57,6 +57,8 @@ def with_reference(rewards, rollouts):
 
 def loss(logp, targets, num_tokens, clip_eps, kl_coef):
     """--loss: the usual one, and BETA KL(policy || reference), as GRPO estimates it."""
+    if not targets.value_old.any():
+        raise ValueError("this loss needs --advantage examples/frozen_reference.py:with_reference, too")
     # Of the reference to the policy. Beyond e^10 the term is constant, and its gradient 0.
     log_ratio = (targets.value_old - logp).clamp(max=10)
     k3 = log_ratio.exp() - 1 - log_ratio

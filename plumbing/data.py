@@ -23,7 +23,8 @@ import re
 from plumbing.grading import extract_answer
 
 HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:test",
-       "gsm8k-train": "openai/gsm8k:main:train", "aime2024": "Maxwell-Jia/AIME_2024::train"}
+       "gsm8k-train": "openai/gsm8k:main:train", "aime2024": "Maxwell-Jia/AIME_2024::train",
+       "aime2025": "math-ai/aime25::test"}
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 # The columns in which public data keep each field of a problem. If a row has several of them, the first that

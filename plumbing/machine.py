@@ -113,6 +113,7 @@ def self_check(model, method):
                  f"replays differ from each other by {size(fast - plain):.1e}")
     parallel.say(text)
     method.law.enforce(gap=size(fast), gap_max=float(fast.abs().max()))
+    method.law.num_wide = 0  # only RL steps count
 
 
 def say_backend(model, cache):

@@ -59,14 +59,18 @@ def micro_batches(units, compute, model):
     """Lists of rows -> micro-batches of at most compute.max_tokens tokens, or of one longer row.
 
     They are on the model's device. units: lists of rows. The rows of one list stay in one micro-batch if they
-    fit into it. A loss may then look at a whole response, or at a whole group.
+    fit into it, padding included. A loss may then look at a whole response, or at a whole group.
     """
     pieces = []
     for rows in units:
         longest = max((len(row.tokens) for row in rows), default=1)
         fitting = max(1, compute.max_tokens // longest)  # rows that fit into one micro-batch
+        if compute.is_packed and sum(len(row.tokens) for row in rows) <= compute.max_tokens:
+            fitting = len(rows) or 1  # all of them: nothing is padded to the longest
         pieces += [rows[start:start + fitting] for start in range(0, len(rows), fitting)]
     sizes = [(max(len(row.tokens) for row in rows), len(rows)) for rows in pieces]
+    if compute.is_packed:  # a piece is one long row
+        sizes = [(sum(len(row.tokens) for row in rows), 1) for rows in pieces]
     parts = []
     for group in by_length(sizes, compute.max_tokens, compute.is_packed):
         rows = [row for number in group for row in pieces[number]]

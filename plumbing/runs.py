@@ -143,6 +143,8 @@ def replacing(path):
     try:
         yield partial
         if parallel.is_first():
+            # A command that was killed here may have left this one.
+            shutil.rmtree(f"{path}.old.partial", ignore_errors=True)
             if os.path.isdir(path):
                 os.replace(path, f"{path}.old.partial")
             os.replace(partial, path)  # this also replaces a file
@@ -343,7 +345,7 @@ class Run:
     def check_data(self, mark, name):
         """ValueError if a resumed run would go on with other data; mark: a short hash of the data."""
         if self.progress.setdefault("data", mark) != mark:
-            raise ValueError(f"{name} or its prompts have changed since {self.folder} began: bring the old "
+            raise ValueError(f"{name} have changed since {self.folder} began: bring the old "
                              "data back, or start a new run from its newest checkpoint (--model, --name)")
 
     def finish(self, summary):

@@ -370,7 +370,7 @@ class Recorder:
     def apply_chat_template(self, chats, **_):
         return ["|".join(f"{message['role']}:{message['content']}" for message in chat) for chat in chats]
 
-    def __call__(self, texts, add_special_tokens):
+    def __call__(self, texts, add_special_tokens=True):
         return type("Encoding", (), dict(input_ids=[list(text) for text in texts]))
 
 

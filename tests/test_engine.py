@@ -94,6 +94,30 @@ def test_a_strategy_of_ones_own_reveals_the_same_in_both(tmp_path):
         check_same(decode(model, prompts, slots=2, **settings), decode(model, prompts, PLAIN, **settings))
 
 
+def write_above_mean(folder):
+    """A strategy that takes means over whole blocks, without looking where the masks are -> its flag."""
+    (folder / "mean.py").write_text(
+        "from rollout import best\n"
+        "def above_mean(confidence, entropy, token, is_masked, quota):\n"
+        "    score = confidence - entropy / 9 + token / 99\n"
+        "    is_sure = (score > score.mean(-1, keepdim=True)) & is_masked\n"
+        "    return is_sure | best(confidence, is_masked, quota)\n")
+    return f"{folder}/mean.py:above_mean"
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada"])
+def test_a_strategy_sees_no_draw_that_does_not_count(kind, tmp_path, monkeypatch):
+    """Neither at revealed positions, nor behind the canvas, nor where a batch is filled up for a graph."""
+    model, prompts = random_model(kind), random_prompts([3, 14, 7, 1, 9, 4])
+    settings = dict(max_new_tokens=18, strategy=write_above_mean(tmp_path), seed=4)
+    plain = decode(model, prompts, PLAIN, **settings)
+    check_same(decode(model, prompts, slots=5, **settings), plain)
+    if kind == "sdar":
+        monkeypatch.setattr(engine, "Decoder", PaddedDecoder)
+        monkeypatch.setattr(engine, "RECORD_AT", 2)
+        check_same(decode(model, prompts, slots=5, **settings), plain)
+
+
 # ----------------------------------------------------------------------------------- decoding: what it costs
 
 

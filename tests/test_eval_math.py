@@ -265,11 +265,12 @@ def test_an_evaluation_is_a_table_and_a_file_that_can_be_gone_on_with(folder, ca
     assert table("--n=2", "--name=two") == found
     assert "static: 5 of 8 responses were there already" in capsys.readouterr().out
     # Finished with one sample, and asked for a second one: the table is that of two at once.
-    table("--name=more")
+    single = table("--name=more")
     first = (folder / "runs/more/responses.jsonl").read_text()
     assert table("--n=2", "--name=more", "--slots=3", "--debug") == found
     assert "static: 4 of 8 responses were there already" in capsys.readouterr().out
     assert (folder / "runs/more/responses.jsonl").read_text().startswith(first)
+    assert table("--name=more") == single  # and back again
 
 
 def test_an_evaluation_never_mixes_two_settings_models_or_data(folder):

@@ -222,6 +222,7 @@ def unbounded(logp, targets, num_responses):
 def test_advantages_are_what_their_papers_say():
     rewards = torch.tensor([[1.0, 0, 0, 1], [0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0]])
     assert forks.centered(rewards).tolist() == [[0.5, -0.5, -0.5, 0.5], [0] * 4, [0] * 4]
+    assert not forks.centered(torch.full((4, 6), 85.3)).any()
     weights = forks.softmax_weights(rewards)
     assert weights.sum(-1).tolist() == pytest.approx([0, 0, 0], abs=1e-6) and not weights[1].any()
 

@@ -206,6 +206,19 @@ def test_micro_batches_hold_the_same_targets_within_their_budget(kind, number, i
         assert len(owners) == 1 or size > 512, (n, size)
 
 
+def test_a_group_that_fits_is_packed_into_one_micro_batch():
+    """Its longest row, times the number of rows, would not fit. But nothing is padded to the longest."""
+    model = random_model()
+    rollouts = [decode(model, random_prompts([P]), max_new_tokens=16, eos_ids=())[0] for P in (150, 9, 5, 7)]
+    built = rollout.build_rows(rollouts, model.config)
+    group = [row for rows in built for row in rows]
+    size = sum(len(row.tokens) for row in group)
+    compute = PLAIN._replace(max_tokens=size, is_packed=True)
+    part, = packing.micro_batches([group], compute, model)
+    assert len(set(part.targets.rollout_index.tolist())) == 4
+    assert len(packing.micro_batches([group], compute._replace(is_packed=False), model)) > 1
+
+
 def test_a_larger_block_shows_what_smaller_ones_left_undecoded_as_masks():
     """Traces of K = 4 may teach a model of K = 8."""
     model = random_model(block_size=4)
