@@ -75,7 +75,7 @@ def load_prompts(source, tokenizer, prompting, needs_answer=True):
     # Long prompts are skipped, and their number is printed.
     problems = load_problems(source, needs_answer)
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
-    skipped = f"; skipped {num_long} of over {prompting.max_prompt_tokens} tokens" if num_long else ""
+    skipped = f"; skipped {num_long} longer than {prompting.max_prompt_tokens} tokens" if num_long else ""
     parallel.say(f"{source}: {len(problems)} problems{skipped}")
     return problems
 

@@ -307,7 +307,7 @@ def main(argv=None):
         run.begin()
         if args.resume:
             run.restore([learner])
-        run.check_data(runs.mark([(r.prompt, r.response) for r in examples]), f"the examples of --data {args.data}")
+        run.check_data(runs.mark([(r.prompt, r.response) for r in examples]), "the examples of --data")
         train(learner, examples, evaluate_dev, compute, recipe, run)
         run.save([learner])
         path = run.save_model(model)

@@ -456,7 +456,7 @@ class Choice:
 
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
     train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")
-    dev_data: str = setting(None, "problems for --eval_every; None: those of arithmetic or sudoku, else none")
+    dev_data: str = setting(None, "problems for --eval_every; arithmetic and sudoku have their own")
     eval_data: str = setting(None, "test problems, before and after. Arithmetic and sudoku have their own")
     eval_limit: int = setting(200, "how many test problems; None: all", tiny=None, low=1)
     eval_strategies: str = setting(None, "how test problems are decoded: strategies, or greedy. None: "
@@ -476,7 +476,7 @@ def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser(
-        "TraceRL. Defaults are for the tiny model; with --model for real checkpoints.", GROUPS, is_tiny)
+        "TraceRL. Defaults: of tiny models. With --model CHECKPOINT --help: of that one.", GROUPS, is_tiny)
     args = runs.parse(parser, argv)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
@@ -488,7 +488,7 @@ def parse_args(argv=None):
     if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
         args.keep_range = [0.2, 0.8]  # the authors' filter, for rewards from 0 to 1
     if args.train_data is None or args.eval_data is None:
-        parser.error("--model needs --train_data and --eval_data")
+        parser.error("--train_data and --eval_data are needed. (arithmetic and sudoku have test problems)")
     # Evaluation may be greedy. Training may not.
     if args.temperature == 0 or args.top_k == 1:
         parser.error("--temperature 0 and --top_k 1 are greedy: the same response G times teaches nothing")

@@ -29,6 +29,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import rollout
 from plumbing import packing, parallel
@@ -136,8 +137,8 @@ def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
     built = rollout.build_rows(own, config, shrink=shrink, trained_only=True)
     parts, _ = packing.dealt_batches(built, compute, value_model)
     values = rollout.per_response(own, parts, [value_model(rows, compute) for rows in parts])
-    found = [estimate(r, r_values.cpu(), trace_steps(r, config, shrink), gamma, lam)
-             for r, r_values in zip(own, values)]
+    steps = [torch.tensor(trace_steps(r, config, shrink)) for r in own]
+    found = estimate(own, [r_values.cpu() for r_values in values], steps, gamma, lam)
     # Every process then holds the same records.
     for r, (value_old, returns, advantage) in zip(rollouts, parallel.gather(found)):
         r.value_old = value_old
@@ -150,17 +151,23 @@ def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
                 advantage_rms=float(advantages.square().mean().sqrt()))
 
 
-def estimate(r, values, steps, gamma, lam):
-    """Values, returns and advantages of one response, as three lists with a number for each token.
+def estimate(rollouts, values, steps, gamma, lam):
+    """Values, returns and advantages of responses -> for each, three lists with a number for each token.
 
-    Its reward lies on the last trace step. Process rewards lie on their own tokens.
+    values, steps: a tensor for each response. Its reward lies on its last trace step. Process rewards lie on
+    their own tokens.
     """
-    steps = torch.tensor([steps])  # (1, R): a batch of one
-    rewards = place_rewards(torch.tensor([r.reward]), steps)
-    if r.token_rewards:  # process rewards: each token has its own
-        rewards.zero_()[0, :len(r.token_rewards)] = torch.tensor(r.token_rewards)
-    returns, advantages = returns_and_advantages(rewards, values[None], steps, gamma, lam)
-    return values.tolist(), returns[0].tolist(), advantages[0].tolist()
+    if not rollouts:
+        return []
+    # As tables, with zeros behind shorter responses. A token of step 0 is not trained.
+    values = pad_sequence(values, batch_first=True)  # (N, R)
+    steps = pad_sequence(steps, batch_first=True)
+    rewards = place_rewards(torch.tensor([r.reward for r in rollouts]), steps)
+    for line, r in zip(rewards, rollouts):
+        if r.token_rewards:  # process rewards: each token has its own
+            line.zero_()[:len(r.token_rewards)] = torch.tensor(r.token_rewards)
+    tables = values, *returns_and_advantages(rewards, values, steps, gamma, lam)
+    return [[table[n, :len(r.response)].tolist() for table in tables] for n, r in enumerate(rollouts)]
 
 
 def value_loss(values, values_old, returns, num_tokens, clip=0):

@@ -150,9 +150,9 @@ def main():
     # sight, but they are not trained.
     lengths = torch.tensor([r.num_tokens for r in rollouts])  # (G,)
     logp = torch.cat([logp[:length] for logp, length in zip(replayed, lengths)])  # (N,)
-    # tracerl.py adds up the same loss over micro-batches. The loss reads only logp_old and advantage. The
-    # policy has not moved yet, so its log-probabilities are the old ones. Every token has the advantage of
-    # its response.
+    # tracerl.py adds up the same loss over micro-batches. Of the targets, the loss reads only logp_old and
+    # advantage. The policy has not moved yet, so its log-probabilities are the old ones. Every token has the
+    # advantage of its response.
     targets = SimpleNamespace(logp_old=logp.detach(), advantage=advantages.repeat_interleave(lengths))
     loss = policy_loss(logp, targets, num_tokens=len(logp))
     loss.backward()

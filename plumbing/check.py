@@ -83,7 +83,7 @@ def differences(model, rollouts, compute, temperature=1.0, block_size=None, is_c
         rows, = rollout.build_rows([moved], config)
         known = len(moved.response)
         values = torch.zeros(known)
-        for part in rollout.packing.micro_batches([rows], compute._replace(is_packed=False), model):
+        for part in rollout.packing.micro_batches([rows], compute, model):
             layout = part.layout
             end = len(moved.prompt) + known
             # Nobody may see the padding, nor what stands behind eos if the last block is cut there. Each of

@@ -39,8 +39,8 @@ def compiled(function):
     backward pass runs in another thread. So the limit is set at every call.
     """
     config = torch._dynamo.config
-    if config.recompile_limit != 64:
-        config.recompile_limit = 64
+    if config.recompile_limit != 128:
+        config.recompile_limit = 128
         config.fail_on_recompile_limit_hit = True
     return compile_once(function, dynamic=False)
 

@@ -251,7 +251,7 @@ def author_rows(rollouts, config, response_tokens):
             row = lm.Row(clean + noisy, position, [p // K for p in position], view)
             row.targets = [lm.Targets(
                 logit_index=len(clean) + j, token=r.response[j], rollout_index=index, response_index=j,
-                step=r.step_map[j], group=0, masked_share=1.0, logp=0.0, logp_old=0.0,
+                step=r.step_map[j], view=1, group=0, masked_share=1.0, logp=0.0, logp_old=0.0,
                 advantage=r.advantage[j], value_old=0.0, returns=0.0) for j in targets]
             rows.append(row)
     return rows

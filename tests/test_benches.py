@@ -123,7 +123,6 @@ def test_the_noise_of_a_gradient_is_its_variance_over_its_squared_mean():
     assert ratio == pytest.approx(1000 / 10, rel=0.15) and 0 < error < 15
 
 
-@slow
 @pytest.mark.parametrize("layout", bench_update.LAYOUTS)
 def test_the_cost_of_an_update_can_be_measured_in_every_layout(layout, capsys):
     bench_update.main(["--measures=update", "--preset=tiny", f"--layout={layout}", "--responses=2",
