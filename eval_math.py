@@ -237,10 +237,10 @@ def accuracy(samples):
 
 
 def pass_at(k, numbers):
-    """Probability that one of k samples, chosen at random, is right (unbiased estimator, arXiv 2107.03374).
+    """Probability that of k of the samples, drawn at random, at least one is right (arXiv 2107.03374).
 
-    Of four samples one is right. Two samples can be chosen in 6 ways. In 3 of these the right one is among
-    them, so pass@2 is .5.
+    This is the unbiased estimator of pass@k. Of four samples one is right. Two samples can be chosen in 6
+    ways. In 3 of these the right one is among them, so pass@2 is .5.
     """
     # One minus the probability that all k of them are wrong.
     num_wrong = sum(not number for number in numbers)

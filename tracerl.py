@@ -476,7 +476,7 @@ def parse_args(argv=None):
     """The flags of tracerl.py."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser(
-        "TraceRL. Defaults: of tiny models. With --model CHECKPOINT --help: of that one.", GROUPS, is_tiny)
+        f"TraceRL. These are the defaults for {'a tiny' if is_tiny else 'this'} model.", GROUPS, is_tiny)
     args = runs.parse(parser, argv)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
@@ -488,7 +488,7 @@ def parse_args(argv=None):
     if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
         args.keep_range = [0.2, 0.8]  # the authors' filter, for rewards from 0 to 1
     if args.train_data is None or args.eval_data is None:
-        parser.error("--train_data and --eval_data are needed. (arithmetic and sudoku have test problems)")
+        parser.error("--train_data and --eval_data are needed (of arithmetic and sudoku the first)")
     # Evaluation may be greedy. Training may not.
     if args.temperature == 0 or args.top_k == 1:
         parser.error("--temperature 0 and --top_k 1 are greedy: the same response G times teaches nothing")
@@ -528,7 +528,7 @@ def main(argv=None):
         recipe.shrink = recipe.shrink or (8 if model.config.is_full else 1)
         law = rollout.ReplayLaw(args.dtype == "float32", decoding.temperature, recipe.max_gap)
         method = Method(*functions, decoding, machine.choose_compute(args, model), law)
-        machine.self_check(model, method)  # the replay law on a few random prompts, before anything else
+        machine.self_check(model, method)  # the replay law on a few random prompts, before the first test
         load = functools.partial(
             load_prompts, tokenizer=tokenizer, prompting=prompting, needs_answer=args.reward == "math")
         examinee = Examinee(model, tokenizer, decoding, method.compute, method.reward)

@@ -321,11 +321,12 @@ def test_help_has_groups_and_the_defaults_of_the_case_at_hand(capsys):
         tracerl.main(["--help"])
     said = capsys.readouterr().out
     places = [said.index(f"\n{title}:") for title in tracerl.GROUPS]
-    assert places == sorted(places) and "Defaults are for the tiny model; with --model for real checkpoints" in said
+    assert places == sorted(places) and "These are the defaults for a tiny model." in said
     assert "(default: 45)" in said
     with pytest.raises(SystemExit):
         tracerl.main(["--model=x", "--help"])
-    assert "(default: 80)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "(default: 80)" in said and "These are the defaults for this model." in said
 
 
 # ------------------------------------------------------------------------------------------------------------
