@@ -7,13 +7,13 @@
 
 Decoding and evaluation stay as they are. Each fault replaces one function of rollout.py: `build_rows`, which
 makes every training row, or `record`, which keeps what was drawn. So the gap in the log is that of the broken
-rows. The bound on the gap is lifted, or else the run would stop at once.
+rows, or of the broken record. The bound on the gap is lifted, or else the run would stop at once.
 
 Look at the gap of step 1. All faults but after_filter change both sides of a ratio alike. Ratios then begin
 at 1, and the loss looks healthy. (`drift_kl` compares with the record, too, so it contains the gap.) Below, a
 gap has a sign: it is the replayed log-probability minus the recorded one.
 
-    fault             where it changes rows
+    fault             where it makes a gap
     cut_at_response   block attention, unless P is a multiple of K: arithmetic has P = 8, Sudoku has P = 17
     cut_at_eos        where tokens behind eos were revealed before others; Sudoku in blocks of 4 has none
     small_blocks      block attention

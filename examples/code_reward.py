@@ -43,14 +43,14 @@ def passes_tests(problem, text, rollout):
     """--reward: 1 if the last code block of the response passes the problem's tests, else 0.
 
     Without a code block the whole response is run. A truncated response earns 0. The tests are a text, or a
-    list of texts.
+    list of texts. (In a text, \\boxed{...} or a last line #### would be taken for an answer: give a list.)
     """
     # Blocks of other languages are matched, too. Otherwise the end of one would be taken for a beginning.
     blocks = re.findall(r"```(\w*)[^\n]*\n(.*?)```", text, re.DOTALL)
     python = [code for language, code in blocks if language in ("", "py", "python")]
     code = python[-1] if python else text
     tests = problem.answer
-    if tests.startswith("["):  # a list in the data comes as JSON
+    if tests.startswith('["'):  # a list in the data comes as JSON
         tests = "\n".join(json.loads(tests))
     return 0.0 if rollout.is_truncated else float(succeeds(code, tests))
 
@@ -73,7 +73,7 @@ def succeeds(code, tests):
 
 
 def stop(process):
-    """Ends a process and all that it has started."""
+    """Ends a process and its group. (A child that has begun a session of its own survives.)"""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:  # all have ended

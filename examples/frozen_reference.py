@@ -10,8 +10,8 @@ may still move far away. Here a second model never changes, and the policy is ke
 The second model replays the same traces, so both models score each token in the same state. (The second model
 takes memory: every process holds all of it.)
 
-`loss` needs --views trace and --shrink 1, so that both models score the same states. Both functions need
---temperature 1, at which the reference replays. The reference must have the same K.
+`loss` needs --views trace and --shrink 1, so that both models score the same states. `loss` and
+`penalized` need --temperature 1, at which the reference replays. The reference must have the same K.
 """
 
 import functools
@@ -57,9 +57,9 @@ def with_reference(rewards, rollouts):
 
 def loss(logp, targets, num_tokens, clip_eps, kl_coef):
     """--loss: the usual one, and BETA KL(policy || reference), as GRPO estimates it."""
-    if not targets.value_old.any():
+    if len(logp) and not targets.value_old.any():
         raise ValueError("this loss needs --advantage examples/frozen_reference.py:with_reference, too")
-    # Of the reference to the policy. Beyond e^10 the term is constant, and its gradient 0.
+    # log(p_reference / p_policy). Above 10 the term is constant, and its gradient 0.
     log_ratio = (targets.value_old - logp).clamp(max=10)
     k3 = log_ratio.exp() - 1 - log_ratio
     return policy_loss(logp, targets, num_tokens, clip_eps, kl_coef) + BETA * k3.sum() / num_tokens

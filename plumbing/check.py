@@ -42,6 +42,9 @@ def read_traces(path, config):
             try:
                 row = json.loads(line)
                 prompt, response, step_map, logp = (list(row[name]) for name in FIELDS)
+                torch.tensor(logp, dtype=torch.float64)  # TypeError unless all are numbers
+                if not all(isinstance(number, int) for number in prompt + response + step_map):
+                    raise TypeError("tokens and steps are whole numbers")
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{where}: this is no JSON object with {', '.join(FIELDS)} ({error}): "
                                  "write one such object per line") from None

@@ -100,7 +100,7 @@ def add_flags(group, settings, is_tiny, known):
         default = details["tiny"] if is_tiny else field.default
         more = dict(default=default, help=details["help"].replace("%", "%%"))
         if field.type is bool:
-            more["action"] = argparse.BooleanOptionalAction  # --no-plain goes on without --plain of before
+            more["action"] = argparse.BooleanOptionalAction  # with --resume, --no-plain undoes --plain
         else:
             more.update(type=reader(field.type, details), nargs=details["number"], choices=details["choices"])
         group.add_argument(f"--{field.name}", **more)

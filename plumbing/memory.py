@@ -60,13 +60,15 @@ def fit_slots(asked, number, per_slot, config, device):
     Fewer than `asked` may fit. From the second RL step on, for example, the optimizer's moments take memory.
     The results are the same, so this is printed, and is no error. ValueError if not even one fits.
     """
-    logits = max(most_logits(device), config.vocab_size) * 4 * 6  # float32, about six times in the sampler
+    wanted = min(asked or number, number)
+    # The sampler holds a float32 logit about six times. There are never more than those of a block per slot.
+    at_once = min(max(most_logits(device), config.vocab_size), wanted * config.block_size * config.vocab_size)
+    logits = at_once * 4 * 6
     if device.type == "cuda":
         logits *= 2  # CUDA graphs have memory of their own
         torch.cuda.empty_cache()  # torch keeps small pieces, and the cache needs a few large ones
     free = free_bytes(device)
     most = int((0.8 * free - logits) // per_slot)  # a fifth is left for prefill and fragments
-    wanted = min(asked or number, number)
     if most < 1:
         raise ValueError(f"not one sequence of {per_slot / 2**20:,.0f} MiB fits into the "
                          f"{free / 2**30:.1f} GiB that are free: lower --max_new_tokens")

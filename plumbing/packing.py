@@ -24,7 +24,7 @@ def pack(rows, pad_id, device, multiple):
 
     Kernels are compiled anew for each length, so there are few lengths. If multiple is 512, the first eight
     are multiples of 512. Then four steps lead to each power of two: 5120, 6144, 7168, 8192, 10240 and so on.
-    So at most a quarter is padding.
+    So beyond three multiples at most a quarter is padding.
     """
     *starts, total = itertools.accumulate((len(row.tokens) for row in rows), initial=0)
     size = max(multiple, 1 << max(0, (total - 1).bit_length() - 3))

@@ -14,8 +14,8 @@ class Prompting:
 
     max_prompt_tokens: int = setting(784, "longer prompts are skipped, and their number is printed", low=1)
     prompt_style: str = setting(
-        "chat", "chat: the chat template; trado: chat without the last newline; think, trado_think: one "
-        "of these, then <think>; no_think: chat with thinking off; plain: no template, for base models",
+        "chat", "chat: the chat template; trado: chat without the last newline; think: chat, then <think>; "
+        "trado_think: trado, then <think>; no_think: chat with thinking off; plain: no template",
         choices=PROMPT_STYLES)
     instruction: str = setting(
         "\nPlease reason step by step, and put your final answer within \\boxed{}.",

@@ -33,6 +33,7 @@ from plumbing.checkpoints import read_json, save_checkpoint, save_value_model, w
 from plumbing.flags import setting
 
 KEPT = 3  # how many checkpoints of a run are kept: the newest ones
+LOGS = ("metrics.jsonl", "responses.jsonl")  # of a training run, and of eval_math.py
 
 
 @dataclass
@@ -154,7 +155,8 @@ def replacing(path):
         if os.path.isfile(partial):
             os.remove(partial)
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise OSError(f"{path} could not be written ({reason}): free some space, and go on with --resume. "
+        raise OSError(f"{path} could not be written ({reason}): free some space, and go on with --resume "
+                      "(eval_math.py: without it). "
                       "What was saved before is complete") from error
 
 
@@ -208,7 +210,8 @@ class Run:
 
     def check_use(self, resume, may_change):
         """ValueError if this command may not work in what the folder holds."""
-        has_lines = os.path.isfile(self.path) and os.path.getsize(self.path) > 0
+        logs = [os.path.join(self.folder, name) for name in LOGS]
+        has_lines = any(os.path.isfile(log) and os.path.getsize(log) > 0 for log in logs)
         if not resume and (has_lines or checkpoints_of(self.folder)):
             raise ValueError(f"{self.folder} holds a run: go on with it (--resume), delete the folder, or "
                              "choose another --name")
@@ -377,7 +380,7 @@ class Run:
 
 
 def reporter(kind, folder, settings):
-    """Two functions for Weights & Biases or TensorBoard: one sends a line of metrics, the other one ends.
+    """Two functions for Weights & Biases or TensorBoard: one sends a line of metrics, the other closes.
 
     Without a kind they do nothing.
     """

@@ -76,6 +76,10 @@ def test_a_line_that_is_no_trace_is_named(tmp_path):
     path.write_text('{"prompt": [3], "response": null, "step_map": [1], "logp": [-1]}\n')
     with pytest.raises(ValueError, match="line 1: this is no JSON object with prompt, response"):
         check.read_traces(str(path), random_model().config)
+    for line in ('"prompt": "1+1=", "logp": [-1]', '"prompt": [3], "logp": [null]'):
+        path.write_text(f'{{{line}, "response": [4], "step_map": [1]}}\n')
+        with pytest.raises(ValueError, match="line 1: this is no JSON object with prompt, response"):
+            check.read_traces(str(path), random_model().config)
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no traces"):
         check.read_traces(str(path), random_model().config)

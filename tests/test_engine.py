@@ -319,16 +319,17 @@ def test_a_cache_must_be_one_that_the_attention_knows():
 def test_of_slots_that_do_not_fit_as_many_as_fit_are_taken(monkeypatch, capsys):
     model, prompts = random_model(), random_prompts([5] * 6)
     settings = dict(max_new_tokens=8, eos_ids=())
-    length, logits = 5 + 8 + 4, memory.most_logits(model.device) * 4 * 6
-    per_slot = memory.slot_bytes(model.config, length, 4, True)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: (logits + 3.5 * per_slot) / 0.8)
+    per_slot = memory.slot_bytes(model.config, 5 + 8 + 4, 4, True)
+    logits = 4 * 18 * 4 * 6  # bytes of a slot: K positions, V tokens
     made, init = [], engine.Decoder.__init__
     remember = lambda self, *args: (made.append(args), init(self, *args))[1]
     monkeypatch.setattr(engine.Decoder, "__init__", remember)
     for slots, said in ((None, ""), (4, "--slots 4: 3 of ")):
+        monkeypatch.setattr(
+            memory, "free_bytes", lambda device: ((slots or 6) * logits + 3.5 * per_slot) / 0.8)
         assert len(decode(model, prompts, slots=slots, **settings)) == 6 and made[-1][2] == 3
         assert said in capsys.readouterr().out
-    monkeypatch.setattr(memory, "free_bytes", lambda device: logits)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 6 * logits)
     with pytest.raises(ValueError, match="lower --max_new_tokens"):
         decode(model, prompts, **settings)
 

@@ -437,7 +437,7 @@ def test_code_earns_only_by_passing_its_tests(body, expected, monkeypatch):
 
 @pytest.mark.parametrize("answer, expected", [
     ("assert add(1, 2) == 3", 1), ("assert add(1, 2) == 4", 0),
-    ('["x = 3", "assert add(1, 2) == x"]', 1), ('["assert add(1, 2) == 3", "assert add(1, 2) == 4"]', 0),
+    ('["x = 3", "assert add(1, 2) == x"]', 1), ("[x] = [3]\nassert add(1, 2) == x", 1), ('["assert add(1, 2) == 3", "assert add(1, 2) == 4"]', 0),
 ])
 def test_code_is_found_between_other_blocks_and_tests_may_be_a_list(answer, expected):
     text = "Like\n```text\n1 + 2\n```\nit is\n```python\ndef add(a, b):\n    return a + b\n```\n```\n"
@@ -520,6 +520,7 @@ def test_blocks_grow_from_answers_in_small_blocks(tmp_path, monkeypatch):
     commands, python = commands_of("grow_blocks.sh", MODEL=FIXTURES / "tiny", PROBLEMS=60, UPDATES=2, STEPS=1)
     assert [words[1] for words in commands] == ["eval_math.py", "sft.py", "tracerl.py"]
     eval_math.main(commands[0][2:])
+    monkeypatch.setenv("NAME", "grow")
     exec(python, {})
     rows = [json.loads(line) for line in open("runs/grow-answers/right.jsonl")]
     lines = [json.loads(line) for line in open("runs/grow-answers/responses.jsonl")]

@@ -88,7 +88,8 @@ def test_decoding_gives_its_memory_back():
 def test_more_slots_than_fit_are_as_many_as_fit(monkeypatch, capsys):
     model = wide_model("sdar")
     prompts = random_prompts(LENGTHS)
-    monkeypatch.setattr(engine.memory, "free_bytes", lambda device: 2**26 * 4 * 6 * 2 / 0.8 + 200_000)
+    logits = 6 * model.config.block_size * model.config.vocab_size * 4 * 6 * 2  # bytes, see memory.fit_slots
+    monkeypatch.setattr(engine.memory, "free_bytes", lambda device: logits / 0.8 + 200_000)
     assert len(decode(model, prompts, **SETTINGS)) == len(prompts)
     assert "--slots 6: 3 of" in capsys.readouterr().out
 

@@ -113,6 +113,7 @@ def test_every_published_gold_answer_equals_itself_in_every_style():
     ("-5", "5"), ("\\pm 5", "5"), ("5\\pm 0", "5"), ("\\text{5}6", "5"), ("\\frac{5}{0}", "5"), ("nan", "5"),
     ("\\infty", "5"), ("5\\infty", "5"), ("[1,2]", "\\{1,2\\}"),
     ("5\\text{ squared}", "5"), ("5\\text{ is wrong}", "5"), ("\\binom{n}{2}", "\\frac{n(n+1)}{2}"),
+    ("-x=5", "x=5"), ("-x=5", "5"), ("|x|=5", "x=5"), ("\\sqrt{x}=5", "x=5"), ("y=2x+1", "-y=2x+1"),
     ("-x<x", "\\emptyset"), ("|x|\\le x", "\\mathbb{R}"), ("\\sqrt{x}<1", "x<1"),
     ("2/\\begin{pmatrix}2\\\\4\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
 ])
@@ -129,6 +130,7 @@ def test_known_traps_are_wrong(answer, gold):
     ("4\\pm\\sqrt3", "4+\\sqrt3, 4-\\sqrt3"), ("5\\text{ cm}^2", "5"), ("$18", "18"), ("50\\%", "50"),
     ("(C)", "\\text{C}"), ("4210_5", "4210_{5}"), ("i+1", "1+i"), ("2 \\cdot 10^{3}", "2000"),
     ("(1,2) \\cup (3,4)", "(3,4)\\cup(1,2)"), ("\\binom{n}{2}", "\\frac{n(n-1)}{2}"),
+    ("|AB|=5", "AB=5"), ("\\tan\\theta=2", "2"), ("f(2)=5", "5"), ("x=5", "5"), ("-x=-5", "x=5"),
     ("5²", "25"), ("10⁶", "1000000"), ("5²", "5^2"), ("2x<6", "x<3"), ("x<3", "(-\\infty,3)"),
     ("\\begin{pmatrix}2\\\\4\\end{pmatrix}/2", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
 ])

@@ -231,6 +231,10 @@ def test_a_run_is_never_replaced(folder):
         run.begin()
     assert os.listdir("runs/mine/checkpoints") == ["step-1"] and len(metrics("mine")) == 1
     Path("runs/taken").write_text("a file")
+    os.makedirs("runs/asked")
+    Path("runs/asked/responses.jsonl").write_text("{}\n")  # of eval_math.py
+    with pytest.raises(ValueError, match="runs/asked holds a run"):
+        tracerl.main([*SMALL, "--name=asked"])
     with pytest.raises(FileExistsError, match="runs/taken"):
         runs.Run("taken", {})
 

@@ -91,16 +91,21 @@ def without_names(parts, others):
 
 
 def split_name(tree):
-    """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree."""
+    """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree.
+
+    A function is a part of the name: \\sqrt{x} = 5 -> "sqrt x", 5. But lengths may be written as AB or |AB|.
+    """
     match tree:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):
             letters = leaves(left)
             name = "".join(leaves(left))
+            functions = [call.func.id for call in ast.walk(left) if isinstance(call, ast.Call)]
             no_product = (ast.Add, ast.Sub, ast.Div, ast.Pow)
-            is_product = not any(isinstance(node, no_product) for node in ast.walk(left))
+            is_product = not isinstance(left, ast.UnaryOp) and not any(  # -x = 5 is no name, but f(-2) = 5 is
+                isinstance(node, no_product) for node in ast.walk(left))
             is_short = len(letters) == 2 and name.islower() and name[0] not in "fgh"  # xy = 5 is no name
             if is_product and not is_short and not name[0].isdigit():
-                return name, value
+                return " ".join([*(f for f in functions if f != "abs" or name.islower()), name]), value
     return "", tree
 
 

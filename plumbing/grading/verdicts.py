@@ -46,7 +46,7 @@ def without_spaces(text):
 
 
 def is_correct(answer, gold):
-    """Whether an extracted answer (or None) equals the gold one. It is the same from any thread."""
+    """Whether an extracted answer (or None) equals the gold one. Any thread may call this."""
     return verdict(answer, gold)[0]
 
 
