@@ -473,12 +473,16 @@ def draw(tables, broken, order, path):
                 differences = [r[tested][number] - arms["dynamic"][seed][tested][number]
                                for seed, r in arms["sequential"].items()]
                 right.setdefault(f"{name}, {text}", {})[setting] = interval(differences)
-    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    figure = Figure(figsize=(16, 4.8), layout="constrained")
     titles = ("accuracy minus that of the trace", "accuracy minus that of an exact replay",
               "trained left to right, minus by confidence")
     for axes, rows, title in zip(figure.subplots(1, 3), (left, middle, right), titles):
         draw_rows(rows, axes)
         axes.set_title(title, fontsize=11)
+    labels = {}  # one legend for all panels
+    for axes in figure.axes:
+        labels |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=7, fontsize=10)
     figure.savefig(path, dpi=100)
 
 
@@ -501,8 +505,6 @@ def draw_rows(rows, axes):
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_yticks(range(len(rows)), rows, fontsize=10)
     axes.invert_yaxis()
-    if shown:
-        axes.legend(fontsize=8)
 
 
 # ------------------------------------------------------------------------------------------------------------
