@@ -689,11 +689,11 @@ def some(rollouts, config):
 class ReplayLaw:
     """Stops a run whose gap is more than rounding: it would train on states in which the policy never was.
 
-    Most wrong masks, positions or steps move the mean by far more than 0.05 nats. In float32, rounding stays
-    below 1e-4 on average, and below ten times that for the worst token. In bfloat16, decoding and training
-    round differently: on CPUs means of about 1e-3 were seen. A bfloat16 run stops after the third step in a
-    row whose mean is above 0.05. A weak fault may hide below that bound, so try a new setting in float32
-    first. (A resumed run counts anew.)
+    Many wrong masks, positions or steps move the mean by far more than 0.05 nats. Some move it by less. In
+    float32, rounding stays below 1e-4 on average, and below ten times that for the worst token. In bfloat16,
+    decoding and training round differently: on CPUs means of about 1e-3 were seen. A bfloat16 run stops after
+    the third step in a row whose mean is above 0.05. So try a new setting in float32 first. (A resumed run
+    counts anew.)
     """
 
     is_float32: bool
@@ -710,8 +710,8 @@ class ReplayLaw:
         if is_law:
             return
         text = (f"the replay law is broken: replayed and recorded log-probabilities differ by {gap:.1e} on "
-                f"average (allowed: {bound:.0e}) and by up to {gap_max:.1e} (float32: ten times as much is "
-                "allowed). Training and sampling disagree about masks, positions, blocks or steps.")
+                f"average (allowed: {bound:.0e}) and by up to {gap_max:.1e} for a token (allowed in float32: "
+                f"{10 * bound:.0e}). Training and sampling disagree about masks, positions, blocks or steps.")
         if self.is_float32 or self.num_wide >= 3:
             raise RuntimeError(text)
         parallel.say(f"WARNING: {text}")
