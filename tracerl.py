@@ -488,7 +488,7 @@ def parse_args(argv=None):
     if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
         args.keep_range = [0.2, 0.8]  # the authors' filter, for rewards from 0 to 1
     if args.train_data is None or args.eval_data is None:
-        parser.error("--train_data and --eval_data are needed (for arithmetic and sudoku, the first)")
+        parser.error("--train_data and --eval_data are needed. Arithmetic and sudoku need no --eval_data")
     # Evaluation may be greedy. Training may not.
     if args.temperature == 0 or args.top_k == 1:
         parser.error("--temperature 0 and --top_k 1 are greedy: the same response G times teaches nothing")
