@@ -246,12 +246,11 @@ def test_a_folder_is_old_or_new_whenever_the_command_is_killed(folder, monkeypat
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt), runs.replacing("whole") as partial:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), runs.replacing("whole") as partial:
+        patch.setattr(runs.shutil, "rmtree", killed)
         os.makedirs(partial)
         Path(partial, "new").touch()
     assert os.listdir("whole") in (["old"], ["new"])
-    monkeypatch.undo()
     os.makedirs("whole.old.partial/left")  # by a command that was killed later
     with runs.replacing("whole") as partial:
         Path(partial).mkdir(exist_ok=True)
