@@ -302,7 +302,7 @@ def test_flags_are_explained_and_unknown_ones_refused(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     said = capsys.readouterr().out
-    assert "(default: " in said and "--temperature" in said or name == "sft"
+    assert "(default: " in said and ("--temperature" in said or name == "sft")
     with pytest.raises(SystemExit, match="2"):
         main(["--stepz=3"])
     assert "unrecognized arguments: --stepz=3" in capsys.readouterr().err
