@@ -121,7 +121,10 @@ def test_a_gap_beyond_rounding_stops_a_run_in_float32():
     for gap, gap_max in ((1e-3, 2e-3), (1e-5, 0.1), (torch.nan, torch.nan)):
         with pytest.raises(RuntimeError, match="the replay law is broken"):
             law.enforce(gap, gap_max)
-    ReplayLaw(is_float32=True, temperature=0.5).enforce(gap=1.5e-4, gap_max=1e-3)  # logits are divided by T
+    ReplayLaw(is_float32=True, temperature=0.1).enforce(gap=5e-4, gap_max=5e-3)  # logits are divided by T
+    with pytest.raises(RuntimeError, match="the replay law is broken"):
+        ReplayLaw(is_float32=True, temperature=2.0).enforce(gap=2e-4, gap_max=2e-4)  # rounding does not shrink
+    ReplayLaw(is_float32=True, max_gap=0.01).enforce(gap=1e-3, gap_max=2e-3)
 
 
 def test_a_wide_gap_in_bfloat16_is_said_and_stops_a_run_in_the_third_step(capsys):
