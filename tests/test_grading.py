@@ -229,7 +229,8 @@ def test_an_interrupted_check_leaves_no_verdict_for_the_next():
 def test_the_kernel_ends_a_check(body, expected, monkeypatch):
     """By its CPU time, and by its memory: in place of the comparison stands what a hostile answer might do."""
     lines = ("import plumbing.grading.compare as c", "def f(answer, gold):", f"    {body}", "    return True",
-             "c.is_same = f", "from plumbing.grading.workers import Workers", "Workers.CPU_SECONDS = 0",
+             "c.is_same = f", "from plumbing.grading.workers import Workers",
+             "Workers.CPU_SECONDS = 0",
              grading_workers.COMMAND)
     monkeypatch.setattr(grading_workers, "COMMAND", "\n".join(lines))
     started = time.perf_counter()

@@ -123,7 +123,7 @@ def test_a_gap_beyond_rounding_stops_a_run_in_float32():
             law.enforce(gap, gap_max)
     ReplayLaw(is_float32=True, temperature=0.1).enforce(gap=5e-4, gap_max=5e-3)  # logits are divided by T
     with pytest.raises(RuntimeError, match="the replay law is broken"):
-        ReplayLaw(is_float32=True, temperature=2.0).enforce(gap=2e-4, gap_max=2e-4)  # rounding does not shrink
+        ReplayLaw(is_float32=True, temperature=2.0).enforce(gap=2e-4, gap_max=2e-4)  # but it does not shrink
     ReplayLaw(is_float32=True, max_gap=0.01).enforce(gap=1e-3, gap_max=2e-3)
 
 
