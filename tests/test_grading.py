@@ -227,7 +227,7 @@ def test_an_interrupted_check_leaves_no_verdict_for_the_next():
 @pytest.mark.parametrize("body, expected", [
     ("while True: pass", (False, "killed")), ("bytearray(3 << 29)", (False, "expression"))])
 def test_the_kernel_ends_a_check(body, expected, monkeypatch):
-    """By its CPU time, and by its memory: in place of the comparison stands what a hostile answer might do."""
+    """By its CPU time, and by its memory. The comparison does what a hostile answer might do."""
     lines = ("import plumbing.grading.compare as c", "def f(answer, gold):", f"    {body}", "    return True",
              "c.is_same = f", "from plumbing.grading.workers import Workers",
              "Workers.CPU_SECONDS = 0",
