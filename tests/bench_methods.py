@@ -409,24 +409,25 @@ def print_table(setting, table):
             print(f"{arm}: explained variance, mean over the steps from 5 on: {mean:.2f} +- {half:.2f}")
 
 
-def print_overview(tables):
-    """Every arm in every setting, in accuracy (dynamic), bold where the interval leaves zero out.
+def print_overview(tables, name):
+    """Every arm in every setting, bold where the interval leaves zero out. name: a strategy, or "reward".
 
-    The first arm's before and after, and the others' difference to it. Last, the mean over all settings, of
-    arms that ran in all. The intervals of settings, which are independent, are added as squares; that is a
-    little too wide.
+    The first arm's before and after (of the reward: its mean), and the others' difference to it. Last, the
+    mean over all settings, of arms that ran in all. The intervals of settings, which are independent, are
+    added as squares; that is a little too wide.
     """
-    print("\n| | " + " | ".join(tables) + " | mean |\n" + "|---" * (len(tables) + 2) + "|")
+    print(f"\n| {name} | " + " | ".join(tables) + " | mean |\n" + "|---" * (len(tables) + 2) + "|")
     for arm in dict.fromkeys(arm for table in tables.values() for arm in table):
         cells = []
         gains = []
         for table in tables.values():
             if arm == next(iter(table)):
                 _, results = table[arm]
-                before = fmean(r["before"]["dynamic"] for r in results)
-                cells.append(f"{before:.3f} -> {fmean(r['dynamic'] for r in results):.3f}")
+                before = [r["before"][name] for r in results if name in r["before"]]
+                start = f"{fmean(before):.3f} -> " if before else ""
+                cells.append(f"{start}{fmean(r[name] for r in results):.3f}")
             elif arm in table:
-                gains.append(difference(table, arm))
+                gains.append(difference(table, arm, name))
                 cells.append(bold(*gains[-1]))
             else:
                 cells.append("")
@@ -677,7 +678,9 @@ def main(argv=None):
         path.write_text(json.dumps(known))
     if args.show:
         for is_equal in (False, True):
-            print_overview({name: table for name, table in known.items() if name.endswith(EQUAL) == is_equal})
+            part = {setting: table for setting, table in known.items() if setting.endswith(EQUAL) == is_equal}
+            for name in (*STRATEGIES, "reward") if part else []:
+                print_overview(part, name)
         for setting, table in known.items():
             print_table(setting, table)
     if args.picture:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 
 import pytest
 import torch
@@ -201,3 +203,43 @@ def test_the_answers_to_the_three_questions_are_shown_from_what_ran(tmp_path, ca
     assert "| left to right minus by confidence | sequential | **+0.100 +- 0.000** |" in output
     bench_questions.main(["large", "--show", "--out", str(path)])
     assert "| **-0.100 +- 0.000** | 0.600 +- 0.000 |" in capsys.readouterr().out
+
+
+def test_the_bench_commands_of_the_evidence_are_understood():
+    benches = dict(bench_broken=bench_broken, bench_methods=bench_methods, bench_questions=bench_questions,
+                   bench_rollout=bench_rollout)
+    found = set()
+    for line in (ROOT / "tests/EVIDENCE.md").read_text().splitlines():
+        if line.startswith("    python tests/"):
+            command, _, _ = line.partition("  #")
+            _, path, *words = shlex.split(command)
+            # "..." and "S" stand for some setting or arm.
+            known = {"--settings": "k4", "--arms": "tracerl"}
+            words = [known[before] if word in ("...", "S") else word
+                     for before, word in zip(["", *words], words)]
+            name = path.removeprefix("tests/").removesuffix(".py")
+            benches[name].parse_args(words)
+            found.add(name)
+    assert found == set(benches)
+
+
+def test_the_evidence_tells_only_what_the_results_say(capsys):
+    """Each mean, difference and interval in these sections' tables is printed from the JSON file."""
+    show = {
+        "What a broken replay costs": [bench_broken, "--show"],
+        "The order of decoding": [bench_questions, "order", "--show"],
+        "Exact replay in large blocks": [bench_questions, "large", "--show"],
+        "After equally many steps": [bench_methods, "--show", "--out", str(bench_methods.EVIDENCE)],
+        "After equal seconds": [bench_methods, "--show", "--out", str(bench_methods.EVIDENCE)],
+        "All tables": [bench_methods, "--show", "--out", str(bench_methods.EVIDENCE)],
+        "Beside fine-tuning on right answers alone":
+            [bench_methods, "--show", "--out", str(ROOT / "tests/rejection.json")]}
+    text = (ROOT / "tests/EVIDENCE.md").read_text()
+    _, *parts = re.split(r"(?m)^###? (.*)$", text)
+    sections = dict(zip(parts[::2], parts[1::2]))
+    for title, (bench, *flags) in show.items():
+        bench.main(flags)
+        printed = capsys.readouterr().out
+        table = "\n".join(line for line in sections[title].splitlines() if line.startswith("|"))
+        cells = set(re.findall(r"[+-]?\d\.\d+ \+- \d\.\d+|\d\.\d+ -> \d\.\d+", table))
+        assert len(cells) >= 10 and not [cell for cell in cells if cell not in printed], title
