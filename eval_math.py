@@ -201,12 +201,14 @@ class Examinee:
 def summarize(lines):
     """What a table shows of many responses: accuracy, lengths, speed."""
     samples = {}  # by problem; a file may hold the same problem many times
-    for line in lines:
+    # Without an answer, a response is neither right nor wrong.
+    judged = [line for line in lines if line["gold"]]
+    for line in judged or lines:
         samples.setdefault((str(line["text"]), line["gold"]), []).append(float(line["correct"]))
     # {("894+396=", "1290"): [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
     found = accuracy(list(samples.values()))
-    if not any(line["gold"] for line in lines):  # no problem has an answer: nothing is right or wrong
-        found = dict.fromkeys(found)  # so every number of accuracy is None
+    if not judged:
+        found = dict.fromkeys(found)  # accuracy and all beside it are None
     if "reward" in lines[0]:
         found["reward"] = fmean(line["reward"] for line in lines)
     return found | dict(
@@ -237,7 +239,7 @@ def accuracy(samples):
 
 
 def pass_at(k, numbers):
-    """Probability that of k of the samples, drawn at random, at least one is right (arXiv 2107.03374).
+    """Probability that among k samples, chosen at random, at least one is right (arXiv 2107.03374).
 
     This is the unbiased estimator of pass@k. Of four samples one is right. Two samples can be chosen in 6
     ways. In 3 of these the right one is among them, so pass@2 is .5.

@@ -5,9 +5,9 @@ A block diffusion language model is an ordinary decoder-only transformer with th
   1. It has a mask token, "?" below. The network's output at position i predicts the token AT position i.
      (Dream is different: see shifts_logits below.)
   2. Attention looks back by whole blocks of K tokens, not by single tokens.
-  3. A training row holds the clean text and, behind it, *views*. A view is a copy of one block with some of
-     its tokens masked. In TraceRL it shows the block in a state of its decoding. In fine-tuning the masks are
-     random.
+  3. A training row holds the clean text and, behind it, *views*. A view is a copy of one block with some or
+     all of its tokens masked. In TraceRL it shows the block in a state of its decoding. In fine-tuning the
+     masks are random.
 
 Changes 2 and 3 are one rule over three small numbers of every token: its document, its block and its view.
 The document is the text to which it belongs. The picture shows the rule for one document, the prompt 894+396=
@@ -23,13 +23,13 @@ top.
       1?1?  block 2  xxxx xxxx                 xxxx         view 2   and itself. It sees no other view,
       1?1;  block 2  xxxx xxxx                       xxxx   view 3   and not the finished block 101;
 
-(The clean 101; is there for the blocks after it, if there are any.) The rule has two cases because decoding
-has two sources: the cache of clean blocks, and the block itself in its present state. The same rule governs
-prefill, decoding, replay and fine-tuning. Dream and LLaDA use full attention, where every token sees every
-token. For attention the whole text then counts as one block.
+(A real row holds the clean 101; only if more blocks follow. It is drawn here to show what it sees.) The rule
+has two cases because decoding has two sources: the cache of clean blocks, and the block itself in its present
+state. The same rule governs prefill, decoding, replay and fine-tuning. Dream and LLaDA use full attention,
+where every token sees every token. For attention the whole text then counts as one block.
 
 Read in this order: ModelConfig, Layout, may_attend, dense_mask, attention, KVCache, Layer, BlockDiffusionLM,
-policy_logits, token_logprobs.
+policy_logits, token_logprobs, Targets, Row.
 
 Left out: dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism.
 In other files:
@@ -42,7 +42,7 @@ return, A an advantage, V a value, and L the loss.)
   B rows            T tokens in a row   P prompt tokens   R response tokens   K tokens per block
   S trace steps     V vocabulary        C channels        H heads             D channels of a head
   G responses per prompt                N items of a list, such as targets
-In a loss, N are the targets of the whole update, and n those of one micro-batch.
+The functions of a loss write n for the targets of a micro-batch. N then counts those of the whole update.
 """
 
 import math
@@ -102,8 +102,8 @@ class Layout(NamedTuple):
     """Where each token of a batch of rows stands. All four are int64 (B, T).
 
     position  absolute position in prompt + response, for the rotary embedding
-    document  the number of the text to which the token belongs. plumbing/packing.py gives each row of a
-              micro-batch its number, and may put several rows end to end. -1 is padding
+    document  the number of its text. Each row is one text, even if plumbing/packing.py puts several rows end
+              to end. -1 is padding
     block     position // K. With full attention it is 0 everywhere
     view      0 for clean text; v > 0 for the v-th view of its text
     """
@@ -131,7 +131,7 @@ def may_attend(query, key):
     - Plain text, prefill: every token has view 0, so attention is causal by blocks. With K = 1 it is
       ordinary causal attention.
     - Decoding: the block being decoded is one view, and the KV cache holds the clean blocks before it. So the
-      cache holds just what the rule allows, and nothing calls this function.
+      cache holds just what the rule allows, and decoding need not call this function.
     - Replay, fine-tuning: many views share one clean text, and no view sees another.
     - Full attention: all is block 0. A view is the whole text, prompt and response, and sees all of itself
       and nothing else.

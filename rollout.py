@@ -3,7 +3,7 @@
 TraceRL (arXiv 2509.06949) trains a diffusion language model on the very states it was in while it decoded.
 This file holds both halves of that: `generate` decodes and records, `replay` goes back to what was recorded.
 
-Twelve words:
+A glossary of twelve words:
   mask            the token "?" that stands where a token is still to be chosen
   block           K neighbouring tokens, which are decoded together; blocks follow one another left to right
   denoising step  one forward of the network, which draws a token for every mask of the block
@@ -29,7 +29,7 @@ of K = 4 tokens while it is decoded, and what the record keeps of it:
 forgets. It had the probability .27. The order was fixed by hand: the usual strategy would have revealed the
 sure tokens first.)
 
-The three states on the left are the views of this block. The token 0 was drawn while 1, 1 and ; were in
+The three states with masks are the views of this block. The token 0 was drawn while 1, 1 and ; were in
 sight. In another state it has another probability. That number is the wrong one to train on: the policy did
 not draw the token there.
 
@@ -276,7 +276,8 @@ class Decoding:
         It must reveal at least one mask of every block that has one. Use tensor operations
         only: `if x.any()` makes a GPU wait, and no CUDA graph can hold it.
         """
-        # A function of yours may take a mean over the block. So it must not see draws that do not count.
+        # Draws that do not count become 0, so that a sum over the block is right. A mean is this sum, divided
+        # by is_masked.sum(-1).
         confidence, entropy, token = (torch.where(is_masked, x, 0) for x in (confidence, entropy, token))
         return flags.call(self.function, confidence=confidence, entropy=entropy, is_masked=is_masked,
                           quota=quota, token=token, step=step, threshold=self.threshold) & is_masked
@@ -666,7 +667,7 @@ def replay_gap(model, rollouts, compute, temperature):
 
 
 def drift(model, rollouts, compute, temperature):
-    """How far updates have moved the policy since it made these rollouts: KL(old || new), the largest ratio.
+    """How far updates have moved the policy since these rollouts: KL(old || new), and the largest ratio.
 
     An update's own ratios are measured BEFORE it moves the weights. With one update per RL step they are
     always 1, so they cannot show a collapse. So some rollouts are replayed after the updates,
@@ -680,7 +681,7 @@ def drift(model, rollouts, compute, temperature):
 def some(rollouts, config):
     """The rollouts on which gap and drift are measured: a sixteenth of them, with full attention a 64th.
 
-    A replay costs a forward, and a part is enough to see a fault.
+    A replay costs a forward, with full attention one per step. A part is enough to see a fault.
     """
     return rollouts[::64 if config.is_full else 16]
 

@@ -3,7 +3,7 @@
 Supervised fine-tuning of a block diffusion model masks some tokens of every block. The model predicts them
 from the rest of the block and the clean blocks before it. The rows are those of TraceRL, made by
 rollout.build_rows. Three things differ: the views are random, what fills the last block behind eos is trained
-as well, and the loss is a plain log-likelihood.
+as well, and the loss is just minus the log-likelihood.
 
     response, K = 4    1 0 1 ;   1 9 1 ;   ...
     views              1 ? ? ;   ? ? ? ?   ...
@@ -158,7 +158,7 @@ class Recipe:
     eval_every: int = setting(100, "updates between evaluations on --dev_data", low=1, may_change=True)
 
     def __post_init__(self):
-        """ValueError for numbers out of range, and for weights with views of the trace."""
+        """ValueError for numbers out of range, and for --weighted with views of the trace."""
         flags.check(self)
         if self.weighted and self.views == "trace":
             raise ValueError("--weighted needs random views: every token of a trace is a target once anyhow")
@@ -168,8 +168,8 @@ def learning_rate(step, recipe, decay_start):
     """The rate rises during the warm-up, stays level, and from decay_start on falls to a tenth.
 
     The last updates, at a small rate, average out the noise of masks and batches. Take warmup 30, cooldown
-    200 and decay_start 500. The rate is full from step 29 to 499, .55 of that at step 599, a tenth from step
-    699 on.
+    200 and decay_start 500. The rate is full from step 29 to 499, .55 of that at step 599, and a tenth at
+    step 699, the last.
     """
     cooled = max(0, step - decay_start + 1) / recipe.cooldown  # 0 before the cooldown, 1 at its end
     return recipe.lr * min((step + 1) / recipe.warmup, 1 - 0.9 * min(1.0, cooled))
@@ -240,7 +240,8 @@ class Lesson:
     name: str = setting("sft", "name of the folder under runs/", may_change=True)
     max_new_tokens: int = setting(2000, "longer responses are skipped, and their number is printed. Full "
                                   "attention: the response positions that every forward sees", tiny=20, low=1)
-    slip: float = setting(0.6, "arithmetic, sudoku: how often the pupil makes a mistake", low=0, high=1)
+    slip: float = setting(0.6, "arithmetic, sudoku: how often the simulated pupil makes a mistake", low=0,
+                          high=1)
 
 
 GROUPS = {"lesson": Lesson, "recipe": Recipe, "prompts": Prompting, "machine": machine.Training,

@@ -123,9 +123,8 @@ LOSSES = dict(clip=policy_loss)  # --loss
 class Recipe:
     """The numbers of the method.
 
-    For real checkpoints the defaults are the paper's for SDAR, where it gives them. Two differ from the
-    authors' code: there is one update per RL step (theirs makes several), and the value model has a head
-    start (theirs has none).
+    For real checkpoints the defaults are the paper's for SDAR, where it gives them. Only the head start of
+    the value model is ours. The authors' code has none either, and it makes several updates per RL step.
     """
 
     seed: int = setting(0, "random seed of prompts, rollouts and views")
@@ -140,7 +139,8 @@ class Recipe:
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy that made the rollouts", low=0)
     keep_range: float = setting(None, "keep groups with a mean reward between these; None: 0.2 and 0.8 for a "
-                                "real model with the default reward and advantage, else all", number=2)
+                                "real model with the default reward and advantage, else all. A value model "
+                                "trains on all groups", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
     value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)
@@ -293,13 +293,14 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     Each batch makes one update per epoch. RuntimeError if the replay law is broken. Groups are shuffled, and
     dealt whole to at most --minibatches batches. Then Targets.logp_old of all batches but the first is
     computed. The first one needs no pass of its own: its update begins at the old policy, see `update`. With
-    one view per denoising step, the recorded log-probabilities would be good enough as old ones. But views
-    that --shrink merges are other states, and so are views off the trace. And in bfloat16, or on a GPU,
-    decoding and training round differently.
+    one view per denoising step, the recorded log-probabilities would be good enough as old ones. But the
+    view of steps that --shrink merges is another state, and so is a view off the trace. And in bfloat16, or
+    on a GPU, decoding and training round differently.
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
-    # First the replay law: if the gap is too large, the run ends here, before any update.
+    # First the replay law. If the gap is too large, a float32 run ends here, before the updates of this step.
+    # A bfloat16 run ends at the third such step in a row.
     gap = rollout.replay_gap(model, rollout.some(rollouts, model.config), method.compute, temperature)
     method.law.enforce(**gap)
     # Groups were kept or dropped as a whole. So with G = 4, each group is the next four rollouts.
@@ -324,7 +325,7 @@ def make_batch(learners, groups, method, recipe):
     needs_groups = flags.declares(method.loss, "num_groups")
     units = groups if needs_groups else [[r] for group in groups for r in group]
     # Dealt like cards, the longest first: then every process has about the same work. (The rest of the key
-    # breaks ties, so that the order does not depend on how the units were ordered before.)
+    # breaks ties. Equal responses keep their seeded order.)
     units.sort(key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
     own = parallel.deal(units)  # item i goes to process i modulo the number of processes
 
@@ -354,8 +355,8 @@ def micro_batches_of(units, model, views, method, recipe):
 def learn(learners, batches, rollouts, method, recipe, step):
     """The value model's updates, then the policy's: every batch once per epoch -> numbers for the log.
 
-    The policy waits while the value model has its head start. Then its learning rate rises for --warmup RL
-    steps. At the end the drift is measured.
+    The policy waits while the value model has its head start. Then the policy's learning rate rises for
+    --warmup RL steps. At the end the drift is measured.
     """
     policy = learners.policy
     value_updates = []
@@ -452,7 +453,7 @@ def finish_step(line, rollouts, learners, task, recipe, run):
 
 @dataclass
 class Choice:
-    """What is trained on what, by which functions. The last four: a built-in name, or file.py:function."""
+    """Model, data and functions of a run. The last four are a built-in name, or file.py:function."""
 
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
     train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")

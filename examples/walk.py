@@ -19,8 +19,8 @@ Each denoising step sees a block with masks, and reveals tokens. The numbers are
     block  step  before the step          revealed in the first, second, third and fourth place
 
 3. THE TRAINING ROW (rollout.build_rows)
-Behind the clean text stand the views. Shown is the part for block 2. The line `target` shows, under a mask,
-the token that it must predict.
+Behind the clean text stand the views. Shown are the clean text up to block 2, and the views of that
+block. The line `target` shows, under a mask, the token to predict there.
 
 4. THE ATTENTION MASK (model.may_attend)
 A token on the left sees the tokens on top that have an x. A view sees itself, and earlier clean blocks.
@@ -163,9 +163,9 @@ def main():
     print(f"    {len(logp)} trained tokens, loss {loss:.1e}, length of the gradient {norm:.3f}")
 
     head(8)
-    # 4 + 6 = 10, carry 1: the third token of a response is this carry. 9 + 9 + 1 = 19, carry 1: the seventh
-    # token is that one. A response that forgets a carry has 0 there. The one with seed 19 forgets only the
-    # first carry.
+    # 4 + 6 = 10, carry 1: the third token of a response is this first carry. 9 + 9 + 1 = 19, carry 1: the
+    # seventh token is the second one. A response that forgets a carry has 0 there. The one with seed
+    # 19 forgets only the first carry.
     for r, reward, old, new in zip(rollouts, rewards, replayed, rollout.replay(model, rollouts)):
         before = old[:r.num_tokens].sum()
         after = new[:r.num_tokens].sum()

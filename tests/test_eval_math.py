@@ -357,3 +357,13 @@ def test_an_autoregressive_model_is_scored_under_the_same_prompts(folder):
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
         assert line["response"] == tokenizer.decode([token for token in tokens[start:] if token != 1])
         assert line["length"] == len(tokens) - start and line["truncated"] == (tokens[-1] != 1)
+
+
+def test_problems_without_an_answer_count_neither_as_right_nor_as_wrong():
+    line = lambda text, gold, is_right: dict(
+        text=text, gold=gold, correct=is_right, length=3, truncated=False, answer="5", decoded=4,
+        step_map=[1, 1, 2, 2], seconds=1.0, reward=1.0)
+    lines = [line("2+3=", "5", True), line("2+4=", "6", False), line("A poem.", "", False)]
+    found = eval_math.summarize(lines)
+    assert (found["accuracy"], found["n"], found["reward"], found["length"]) == (0.5, 2, 1.0, 3)
+    assert eval_math.summarize(lines[2:])["accuracy"] is None
