@@ -290,12 +290,12 @@ class Decoder:
         return self.model.states(self.token[rows[:, None], position], position, attend)[:B]
 
     def full_states(self, columns):
-        """The same with full attention: a forward sees the whole canvas, the masks on the right included.
+        """The same with full attention: a forward sees the whole text, prompt and all response positions.
 
-        Canvases of equal length share a forward. So nothing is padded, and no attention mask is needed.
+        Texts of equal length share a forward. So nothing is padded, and no attention mask is needed.
 
         Approximate caches (Fast-dLLM, arXiv 2505.22618) break the replay law. The first step of a block
-        computes the whole canvas and keeps its keys and values. The other steps compute only the block
+        computes the whole text and keeps its keys and values. The other steps compute only the block
         (dual), or all from the block on (prefix). They see the rest as it was at that first step. Take P = 9,
         8 new tokens and K = 4. The second step of the first block computes positions 0..16 without a cache,
         9..16 with prefix, and 9..12 with dual. For Dream the last two begin one position earlier, at 8.
@@ -303,7 +303,7 @@ class Decoder:
         K = self.config.block_size
         kind = self.cache_kind
         shift = int(self.config.shifts_logits)
-        groups = {}  # (first position to compute, the one behind the last, end of the canvas) -> slots
+        groups = {}  # (first position to compute, the one behind the last, end of the text) -> slots
         for slot, lane in enumerate(self.lanes):
             is_whole = kind == "none" or lane.step_in_block == 0
             first = 0 if is_whole else lane.start - shift
@@ -317,7 +317,7 @@ class Decoder:
             if kind != "none":
                 attend = self.cache.reading(slots, position, torch.full_like(slots, end), end)
             h = self.model.states(self.token[slots, first:stop], position, attend)
-            # In Dream the output at i - 1 predicts token i. The last block may reach beyond the canvas, where
+            # In Dream the output at i - 1 predicts token i. The last block may reach beyond the text, where
             # the clamp takes another output. No position there is a mask, so that output is not used.
             source = (columns[slots] - shift - first).clamp(0, stop - first - 1)
             out[slots] = h.gather(1, source[..., None].expand(-1, -1, h.shape[-1]))

@@ -53,11 +53,12 @@ class Family(NamedTuple):
 # The last three are autoregressive, and sft.py makes block diffusion models of them. Their weights are loaded
 # as they are, and attention becomes block-wise. With K = 1 they are the autoregressive networks themselves.
 #
-# They have no mask token. So the id of a row of the embedding that no text uses becomes the mask token.
+# They have no mask token. So a token id that no text uses becomes the mask token. The embedding has a row for
+# it already.
 # Qwen's embedding is longer than its vocabulary: the first row beyond the vocabulary is free. Llama 3
 # reserves tokens for such purposes. SmolLM2 reserves none, but its vocabulary has special tokens that its
-# training never met. In the model of 135M parameters, eleven of these tokens still have one and the same row,
-# so training has not told them apart. `<empty_output>` is one of these.
+# training never met. In the model of 135M parameters the rows of eleven such tokens are still equal: training
+# never changed one alone. `<empty_output>` is one of these.
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen
@@ -150,7 +151,7 @@ def refuse_other_networks(source, name, architecture, vocabulary):
     is_other = usual != "" and (architecture not in ("", usual) or "auto_map" in source)
     reasons = {  # what is not supported -> whether the checkpoint has it
         "a mixture of experts": has_experts or "moe" in name,
-        f"code of its own ({architecture or 'unnamed'}): another network under a known name": is_other,
+        f"the architecture {architecture or 'unnamed'} or code of its own, and not {usual}": is_other,
         f"rotary positions of rope type {rope_type!r} instead of the plain ones": rope_type != "default",
         "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
             {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),

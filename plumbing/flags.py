@@ -157,8 +157,8 @@ def load_function(spec, built_in, flag):
         return built_in[spec]
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
-        raise ValueError(f"{flag} {spec}: no file {path or spec!r}; give file.py:function, or one of "
-                         + ", ".join(built_in))
+        what = "names a file without a function" if os.path.isfile(spec) else f"no file {path or spec!r}"
+        raise ValueError(f"{flag} {spec}: {what}; give file.py:function, or one of " + ", ".join(built_in))
     # A file is executed once, however many flags name it. It becomes a module with a name in sys.modules, so
     # that its functions can be pickled for a pool of processes.
     key = "plugin_" + hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:12]

@@ -23,8 +23,8 @@ def pack(rows, pad_id, device, multiple):
     """Twin of `pad`: all rows stand end to end in one row, which is padded to a multiple of `multiple`.
 
     Kernels are compiled anew for each length, so there are few lengths. If multiple is 512, the first eight
-    are multiples of 512. Then four steps lead to each power of two: 5120, 6144, 7168, 8192, 10240 and so on.
-    So beyond three multiples at most a quarter is padding.
+    are multiples of 512. From there on, four lengths lie in each doubling: 5120, 6144, 7168, 8192, then 10240
+    and so on. So if the rows need more than three multiples, at most a quarter is padding.
     """
     *starts, total = itertools.accumulate((len(row.tokens) for row in rows), initial=0)
     size = max(multiple, 1 << max(0, (total - 1).bit_length() - 3))

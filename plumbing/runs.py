@@ -136,8 +136,8 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 def replacing(path):
     """Inside a `with`: a name under which to write a file or folder, which is renamed to `path` at the end.
 
-    So `path` is never half-written. A folder of this name is renamed first, and deleted last. If the disk
-    fails, what was written is deleted, and OSError says what to do. To be entered on the first process, or on
+    So `path` is never half-written. If a folder stands at `path` already, it is moved away first, and deleted
+    last. If the disk fails, what was written is deleted, and OSError says what to do. To be entered on the first process, or on
     all of them: the first one renames.
     """
     partial = f"{path}.partial"

@@ -535,7 +535,7 @@ def test_the_page_of_traces_plays(folder):
         run.progress["step"] = 7
         show.write_trace(run, rollouts, model.config, tiny.tiny_tokenizer())
     page = Path("runs/r/trace.html").read_text()
-    assert "Traces of step 7" in page and "ratio" not in page
+    assert "Traces of RL step 7" in page and "ratio" not in page
     done = subprocess.run(["node", str(ROOT / "tests/page.js"), "runs/r/trace.html"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -547,4 +547,4 @@ def test_the_page_of_traces_plays(folder):
     assert found["rewards"] == ["1", "0", "1", "0"]  # the best response to a prompt, and the worst
     assert found["hidden_at_1"] == num_tokens - sum(r.step_map.count(1) for r in rollouts)
     assert found["playing"] == "Pause" and found["played"] == "Play" and found["hidden_at_end"] == 0
-    assert found["output"] == f"after step {last} of {last}" and found["by_advantage"].startswith("hsl(90 ")
+    assert found["output"] == f"after denoising step {last} of {last}" and found["by_advantage"].startswith("hsl(90 ")

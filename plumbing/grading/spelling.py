@@ -1,7 +1,7 @@
 """plumbing/grading/spelling.py - one spelling for what is written in many ways.
 
-"\\dfrac{1}{2}", "½" and "\\frac12 \\text{ cm}" all become "\\frac{1}{2}". Only texts are changed here, and no
-numbers are computed but periodic decimals. Most of the work is done by the table of regular expressions in
+"\\dfrac{1}{2}", "½" and "\\frac12 \\text{ cm}" all become "\\frac{1}{2}". This file works on text alone. The
+only numbers that it computes are periodic decimals. Most of the work is done by the table of regular expressions in
 forms.txt. The words that may stand behind a number are in units.txt.
 """
 
@@ -47,6 +47,7 @@ def form(line):
 
 
 UNITS = {word for line in read_table("units.txt")[0] for word in line.split()}
+UNITS |= {word.lower() for word in UNITS if len(word) > 2}  # "KWH" and "usd", but not "PA" for "Pa"
 SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"))
 
 
