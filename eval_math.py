@@ -324,7 +324,7 @@ def main(argv=None):
     """Evaluates or grades."""
     parser = flags.make_parser("Evaluate a model on math problems, or grade a file.", GROUPS,
                                machine.is_tiny(flags.peek(argv, "--model")))
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, GROUPS, argv)
     # Without --grade a model is asked. With it, a file of answers is graded, and no model is loaded.
     if args.grade is None:
         return evaluate_command(args)

@@ -253,7 +253,7 @@ class Decoding:
 
     def __post_init__(self):
         """Checks the ranges, and finds the function that `reveal` calls."""
-        flags.check(self)
+        flags.check(type(self), self)
         self.function = flags.load_function(self.strategy, STRATEGIES, "--strategy")
 
     def quota(self, K, step_in_block):

@@ -159,7 +159,7 @@ class Recipe:
 
     def __post_init__(self):
         """ValueError for numbers out of range, and for --weighted with views of the trace."""
-        flags.check(self)
+        flags.check(type(self), self)
         if self.weighted and self.views == "trace":
             raise ValueError("--weighted needs random views: every token of a trace is a target once anyhow")
 
@@ -252,7 +252,7 @@ def parse_args(argv=None):
     """The flags of sft.py."""
     parser = flags.make_parser("Supervised fine-tuning of a block diffusion model.", GROUPS,
                                machine.is_tiny(flags.peek(argv, "--model")))
-    args = runs.parse(parser, argv)
+    args = runs.parse(parser, GROUPS, argv)
     if args.data is None:  # (the tiny model learns arithmetic)
         parser.error("--model needs --data")
     if args.dev_data is None and args.data in EMBEDDED:  # problems that are in no training set

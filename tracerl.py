@@ -154,7 +154,7 @@ class Recipe:
 
     def __post_init__(self):
         """ValueError for numbers out of range."""
-        flags.check(self)
+        flags.check(type(self), self)
 
 
 class Learners(NamedTuple):
@@ -439,7 +439,7 @@ def finish_step(line, rollouts, learners, task, recipe, run):
         found = task.examinee.evaluate(task.dev_problems, seed=recipe.seed)
         line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if found.get(name) is not None}
     run.write(line)
-    show.say_step(line, run.progress)  # with a warning if the policy moves too far, or not at all
+    show.say_step(line)  # with a warning if the policy moves too far, or not at all
     run.progress["gap_max"] = max(run.progress.get("gap_max", 0.0), line["gap_max"])
     save_every = run.settings["save_every"]
     if step == recipe.steps or (save_every and step % save_every == 0):
@@ -478,7 +478,7 @@ def parse_args(argv=None):
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
     parser = flags.make_parser(
         f"TraceRL. These are the defaults for {'a tiny' if is_tiny else 'this'} model.", GROUPS, is_tiny)
-    args = runs.parse(parser, argv)
+    args = runs.parse(parser, GROUPS, argv)
     if args.train_data in EMBEDDED:
         args.dev_data = args.dev_data or f"{args.train_data}-dev"
         args.eval_data = args.eval_data or f"{args.train_data}-test"

@@ -35,33 +35,32 @@ def setting(default, help, *, tiny=SAME, low=-math.inf, above=-math.inf, high=ma
     return dataclasses.field(default=default, metadata=details)
 
 
-def fault(details, value):
-    """What is wrong with a value of a setting, as text; None if nothing is."""
-    if value is None or isinstance(value, (str, bool)) or details["number"] is not None:
-        if details["choices"] and value not in (None, *details["choices"]):
-            return f"must be one of {', '.join(details['choices'])}"
-        if isinstance(value, (list, tuple)) and details["number"] == 2 and value[0] > value[1]:
-            return "keeps nothing, since the lower bound must come first"
-        return None
-    if details["low"] <= value <= details["high"] and value > details["above"] and math.isfinite(value):
-        return None
+def check(settings, values):
+    """ValueError if a field of a settings class is out of its bounds. values: an object that has the fields."""
+    for field in dataclasses.fields(settings):
+        value = getattr(values, field.name)
+        details = field.metadata
+        bounds = None
+        if isinstance(value, (int, float)):
+            is_within = details["low"] <= value <= details["high"] and value > details["above"]
+            if not is_within or not math.isfinite(value):
+                bounds = bounds_of(details)
+        elif details["choices"] and value not in (None, *details["choices"]):
+            bounds = f"one of {', '.join(details['choices'])}"
+        elif details["number"] == 2 and value is not None and value[0] > value[1]:
+            bounds = "two numbers, the lower one first: this range keeps nothing"
+        if bounds is not None:
+            raise ValueError(f"{field.name} {value!r} is not possible: it must be {bounds}")
+
+
+def bounds_of(details):
+    """The bounds of a number, as text."""
     bounds = "a finite number"
     if details["above"] > -math.inf:
         bounds = f"above {details['above']}"
     elif details["low"] > -math.inf:
         bounds = f"at least {details['low']}"
-    if details["high"] < math.inf:
-        bounds += f", at most {details['high']}"
-    return f"must be {bounds}"
-
-
-def check(settings):
-    """ValueError for a setting that is out of its bounds. Settings classes call it in __post_init__."""
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        text = fault(field.metadata, value)
-        if text is not None:
-            raise ValueError(f"{field.name} {value!r} is not possible: it {text}")
+    return bounds if details["high"] == math.inf else f"{bounds}, at most {details['high']}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -78,8 +77,35 @@ def make_parser(description, groups, is_tiny):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     known = set()
     for title, settings in groups.items():
-        add_flags(parser.add_argument_group(title), settings, is_tiny, known)
+        group = parser.add_argument_group(title)
+        for field in dataclasses.fields(settings):
+            if field.name not in known:
+                add_flag(group, field, is_tiny)
+            known.add(field.name)
     return parser
+
+
+def add_flag(group, field, is_tiny):
+    """Adds the flag of a field to a group of the parser."""
+    details = field.metadata
+    default = details["tiny"] if is_tiny else field.default
+    more = dict(default=default, help=details["help"].replace("%", "%%"))
+    if field.type is bool:
+        more["action"] = argparse.BooleanOptionalAction  # with --resume, --no-plain undoes --plain
+    else:
+        more.update(type=field.type, nargs=details["number"], choices=details["choices"])
+    group.add_argument(f"--{field.name}", **more)
+
+
+def parse(parser, groups, argv):
+    """The parsed flags. A value out of its bounds ends the command, with a message that names it."""
+    args = parser.parse_args(argv)
+    try:
+        for settings in groups.values():
+            check(settings, args)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    return args
 
 
 def peek(argv, name, default=None):
@@ -88,35 +114,6 @@ def peek(argv, name, default=None):
     parser.add_argument(name, default=default)
     known, _ = parser.parse_known_args(argv)
     return getattr(known, name.lstrip("-"))
-
-
-def add_flags(group, settings, is_tiny, known):
-    """Adds a flag for each field of a settings class whose name is not `known` yet."""
-    for field in dataclasses.fields(settings):
-        if field.name in known:
-            continue
-        known.add(field.name)
-        details = field.metadata
-        default = details["tiny"] if is_tiny else field.default
-        more = dict(default=default, help=details["help"].replace("%", "%%"))
-        if field.type is bool:
-            more["action"] = argparse.BooleanOptionalAction  # with --resume, --no-plain undoes --plain
-        else:
-            more.update(type=reader(field.type, details), nargs=details["number"], choices=details["choices"])
-        group.add_argument(f"--{field.name}", **more)
-
-
-def reader(kind, details):
-    """A function for argparse that reads the text of a flag, and refuses a value out of bounds."""
-    def read(text):
-        """The value in a text."""
-        value = kind(text)
-        problem = fault(details, value)
-        if problem is not None:
-            raise argparse.ArgumentTypeError(f"{problem}, got {text}")
-        return value
-    read.__name__ = kind.__name__  # argparse prints this name if the text is no number at all
-    return read
 
 
 def read_flags(settings, args, **others):

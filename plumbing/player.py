@@ -31,8 +31,8 @@ def play(r, tokenizer, seconds=0.0):
 def main(argv=None):
     """Decodes one prompt and plays it -> Rollout, model, tokenizer. With --check: see check.check."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
-    parser = flags.make_parser("Decode one prompt, and play it in the terminal.",
-                               {"decoding": Decoding, "machine": machine.Inference}, is_tiny)
+    groups = {"decoding": Decoding, "machine": machine.Inference}
+    parser = flags.make_parser("Decode one prompt, and play it in the terminal.", groups, is_tiny)
     flag = parser.add_argument
     flag("--model", help="checkpoint folder or hub id; None: the tiny model")
     flag("--prompt", default="894+396=", help="text that the model answers")
@@ -42,7 +42,7 @@ def main(argv=None):
     flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--seconds", type=float, default=0.3, help="seconds between two denoising steps, in a terminal")
     parser.set_defaults(ar=None)  # only eval_math.py asks autoregressive models
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, groups, argv)
     model, tokenizer, compute = machine.load_to_answer(args)
     if args.check is not None:
         return check.check(model, args.check, compute, args.temperature)

@@ -22,7 +22,7 @@ class Prompting:
         "text that follows each problem; use an empty one if the data hold whole prompts")
 
     def __post_init__(self):
-        flags.check(self)
+        flags.check(type(self), self)
 
 
 def encode_prompts(problems, tokenizer, prompting=Prompting()):

@@ -48,7 +48,7 @@ class RunSettings:
     debug: bool = setting(False, "show the traceback of an error", may_change=True)
 
 
-def parse(parser, argv):
+def parse(parser, groups, argv):
     """The flags of a training run. With --resume the run's settings are their defaults.
 
     So only a flag that is to change must be given again.
@@ -56,7 +56,7 @@ def parse(parser, argv):
     path = os.path.join("runs", flags.peek(argv, "--name", parser.get_default("name")), "args.json")
     if "--resume" in (sys.argv[1:] if argv is None else argv) and os.path.isfile(path):
         parser.set_defaults(**read_json(path))
-    return parser.parse_args(argv)
+    return flags.parse(parser, groups, argv)
 
 
 def run_command(main):

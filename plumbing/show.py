@@ -56,43 +56,24 @@ def means(updates, value_updates):
     return line
 
 
+# What the line of an RL step shows, and in which form. The README explains the names.
+SHOWN = dict(reward=".3f", kept_groups="d", length=".1f", tokens_per_step=".2f", ratio_max=".2f",
+             clip_fraction=".3f", kl=".4f", entropy=".3f", gradient_norm=".2f", drift_kl=".4f",
+             value_loss=".4f", explained_variance=".3f", gap=".1e", gap_max=".1e", rollout_seconds=".1f",
+             update_seconds=".1f", dev_accuracy=".3f")
 MAX_DRIFT = 0.1  # nats per token in one RL step
-MAX_IDLE = 5  # steps in a row without an update
 
 
-def say_step(line, progress):
-    """Prints one line per RL step, and a warning if the policy moves too far, or not at all.
-
-    The README explains every name. progress: that of the run, which counts steps without an update.
-    """
-    parts = [f"step {line['step']:3d}", f"reward {line['reward']:.3f}", f"kept {line['kept_groups']:d}",
-             f"length {line['length']:.1f}", f"tokens/step {line['tokens_per_step']:.2f}"]
-    if "ratio_max" in line:  # the policy has moved
-        parts += [f"ratio max {line['ratio_max']:.2f}", f"clipped {line['clip_fraction']:.3f}",
-                  f"KL {line['kl']:.4f}", f"entropy {line['entropy']:.3f}",
-                  f"grad {line['gradient_norm']:.2f}", f"drift {line['drift_kl']:.4f}"]
-    else:
-        parts += ["value model only" if "value_loss" in line else "nothing to learn from: no update"]
-    if "value_loss" in line:
-        parts += [f"value loss {line['value_loss']:.4f}", f"explained {line['explained_variance']:.3f}"]
-    parts += [f"gap {line['gap']:.1e} max {line['gap_max']:.1e}"]
-    parts += [f"{name} {line.get(f'{name}_seconds', 0):.1f}s" for name in ("rollout", "update")]
-    if line.get("skipped_updates"):
-        parts.append(f"SKIPPED {line['skipped_updates']} updates")
-    if "dev_accuracy" in line:
-        parts.append(f"dev accuracy {line['dev_accuracy']:.3f}")
-    parallel.say("  ".join(parts))
+def say_step(line):
+    """Prints some numbers of an RL step, and a warning if the policy moves too far, or not at all."""
+    parts = [f"{name} {line[name]:{form}}" for name, form in SHOWN.items() if name in line]
+    if "kl" not in line:  # there was no update of the policy
+        parts.append("value model only" if "value_loss" in line else "nothing to learn from: no update")
+    parallel.say("  ".join([f"step {line['step']:3d}", *parts]))
     if line.get("drift_kl", 0.0) > MAX_DRIFT:
         parallel.say(f"WARNING: step {line['step']} moved the policy by {line['drift_kl']:.2f} nats per "
                      f"token (largest ratio {line['drift_ratio_max']:.1f}): a collapse may follow. "
                      "Lower --lr")
-    is_idle = "kl" not in line and "value_loss" not in line
-    progress["idle_steps"] = progress.get("idle_steps", 0) + 1 if is_idle else 0
-    if progress["idle_steps"] and progress["idle_steps"] % MAX_IDLE == 0:
-        parallel.say(f"WARNING: no update in {progress['idle_steps']} steps. In each group all rewards are "
-                     "equal, or their mean is outside --keep_range (mean reward of the step "
-                     f"{line['reward']:.2f}). If there is still something to learn, try problems of another "
-                     "difficulty, a wider --keep_range or a larger --group_size")
 
 
 def announce(recipe, decoding, num_problems):

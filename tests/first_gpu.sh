@@ -63,8 +63,8 @@ item "graphs and memory"     90 "$count"            bash -c 'laws "recorded_step
 item "gradient"              60 "$count"            bash -c 'laws "gradient_of_the_cpu"'
 item "replay law"           100 "$count"            bash -c 'laws "replay_law"'
 item "run in bfloat16"       70 'self-check.*'      bash -c 'train --steps 2 --name first'
-item "resumed"               60 'gap [^ ]+ max [^ ]+' bash -c 'train --steps 3 --name first --resume'
-item "value model and LoRA"  60 'gap [^ ]+ max [^ ]+' bash -c \
+item "resumed"               60 'gap [^ ]+  gap_max [^ ]+' bash -c 'train --steps 3 --name first --resume'
+item "value model and LoRA"  60 'gap [^ ]+  gap_max [^ ]+' bash -c \
     'train --steps 2 --name value --advantage value --value_warmup 1 --lora_rank 4'
 item "0.6B decoding"        110 "$rate"             "$PYTHON" tests/bench_rollout.py --preset 0.6B --quick \
     --max_new_tokens 32

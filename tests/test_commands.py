@@ -160,7 +160,7 @@ def test_a_run_leaves_behind_what_the_readme_says(folder, monkeypatch, capsys):
     assert 0.3 < summary["before"]["dynamic"]["accuracy"] < 0.75 and summary["replay_gap_max"] < 1e-4
     assert summary["before"]["static"]["tokens_per_step"] == 1
     said = capsys.readouterr().out
-    assert "before" in said and "+-" in said and "step   2  reward" in said and "dev accuracy" in said
+    assert "before" in said and "+-" in said and "step   2  reward" in said and "dev_accuracy" in said
     assert "dev_accuracy" in metrics()[1] and explained(metrics()[1])
 
 

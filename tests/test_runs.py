@@ -483,14 +483,15 @@ def test_a_collapse_is_seen_and_said(folder, capsys):
     assert "WARNING: step 1 moved the policy by" in capsys.readouterr().out
 
 
-def test_steps_without_an_update_are_counted_and_said(capsys):
-    progress = {}
-    line = dict(reward=1.0, kept_groups=0, length=5.0, tokens_per_step=1.0, gap=0.0, gap_max=0.0)
-    for step in range(1, 11):
-        show.say_step(line | dict(step=step), progress)
-    assert capsys.readouterr().out.count("WARNING: no update in") == 2
-    show.say_step(line | dict(step=11, kl=0.0, drift_kl=0.001), progress)
-    assert progress["idle_steps"] == 0
+def test_the_line_of_a_step_has_the_names_of_the_log_and_says_if_nothing_was_learnt(capsys):
+    line = dict(step=3, reward=1.0, kept_groups=0, gap=2e-7)
+    show.say_step(line)
+    show.say_step(line | dict(kl=0.0, drift_kl=0.001))
+    show.say_step(line | dict(value_loss=0.5))
+    idle, moved, alone = capsys.readouterr().out.splitlines()
+    assert idle == "step   3  reward 1.000  kept_groups 0  gap 2.0e-07  nothing to learn from: no update"
+    assert "kl 0.0000  drift_kl 0.0010" in moved and "learn" not in moved and "only" not in moved
+    assert alone.endswith("value_loss 0.5000  gap 2.0e-07  value model only")
 
 
 @pytest.mark.parametrize("compute", COMPUTES.values(), ids=COMPUTES)

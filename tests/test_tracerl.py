@@ -624,7 +624,7 @@ def test_the_authors_shifted_layout_is_not_ours(authors_policy):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--steps=0"], "--steps: must be at least 1, got 0"), (["--lr=-1"], "--lr: must be above 0"),
+    (["--steps=0"], "--steps 0 is not possible: it must be at least 1"), (["--lr=-1"], "--lr -1.0 is not possible: it must be above 0"),
     (["--group_size=1"], "--group_size"), (["--slots=0"], "--slots"), (["--block_size=0"], "--block_size"),
     (["--top_p=0"], "--top_p"), (["--unknown=1"], "unrecognized"), (["--step=5"], "unrecognized"),
     (["--model=x"], "--train_data and --eval_data"), (["--temperature=0"], "--temperature"),
