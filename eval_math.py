@@ -201,14 +201,11 @@ class Examinee:
 def summarize(lines):
     """What a table shows of many responses: accuracy, lengths, speed."""
     samples = {}  # by problem; a file may hold the same problem many times
-    # Without an answer, a response is neither right nor wrong.
-    judged = [line for line in lines if line["gold"]]
-    for line in judged or lines:
+    # A response to a problem without an answer is neither right nor wrong.
+    for line in filter(lambda line: line["gold"], lines):
         samples.setdefault((str(line["text"]), line["gold"]), []).append(float(line["correct"]))
     # {("894+396=", "1290"): [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
     found = accuracy(list(samples.values()))
-    if not judged:
-        found = dict.fromkeys(found)  # accuracy and all beside it are None
     if "reward" in lines[0]:
         found["reward"] = fmean(line["reward"] for line in lines)
     return found | dict(
@@ -228,11 +225,11 @@ def accuracy(samples):
     accuracy .33, n = 2.
     """
     means = [fmean(numbers) for numbers in samples]
-    mean = fmean(means)  # every problem counts the same, however many samples it has
+    mean = fmean(means) if means else None  # every problem counts the same, however many samples it has
     n = len(means)
     error = stdev(means) / n**0.5 if n > 1 else None  # one problem alone says nothing about others
     # pass@k for k = 2, 4, 8, ..., up to the smallest number of samples of a problem.
-    fewest = min(len(numbers) for numbers in samples)
+    fewest = min((len(numbers) for numbers in samples), default=0)
     found = {f"pass_at_{k}": fmean(pass_at(k, numbers) for numbers in samples)
              for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= fewest}
     return dict(accuracy=mean, standard_error=error, n=n) | found

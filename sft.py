@@ -240,8 +240,7 @@ class Lesson:
     name: str = setting("sft", "name of the folder under runs/", may_change=True)
     max_new_tokens: int = setting(2000, "longer responses are skipped, and their number is printed. Full "
                                   "attention: the response positions that every forward sees", tiny=20, low=1)
-    slip: float = setting(0.6, "arithmetic, sudoku: how often the simulated pupil makes a mistake", low=0,
-                          high=1)
+    slip: float = setting(0.6, "arithmetic, sudoku: how often the simulated pupil slips", low=0, high=1)
 
 
 GROUPS = {"lesson": Lesson, "recipe": Recipe, "prompts": Prompting, "machine": machine.Training,

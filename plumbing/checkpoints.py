@@ -8,14 +8,11 @@ copied into the folders that are saved. It is never run.
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -130,24 +127,19 @@ def load_weights(model, folder, dtype=None, device=None):
 
     Torch's reader fills one tensor after the other. If the weights are sharded (parallel.shard), each process
     reads only its own part. Weights on the meta device have no memory yet. They get it on `device`, in
-    `dtype` or in the stored dtype.
+    `dtype` or in the stored dtype (of several, in the longest).
     """
-    device = device or parallel.default_device()
     reader = HuggingFaceStorageReader(folder)
     stored = stored_tensors(reader, folder)
     theirs_of = {name: family_name(model.config, name) for name, _ in model.named_parameters()}
     shapes = {theirs_of[name]: p.shape for name, p in model.named_parameters()}
     # Some tied checkpoints hold the matrix twice, as embedding and as head. A value model reads no head.
     check_stored(stored, shapes, family_name(model.config, "head.weight"), model.config, folder)
-    state = {}
-    for name, p in list(model.named_parameters()):
-        theirs = theirs_of[name]
-        if p.is_meta:
-            kept = stored[theirs].properties.dtype if theirs in stored else torch.float32
-            p = nn.Parameter(torch.empty(p.shape, dtype=dtype or kept, device=device))
-            module, _, kind = name.rpartition(".")
-            setattr(model.get_submodule(module), kind, p)
-        state[theirs] = p.data
+    if next(model.parameters()).is_meta:
+        kept = [stored[name].properties.dtype for name in shapes if name in stored]
+        model.to(dtype or max(kept, key=lambda one: one.itemsize))
+        model.to_empty(device=device or parallel.default_device())
+    state = {theirs: model.get_parameter(name).data for name, theirs in theirs_of.items()}
     if VALUE_HEAD in state and VALUE_HEAD not in stored:  # a new value model gives 0 everywhere
         state.pop(VALUE_HEAD).zero_()
     parallel.load(state, storage_reader=reader)
@@ -197,37 +189,37 @@ def check_stored(stored, shapes, head, config, folder):
 def save_checkpoint(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     """Writes weights, config.json and tokenizer in the layout of the model's family.
 
-    dtype: of the written weights. With None they keep their own, and `load_model` reads the same bits again.
-    Adapters (LoRA) are merged into the weights. Tokenizer files and code that came with the model are written
-    as they were. If no tokenizer came with it, `tokenizer` is written. To be called on every process: only
-    the first one writes.
+    Tokenizer files and code that came with the model are written as they were. If no tokenizer came with it,
+    `tokenizer` is written. Otherwise see save_weights.
     """
     config = model.config
-    state = family_state(model, dtype)
+    save_weights(model, folder, dtype, max_shard_size)
     if not parallel.is_first():
         return
-    if config.tie_word_embeddings:
-        del state[family_name(config, "head.weight")]
-    os.makedirs(folder, exist_ok=True)
     for name, content in config.files.items():  # of the source; its config.json is replaced below
         Path(folder, name).write_bytes(content)
     if tokenizer is not None and "tokenizer_config.json" not in config.files:
         tokenizer.save_pretrained(folder)
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-    give_usual_modes(folder)
-    save_config(config, state[family_name(config, "embed.weight")].dtype, folder)
+    save_config(config, dtype or model.embed.weight.dtype, folder)
 
 
-def give_usual_modes(folder):
-    """Gives the weight files the permissions that any new file has.
+def save_weights(model, folder, dtype=None, max_shard_size="5GB"):
+    """Writes the weights of a model, or of a value model, under the names of its family.
 
-    safetensors makes files that only their owner may read. On a shared disk nobody else could load them.
+    dtype: of the written weights. With None they keep their own, and `load_weights` reads the same bits
+    again. Adapters (LoRA) are merged into the weights. To be called on every process: only the first one
+    writes.
     """
-    usual = Path(folder, "usual.partial")
-    usual.touch()  # its mode is that of any new file
+    state = merge_lora(parallel.whole_state(model), dtype)
+    if not parallel.is_first():
+        return
+    if model.config.tie_word_embeddings:
+        state.pop("head.weight", None)
+    state = {family_name(model.config, name): p.to(dtype or p.dtype) for name, p in state.items()}
+    os.makedirs(folder, exist_ok=True)
+    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
     for path in Path(folder).glob("*.safetensors"):
-        shutil.copymode(usual, path)
-    usual.unlink()
+        path.chmod(0o644)  # safetensors lets only the owner read its files. Others on a shared disk may, too
 
 
 def save_config(config, dtype, folder):
@@ -247,16 +239,6 @@ def save_config(config, dtype, folder):
                {"eos_token_id": list(config.eos_ids), "pad_token_id": config.pad_id})
 
 
-def family_state(model, dtype):
-    """Whole weights under the family's names, with adapters merged -> dict of tensors.
-
-    dtype: of the tensors; None keeps theirs. If there are several processes, only the first one gets the
-    weights. To be called on every process.
-    """
-    state = merge_lora(parallel.whole_state(model), dtype)
-    return {family_name(model.config, name): p.to(dtype or p.dtype) for name, p in state.items()}
-
-
 def merge_lora(state, dtype=None):
     """Turns the state of a model with adapters into that of a plain model, in place: W becomes W + 2 B A.
 
@@ -268,15 +250,3 @@ def merge_lora(state, dtype=None):
         merged = W.float() + parallel.LORA_ALPHA * state.pop(f"{linear}lora_B") @ state.pop(name)
         state[f"{linear}weight"] = merged.to(dtype or W.dtype)
     return state
-
-
-def save_value_model(value_model, folder, dtype=None):
-    """Writes folder/value/model.safetensors: the backbone under the family's names, and value_head.weight.
-
-    `load_weights` reads it again. To be called on every process.
-    """
-    state = family_state(value_model, dtype)
-    if parallel.is_first():
-        os.makedirs(os.path.join(folder, "value"), exist_ok=True)
-        save_file(state, os.path.join(folder, "value", "model.safetensors"))
-        give_usual_modes(os.path.join(folder, "value"))

@@ -47,10 +47,6 @@ MAX_ANSWER = 200  # characters: a longer text is a solution, not an answer
 NO_ANSWER = ("proof", "notfound")  # what NuminaMath-1.5 writes in place of an answer
 
 
-class MissingAnswer(ValueError):
-    """A row that has no answer. Such rows are skipped and counted."""
-
-
 # ------------------------------------------------------------------------------------------------------------
 # From rows to problems.
 
@@ -64,25 +60,22 @@ def read_problems(source, needs_answer=True):
     Raises FileNotFoundError or ValueError.
     """
     rows = read_file(source) if os.path.isfile(source) else read_set(source)
-    problems = []
-    missing = []
-    for number, row in enumerate(rows, 1):
-        try:
-            problems.append(read_fields(row, f"{source}, row {number}", needs_answer))
-        except MissingAnswer as error:
-            missing.append(error)
-    if missing and not problems:  # not one row has an answer
-        raise missing[0]
-    if not problems:
+    if not rows:
         raise ValueError(f"{source} holds no problems: it has no rows. Give another file or split")
-    return problems, len(missing)
+    problems = [read_fields(row, f"{source}, row {number}", needs_answer)
+                for number, row in enumerate(rows, 1)]
+    answered = [problem for problem in problems if problem["answer"] or not needs_answer]
+    if not answered:
+        raise ValueError(f"{source}, row 1: no answer; columns are {', '.join(rows[0])}: write it in "
+                         f"\\boxed{{}} in the solution, or rename a column to one of "
+                         f"{', '.join(COLUMNS['answer'])}")
+    return answered, len(problems) - len(answered)
 
 
 def read_fields(row, where, needs_answer):
     """One row -> dict with problem, answer, solution, step_map.
 
-    where: source and row, for messages. Raises MissingAnswer where a needed answer is missing, and ValueError
-    for every other fault.
+    where: source and row, for messages. A missing answer is "". Raises ValueError for every other fault.
     """
     if not isinstance(row, dict) or None in row:  # a key None: a CSV line has more cells than columns
         raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}. Write one JSON "
@@ -102,16 +95,9 @@ def read_fields(row, where, needs_answer):
         answer = find_answer(solution)
     elif not solution and isinstance(written, str) and len(written) > len(answer) + 20:
         solution = written  # GSM8K's column "answer" holds the whole solution
-    rename = "rename a column in the data to one of"
     if not problem:
-        raise ValueError(f"{where}: no problem; columns are {', '.join(row)}: {rename} "
-                         f"{', '.join(COLUMNS['problem'])}")
-    if needs_answer and not answer:
-        hint = ""
-        if solution:
-            hint = f"write it in \\boxed{{}} in the solution ({len(solution)} characters), or "
-        raise MissingAnswer(f"{where}: no answer; columns are {', '.join(row)}: {hint}{rename} "
-                            f"{', '.join(COLUMNS['answer'])}")
+        raise ValueError(f"{where}: no problem; columns are {', '.join(row)}: rename a column in the data to "
+                         f"one of {', '.join(COLUMNS['problem'])}")
     steps = read_step_map(*cells["step_map"])
     return dict(problem=problem, answer=answer, solution=solution, step_map=steps)
 

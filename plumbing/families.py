@@ -148,10 +148,12 @@ def refuse_other_networks(source, name, architecture, vocabulary):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     has_experts = any(value and ("expert" in key or key.startswith("moe_")) for key, value in source.items())
     usual = FAMILIES[name].architecture if name in FAMILIES else ""
-    is_other = usual != "" and (architecture not in ("", usual) or "auto_map" in source)
+    has_code = "auto_map" in source
+    is_other = usual != "" and (architecture not in ("", usual) or has_code)
     reasons = {  # what is not supported -> whether the checkpoint has it
         "a mixture of experts": has_experts or "moe" in name,
-        f"the architecture {architecture or 'unnamed'} or code of its own, and not {usual}": is_other,
+        f"another network under a known name (architecture {architecture or 'unnamed'}"
+        f"{', code of its own' * has_code})": is_other,
         f"rotary positions of rope type {rope_type!r} instead of the plain ones": rope_type != "default",
         "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
             {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),

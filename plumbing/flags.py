@@ -36,7 +36,7 @@ def setting(default, help, *, tiny=SAME, low=-math.inf, above=-math.inf, high=ma
 
 
 def check(settings, values):
-    """ValueError if a field of a settings class is out of its bounds. values: an object that has the fields."""
+    """ValueError if a field of a settings class is out of its bounds. values: an object with these fields."""
     for field in dataclasses.fields(settings):
         value = getattr(values, field.name)
         details = field.metadata

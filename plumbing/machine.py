@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 import rollout
 from plumbing import autoregressive, checkpoints, engine, kernels, memory, parallel
@@ -171,8 +170,6 @@ def load_to_train(path, args, make_value=None):
     has_saved = value_model is not None and os.path.isdir(saved)
     if not args.lora_rank:
         for part in (model, value_model) if value_model is not None else (model,):
-            if dist.is_initialized():
-                part.to_empty(device=parallel.default_device())
             source = saved if part is value_model and has_saved else folder
             checkpoints.load_weights(part, source, torch.float32)
     if has_saved:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from plumbing import flags, parallel
-from plumbing.checkpoints import read_json, save_checkpoint, save_value_model, write_json
+from plumbing.checkpoints import read_json, save_checkpoint, save_weights, write_json
 from plumbing.flags import setting
 
 KEPT = 3  # how many checkpoints of a run are kept: the newest ones
@@ -137,8 +137,8 @@ def replacing(path):
     """Inside a `with`: a name under which to write a file or folder, which is renamed to `path` at the end.
 
     So `path` is never half-written. If a folder stands at `path` already, it is moved away first, and deleted
-    last. If the disk fails, what was written is deleted, and OSError says what to do. To be entered on the first process, or on
-    all of them: the first one renames.
+    last. If the disk fails, what was written is deleted, and OSError says what to do. To be entered on the
+    first process, or on all of them: the first one renames.
     """
     partial = f"{path}.partial"
     try:
@@ -286,7 +286,7 @@ class Run:
         with replacing(path) as partial:
             save_checkpoint(learners[0].model, self.tokenizer, partial, self.save_dtype())
             if len(learners) > 1 and learners[1] is not None:
-                save_value_model(learners[1].model, partial, self.save_dtype())
+                save_weights(learners[1].model, os.path.join(partial, "value"), self.save_dtype())
             state_folder = os.path.join(partial, "train_state")
             with warnings.catch_warnings():  # torch warns a single process that it is one
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")

@@ -230,7 +230,7 @@ def test_a_step_map_is_a_list_of_whole_numbers(steps):
      "row 2: no problem; columns are text, answer"),
     ('{"problem": "1+1=", "answer": ""}\n', "row 1: no answer"),
     (json.dumps({"problem": "1+1=", "solution": "One and one " * 20 + "is 2."}),
-     r"in the solution \(245 characters\), or rename"),
+     "row 1: no answer; columns are problem, solution: write it in .* the solution, or rename"),
     ('{"question": ["a", "b"], "answer": ["1", "2"]}', "row 1, column question: 'a' is neither a text nor a"),
     ('{"train": [{"problem": "1"}], "test": [{"problem": "1"}]}', "no problem; columns are train, test"),
     ('[{"problem": "1+1=", "answer": "2"}', "Expecting"),

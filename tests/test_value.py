@@ -145,7 +145,7 @@ def test_explained_variance_knows_good_from_bad():
 def test_a_saved_value_model_comes_back(kind, tmp_path):
     model, other = value.ValueModel(random_model(kind)), value.ValueModel(random_model(kind, seed=1))
     model.value_head.weight.data.normal_()
-    checkpoints.save_value_model(model, tmp_path)
+    checkpoints.save_weights(model, tmp_path / "value")
     checkpoints.load_weights(other, tmp_path / "value")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 

@@ -189,7 +189,7 @@ def test_a_saved_value_model_is_loaded_and_each_learner_has_its_betas(tmp_path):
     checkpoints.save_checkpoint(random_model(), tiny.tiny_tokenizer(), tmp_path)
     saved = value.ValueModel(random_model(seed=1))
     saved.value_head.weight.data.normal_()
-    checkpoints.save_value_model(saved, tmp_path)
+    checkpoints.save_weights(saved, tmp_path / "value")
     args = tracerl.parse_args([f"--model={tmp_path}", "--train_data=arithmetic", "--advantage=value"])
     learners, _ = tracerl.load_start(args)
     pairs = zip(learners.value.model.parameters(), saved.parameters(), strict=True)
