@@ -319,8 +319,8 @@ GROUPS = {"evaluation": Evaluation, "decoding": Decoding, "prompts": Prompting, 
 
 def main(argv=None):
     """Evaluates or grades."""
-    parser = flags.make_parser("Evaluate a model on math problems, or grade a file.", GROUPS,
-                               machine.is_tiny(flags.peek(argv, "--model")))
+    is_tiny = flags.peek(argv, "--ar") is None and machine.is_tiny(flags.peek(argv, "--model"))
+    parser = flags.make_parser("Evaluate a model on math problems, or grade a file.", GROUPS, is_tiny)
     args = flags.parse(parser, GROUPS, argv)
     # Without --grade a model is asked. With it, a file of answers is graded, and no model is loaded.
     if args.grade is None:

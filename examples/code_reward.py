@@ -47,7 +47,7 @@ def passes_tests(problem, text, rollout):
     """
     # Blocks of other languages are matched, too. Otherwise the end of one would be taken for a beginning.
     blocks = re.findall(r"```(\w*)[^\n]*\n(.*?)```", text, re.DOTALL)
-    python = [code for language, code in blocks if language in ("", "py", "python")]
+    python = [code for language, code in blocks if language.lower() in ("", "py", "py3", "python", "python3")]
     code = python[-1] if python else text
     tests = problem.answer
     if tests.startswith('["'):  # a list in the data comes as JSON

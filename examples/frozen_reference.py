@@ -8,7 +8,7 @@
 In each RL step, tracerl.py keeps the policy near the one that made the rollouts. Over many steps the policy
 may still move far away. Here a second model never changes, and the policy is kept near it for the whole run.
 The second model replays the same traces, so both models score each token in the same state. (The second model
-takes memory: every process holds all of it.)
+takes memory: every process holds all of it. It replays by the fast twins, also with --plain.)
 
 `loss` needs --views trace and --shrink 1, so that both models score the same states. `loss` and
 `penalized` need --temperature 1, at which the reference replays. The reference must have the same K.
@@ -47,8 +47,8 @@ def reference_logp(rollouts):
 def with_reference(rewards, rollouts):
     """--advantage: the usual one. It also hands the reference's log-probabilities to the loss.
 
-    They are stored in value_old, which training does not use without a value model. (trace.html then shows
-    them as `value`.)
+    They are stored in value_old, which a loss gets for each target. So there can be no value model beside
+    them. (trace.html then shows them as `value`.)
     """
     for r, logp in zip(rollouts, reference_logp(rollouts)):
         r.value_old = logp
@@ -57,8 +57,8 @@ def with_reference(rewards, rollouts):
 
 def loss(logp, targets, num_tokens, clip_eps, kl_coef):
     """--loss: the usual one, and BETA KL(policy || reference), as GRPO estimates it."""
-    if len(logp) and not targets.value_old.any():
-        raise ValueError("this loss needs --advantage examples/frozen_reference.py:with_reference, too")
+    if len(logp) and not (targets.value_old < 0).any() or (targets.value_old > 0).any():
+        raise ValueError("this loss needs --advantage examples/frozen_reference.py:with_reference")
     # log(p_reference / p_policy). Above 10 the term is constant, and its gradient 0.
     log_ratio = (targets.value_old - logp).clamp(max=10)
     k3 = log_ratio.exp() - 1 - log_ratio

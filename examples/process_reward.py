@@ -28,7 +28,9 @@ def columns(problem, text, tokens, rollout):
     for expected, part in zip(right, text.split(";")):
         size = len(re.findall(TOKEN, part)) + 1  # with its ; or, behind the last one, with eos
         steps = rollout.step_map[start:min(start + size, len(tokens))]
-        if part == expected and len(steps) == size:
+        is_last = expected is right[-1]  # behind it must stand the end of the response
+        has_end = not is_last or start + size == len(tokens) and not rollout.is_truncated
+        if part == expected and len(steps) == size and has_end:
             earned[max(steps)] = earned.get(max(steps), 0.0) + 1 / len(right)
         start += size
     return [earned.get(step, 0.0) for step in rollout.step_map[:len(tokens)]]

@@ -80,7 +80,7 @@ def convert(folder, cache=CACHE):
     # The embedding and the head are one matrix, which is stored once.
     weights = {name: p.bfloat16() for name, p in theirs.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # save_file lets only the owner read it
+    (folder / "model.safetensors").chmod(folder.stat().st_mode & 0o666)  # else only the owner could read it
     config = theirs.config.to_dict()
     for field in ("quantization_config", "_model_name_or_path"):  # both are about the GGUF file
         config.pop(field, None)

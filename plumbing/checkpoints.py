@@ -219,7 +219,8 @@ def save_weights(model, folder, dtype=None, max_shard_size="5GB"):
     os.makedirs(folder, exist_ok=True)
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
     for path in Path(folder).glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors lets only the owner read its files. Others on a shared disk may, too
+        # safetensors lets only the owner read its files. Who may read the folder, may read them, too.
+        path.chmod(os.stat(folder).st_mode & 0o666)
 
 
 def save_config(config, dtype, folder):

@@ -93,8 +93,9 @@ def read_fields(row, where, needs_answer):
     written = cells["answer"][0]
     if is_empty(written):  # without a column for the answer, it is what the solution states
         answer = find_answer(solution)
-    elif not solution and isinstance(written, str) and len(written) > len(answer) + 20:
-        solution = written  # GSM8K's column "answer" holds the whole solution
+    elif not solution and isinstance(written, str):
+        is_worked = len(written) > len(answer) + 20 or "\n####" in written.strip()
+        solution = written if is_worked else ""  # GSM8K's column "answer" holds the whole solution
     if not problem:
         raise ValueError(f"{where}: no problem; columns are {', '.join(row)}: rename a column in the data to "
                          f"one of {', '.join(COLUMNS['problem'])}")
@@ -249,7 +250,7 @@ def read_file(path):
         with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: with or without a byte order mark
             if path.endswith(".csv"):
                 csv.field_size_limit(1 << 30)  # solutions may be long
-                return list(csv.DictReader(file, strict=True))
+                return [row for row in csv.DictReader(file, strict=True) if any(row.values())]
             return read_json(file.read())
     except (ValueError, OSError, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -265,5 +266,6 @@ def read_json(text):
             if line.strip():
                 rows.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"line {number}: broken JSON ({error})") from None
+            raise ValueError(f"line {number}: broken JSON ({error}): write one object per line, or one array "
+                             "of objects") from None
     return rows

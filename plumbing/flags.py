@@ -4,7 +4,7 @@
     class Decoding:
         temperature: float = setting(1.0, "T; 0 is greedy", low=0)
 
-`add_flags` makes --temperature of it, and `read_flags` makes a Decoding of the parsed flags. So the default,
+`make_parser` makes --temperature of it, and `read_flags` makes a Decoding of the parsed flags. So the default,
 the bounds and the help of a setting are written once. This file imports nothing of the project.
 """
 
@@ -184,6 +184,8 @@ def call(function, **arguments):
     So a user's function lists only what it needs, and still works when an argument is added here.
     """
     wanted = parameters_of(function)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values()):  # **others
+        return function(**arguments)
     unknown = [name for name, parameter in wanted.items()
                if name not in arguments and parameter.default is parameter.empty]
     if unknown:

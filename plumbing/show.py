@@ -43,7 +43,7 @@ def means(updates, value_updates):
     """The numbers of an RL step from those of its updates: means over the trained tokens, maxima, counts."""
     line = {}
     if updates:
-        tokens = max(1, sum(u["trained_tokens"] for u in updates))  # updates with more tokens count for more
+        tokens = sum(u["trained_tokens"] for u in updates)  # updates with more tokens count for more
         for name in ("loss", "kl", "clip_fraction", "entropy"):
             line[name] = sum(u[name] * u["trained_tokens"] for u in updates) / tokens
         for name in ("ratio_max", "gradient_norm"):

@@ -252,8 +252,9 @@ def fine_tune_on_right(trial, args):
     asked = [problems[i % len(problems)] for i in range(num_responses)]
     lines = examinee.ask(asked, [mix(trial.seed, i) for i in range(num_responses)])
     started = time.perf_counter()
-    right = [dataclasses.replace(problem, solution=line["response"])
-             for problem, line in zip(asked, lines) if line["correct"]]
+    # A right response with a <pad> inside is left out: as a text, it cannot be encoded again.
+    right = [dataclasses.replace(problem, solution=line["response"]) for problem, line in zip(asked, lines)
+             if line["correct"] and "<pad>" not in line["response"]]
     examples = sft.to_examples(right, tokenizer, model.config, settings.max_new_tokens)
     if examples:  # else there is nothing to learn from
         recipe = sft.Recipe(seed=trial.seed, steps=num_updates, batch_size=min(64, len(examples)),

@@ -229,6 +229,7 @@ def test_a_step_map_is_a_list_of_whole_numbers(steps):
     ('{"problem": "1+1=", "answer": "2"}\n{"text": "1", "answer": "2"}\n',
      "row 2: no problem; columns are text, answer"),
     ('{"problem": "1+1=", "answer": ""}\n', "row 1: no answer"),
+    ('{\n  "data": []\n}', "line 1: broken JSON .*write one object per line, or one array of objects"),
     (json.dumps({"problem": "1+1=", "solution": "One and one " * 20 + "is 2."}),
      "row 1: no answer; columns are problem, solution: write it in .* the solution, or rename"),
     ('{"question": ["a", "b"], "answer": ["1", "2"]}', "row 1, column question: 'a' is neither a text nor a"),
@@ -426,3 +427,14 @@ def test_a_fingerprint_knows_other_data(tmp_path):
         setattr(changed[7], field, value)
         others.append(changed)
     assert len({first, *map(runs.mark, others)}) == 7
+
+
+def test_empty_rows_of_a_table_are_no_problems_and_a_short_solution_is_one(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("problem,answer\n1+1=,2\n,\n")
+    rows, _ = data.read_problems(str(table))
+    assert [row["answer"] for row in rows] == ["2"]
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"question": "3+4?", "answer": "3+4=7\\n#### 7"}\n{"question": "3+5?", "answer": "#### 8"}\n')
+    rows, _ = data.read_problems(str(short))
+    assert [row["solution"] for row in rows] == ["3+4=7\n#### 7", ""] and rows[0]["answer"] == "7"

@@ -372,11 +372,16 @@ def test_a_frozen_reference_is_in_the_loss_with_its_own_log_probabilities(frozen
     without, other, _ = one_update(random_model(), plain)
     assert line["loss"] - without["loss"] == pytest.approx(0.05 * k3, rel=1e-3) and k3 > 0.1
     assert weights.isfinite().all() and not torch.equal(weights, other)
+    logp, targets = as_targets(made_up())
+    for number in (0.0, 0.7):  # nothing; what a value model expects
+        with pytest.raises(ValueError, match="this loss needs --advantage .*with_reference"):
+            values = torch.full_like(logp, number)
+            frozen_reference.loss(logp, targets._replace(value_old=values), 40, 0.2, 0.0)
 
 
 def test_a_token_far_below_the_reference_is_not_pushed_further_away():
     logp, targets = as_targets(made_up())
-    logp = logp.detach().requires_grad_()
+    logp = (logp.detach() - 20).requires_grad_()  # the reference's may not be above 0
     far = targets._replace(value_old=logp.detach() + 14, advantage=torch.zeros_like(logp))
     near = targets._replace(value_old=logp.detach() + 1, advantage=torch.zeros_like(logp))
     for given, is_pulled in ((far, False), (near, True)):
@@ -442,7 +447,9 @@ def test_code_earns_only_by_passing_its_tests(body, expected, monkeypatch):
 def test_code_is_found_between_other_blocks_and_tests_may_be_a_list(answer, expected):
     text = "Like\n```text\n1 + 2\n```\nit is\n```python\ndef add(a, b):\n    return a + b\n```\n```\n"
     problem = eval_math.Problem("Write add.", answer)
-    assert code_reward.passes_tests(problem, text[:-4], Rollout([3], [4], 1, [1])) == expected
+    for name in ("python", "python3", "Python", "py", ""):
+        named = text[:-4].replace("```python\n", f"```{name}\n")
+        assert code_reward.passes_tests(problem, named, Rollout([3], [4], 1, [1])) == expected
 
 
 def test_code_ends_in_time_with_all_that_it_has_started(tmp_path, monkeypatch):
@@ -494,6 +501,7 @@ def test_every_right_column_earns_a_quarter_in_the_step_that_completes_it():
     assert earned(slipped, steps) == [0] * 9 + [.25, 0, .25] + [0] * 7
     assert earned("101;191;", [1] * 8, is_truncated=True) == [.5] * 8
     assert earned("101;191;121;\\boxed{1290", [1] * 12 + [2] * 5, is_truncated=True) == [.75] * 12 + [0] * 5
+    assert earned(f"{right};;", [1] * 20, is_truncated=True) == [.75] * 20  # it does not end
     for text in ("", ";;;;;", "<pad>101;", right + ";1", "101"):
         assert len(earned(text, range(1, 30))) == len(tokenizer(text).input_ids) + 1
     rewards = torch.tensor([earned(right, steps)])

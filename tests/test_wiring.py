@@ -297,3 +297,29 @@ def test_a_loss_is_given_the_clip_of_the_flags():
     loss = lambda logp, clip_eps: got.append(clip_eps) or logp.sum()
     one_update(model, keep(groups_of(model)), method_of(loss=loss), clip_eps=0.1)
     assert set(got) == {0.1}
+
+
+def test_an_update_without_targets_does_not_move_the_policy():
+    model = random_model()
+    nothing = lambda block, rollout: [(block, block)] if rollout.group == 0 else []
+    kept = keep(groups_of(model))
+    method = method_of(views=nothing)
+    line, _, batches = one_update(model, kept, method, minibatches=len(kept) // 4)
+    numbers = [batch.num_tokens for batch in batches]
+    assert sum(number > 0 for number in numbers) == 1 and len(numbers) > 1
+    assert line["trained_tokens"] == sum(numbers)
+    assert line["gradient_norm"] > 0 and line["ratio_max"] == 1
+
+
+def test_what_is_planned_before_a_run_begins_is_saved_with_its_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = dict(tokens_per_micro_batch=None)
+    with runs.Run("r", settings) as run:
+        settings["tokens_per_micro_batch"] = 4096  # as memory.plan does, once the model is known
+        run.begin()
+    assert checkpoints.read_json("runs/r/args.json") == dict(tokens_per_micro_batch=4096)
+
+
+def test_an_autoregressive_model_has_the_defaults_of_a_real_one(monkeypatch):
+    monkeypatch.setattr(eval_math, "evaluate_command", lambda args: args.max_new_tokens)
+    assert eval_math.main(["--ar=some/model"]) == 2000 and eval_math.main([]) == 20
