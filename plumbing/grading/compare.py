@@ -40,6 +40,8 @@ def in_base(text):
 
 def read(text):
     """The trees of an answer's items. 1 \\pm x is two, {1,2} is two, (p,q) = (3,2) is p = 3 and q = 2."""
+    if re.search(r"\\pm[^,]*\\pm|\(.*\\pm.*\\pm", text):
+        raise ValueError("a \\pm b \\pm c: these may be two values or four")
     if "\\pm" not in text:
         return [part for tree in parse(text) for part in parts_of(tree)]
     texts = text.replace("\\pm", "+").replace("\\mp", "-"), text.replace("\\pm", "-").replace("\\mp", "+")
@@ -93,7 +95,8 @@ def without_names(parts, others):
 def split_name(tree):
     """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree.
 
-    A function is a part of the name: \\sqrt{x} = 5 -> "sqrt x", 5. But lengths may be written as AB or |AB|.
+    A function is a part of the name: \\tan x = 5 -> "tan x", 5. But lengths may be written as AB or |AB|.
+    What can be solved is no name: \\sqrt{x} = 5, \\frac{x}{2} = 5.
     """
     match tree:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):
@@ -103,8 +106,12 @@ def split_name(tree):
             no_product = (ast.Add, ast.Sub, ast.Div, ast.Pow)
             is_product = not isinstance(left, ast.UnaryOp) and not any(  # -x = 5 is no name, but f(-2) = 5 is
                 isinstance(node, no_product) for node in ast.walk(left))
+            function = left.func.id if isinstance(left, ast.Call) else ""
+            has_number = any(letter[0].isdigit() for letter in letters)
+            can_be_solved = has_number and function in ("frac", "binom", "root") or (
+                len(letters) == 1 and function in ("sqrt", "ln", "exp"))
             is_short = len(letters) == 2 and name.islower() and name[0] not in "fgh"  # xy = 5 is no name
-            if is_product and not is_short and not name[0].isdigit():
+            if is_product and not is_short and not can_be_solved and not name[0].isdigit():
                 return " ".join([*(f for f in functions if f != "abs" or name.islower()), name]), value
     return "", tree
 

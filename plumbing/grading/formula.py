@@ -30,7 +30,7 @@ TOKEN = re.compile("|".join((
     r"(?P<middle>\} ?\{)", r"(?P<opening>\\\{|[(\[{])", r"(?P<closing>\\\}|[)\]}])",
     rf"(?P<matrix>\\begin{MATRIX}(?: ?\{{[clr|]*\}})?)", rf"(?P<end>\\end{MATRIX})",
     r"(?P<mark>!|\\degree)", r"(?P<sign>\\[a-z]+|\\\\|[-+*/^<>=,;:&])", r"(?P<unknown>\S)")))
-TWO_WAYS = re.compile(rf"(?:\^ ?(?:\w|{GROUP})|!) ?\^")
+TWO_WAYS = re.compile(rf"(?:\^ ?(?:\w|{GROUP})|!) ?\^|\^ ?(?:\w|{GROUP}) ?!")
 SIGNS = {sign: sign for sign in "+-*/<>,:"} | {
     "\\cdot": "*", "\\times": "*", "\\div": "/", "^": "**", "\\le": "<=", "\\ge": ">=", "\\ne": "!=",
     "=": "==", "\\in": " in ", "\\cup": "|", "\\cap": "&", "\\setminus": "-", ";": ",", "\\\\": "),(",
@@ -52,7 +52,7 @@ def to_python(text):
     right_closed('1','2').
     """
     if TWO_WAYS.search(text):
-        raise ValueError("2^3^4, n!^2: these can be read in two ways")
+        raise ValueError("2^3^4, n!^2, 2^n!: these can be read in two ways")
     code = []
     suffix = ""
     previous = "start"
@@ -70,13 +70,17 @@ def to_python(text):
         if previous in ("number", "letter", "closing", "mark", "end"):
             if kind == "number" and previous != "mark" or kind == "mark" == previous:
                 raise ValueError("a number behind a factor is a power, an index or a product")
-            code.append("*" if kind in BEGINS_FACTOR else "")
+            if kind == "opening" and opened and not opened[-1][0]:
+                raise ValueError("\\sin x(1+y): this can be read in two ways")
+            code.append("@" if kind in BEGINS_FACTOR else "")  # a product without a sign, see `parse`
         if kind in ("number", "letter"):
             code.append(repr(re.sub("[ {}]", "", symbol)))
         elif kind == "function":
             name = token[3]
             base = token["base"]
             power = token["power"]
+            if re.fullmatch(r"\{ ?- ?1 ?\}", power or ""):
+                raise ValueError("\\cot^{-1}: this can be read in two ways")
             base = base or ("10" if name in ("log", "lg") else "")
             code.append("((ln" if base else f"(({name}")  # one bracket for the base, one for the power
             suffix = f"/ln({to_python(base)}))" if base else ")"
@@ -101,9 +105,17 @@ def to_python(text):
 def parse(text):
     """The tree of an answer, as the list of its parts. ValueError for what is not understood."""
     try:
-        return ast.parse(f"[{to_python(text)}]", mode="eval").body.elts
+        trees = ast.parse(f"[{to_python(text)}]", mode="eval").body.elts
     except (KeyError, SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"not understood: {text}") from None
+    for node in [node for tree in trees for node in ast.walk(tree)]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            node.op = ast.Mult()
+            # In (1/2)x the product begins with the bracket, and so before the fraction.
+            begins_alike = node.left.col_offset == node.col_offset
+            if begins_alike and isinstance(node.left, ast.BinOp) and isinstance(node.left.op, ast.Div):
+                raise ValueError("1/2x: this can be read in two ways")
+    return trees
 
 
 def leaves(tree):
