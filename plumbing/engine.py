@@ -382,7 +382,7 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
     num_slots = memory.fit_slots(slots, len(prompts), per_slot, config, model.device)
     decoder = Decoder(model, decoding, num_slots, length, cache)
     waiting = list(range(len(prompts)))[::-1]  # numbers of prompts; `pop` takes the last one
-    if config.is_full:  # canvases of one length are computed together
+    if config.is_full:  # texts of one length are computed together
         waiting.sort(key=lambda number: len(prompts[number]))
     rollouts = [None] * len(prompts)
     while waiting or decoder.lanes:
@@ -396,9 +396,6 @@ def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
                 rollouts[number] = r
     # The decoder and its CUDA graphs refer to each other. Without this line Python would keep both longer.
     decoder.denoise = None
-    del decoder
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # frees the cache's memory: NCCL cannot use what torch keeps
     return rollouts
 
 

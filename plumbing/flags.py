@@ -4,7 +4,7 @@
     class Decoding:
         temperature: float = setting(1.0, "T; 0 is greedy", low=0)
 
-`make_parser` makes --temperature of it, and `read_flags` makes a Decoding of the parsed flags. So the default,
+`make_parser` makes --temperature of it, and `read_flags` makes a Decoding of parsed flags. So the default,
 the bounds and the help of a setting are written once. This file imports nothing of the project.
 """
 

@@ -61,7 +61,9 @@ def start_processes(device=None, is_tiny=False, needs_group=False):
         torch.cuda.set_device(local)
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if is_alone else {}
     # The timeout is long, since all processes wait for the one that has the longest rollout.
-    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(hours=2), **alone)
+    # Python objects are exchanged on the CPU, so that a GPU needs no memory for them.
+    backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
 
 
 def end_processes():
@@ -198,9 +200,6 @@ def unsharded(model):
     sharded is given as it is.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not parts:
-        yield model
-        return
     for part in parts:
         part.unshard()
     try:
@@ -208,6 +207,8 @@ def unsharded(model):
     finally:
         for part in parts:
             part.reshard()
+        if default_device().type == "cuda":
+            torch.cuda.empty_cache()  # NCCL cannot use what torch keeps of whole weights and of the KV cache
 
 
 def without_hooks(module):

@@ -192,7 +192,7 @@ class Run:
     def __init__(self, name, settings, resume=False, groups=None, log="metrics.jsonl"):
         self.folder = os.path.join("runs", name)
         self.path = os.path.join(self.folder, log)
-        self.settings = settings  # read in `begin`: what is planned until then is saved, too
+        self.settings = dict(settings)
         self.is_writer = parallel.is_first()
         self.progress = dict(step=0)  # beside weights and moments, all that a checkpoint must hold
         self.tokenizer = None  # saved with every checkpoint

@@ -233,7 +233,7 @@ def pretended():
             (kernels, "create_block_mask", DenseMask), (kernels, "flex_attention", flex_attention),
             (torch.nn.Module, "compile", lambda self, **settings: None)]
     ours += [(module, name, on_host(getattr(module, name))) for module, name in (
-        (checkpoints, "save_torch_state_dict"), (checkpoints, "save_file"), (dcp, "save"), (dcp, "load"))]
+        (checkpoints, "save_torch_state_dict"), (dcp, "save"), (dcp, "load"))]
     MEETINGS.clear()
     engine.recording_stream.cache_clear()
     with contextlib.ExitStack() as stack:

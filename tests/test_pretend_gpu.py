@@ -76,7 +76,9 @@ def test_the_cache_is_free_before_memory_is_given_back(gpu, monkeypatch):
                         lambda self, *args: (decoders.append(weakref.ref(self)), make(self, *args))[1])
     look = lambda: is_alive.append([ref() is not None for ref in decoders])
     monkeypatch.setattr(torch.cuda, "empty_cache", look)
-    decode(random_model().to(GPU), random_prompts(LENGTHS), **SETTINGS)
+    model = random_model().to(GPU)
+    settings = rollout.Decoding(max_new_tokens=16)
+    rollout.generate_everywhere(model, random_prompts(LENGTHS), range(5), settings, engine.fast(model.device))
     assert MEETINGS["graph recorded", "", ""] > 0 and is_alive[-1] == [False]
 
 

@@ -311,15 +311,6 @@ def test_an_update_without_targets_does_not_move_the_policy():
     assert line["gradient_norm"] > 0 and line["ratio_max"] == 1
 
 
-def test_what_is_planned_before_a_run_begins_is_saved_with_its_settings(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = dict(tokens_per_micro_batch=None)
-    with runs.Run("r", settings) as run:
-        settings["tokens_per_micro_batch"] = 4096  # as memory.plan does, once the model is known
-        run.begin()
-    assert checkpoints.read_json("runs/r/args.json") == dict(tokens_per_micro_batch=4096)
-
-
 def test_an_autoregressive_model_has_the_defaults_of_a_real_one(monkeypatch):
     monkeypatch.setattr(eval_math, "evaluate_command", lambda args: args.max_new_tokens)
     assert eval_math.main(["--ar=some/model"]) == 2000 and eval_math.main([]) == 20
