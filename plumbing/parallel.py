@@ -207,7 +207,7 @@ def unsharded(model):
     finally:
         for part in parts:
             part.reshard()
-        if default_device().type == "cuda":
+        if model.device.type == "cuda":
             torch.cuda.empty_cache()  # NCCL cannot use what torch keeps of whole weights and of the KV cache
 
 
