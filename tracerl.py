@@ -123,8 +123,9 @@ LOSSES = dict(clip=policy_loss)  # --loss
 class Recipe:
     """The numbers of the method.
 
-    For real checkpoints the defaults are the paper's for SDAR, where it gives them. Only the head start of
-    the value model is ours. The authors' code has none either, and it makes several updates per RL step.
+    For real checkpoints the defaults are the paper's for SDAR, where it gives them. The head start of the
+    value model is ours: neither the paper nor the authors' code has one. One update per RL step is ours,
+    too. The paper does not say how many, and the authors' code makes several.
     """
 
     seed: int = setting(0, "random seed of prompts, rollouts and views")
