@@ -369,8 +369,8 @@ def learn(learners, batches, rollouts, method, recipe, step):
     if num_steps > 0:
         ramp = min(1.0, num_steps / max(recipe.warmup, 1))
         parallel.set_learning_rate(policy.optimizer, recipe.lr * ramp)
-        trained = [batch for batch in batches if batch.num_tokens]  # random views may have no target at all
-        for number, batch in enumerate(trained * recipe.epochs):
+        # Random views may leave a batch without any target.
+        for number, batch in enumerate([batch for batch in batches if batch.num_tokens] * recipe.epochs):
             updates.append(update(policy, batch, method, number == 0, recipe))
     line = show.means(updates, value_updates)  # {} if there was no update
     if updates:

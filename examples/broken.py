@@ -5,9 +5,9 @@
     python examples/broken.py left_to_right --attention full --lr 3e-4
     python examples/broken.py cut_at_response --model runs/sudoku-start/checkpoint --train_data sudoku
 
-Decoding and evaluation stay as they are. Each fault replaces one function of rollout.py: `build_rows`, which
-makes every training row, or `record`, which keeps what was drawn. So the gap in the log is that of the broken
-rows, or of the broken record. The bound on the gap is lifted, or else the run would stop at once.
+Decoding and evaluation stay as they are (only after_filter sets --top_p 0.8). Each fault replaces one
+function of rollout.py: `build_rows`, which makes every training row, or `record`, which keeps what was drawn.
+So the gap in the log is that of the broken rows, or of the broken record. The bound on the gap is lifted, or else the run would stop at once.
 
 Look at the gap of step 1. All faults but after_filter change both sides of a ratio alike. Ratios then begin
 at 1, and the loss looks healthy. (`drift_kl` compares with the record, too, so it contains the gap.) Below, a

@@ -50,6 +50,8 @@ def passes_tests(problem, text, rollout):
     python = [code for language, code in blocks if language.lower() in ("", "py", "py3", "python", "python3")]
     code = python[-1] if python else text
     tests = problem.answer
+    if not tests:
+        raise ValueError(f"no tests for {str(problem.problem)[:80]!r}: put them into the column answer")
     if tests.startswith('["'):  # a list in the data comes as JSON
         tests = "\n".join(json.loads(tests))
     return 0.0 if rollout.is_truncated else float(succeeds(code, tests))

@@ -26,7 +26,7 @@ def columns(problem, text, tokens, rollout):
     earned = {}  # denoising step -> what it earns
     start = 0  # the token at which the part begins
     for expected, part in zip(right, text.split(";")):
-        size = len(re.findall(TOKEN, part)) + 1  # with its ; or, behind the last one, with eos
+        size = len(re.findall(TOKEN, part)) + 1  # and one token behind it: a semicolon, or eos at the end
         steps = rollout.step_map[start:min(start + size, len(tokens))]
         is_last = expected is right[-1]  # behind it must stand the end of the response
         has_end = not is_last or start + size == len(tokens) and not rollout.is_truncated

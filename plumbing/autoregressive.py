@@ -19,6 +19,8 @@ def load(path):
     settings = model.generation_config
     ids = [*as_list(settings.eos_token_id), tokenizer.eos_token_id]
     settings.eos_token_id = sorted({token for token in ids if token is not None})
+    if not settings.eos_token_id:
+        raise ValueError(f"{path} names no eos token: write its id into generation_config.json")
     settings.pad_token_id = settings.eos_token_id[0]  # padding stands behind the end, and nobody reads it
     settings.repetition_penalty = 1.0  # no penalty, also if the checkpoint's own settings ask for one
     return model.to(parallel.default_device()).eval(), tokenizer

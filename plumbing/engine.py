@@ -4,7 +4,7 @@ It makes the same draws, tokens and step maps, and tests compare it with the def
   - Many sequences are decoded together. One that has ended makes room for the next prompt.
   - The definition computes the clean keys and values of a finished block by a forward of their own. Here they
     are computed in the forward of the sequence's next denoising step. This is called a commit.
-  - Responses to one prompt share its prefill, that is, the keys and values of its whole blocks.
+  - Responses to one prompt that begin together share its prefill: keys and values of its whole blocks.
   - The host (CPU) waits for the device once per denoising step, and once more when sequences end. With block
     attention on a GPU, a CUDA graph starts all kernels of a step.
   - For full attention there are two approximate caches, for evaluation only.
@@ -418,7 +418,7 @@ RECORD_AT = 8  # the call at which a graph is recorded. For sizes that come up s
 
 @functools.cache
 def recording_stream():
-    """The stream on which all graphs are recorded. More streams would take more memory of cuBLAS."""
+    """The stream on which all graphs are recorded. cuBLAS takes memory for each stream."""
     return torch.cuda.Stream()
 
 

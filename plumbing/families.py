@@ -57,8 +57,8 @@ class Family(NamedTuple):
 # it already.
 # Qwen's embedding is longer than its vocabulary: the first row beyond the vocabulary is free. Llama 3
 # reserves tokens for such purposes. SmolLM2 reserves none, but its vocabulary has special tokens that its
-# training never met. In the model of 135M parameters the rows of eleven such tokens are still equal: training
-# never changed one alone. `<empty_output>` is one of these.
+# training never met. In the model of 135M parameters the rows of eleven such tokens are still equal, so no
+# text with one of them was trained on. `<empty_output>` is one of these.
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen

@@ -119,10 +119,11 @@ def uses_flash(q):
 class CacheReader:
     """Attention of rows over a cache of many sequences: made once per forward, and called by every layer.
 
-    A slot holds the keys of one sequence. A row is one block in a forward. It sees the first end[b] tokens of
-    slot slots[b], and no end exceeds `longest`. The first num_in_place rows are the slots 0, 1, 2, ..., whose
-    keys are read in place. With block attention the other rows are commits: clean blocks whose keys are
-    written once more, see plumbing/engine.py. With full attention num_in_place is 0: all rows are other rows.
+    A slot holds the keys of one sequence. A row is what a forward computes of a slot: one block, or with full
+    attention often more. Row b sees the first end[b] tokens of slot slots[b], and no end exceeds `longest`.
+    The first num_in_place rows are the slots 0, 1, 2, ..., whose keys are read in place. With block attention
+    the other rows are commits: clean blocks whose keys are written once more, see plumbing/engine.py. With
+    full attention num_in_place is 0: all rows are other rows.
 
     How the other rows read depends on the kernel. With flash-attn no keys are copied. With block attention on
     a GPU without flash-attn none are copied, either. There a slot has one line of queries, made of two

@@ -61,7 +61,8 @@ def fit_slots(asked, number, per_slot, config, device):
     The results are the same, so this is printed, and is no error. ValueError if not even one fits.
     """
     wanted = min(asked or number, number)
-    # The sampler holds a float32 logit about six times. There are never more than those of a block per slot.
+    # The sampler holds about six float32 copies of its logits. There are at most the logits of one block for
+    # each slot.
     at_once = min(max(most_logits(device), config.vocab_size), wanted * config.block_size * config.vocab_size)
     logits = at_once * 4 * 6
     if device.type == "cuda":
@@ -123,7 +124,8 @@ def plan(model, args, num_models):
                          f"{GB(free)} GiB that are free: try --lora_rank 32, --gradient_checkpointing, a "
                          "smaller --tokens_per_micro_batch, more GPUs, or a smaller model")
     longest = args.max_prompt_tokens + args.max_new_tokens * (1 + config.block_size)  # one token a step
-    if not config.is_full and longest * per_token > room:
+    has_steps = hasattr(args, "group_size")  # sft.py has one view per block, and not one per step
+    if has_steps and not config.is_full and longest * per_token > room:
         parallel.say(f"WARNING: a response of {args.max_new_tokens} tokens, decoded one token a step, makes "
                      f"a row of {longest} tokens with {GB(longest * per_token)} GiB of activations. Rows are "
                      "never cut: if memory runs out, lower --max_new_tokens")

@@ -1,6 +1,6 @@
 """plumbing/parallel.py - many processes: the group, sharding (FSDP2), the optimizer step, LoRA layers.
 
-There is one process group, which torchrun starts. Work is dealt out by one rule, `deal`: item i goes to
+torchrun starts the processes, and they form one group. Work is dealt out by one rule, `deal`: item i goes to
 process i modulo the number of processes. Losses are sums over a process's own tokens, divided by the token
 count of ALL processes. So gradients are added up, never averaged. One process or eight compute the same
 update, up to rounding.
@@ -207,8 +207,7 @@ def unsharded(model):
     finally:
         for part in parts:
             part.reshard()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()  # NCCL cannot use what torch keeps of whole weights and of the KV cache
+        torch.cuda.empty_cache()  # NCCL cannot use what torch keeps of whole weights and of the KV cache
 
 
 def without_hooks(module):

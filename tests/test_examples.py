@@ -438,6 +438,8 @@ def test_code_earns_only_by_passing_its_tests(body, expected, monkeypatch):
     assert flags.call(code_reward.passes_tests, problem=problem, text=ADD.format(body), rollout=r) == expected
     r.is_truncated = True
     assert code_reward.passes_tests(problem, ADD.format(body), r) == 0
+    with pytest.raises(ValueError, match="no tests for 'Write add.'"):
+        code_reward.passes_tests(eval_math.Problem("Write add.", ""), ADD.format(body), r)
 
 
 @pytest.mark.parametrize("answer, expected", [

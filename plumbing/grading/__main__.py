@@ -9,7 +9,8 @@ def main(argv=None):
     """Grades a file, by the flags."""
     parser = argparse.ArgumentParser(prog="python -m plumbing.grading", allow_abbrev=False,
                                      description="Grade a JSON Lines file with gold answers and responses.")
-    parser.add_argument("--grade", required=True, metavar="FILE", help="JSON Lines file to grade: each line holds the texts gold and response")
+    parser.add_argument("--grade", required=True, metavar="FILE",
+                        help="JSON Lines file to grade: each line holds the texts gold and response")
     parser.add_argument("--out", required=True, metavar="FILE", help="file for the verdicts, a line each")
     args = parser.parse_args(argv)
     try:

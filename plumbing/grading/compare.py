@@ -170,7 +170,10 @@ def structure(tree):
 
 
 def is_same_relation(answer, gold):
-    """Whether two relations have the same signs, if turned to point one way, and the same differences."""
+    """Whether two relations have the same signs, if turned to point one way, and the same differences.
+
+    In a chain, such as a < b < c, the sides are compared instead.
+    """
     signs_a, sides_a = turned(answer)
     signs_g, sides_g = turned(gold)
     if not signs_g and set(signs_a) == {ast.Eq}:  # x = 2 + 3 = 5: every value must be right
@@ -199,7 +202,7 @@ def turned(tree):
 
 
 def compare_sets(answer, gold):
-    """The verdict on two sets of real numbers, or None if neither is surely one: (1,3) may be a point."""
+    """The verdict on two sets of real numbers. None if one is no set, or if both may be points, as (1,3)."""
     sets = RealSet(answer), RealSet(gold)
     if not any(isinstance(tree, (ast.BoolOp, ast.BinOp, ast.Dict, ast.Compare))
                or {"\\infty", "\\Reals"} & set(leaves(tree)) for tree in (answer, gold)):

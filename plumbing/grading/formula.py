@@ -48,8 +48,8 @@ CONSTANTS = {"e", "i", "\\pi", "\\infty", "degree"}
 def to_python(text):
     """An answer as an expression in Python's syntax. KeyError or ValueError for what is not understood.
 
-    \\frac{1}{2} becomes frac('1','2'), \\sin^2 2x becomes (sin('2'*'x'))**('2'), and (1,2] becomes
-    right_closed('1','2').
+    \\frac{1}{2} becomes frac('1','2'), \\sin^2 2x becomes ((sin('2'@'x'))**('2')), and (1,2] becomes
+    right_closed('1','2'). The @ is a product without a sign. `parse` turns it into a usual one.
     """
     if TWO_WAYS.search(text):
         raise ValueError("2^3^4, n!^2, 2^n!: these can be read in two ways")
@@ -253,8 +253,9 @@ def points(letters):
 def is_same_function(answer, gold, factor=None):
     """Whether two trees have the same value wherever both are defined.
 
-    factor: None asks for equal values. For the sides of relations, "any" allows a constant factor between
-    them, and "positive" a factor above 0. An answer with a letter that the gold answer lacks is wrong.
+    factor: None asks for equal values. For relations, each tree is one side minus the other. "any" then
+    allows a constant factor between the two trees, and "positive" a factor above 0. An answer with a letter
+    that the gold answer lacks is wrong.
     """
     letters = sorted(letters_of(gold))
     if letters_of(answer) - letters_of(gold):

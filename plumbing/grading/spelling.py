@@ -1,8 +1,8 @@
 """plumbing/grading/spelling.py - one spelling for what is written in many ways.
 
 "\\dfrac{1}{2}", "½" and "\\frac12 \\text{ cm}" all become "\\frac{1}{2}". This file works on text alone. The
-only numbers that it computes are periodic decimals. Most of the work is done by the table of regular expressions in
-forms.txt. The words that may stand behind a number are in units.txt.
+only numbers that it computes are periodic decimals. Most of the work is done by the table of regular
+expressions in forms.txt. The words that may stand behind a number are in units.txt.
 """
 
 import re

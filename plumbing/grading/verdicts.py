@@ -77,7 +77,7 @@ def read_json_rows(path):
 
 
 def grade_file(path, out):
-    """Grades rows of gold and response. Writes rows of correct, answer and how to `out`; prints a summary."""
+    """Grades rows of gold and response. Writes rows to `out`: correct, answer, how. Prints a summary."""
     if os.path.exists(out) and os.path.samefile(path, out):
         raise ValueError(f"{out} is the file to be graded, and would be overwritten: give another name")
     rows = read_json_rows(path)
