@@ -19,8 +19,8 @@ Each denoising step sees a block with masks, and reveals tokens. The numbers are
     block  step  before the step          revealed in the first, second, third and fourth place
 
 3. THE TRAINING ROW (rollout.build_rows)
-Behind the clean text stand the views. Shown are the clean text up to block 2, and the views of that
-block. The line `target` shows, under a mask, the token to predict there.
+Behind the clean text stand the views. Shown are the clean text up to block 2, and the views of that block.
+The line `target` shows, under a mask, the token to predict there.
 
 4. THE ATTENTION MASK (model.may_attend)
 A token on the left sees the tokens on top that have an x. A view sees itself, and earlier clean blocks.

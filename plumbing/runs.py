@@ -247,10 +247,9 @@ class Run:
         for step in parallel.bar(range(first, last + 1), name):
             self.progress["step"] = step
             yield step
-            seconds = time.perf_counter() - started
-            if step == first < last and seconds > 5:
-                parallel.say(f"step {step} took {seconds:.0f} s; the other {last - step} take about "
-                             f"{(last - step) * seconds / 60:.0f} minutes")
+            minutes = (time.perf_counter() - started) * (last - step) / 60
+            if step == first and minutes > 1:
+                parallel.say(f"the other {last - step} steps take about {minutes:.0f} minutes")
 
     def write(self, line):
         """Appends one line to the log. NaN and inf become null, since JSON has neither."""
