@@ -24,7 +24,7 @@ INEQUALITIES = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.NotEq)
 
 def is_same(answer, gold):
     """Whether two spelled answers are equal. ValueError for what is not understood."""
-    bases = in_base(answer), in_base(gold)
+    bases = in_base(re.sub(r"^[a-zA-Z] ?= ?", "", answer)), in_base(gold)
     if any(bases):
         return bases[0] == bases[1]
     return is_same_list(read(answer), read(gold))
@@ -32,7 +32,7 @@ def is_same(answer, gold):
 
 def in_base(text):
     """204_5, (204)_{5}, 204_{five} -> ("", "204", "5"): sign, digits, base. None without a base."""
-    match = re.fullmatch(r"(-?)[({]?([0-9a-zA-Z.]+)[)}]? ?_ ?\{? ?\(?(\d+|[a-z]+)\)? ?\}?", text)
+    match = re.fullmatch(r"(-?)[({]?([0-9a-zA-Z.]+)[)}]? ?_ ?\{? ?\(?(?:base ?)?(\d+|[a-z]+)\)? ?\}?", text)
     if not match or not (match[2][0].isdigit() or match[2].isupper() and match[2][1:]):
         return None
     return match[1], match[2].upper(), str(NUMBERS.get(match[3], match[3]))
@@ -51,7 +51,7 @@ def read(text):
 def parts_of(tree):
     """What one item of a list stands for, as a list of trees."""
     match tree:
-        case ast.Set(elts=parts):
+        case ast.Set(elts=parts) if "\\emptyset" not in leaves(tree):
             return parts
         case ast.BoolOp(values=parts) if not any(isinstance(node, INEQUALITIES) for node in ast.walk(tree)):
             return parts
@@ -110,7 +110,9 @@ def split_name(tree):
             has_number = any(letter[0].isdigit() for letter in letters)
             can_be_solved = has_number and function in ("frac", "binom", "root") or (
                 len(letters) == 1 and function in ("sqrt", "ln", "exp"))
-            is_short = len(letters) == 2 and name.islower() and name[0] not in "fgh"  # xy = 5 is no name
+            # In p(x) a bracket stands between the two texts, and in xy only the sign of a product.
+            has_bracket = isinstance(left, ast.BinOp) and left.right.col_offset > left.left.end_col_offset + 1
+            is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy = 5 is no name
             if is_product and not is_short and not can_be_solved and not name[0].isdigit():
                 return " ".join([*(f for f in functions if f != "abs" or name.islower()), name]), value
     return "", tree
@@ -272,6 +274,9 @@ class RealSet:
                 if kind not in INTERVALS:
                     raise ValueError("a function")
                 below, above = INTERVALS[kind]
+                ends = [end for sign, end in ((below, low), (above, high)) if sign is ast.LtE]
+                if any(leaves(end) == ["\\infty"] for end in ends):
+                    raise ValueError("(3,\\infty]: infinity is no number")
                 return holds(self.number(low), below, x) & holds(x, above, self.number(high))
         raise ValueError("no set of real numbers")
 

@@ -17,8 +17,8 @@ from fractions import Fraction
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|exp|ln|lg|log"
 LETTERS = ("alpha|beta|gamma|delta|varepsilon|epsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|"
            "sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|"
-           "ell|pi|infty|emptyset|Reals|Integers")
-GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+           "ell|pi|infty|emptyset|Reals|Integers|Naturals|Rationals|Complexes")
+GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 MATRIX = r" ?\{(?:[pbB]?matrix|smallmatrix|array)\}"
 TOKEN = re.compile("|".join((
     r"(?P<number>\d+\.?\d*|\.\d+)",

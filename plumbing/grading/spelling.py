@@ -15,11 +15,13 @@ TEXT = (r"\\(?:text|mbox|hbox|textnormal|textbf|textit|textrm|textsf|texttt|emph
         r"mathtt|boldsymbol|bm|bold|underline|operatorname|bf|rm|ensuremath|fbox)\s*")
 SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-n0123456789")
 WORD = re.compile("[a-zA-Z]+")
+NUMERAL = re.compile(r"(?i)\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|"
+                     r"twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|half)s?\b")
 EXPONENT = r"(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
 UNIT = re.compile(rf"(?:[\s/]|\\cdot)*{TEXT}({GROUP}){EXPONENT}")
 UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*")
 BARE_UNIT = re.compile(rf"(?:(?<=[\d}}])|(?<=\\pi )) *([a-zA-Z][a-zA-Z /.]*){EXPONENT}\s*\.?$")
-BEFORE_UNITS = {"square", "cubic", "sq", "cu"}
+BEFORE_UNITS = {"square", "cubic", "sq", "cu", "different", "distinct", "possible"}
 AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "old", "cdot", *BEFORE_UNITS}
 
 
@@ -71,9 +73,11 @@ def spell(text, nouns, may_touch):
     """
     if text.isascii() and text.isdigit():  # "5²" is a digit to Python, too
         return text
-    text = replace(text.strip(), SIGNS).translate(SCRIPTS)
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac is \frac; but \\ ends a matrix row
+    text = replace(text.strip(), SIGNS).translate(SCRIPTS)
+    if may_touch:  # there is no letter in the gold answer, so 2e-3 is 0.002, and not 2e - 3
+        text = re.sub(r"(?<![\w.])(\d+\.?\d*)[eE]\+?(-?\d+)(?!\w)", r"\1\\cdot10^{\2}", text)
     text = UNITS_IN_TEXT.sub(lambda m: without_units(m[0], nouns), text)
     bare = BARE_UNIT.search(text)
     if bare and may_touch is not None and is_bare_unit(bare, nouns, may_touch):
@@ -99,7 +103,10 @@ def replace(text, forms):
 
 def is_unit(text, nouns):
     """Whether all words of a text are units, or nouns of the gold answer: "miles per hour", "kg\\cdot m"."""
-    words = WORD.findall(text.split(" of ")[0])
+    start, _, rest = text.partition(" of ")
+    if NUMERAL.search(rest):  # "percent of sixty" is another number
+        return False
+    words = WORD.findall(start)
     while words and words[0] in BEFORE_UNITS:
         words = words[1:]
     if not words or re.search(r"(?<!\^)(?<!\^\{)(?<!-)\d", text):

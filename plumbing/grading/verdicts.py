@@ -14,7 +14,9 @@ from plumbing.grading.spelling import spell_pair
 from plumbing.grading.workers import WORKERS, Workers
 
 PLAIN_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
-WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
+# Words that change what an answer says: "not x = 5", "5 if n is even".
+DENIAL = re.compile(r"(?i)(?<![\\a-z])(?:not|no|never|if|unless|wrong|false|twice|half|assume)(?![a-z])")
+WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS}|and)(?![a-zA-Z]))[a-zA-Z]{{3,}}")
 
 
 def verdict(answer, gold):
@@ -37,6 +39,8 @@ def verdict(answer, gold):
         return Fraction(answer) == Fraction(gold), "number"
     if not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold):  # words: "Even", "east"
         return answer.casefold() == gold.casefold(), "text"
+    if DENIAL.search(answer) and not DENIAL.search(gold):
+        return False, "text"
     return WORKERS.ask(answer, gold)
 
 
