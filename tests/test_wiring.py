@@ -7,12 +7,16 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAST, FIXTURES, PLAIN, all_rows, decode, random_model, random_prompts, small_data
+import transformers
+from conftest import FAST, FIXTURES, PLAIN, all_rows, decode, random_model, random_prompts, seen, small_data
+from safetensors.torch import load_file
 from test_engine import check_same
-from test_sft import examples
+from test_runs import finish, start_all
+from test_sft import examples, small_task
 from test_tracerl import DECODING, flat, groups_of, keep, learners_of, method_of, one_update, recipe_of
 
 import eval_math
@@ -22,7 +26,8 @@ import sft
 import tracerl
 import value
 from eval_math import Examinee, Problem
-from plumbing import check, checkpoints, data, memory, parallel, runs, tasks, tiny
+from plumbing import (
+    autoregressive, check, checkpoints, data, engine, memory, parallel, runs, show, tasks, tiny)
 from plumbing.prompts import Prompting, encode_prompts
 from rollout import Decoding, Rollout
 
@@ -314,3 +319,193 @@ def test_an_update_without_targets_does_not_move_the_policy():
 def test_an_autoregressive_model_has_the_defaults_of_a_real_one(monkeypatch):
     monkeypatch.setattr(eval_math, "evaluate_command", lambda args: args.max_new_tokens)
     assert eval_math.main(["--ar=some/model"]) == 2000 and eval_math.main([]) == 20
+
+
+def test_a_saved_config_says_what_was_chosen_and_the_index_which_files_there_are(tmp_path):
+    checkpoints.save_checkpoint(random_model(), None, tmp_path / "a", max_shard_size="10KB")
+    model, _ = checkpoints.load_model(tmp_path / "a", block_size=8)
+    model.config.mask_id, model.config.pad_id, model.config.eos_ids = 17, 5, (1, 9)
+    checkpoints.save_checkpoint(model, None, tmp_path / "b", torch.bfloat16, max_shard_size="15KB")
+    again = checkpoints.find_checkpoint(tmp_path / "b")[1]
+    assert (again.block_size, again.mask_id, again.eos_ids) == (8, 17, (1, 9))
+    read = lambda name: json.loads((tmp_path / "b" / name).read_text())
+    assert read("config.json")["dtype"] == read("config.json")["torch_dtype"] == "bfloat16"
+    assert read("generation_config.json") == dict(eos_token_id=[1, 9], pad_token_id=5)
+    files = {path.name for path in (tmp_path / "b").glob("*.safetensors")}
+    assert set(read("model.safetensors.index.json")["weight_map"].values()) == files
+
+
+def test_value_advantages_are_the_recursions_over_merged_trace_steps():
+    model = random_model()
+    r = next(r for r in groups_of(model) if r.num_tokens < len(r.response))
+    critic, r.reward, n = value.ValueModel(model), 1.0, r.num_tokens
+    critic.value_head.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    line = value.value_advantages(critic, [r], PLAIN, 2, 0.9, 0.5)
+    rows = all_rows([r], model.config, shrink=2, trained_only=True)
+    values, steps = torch.zeros(1, len(r.response)), torch.tensor([value.trace_steps(r, model.config, 2)])
+    values[0, [j for _, j in seen(rows)]] = critic(rows, PLAIN).detach()
+    rewards = value.place_rewards(torch.ones(1), steps)
+    returns, advantages = (x[0] for x in value.returns_and_advantages(rewards, values, steps, 0.9, 0.5))
+    assert r.returns == pytest.approx(returns.tolist()) and r.advantage == pytest.approx(advantages.tolist())
+    assert line["advantage_rms"] == pytest.approx(float(advantages[:n].square().mean().sqrt()))
+    assert line["explained_variance"] == pytest.approx(
+        value.explained_variance(values[0, :n], returns[:n]), abs=1e-4)
+
+
+def test_only_matrices_decay_and_all_parameters_have_the_rate():
+    model = random_model()
+    learner = parallel.make_learner(model, 9.0, (0.9, 0.98), 0.5)
+    parallel.set_learning_rate(learner.optimizer, 0.1)
+    expected = [p.detach() * (0.95 if p.dim() == 2 else 1) for p in model.parameters()]
+    sum(0 * p.sum() for p in model.parameters()).backward()
+    parallel.optimizer_step(learner)
+    for p, q in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.detach(), q)
+    sum(p.sum() for p in model.parameters()).backward()  # a step of AdamW is about as long as its rate
+    before = flat(model)
+    parallel.optimizer_step(learner)
+    assert (flat(model) - before).abs().max() < 0.5
+
+
+def test_sharded_layers_compute_in_dtype_and_their_gradients_are_added_up_in_float32(folder):
+    def check():
+        """On each of two processes, which have different texts."""
+        parallel.start_processes("cpu")
+        model = random_model()
+        parallel.shard(model, model.layers, torch.bfloat16)
+        with parallel.unsharded(model) as whole:
+            assert {p.dtype for p in whole.parameters()} == {torch.bfloat16}
+        model(torch.tensor(random_prompts([8], seed=parallel.processes()[0]))).square().sum().backward()
+        g = model.layers[0].q_proj.weight.grad.to_local()
+        assert g.dtype == torch.float32 and (g != g.bfloat16()).any()  # the sum of two bfloat16 is none
+
+    processes = start_all(check, [], 2)
+    assert [finish(process) for process in processes] == [0, 0], Path("output.txt").read_text()
+
+
+def test_fine_tuning_is_given_its_views_weights_decay_betas_and_development_set(folder, monkeypatch):
+    monkeypatch.setitem(tasks.EMBEDDED, "arithmetic", small_task)
+    given, asked = [], []
+    group = lambda learner: learner.optimizer.param_groups[0]
+    monkeypatch.setattr(sft, "train_step", lambda learner, batch, views, is_weighted, compute: given.append(
+        (views, is_weighted, group(learner)["betas"], group(learner)["weight_decay"])) or (1.0, 1.0))
+    monkeypatch.setattr(Examinee, "evaluate", lambda self, problems, seed: asked.append(
+        (self.decoding.max_new_tokens, seed)) or dict(accuracy=0.5))
+    for name, more in enumerate((["--weighted"], ["--views=trace"])):
+        sft.main(["--steps=1", "--weight_decay=0.3", "--eval_every=1", "--max_new_tokens=24", "--seed=5",
+                  f"--name={name}", *more])
+    betas = (0.9, 0.98)
+    assert given == [(sft.noise_views, True, betas, 0.3), (rollout.trace_views, False, betas, 0.3)]
+    assert asked == [(24, 5)] * 2 and sft.parse_args(["--data=sudoku"]).dev_data == "sudoku-dev"
+
+
+def test_another_seed_of_fine_tuning_has_another_order_and_other_masks():
+    marked = [Rollout([3], [number], 1, [1]) for number in range(8)]
+    orders, seeds = [], []
+    for seed in (0, 1):
+        drawn = sft.draw_batch(marked, 0, sft.Recipe(batch_size=8, seed=seed))
+        orders.append([r.response[0] for r in drawn])
+        seeds += [r.seed for r in drawn]
+    assert orders[0] != orders[1] and len(set(seeds)) == 16
+    problems, _ = encode_prompts([Problem("12+3=", "15", "5;1;\\boxed{15}")], tiny.tiny_tokenizer())
+    assert len(sft.to_examples(problems, tiny.tiny_tokenizer(), random_model().config, 9)) == 1  # 8 and eos
+
+
+def test_an_autoregressive_model_is_sampled_as_the_flags_say(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=18, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+                 num_attention_heads=4, num_key_value_heads=2)
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes)).save_pretrained(tmp_path)
+    tiny.tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(dict(  # which flags replace
+        eos_token_id=3, do_sample=True, top_k=1, top_p=0.1, temperature=1e-3, repetition_penalty=9.0)))
+    model, _ = autoregressive.load(tmp_path)
+    assert model.generation_config.eos_token_id == [1, 3] and model.generation_config.repetition_penalty == 1
+    prompts = random_prompts([5] * 64) * 2
+    ask = lambda **how: [r.response for r in autoregressive.generate(
+        model, prompts, [*range(128)], Decoding(max_new_tokens=6, **how))]
+    drawn, greedy = ask(), ask(temperature=0.0)
+    assert drawn == ask() != greedy and drawn[:64] != drawn[64:]
+    assert greedy == ask(temperature=1e-6) == ask(top_k=1) == ask(top_p=1e-6)
+
+
+def test_every_token_that_ends_a_response_is_known():
+    tokenizer = SimpleNamespace(eos_token_id=6, get_vocab=lambda: {"<|eot_id|>": 9, "<|endoftext|>": 7})
+    assert checkpoints.find_eos_ids([5], tokenizer) == (9, 5, 6, 7)
+
+
+def test_every_problem_counts_the_same_and_speed_is_that_of_trained_tokens(folder, monkeypatch):
+    assert eval_math.main(["--data=test.jsonl", "--strategy=greedy", "--limit=3"])["greedy"]["n"] == 3
+    assert eval_math.accuracy([[1.0], [0.0, 0.0, 0.0]])["accuracy"] == 0.5
+    monkeypatch.setattr(eval_math, "time", SimpleNamespace(perf_counter=iter([1.0, 7.0]).__next__))
+    answer = lambda model, prompts, *_: [Rollout(p, [8, 1, 1, 1], 2, [1, 2, 2, 2]) for p in prompts]
+    one = Examinee(torch.nn.Identity(), tiny.tiny_tokenizer(), Decoding(), PLAIN._replace(generate=answer))
+    found = one.evaluate([Problem("2+3=", "5"), Problem("2+3=", "6"), Problem("2+2=", "4")])
+    assert (found["n"], found["length"], found["tokens_per_second"], found["tokens_per_step"]) == (3, 2, 1, 2)
+
+
+
+
+
+def test_the_numbers_of_a_step_are_means_maxima_and_counts():
+    update = dict(loss=1.0, kl=2.0, clip_fraction=0.4, entropy=4.0, ratio_max=9.0, gradient_norm=8.0,
+                  trained_tokens=1, skipped_updates=1)
+    other = dict.fromkeys(update, 0.0) | dict(trained_tokens=3, skipped_updates=0)
+    assert show.means([update, other], [dict(value_loss=3.0, skipped_updates=1)]) == dict(
+        loss=0.25, kl=0.5, clip_fraction=0.1, entropy=1.0, ratio_max=9, gradient_norm=8, trained_tokens=4,
+        value_loss=3, skipped_updates=2)
+    rollouts = [Rollout([3], [4] * 8, 5, [1, 1, 2, 2, 3, 3, 4, 4]),
+                *[Rollout([3], [4] * 4, 4, [1] * 4, is_truncated=True)] * 3]
+    assert show.lengths(rollouts) == dict(length=4.25, truncated=0.75, tokens_per_step=20 / 7)
+
+
+@pytest.mark.parametrize("kind, cache", [("sdar", "none"), ("llada", "none"), ("llada", "dual")])
+def test_a_slot_takes_the_bytes_that_it_is_counted_with(kind, cache):
+    model, config = random_model(kind), random_model(kind).config
+    decoder = engine.Decoder(model, Decoding(), 3, 24, cache)
+    kept = [*decoder.tables, *((decoder.cache.keys, decoder.cache.values) if decoder.cache else ())]
+    size = sum(table.numel() * table.element_size() for table in kept) / 4  # three slots and a spare one
+    size += 24 * memory.layer_bytes(config, 4) * config.is_full
+    assert memory.slot_bytes(config, 24, 4, decoder.cache is not None) == size
+
+
+def test_no_more_slots_are_taken_than_there_are_sequences(monkeypatch):
+    config = random_model().config
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1e9)
+    fit = lambda asked: memory.fit_slots(asked, 5, 1e6, config, torch.device("cpu"))
+    assert [fit(None), fit(3), fit(9)] == [5, 3, 5]
+    monkeypatch.setattr(memory, "most_logits", lambda device: 10)
+    assert memory.fit_slots(None, 10**6, 1e6, config, torch.device("cpu")) == 799  # logits are made in chunks
+
+
+def test_a_plan_counts_processes_models_and_the_copy_that_decodes(monkeypatch):
+    config = checkpoints.read_config(dict(
+        model_type="sdar", vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32,
+        head_dim=128, num_key_value_heads=8, intermediate_size=9728, tie_word_embeddings=False))
+
+    def plan(gib, number, num_models=1, *more):
+        """Tokens of a micro-batch on so many processes."""
+        monkeypatch.setattr(parallel, "processes", lambda: (0, number))
+        monkeypatch.setattr(memory.dist, "is_initialized", lambda: number > 1)
+        monkeypatch.setattr(parallel, "is_first", lambda: True)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: gib * 2**30)
+        args = ["--model=x", "--train_data=a", "--eval_data=b", "--dtype=bfloat16", *more]
+        return memory.plan(checkpoints.empty_model(config), tracerl.parse_args(args), num_models)
+
+    assert plan(99, 1) == 16384 and plan(99, 1, 1, "--plain") == 2048 and plan(20, 8) > 1024
+    for gib, number, num_models in ((99, 1, 2), (10, 64, 1)):  # two models; a copy of the whole weights
+        with pytest.raises(ValueError, match="training needs"):
+            plan(gib, number, num_models)
+
+
+def test_a_run_saves_in_its_dtype_and_without_a_checkpoint_its_log_begins_again(folder):
+    learners = [parallel.make_learner(model, 0.1, (0.9, 0.95))
+                for model in (random_model(), value.ValueModel(random_model()))]
+    with runs.Run("r", dict(dtype="bfloat16")) as run:
+        run.begin()
+        run.write(dict(step=1))
+        assert not run.restore(learners) and run.lines() == []
+        run.save(learners)
+        run.save_model(learners[0].model)
+    saved = [load_file(path) for path in Path("runs/r").rglob("*.safetensors")]
+    assert len(saved) == 3 and {p.dtype for state in saved for p in state.values()} == {torch.bfloat16}
