@@ -223,6 +223,15 @@ def test_the_bench_commands_of_the_evidence_are_understood():
     assert found == set(benches)
 
 
+@pytest.mark.parametrize("name", ["README.md", "tests/EVIDENCE.md"])
+def test_links_inside_of_a_text_have_a_target(name):
+    text = (ROOT / name).read_text()
+    plain = lambda title: re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+    targets = {plain(title) for title in re.findall(r"(?m)^#+ (.*)$", text)}
+    links = re.findall(r"\]\(#([^)]+)\)", text)
+    assert links and set(links) <= targets
+
+
 def test_the_evidence_tells_only_what_the_results_say(capsys):
     """Each mean, difference and interval in these sections' tables is printed from the JSON file."""
     show = {
