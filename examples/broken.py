@@ -7,7 +7,8 @@
 
 Decoding and evaluation stay as they are (only after_filter sets --top_p 0.8). Each fault replaces one
 function of rollout.py: `build_rows`, which makes every training row, or `record`, which keeps what was drawn.
-So the gap in the log is that of the broken rows, or of the broken record. The bound on the gap is lifted, or else the run would stop at once.
+So the gap in the log is that of the broken rows, or of the broken record. The bound on the gap is lifted, or
+else the run would stop at once.
 
 Look at the gap of step 1. All faults but after_filter change both sides of a ratio alike. Ratios then begin
 at 1, and the loss looks healthy. (`drift_kl` compares with the record, too, so it contains the gap.) Below, a
@@ -135,7 +136,8 @@ def after_filter(prompt, seed, columns, decoding, config):
 
     Engines may report such numbers, and trainers take them for the old ones. TRL, verl and ms-swift have
     issues about this. What a filter keeps becomes more probable, so no gap is positive. With top-p .8 alone
-    none is below log .8 = -.22. Ratios should begin at 1. They begin at the probability that was kept.
+    none is below log .8 = -.22. Ratios should begin at 1. They begin at the sum of the probabilities that the
+    filter kept.
     """
     r = record(prompt, seed, columns, decoding, config)
     r.logp = [math.log(p) for p in r.confidence]  # p: after the filters

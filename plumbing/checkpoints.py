@@ -190,7 +190,7 @@ def save_checkpoint(model, tokenizer, folder, dtype=None, max_shard_size="5GB"):
     """Writes weights, config.json and tokenizer in the layout of the model's family.
 
     Tokenizer files and code that came with the model are written as they were. If no tokenizer came with it,
-    `tokenizer` is written. Otherwise see save_weights.
+    `tokenizer` is written. For the weights see save_weights.
     """
     config = model.config
     save_weights(model, folder, dtype, max_shard_size)

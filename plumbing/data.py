@@ -170,8 +170,8 @@ def read_answer(cell, place, needs_answer):
     as_list = re.fullmatch(LIST_TEXT, cell) if isinstance(cell, str) and needs_answer else None
     if as_list:
         cell = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\"))
-    text = as_text(cell, place, "write one answer, rename a column that holds one to "
-                   f"{COLUMNS['answer'][0]!r}, or use a reward of your own (--reward)").strip()
+    text = as_text(cell, place, "write one answer, give the name "
+                   f"{COLUMNS['answer'][0]!r} to a column that holds one, or use a reward of your own (--reward)").strip()
     if needs_answer and text.lower() in NO_ANSWER:  # else \boxed{proof} would earn 1
         return ""
     is_solution = "\\boxed" in text or "####" in text

@@ -450,7 +450,7 @@ class Captured:
     def __call__(self, inputs, B, num_masked, longest):
         """The same as Decoder.denoise."""
         M = len(inputs) - B
-        lanes = min(1 << (B - 1).bit_length(), self.num_slots)  # a power of two
+        lanes = min(1 << (B - 1).bit_length(), self.num_slots)  # a power of two, or all
         eighth = -(-lanes // 8)
         extra = -(-M // eighth) * eighth  # commits: a multiple of an eighth of the lanes
         quarter = -(-lanes * self.block_size // 4)

@@ -65,7 +65,7 @@ MAX_DRIFT = 0.1  # nats per token in one RL step
 
 
 def say_step(line):
-    """Prints some numbers of an RL step, and a warning if the policy moves too far, or not at all."""
+    """Prints some numbers of an RL step. Says if there was no update; warns if the policy moved too far."""
     parts = [f"{name} {line[name]:{form}}" for name, form in SHOWN.items() if name in line]
     if "kl" not in line:  # there was no update of the policy
         parts.append("value model only" if "value_loss" in line else "nothing to learn from: no update")

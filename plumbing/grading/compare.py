@@ -110,7 +110,7 @@ def split_name(tree):
             has_number = any(letter[0].isdigit() for letter in letters)
             can_be_solved = has_number and function in ("frac", "binom", "root") or (
                 len(letters) == 1 and function in ("sqrt", "ln", "exp"))
-            # In p(x) a bracket stands between the two texts, and in xy only the sign of a product.
+            # In p(x) a bracket stands between the two letters. In xy there is only the @ of to_python.
             has_bracket = isinstance(left, ast.BinOp) and left.right.col_offset > left.left.end_col_offset + 1
             is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy = 5 is no name
             if is_product and not is_short and not can_be_solved and not name[0].isdigit():
@@ -172,9 +172,10 @@ def structure(tree):
 
 
 def is_same_relation(answer, gold):
-    """Whether two relations have the same signs, if turned to point one way, and the same differences.
+    """Whether two relations have the same signs, such as < and =, once they point one way.
 
-    In a chain, such as a < b < c, the sides are compared instead.
+    The differences of their sides must be the same function, up to a factor (below 0 only for = and \\ne). In
+    a chain, such as a < b < c, the sides are compared instead.
     """
     signs_a, sides_a = turned(answer)
     signs_g, sides_g = turned(gold)

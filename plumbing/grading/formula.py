@@ -111,7 +111,7 @@ def parse(text):
     for node in [node for tree in trees for node in ast.walk(tree)]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
             node.op = ast.Mult()
-            # In (1/2)x the product begins with the bracket, and so before the fraction.
+            # 1/2x begins with its fraction, and is refused. (1/2)x begins with the bracket, and is not.
             begins_alike = node.left.col_offset == node.col_offset
             if begins_alike and isinstance(node.left, ast.BinOp) and isinstance(node.left.op, ast.Div):
                 raise ValueError("1/2x: this can be read in two ways")

@@ -102,7 +102,10 @@ def replace(text, forms):
 
 
 def is_unit(text, nouns):
-    """Whether all words of a text are units, or nouns of the gold answer: "miles per hour", "kg\\cdot m"."""
+    """Whether a text is a unit, as "miles per hour" or "kg\\cdot m". Nouns of the gold answer count as units.
+
+    Words behind "of" may be any but numerals: "cups of flour".
+    """
     start, _, rest = text.partition(" of ")
     if NUMERAL.search(rest):  # "percent of sixty" is another number
         return False
