@@ -139,8 +139,8 @@ class Recipe:
     shrink: int = setting(None, "denoising steps per trace step; None: 1, full attention 8", tiny=1, low=1)
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy that made the rollouts", low=0)
-    keep_range: float = setting(None, "keep groups with a mean reward between these (a value model: all); "
-                                "None: 0.2 and 0.8 for a real model with default reward and advantage", number=2)
+    keep_range: float = setting(None, "keep groups with a mean reward between these (a value model: all). "
+                                "None: 0.2, 0.8 for a real model with default reward and advantage", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
     value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)

@@ -286,11 +286,11 @@ def block_elbo(logp, targets, num_responses, clip_eps):
 def linear_bound(logp, targets, num_responses, clip_eps):
     """--loss: a lower bound of elbo_ratio's objective that is a sum over masks (BGPO).
 
-    Let d_n be the estimate of (new minus old log-likelihood) / length from the n-th mask of every block. Where
-    A > 0, exp(mean of d_n) is replaced by the mean of 1 + d_n (the tangent). Where A < 0, it is replaced by the
-    mean of exp(d_n) (Jensen). Both bound the objective from below. So each mask's part could have a micro-batch of
-    its own, and memory would hold one mask at a time, which is the paper's aim. The clip of each part is that
-    of the authors' code.
+    Let d_n be the estimate of (new minus old log-likelihood) / length from the n-th mask of every block.
+    Where A > 0, exp(mean of d_n) is replaced by the mean of 1 + d_n (the tangent). Where A < 0, it is
+    replaced by the mean of exp(d_n) (Jensen). Both bound the objective from below. So each mask's part could
+    have a micro-batch of its own, and memory would hold one mask at a time, which is the paper's aim. The
+    clip of each part is that of the authors' code.
     """
     mask = targets.rollout_index * DRAWS + (targets.view - 1) % DRAWS  # views of a block: draw 0, draw 1, ...
     weight = 1 / targets.masked_share

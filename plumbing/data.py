@@ -171,7 +171,8 @@ def read_answer(cell, place, needs_answer):
     if as_list:
         cell = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\"))
     text = as_text(cell, place, "write one answer, give the name "
-                   f"{COLUMNS['answer'][0]!r} to a column that holds one, or use a reward of your own (--reward)").strip()
+                   f"{COLUMNS['answer'][0]!r} to a column that holds one, or use a reward of your own "
+                   "(--reward)").strip()
     if needs_answer and text.lower() in NO_ANSWER:  # else \boxed{proof} would earn 1
         return ""
     is_solution = "\\boxed" in text or "####" in text

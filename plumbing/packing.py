@@ -1,7 +1,8 @@
 """plumbing/packing.py - training rows as micro-batches.
 
 `pad` is the definition: every row is padded to the longest. `pack` is its fast twin for a GPU: rows stand end
-to end in one long row, and their document numbers keep them apart. With both, the network computes the same numbers for every target.
+to end in one long row, and their document numbers keep them apart. With both, the network computes the same
+numbers for every target.
 """
 
 import itertools

@@ -97,7 +97,7 @@ class Workers:
         return process
 
     def bury(self, process):
-        """Counts a worker that died, and closes its pipes. Many open pipes would use up a run's open files."""
+        """Counts a worker that died, and closes its pipes. Many open ones would use up a run's open files."""
         process.wait()
         atexit.unregister(process.kill)
         process.stdout.close()
