@@ -201,9 +201,9 @@ class Examinee:
 def summarize(lines):
     """What a table shows of many responses: accuracy, lengths, speed."""
     samples = {}  # by problem; a file may hold the same problem many times
-    # A response to a problem without an answer is neither right nor wrong.
-    for line in filter(lambda line: line["gold"], lines):
-        samples.setdefault((str(line["text"]), line["gold"]), []).append(float(line["correct"]))
+    for line in lines:
+        if line["gold"]:  # without an answer, a response is neither right nor wrong
+            samples.setdefault((str(line["text"]), line["gold"]), []).append(float(line["correct"]))
     # {("894+396=", "1290"): [1., 0., 1.], ...} -> accuracy, standard_error, n, pass_at_2
     found = accuracy(list(samples.values()))
     if "reward" in lines[0]:

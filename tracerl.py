@@ -440,7 +440,7 @@ def finish_step(line, rollouts, learners, task, recipe, run):
         found = task.examinee.evaluate(task.dev_problems, seed=recipe.seed)
         line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if found.get(name) is not None}
     run.write(line)
-    show.say_step(line)  # with a warning if the policy moves too far, or not at all
+    show.say_step(line)  # with a warning if the policy moves too far
     run.progress["gap_max"] = max(run.progress.get("gap_max", 0.0), line["gap_max"])
     save_every = run.settings["save_every"]
     if step == recipe.steps or (save_every and step % save_every == 0):
