@@ -311,7 +311,6 @@ class Evaluation:
     name: str = setting(None, "folder under runs/. To go on, repeat name and flags", may_change=True)
     grade: str = setting(None, "grade this file instead: JSON lines with gold and response")
     out: str = setting(None, "with --grade: file for the verdicts")
-    debug: bool = setting(False, "show the traceback of an error", may_change=True)
 
 
 GROUPS = {"evaluation": Evaluation, "decoding": Decoding, "prompts": Prompting, "machine": machine.Inference}

@@ -29,7 +29,7 @@ state. The same rule governs prefill, decoding, replay and fine-tuning. Dream an
 where every token sees every token. For attention the whole text then counts as one block.
 
 Read in this order: ModelConfig, Layout, may_attend, dense_mask, attention, KVCache, Layer, BlockDiffusionLM,
-policy_logits, token_logprobs, Targets, Row.
+policy_logits, token_logprobs, Targets, Row, pad.
 
 Left out: dropout, rope scaling, sliding windows, mixture-of-experts layers, tensor parallelism.
 In other files:
@@ -81,6 +81,9 @@ class ModelConfig:
     eos_ids: tuple = ()  # any of these ends a response; sft.py teaches the first
     family: str = "sdar"  # the family of the checkpoint: how weights are named in its files
     source: dict = field(default_factory=dict)  # config.json as it was read; saving writes it again
+    # The tokenizer's files and the code beside the weights: name -> content. Saving writes them again. They
+    # are kept here because the folder may be gone by then: a run deletes its older checkpoints.
+    files: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         """ValueError for settings that do not fit together."""
@@ -355,30 +358,31 @@ def token_logprobs(model, states, tokens, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the network is given to train on. rollout.build_rows makes rows, and plumbing/packing.py makes
-# micro-batches of them.
+# What the network is given to train on. rollout.build_rows makes rows, as lists of numbers. `pad` makes a
+# micro-batch of some of them. plumbing/packing.py chooses which, and has a fast twin of `pad` for a GPU.
 
 
 class Targets(NamedTuple):
-    """All that a loss needs to know of each predicted token. (N,) tensors in a micro-batch, numbers in a Row.
+    """All that a loss needs to know of each predicted token.
 
-    Whole numbers are int64. The others are float32, and 0 where nobody has filled them in. The fields
+    A Row has one Targets for each token to predict, made of plain numbers. A micro-batch has one, made of
+    tensors (N,): int64 for an int, float32 for a float. A float is 0 where nobody has filled it in. The fields
     step, view, group and logp are there for a loss of yours. Our own losses read none of them.
     """
 
-    logit_index: torch.Tensor  # the output that predicts it, among T of a Row or B * T of a micro-batch
-    token: torch.Tensor  # the token to predict
-    rollout_index: torch.Tensor  # the number of its rollout in the list that build_rows was given
-    response_index: torch.Tensor  # its index in that rollout's response
-    step: torch.Tensor  # the denoising step that revealed it, counted from 1 over the whole response
-    view: torch.Tensor  # the view that predicts it, counted from 1. With trace views this is its trace step
-    group: torch.Tensor  # the number of its prompt in this RL step: responses of one group share it
-    masked_share: torch.Tensor  # float: the masked fraction of the block's response tokens in this view
-    logp: torch.Tensor  # float: its log-probability, recorded when it was drawn
-    logp_old: torch.Tensor  # float: its log-probability in this view, before the updates of the RL step
-    advantage: torch.Tensor  # float
-    value_old: torch.Tensor  # float: the value model's estimate at the start of the RL step
-    returns: torch.Tensor  # float: what the value model should have said
+    logit_index: int  # the output that predicts it, among T of a Row or B * T of a micro-batch
+    token: int  # the token to predict
+    rollout_index: int  # the number of its rollout in the list that build_rows was given
+    response_index: int  # its index in that rollout's response
+    step: int  # the denoising step that revealed it, counted from 1 over the whole response
+    view: int  # the view that predicts it, counted from 1. With trace views this is its trace step
+    group: int  # the number of its prompt in this RL step: responses of one group share it
+    masked_share: float  # the masked fraction of the block's response tokens in this view
+    logp: float  # its log-probability, recorded when it was drawn
+    logp_old: float  # its log-probability in this view, before the updates of the RL step
+    advantage: float  # see tracerl.give_advantages
+    value_old: float  # the value model's estimate at the start of the RL step
+    returns: float  # what the value model should have said
 
 
 @dataclass
@@ -409,3 +413,35 @@ class Rows(NamedTuple):
     tokens: torch.Tensor
     layout: Layout
     targets: Targets
+
+
+def pad(rows, pad_id, device):
+    """Rows -> one micro-batch on a device, each row padded to the longest.
+
+    Rows of 24 and 28 tokens become tensors (2, 28). Row 0 begins at place 0 of the 56 tokens, row 1 at 28.
+    """
+    longest = max(len(row.tokens) for row in rows)
+    starts = [number * longest for number in range(len(rows))]
+    return fill(rows, starts, (len(rows), longest), pad_id, device)
+
+
+def fill(rows, starts, shape, pad_id, device):
+    """A micro-batch of a shape (B, T) in which row n begins at place starts[n] of the B * T tokens."""
+    size = shape[0] * shape[1]
+    # At first all is padding. It belongs to document -1. Each padding token has a view of its own, so it sees
+    # itself only. If it saw nothing, its output would be NaN.
+    columns = dict(tokens=[pad_id] * size, position=[0] * size, document=[-1] * size, block=[0] * size,
+                   view=list(range(1, size + 1)))
+    targets = []
+    for number, (row, start) in enumerate(zip(rows, starts)):
+        stop = start + len(row.tokens)
+        for name in ("tokens", "position", "block", "view"):
+            columns[name][start:stop] = getattr(row, name)
+        columns["document"][start:stop] = [number] * len(row.tokens)  # each row is a text of its own
+        targets += [target._replace(logit_index=start + target.logit_index) for target in row.targets]
+    tokens, *layout = (torch.tensor(column, device=device).view(shape) for column in columns.values())
+    # From one Targets per token to one tensor per field.
+    numbers = zip(*targets) if targets else [()] * len(Targets._fields)
+    dtypes = [torch.int64 if kind is int else torch.float32 for kind in Targets.__annotations__.values()]
+    return Rows(tokens, Layout(*layout), Targets(*(
+        torch.tensor(column, dtype=dtype, device=device) for column, dtype in zip(numbers, dtypes))))

@@ -133,7 +133,7 @@ def train_step(learner, examples, views, is_weighted, compute):
         loss.backward()  # gradients of the parts add up
         total += loss.detach()
     stepped = parallel.optimizer_step(learner)  # a gradient with NaN or inf is skipped
-    return float(parallel.add_up(total)), stepped["gradient_norm"]
+    return sum(parallel.gather([float(total)])), stepped["gradient_norm"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -372,7 +372,7 @@ def learn(learners, batches, rollouts, method, recipe, step):
         # Random views may leave a batch without any target.
         for number, batch in enumerate([batch for batch in batches if batch.num_tokens] * recipe.epochs):
             updates.append(update(policy, batch, method, number == 0, recipe))
-    line = show.means(updates, value_updates)  # {} if there was no update
+    line = show.step_numbers(updates, value_updates)  # {} if there was no update
     if updates:
         line |= rollout.drift(policy.model, rollout.some(rollouts, policy.model.config), method.compute,
                               method.decoding.temperature)
@@ -385,7 +385,7 @@ def head_start(learners, recipe):
 
 
 def update(policy, batch, method, is_first, recipe):
-    """One optimizer step of the policy -> its numbers, over all processes.
+    """One optimizer step of the policy -> its numbers for the log.
 
     is_first: no update has come before in this RL step. So the old policy is the present one, and its
     log-probabilities are those of this very forward. They stay in targets.logp_old for later epochs.
@@ -410,11 +410,11 @@ def update(policy, batch, method, is_first, recipe):
         parts.append([numbers.detach() for numbers in (loss, logp, entropy, rows.targets.logp_old)])
     # A gradient with NaN or inf: the update is skipped, counted and reported.
     stepped = parallel.optimizer_step(policy)
-    return show.update_numbers(parts, batch.num_tokens, recipe.clip_eps) | stepped
+    return show.own_sums(parts, batch.num_tokens, recipe.clip_eps) | stepped
 
 
 def update_value(learner, batch, compute, recipe):
-    """One optimizer step of the value model -> its numbers."""
+    """One optimizer step of the value model -> its numbers for the log."""
     model = learner.model
     total = torch.zeros((), device=model.device)
     for rows in batch.value_rows:
@@ -424,7 +424,7 @@ def update_value(learner, batch, compute, recipe):
         loss.backward()
         total += loss.detach()
     stepped = parallel.optimizer_step(learner)
-    return dict(value_loss=float(parallel.add_up(total))) | stepped
+    return dict(value_loss=float(total)) | stepped
 
 
 # -------------------------------------------------------------------------------------------------- 6 finish

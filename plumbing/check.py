@@ -11,11 +11,11 @@ whole.
 """
 
 import dataclasses
-import json
 
 import torch
 
 import rollout
+from plumbing import grading
 from rollout import Rollout
 
 FIELDS = ("prompt", "response", "step_map", "logp")
@@ -32,34 +32,30 @@ TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3,
 
 
 def read_traces(path, config):
-    """The traces of a file -> list[Rollout]. ValueError that names the line."""
+    """The traces of a file -> list[Rollout]. ValueError that names the row."""
     rollouts = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-                prompt, response, step_map, logp = (list(row[name]) for name in FIELDS)
-                torch.tensor(logp, dtype=torch.float64)  # TypeError unless all are numbers
-                if not all(isinstance(number, int) for number in prompt + response + step_map):
-                    raise TypeError("tokens and steps are whole numbers")
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{where}: this is no JSON object with {', '.join(FIELDS)} ({error}): "
-                                 "write one such object per line") from None
-            if not len(response) == len(step_map) == len(logp) or not prompt or not response:
-                raise ValueError(f"{where}: {len(response)} tokens, {len(step_map)} steps and {len(logp)} "
-                                 f"log-probabilities behind {len(prompt)} prompt tokens: every response "
-                                 "token needs both, and neither prompt nor response may be empty")
-            outside = [token for token in prompt + response if not 0 <= token < config.vocab_size]
-            if outside:
-                raise ValueError(f"{where}: token id {outside[0]} is outside the vocabulary of "
-                                 f"{config.vocab_size} tokens: is --model the model of these traces?")
-            ends = [i + 1 for i, token in enumerate(response) if token in config.eos_ids]
-            canvas = row.get("canvas", len(response)) if config.is_full else 0
-            rollouts.append(Rollout(prompt, response, min(ends, default=len(response)), step_map, logp=logp,
-                                    canvas=canvas))
+    for number, row in enumerate(grading.read_json_rows(path), 1):
+        where = f"{path}, row {number}"
+        try:
+            prompt, response, step_map, logp = (list(row[name]) for name in FIELDS)
+            torch.tensor(logp, dtype=torch.float64)  # TypeError unless all are numbers
+            if not all(isinstance(number, int) for number in prompt + response + step_map):
+                raise TypeError("tokens and steps are whole numbers")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{where}: this is no JSON object with {', '.join(FIELDS)} ({error}): "
+                             "write one such object per line") from None
+        if not len(response) == len(step_map) == len(logp) or not prompt or not response:
+            raise ValueError(f"{where}: {len(response)} tokens, {len(step_map)} steps and {len(logp)} "
+                             f"log-probabilities behind {len(prompt)} prompt tokens: every response "
+                             "token needs both, and neither prompt nor response may be empty")
+        outside = [token for token in prompt + response if not 0 <= token < config.vocab_size]
+        if outside:
+            raise ValueError(f"{where}: token id {outside[0]} is outside the vocabulary of "
+                             f"{config.vocab_size} tokens: is --model the model of these traces?")
+        ends = [i + 1 for i, token in enumerate(response) if token in config.eos_ids]
+        canvas = row.get("canvas", len(response)) if config.is_full else 0
+        rollouts.append(Rollout(prompt, response, min(ends, default=len(response)), step_map, logp=logp,
+                                canvas=canvas))
     if not rollouts:
         raise ValueError(f"{path} holds no traces: write one JSON object per line")
     return rollouts

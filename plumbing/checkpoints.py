@@ -44,7 +44,7 @@ SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".py")  # of a checkpoint: c
 
 
 def find_checkpoint(path_or_id, block_size=None, attention=None):
-    """A folder or hub id -> (folder, CheckpointConfig, tokenizer or None). Errors: see load_model."""
+    """A folder or hub id -> (folder, ModelConfig, tokenizer or None). Errors: see load_model."""
     name = os.fspath(path_or_id)
     path = name if os.path.isdir(name) else download(name)
     if not os.path.isfile(os.path.join(path, "config.json")):
@@ -53,11 +53,9 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     tokenizer = load_tokenizer(path)
     config = read_config(source, block_size, attention, name, tokenizer)
     if block_size is None and not source.get("block_size"):
-        why = "is taken from the checkpoint's name (--block_size changes it)"
-        if config.is_block_size_assumed:
-            why = ("is assumed, for the order of decoding (--block_size changes it)" if config.is_full else
-                   "is assumed. A wrong K gives no error, but little is learnt: set --block_size")
-        parallel.say(f"config.json names no block size: K = {config.block_size} {why}")
+        parallel.say(f"config.json names no block size. K = {config.block_size} is that of the checkpoint's "
+                     "name, or else the usual one of its family. A wrong K gives no error, but with block "
+                     "attention little is learnt: see --block_size")
     # Qwen3 names its padding token in this file only.
     generation_path = os.path.join(path, "generation_config.json")
     generation = read_json(generation_path) if os.path.isfile(generation_path) else {}

@@ -20,7 +20,7 @@ import math
 import os
 import re
 
-from plumbing.grading import extract_answer
+from plumbing.grading import extract_answer, read_json_rows
 
 HUB = {"math500": "HuggingFaceH4/MATH-500::test", "gsm8k": "openai/gsm8k:main:test",
        "gsm8k-train": "openai/gsm8k:main:train", "aime2024": "Maxwell-Jia/AIME_2024::train",
@@ -248,25 +248,10 @@ def read_file(path):
         if path.endswith(".parquet"):  # read directly: `datasets` would first copy it into a cache
             import pyarrow.parquet  # not at the top, as above
             return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: with or without a byte order mark
-            if path.endswith(".csv"):
-                csv.field_size_limit(1 << 30)  # solutions may be long
+        if path.endswith(".csv"):
+            csv.field_size_limit(1 << 30)  # solutions may be long
+            with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: maybe with a byte order mark
                 return [row for row in csv.DictReader(file, strict=True) if any(row.values())]
-            return read_json(file.read())
     except (ValueError, OSError, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def read_json(text):
-    """The rows of JSON lines, or of one array."""
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number}: broken JSON ({error}): write one object per line, or one array "
-                             "of objects") from None
-    return rows
+    return read_json_rows(path)

@@ -9,7 +9,6 @@ Read in this order: FAMILIES, read_config.
 
 import os
 import re
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from model import ModelConfig
@@ -83,22 +82,12 @@ LLADA_FIELDS = dict(  # Qwen's spelling of a field -> LLaDA's
     tie_word_embeddings="weight_tying")
 
 
-@dataclass
-class CheckpointConfig(ModelConfig):
-    """A ModelConfig, and what else came with the checkpoint."""
-
-    is_block_size_assumed: bool = False  # K is the family's usual one: nothing in the checkpoint says it
-    # The tokenizer's files and the code beside the weights: name -> content. Saving writes them again. They
-    # are kept here because the folder may be gone by then: a run deletes its older checkpoints.
-    files: dict = field(default_factory=dict, repr=False)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # config.json.
 
 
 def read_config(source, block_size=None, attention=None, path="", tokenizer=None):
-    """Reads a config.json (a dict) in the spelling of any family -> CheckpointConfig.
+    """Reads a config.json (a dict) in the spelling of any family -> model.ModelConfig.
 
     block_size, attention ("block" or "full"): what the user asks for, or None. path: the checkpoint's name,
     which may say block size or attention. tokenizer: may name the mask token. Raises ValueError for an
@@ -126,7 +115,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     pad = source.get("pad_token_id")
     rope = source.get("rope_parameters") or {}  # of transformers 5
     theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # the default of transformers
-    return CheckpointConfig(
+    return ModelConfig(
         vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
         num_layers=wanted["num_hidden_layers"], num_heads=wanted["num_attention_heads"],
         num_kv_heads=wanted["num_key_value_heads"],
@@ -134,7 +123,6 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
         intermediate_size=wanted["intermediate_size"], is_full=is_full,
         mask_id=find_mask(source, name, wanted["vocab_size"], tokenizer, vocabulary),
         block_size=block_size or own_size or family.block_size,
-        is_block_size_assumed=not (block_size or own_size),
         has_qk_norm=family.has_qk_norm, has_qkv_bias=family.has_qkv_bias, shifts_logits=family.shifts_logits,
         rms_norm_eps=source.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
         tie_word_embeddings=bool(wanted["tie_word_embeddings"]),

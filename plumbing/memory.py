@@ -112,8 +112,7 @@ def plan(model, args, num_models):
     cached = 0.85 * free - sizes["weights"] - sizes["moments"] - has_copy * total * wide
     GB = lambda size: f"{size / 2**30:.1f}"
     parallel.say(
-        f"plan: {total / 1e9:.2f} billion parameters in {args.dtype}, blocks of {config.block_size}"
-        f"{' (assumed: see --block_size)' * config.is_block_size_assumed}, "
+        f"plan: {total / 1e9:.2f} billion parameters in {args.dtype}, blocks of {config.block_size}, "
         f"{parallel.processes()[1]} processes. GiB on each process: weights "
         f"{GB(sizes['weights'])}, gradients and moments {GB(sizes['moments'])}, head "
         f"{GB(head)}, activations {GB(sizes['activations'])} ({tokens} tokens per micro-batch). While "

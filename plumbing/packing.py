@@ -1,27 +1,18 @@
 """plumbing/packing.py - training rows as micro-batches.
 
-`pad` is the definition: every row is padded to the longest. `pack` is its fast twin for a GPU: rows stand end
-to end in one long row, and their document numbers keep them apart. With both, the network computes the same
-numbers for every target.
+model.pad is the definition: every row is padded to the longest. `pack` is its fast twin for a GPU: rows stand
+end to end in one long row, and their document numbers keep them apart. With both, the network computes the
+same numbers for every target.
 """
 
 import itertools
 
-import torch
-
-from model import Layout, Row, Rows, Targets
+from model import Row, fill, pad
 from plumbing import parallel
 
 
-def pad(rows, pad_id, device):
-    """Rows as lists -> one micro-batch on a device, each row padded to the longest."""
-    longest = max(len(row.tokens) for row in rows)
-    starts = [number * longest for number in range(len(rows))]
-    return fill(rows, starts, (len(rows), longest), pad_id, device)
-
-
 def pack(rows, pad_id, device, multiple):
-    """Twin of `pad`: all rows stand end to end in one row, which is padded to one of a few lengths.
+    """Twin of model.pad: all rows stand end to end in one row, which is padded to one of a few lengths.
 
     Kernels are compiled anew for each length. Short lengths are multiples of `multiple`. If it is 512, the
     first eight are multiples of 512. From there on, four lengths lie in each doubling: 5120, 6144, 7168,
@@ -30,31 +21,6 @@ def pack(rows, pad_id, device, multiple):
     *starts, total = itertools.accumulate((len(row.tokens) for row in rows), initial=0)
     size = max(multiple, 1 << max(0, (total - 1).bit_length() - 3))
     return fill(rows, starts, (1, -(-total // size) * size), pad_id, device)
-
-
-def fill(rows, starts, shape, pad_id, device):
-    """A micro-batch of a shape (B, T) in which row n begins at place starts[n] of the B * T tokens."""
-    size = shape[0] * shape[1]
-    # Padding belongs to document -1. Each padding token has a view of its own, so it sees itself only. If it
-    # saw nothing, its output would be NaN.
-    columns = dict(tokens=[pad_id] * size, position=[0] * size, document=[-1] * size, block=[0] * size,
-                   view=list(range(1, size + 1)))
-    targets = []
-    for number, (row, start) in enumerate(zip(rows, starts)):
-        stop = start + len(row.tokens)
-        for name in ("tokens", "position", "block", "view"):
-            columns[name][start:stop] = getattr(row, name)
-        columns["document"][start:stop] = [number] * len(row.tokens)
-        targets += [target._replace(logit_index=start + target.logit_index) for target in row.targets]
-    tokens, *layout = (torch.tensor(column, device=device).view(shape) for column in columns.values())
-    numbers = zip(*targets) if targets else [()] * len(Targets._fields)
-    dtypes = [torch.int64 if name in WHOLE else torch.float32 for name in Targets._fields]
-    return Rows(tokens, Layout(*layout), Targets(*(
-        torch.tensor(column, dtype=dtype, device=device) for column, dtype in zip(numbers, dtypes))))
-
-
-# int64 fields of Targets
-WHOLE = ("logit_index", "token", "rollout_index", "response_index", "step", "view", "group")
 
 
 def micro_batches(units, compute, model):
@@ -117,8 +83,8 @@ def dealt_batches(units, compute, model):
     row, each gets one dummy.
     """
     parts = micro_batches(units, compute, model)
-    num_targets = torch.tensor(sum(len(part.targets.token) for part in parts), device=model.device)
-    most = max(1, int(parallel.largest(torch.tensor(len(parts), device=model.device))))
+    counts = parallel.gather([(len(parts), sum(len(part.targets.token) for part in parts))])
+    numbers, num_targets = zip(*counts)  # of every process
     row = Row(tokens=[model.config.pad_id], position=[0], block=[0], view=[1])
-    dummies = [pad([row], model.config.pad_id, model.device) for _ in range(most - len(parts))]
-    return parts + dummies, int(parallel.add_up(num_targets))
+    dummies = [pad([row], model.config.pad_id, model.device) for _ in range(max(1, *numbers) - len(parts))]
+    return parts + dummies, sum(num_targets)

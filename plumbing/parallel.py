@@ -96,7 +96,10 @@ def deal(items):
 
 
 def gather(own):
-    """Undoes `deal`: every process's part -> the whole list, in its order, on every process."""
+    """Undoes `deal`: every process's part -> the whole list, in its order, on every process.
+
+    So sum(gather([x])) is the sum of a number over all processes.
+    """
     number = processes()[1]
     if number == 1:
         return own
@@ -115,20 +118,6 @@ def from_first(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-def add_up(tensor):
-    """Sums a tensor over all processes, in place. Every process gets the sum."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def largest(tensor):
-    """Takes the maximum of a tensor over all processes, in place. Every process gets the maximum."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor
 
 
 @functools.lru_cache(maxsize=2)
@@ -203,7 +192,7 @@ def unsharded(model):
     for part in parts:
         part.unshard()
     try:
-        yield without_hooks(model)
+        yield without_hooks(model) if parts else model
     finally:
         for part in parts:
             part.reshard()

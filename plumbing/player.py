@@ -39,7 +39,6 @@ def main(argv=None):
     flag("--check", metavar="FILE", help="instead of decoding, replay the traces in this file, which another "
          "engine recorded; plumbing/check.py describes the format")
     flag("--seed", type=int, default=0, help="random seed of the draws")
-    flag("--debug", action="store_true", help="show the traceback of an error")
     flag("--seconds", type=float, default=0.3, help="seconds between two denoising steps, in a terminal")
     parser.set_defaults(ar=None)  # only eval_math.py asks autoregressive models
     args = flags.parse(parser, groups, argv)

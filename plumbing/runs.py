@@ -43,9 +43,8 @@ class RunSettings:
     resume: bool = setting(False, "go on with the run of this --name: with its settings, from its newest "
                            "checkpoint", may_change=True)
     save_every: int = setting(20, "steps between checkpoints; 0: only one at the end", low=0, may_change=True)
-    report_to: str = setting(None, "send metrics to this program, too; it must be installed", may_change=True,
-                             choices=("wandb", "tensorboard"))
-    debug: bool = setting(False, "show the traceback of an error", may_change=True)
+    wandb: bool = setting(False, "send metrics to Weights & Biases, too; the package must be installed",
+                          may_change=True)
 
 
 def parse(parser, groups, argv):
@@ -60,8 +59,13 @@ def parse(parser, groups, argv):
 
 
 def run_command(main):
-    """Runs the main() of a script. A ValueError or OSError is printed as one line, with exit status 2."""
+    """Runs the main() of a script. A ValueError or OSError is printed as one line, with exit status 2.
+
+    Every script takes --debug: then such an error shows its traceback, too.
+    """
     program = os.path.basename(sys.argv[0])
+    is_debugging = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
     status = 0
     try:
         main()
@@ -74,7 +78,7 @@ def run_command(main):
                   "it)", file=sys.stderr)
     except Exception as error:  # a process that fails must say so and end: the others wait for it
         status = 2 if isinstance(error, (ValueError, OSError)) else 1
-        if status == 1 or "--debug" in sys.argv:
+        if status == 1 or is_debugging:
             traceback.print_exc()
         text = f"{program}: error: {error} (--debug shows where)"
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun prints at its end what is in this file
@@ -196,7 +200,7 @@ class Run:
         self.is_writer = parallel.is_first()
         self.progress = dict(step=0)  # beside weights and moments, all that a checkpoint must hold
         self.tokenizer = None  # saved with every checkpoint
-        self.report, self.end_report = reporter(None, "", {})  # see there
+        self.wandb = None  # a run of Weights & Biases, once `begin` has started it
         self.lock = filelock.FileLock(os.path.join(self.folder, "lock"))
         if self.is_writer:
             self.check_use(resume, flags.changeable(groups or {}))
@@ -230,14 +234,17 @@ class Run:
             shutil.rmtree(left, ignore_errors=True)
         open(self.path, "a", encoding="utf-8").close()
         self.keep_lines(self.lines())  # drops half a line, if a crash left one
-        self.report, self.end_report = reporter(
-            self.settings.get("report_to"), self.folder, self.settings)
+        if self.settings.get("wandb"):
+            import wandb  # not in requirements.txt: only a run that asks for it needs it
+            self.wandb = wandb.init(project="tracerl", name=os.path.basename(self.folder),
+                                    config=self.settings, dir=self.folder)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        self.end_report()
+        if self.wandb is not None:
+            self.wandb.finish()
         self.lock.release()
 
     def steps(self, last, name):
@@ -258,7 +265,8 @@ class Run:
                      for name, value in line.items()}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
-            self.report(clean)
+            if self.wandb is not None:
+                self.wandb.log(clean, step=line["step"])
 
     def read(self):
         """The lines of the log so far, on every process."""
@@ -376,24 +384,6 @@ class Run:
             axes.set_title(name, fontsize=9)
         with replacing(os.path.join(self.folder, "curves.png")) as partial:
             figure.savefig(partial, dpi=80, format="png")
-
-
-def reporter(kind, folder, settings):
-    """Two functions for Weights & Biases or TensorBoard: one sends a line of metrics, the other closes.
-
-    Without a kind they do nothing.
-    """
-    if kind == "wandb":
-        import wandb  # not in requirements.txt: only a run that asks for it needs it
-        run = wandb.init(project="tracerl", name=os.path.basename(folder), config=settings, dir=folder)
-        return lambda line: run.log(line, step=line["step"]), run.finish
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter  # not in requirements.txt, either
-        writer = SummaryWriter(folder)
-        send = lambda line: [writer.add_scalar(name, number, line["step"]) for name, number in line.items()
-                             if number is not None]
-        return send, writer.close
-    return (lambda line: None), (lambda: None)
 
 
 def checkpoints_of(folder):

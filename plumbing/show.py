@@ -18,39 +18,39 @@ def lengths(rollouts):
         tokens_per_step=sum(len(r.response) for r in rollouts) / sum(max(r.step_map) for r in rollouts))
 
 
-def update_numbers(parts, num_tokens, clip_eps):
-    """The numbers of one update for the log, over all processes, whatever the loss is.
+def own_sums(parts, num_tokens, clip_eps):
+    """The numbers of one update for the log, whatever the loss is: sums over this process's tokens.
 
     parts: loss, log-probability, entropy and old log-probability of this process's micro-batches. The first
-    is a number, and the others are (n,). num_tokens: targets of the whole update. To be called on every
-    process.
+    is a number, and the others are (n,). num_tokens: targets of the whole update.
     """
     losses, *others = zip(*parts)
-    logp, entropy, logp_old = (torch.cat(numbers) for numbers in others)
-    log_ratio = (logp - logp_old).double()  # float64: these are sums over a whole update
+    logp, entropy, logp_old = (torch.cat(numbers).double() for numbers in others)  # float64: these are sums
+    log_ratio = logp - logp_old
     ratio = log_ratio.clamp(-10, 10).exp()
     is_clipped = (ratio - 1).abs() > clip_eps
-    own = [torch.stack(losses), ratio - 1 - log_ratio, is_clipped, entropy]
-    sums = parallel.add_up(torch.stack([numbers.double().sum() for numbers in own]))
-    loss, kl, num_clipped, entropy = sums.tolist()
-    ratio_max = parallel.largest(torch.cat([ratio, ratio.new_zeros(1)]).max())  # 0 without targets
-    n = max(num_tokens, 1)
-    return dict(loss=loss, kl=kl / n, clip_fraction=num_clipped / n, entropy=entropy / n,
-                ratio_max=float(ratio_max), trained_tokens=num_tokens)
+    # The loss was divided by the tokens. Updates with more tokens are to count for more in the log.
+    return dict(loss=float(sum(losses)) * num_tokens, kl=float((ratio - 1 - log_ratio).sum()),
+                clip_fraction=int(is_clipped.sum()), entropy=float(entropy.sum()),
+                ratio_max=float(ratio.max()) if len(ratio) else 0.0, trained_tokens=num_tokens)
 
 
-def means(updates, value_updates):
-    """The numbers of an RL step from those of its updates: means over the trained tokens, maxima, counts."""
+def step_numbers(updates, value_updates):
+    """The numbers of an RL step: means over the trained tokens, maxima, counts. {} if there was no update.
+
+    updates, value_updates: of each update, this process's numbers. To be called on every process.
+    """
     line = {}
     if updates:
-        tokens = sum(u["trained_tokens"] for u in updates)  # updates with more tokens count for more
+        line["trained_tokens"] = sum(u["trained_tokens"] for u in updates)
+        everywhere = parallel.gather(updates)  # of all processes
         for name in ("loss", "kl", "clip_fraction", "entropy"):
-            line[name] = sum(u[name] * u["trained_tokens"] for u in updates) / tokens
+            line[name] = sum(u[name] for u in everywhere) / line["trained_tokens"]
         for name in ("ratio_max", "gradient_norm"):
-            line[name] = max(u[name] for u in updates)
-        line["trained_tokens"] = tokens
+            line[name] = max(u[name] for u in everywhere)
     if value_updates:
-        line["value_loss"] = fmean(u["value_loss"] for u in value_updates)
+        line["value_loss"] = sum(parallel.gather([u["value_loss"] for u in value_updates]))
+        line["value_loss"] /= len(value_updates)
     if updates or value_updates:
         line["skipped_updates"] = sum(u["skipped_updates"] for u in updates + value_updates)
     return line

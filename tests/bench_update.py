@@ -274,7 +274,7 @@ def author_logprobs(model, rows):
 
 def author_update(model, rows, rows_at_once):
     """Old log-probabilities, forward, backward, as plainly as it can be said."""
-    parts = [packing.pad(rows[start:start + rows_at_once], model.config.pad_id, model.device)
+    parts = [lm.pad(rows[start:start + rows_at_once], model.config.pad_id, model.device)
              for start in range(0, len(rows), rows_at_once)]
     num_tokens = sum(len(part.targets.token) for part in parts)
     with torch.no_grad():

@@ -106,7 +106,7 @@ def all_rows(rollouts, config, multiple=None, **settings):
     multiple: packed end to end, padded to a multiple of so many tokens; else padded row by row.
     """
     rows = [row for rows in rollout.build_rows(rollouts, config, **settings) for row in rows]
-    return packing.pad(rows, config.pad_id, CPU) if multiple is None else packing.pack(
+    return lm.pad(rows, config.pad_id, CPU) if multiple is None else packing.pack(
         rows, config.pad_id, CPU, multiple)
 
 

@@ -71,14 +71,14 @@ def test_numbers_of_a_filtered_distribution_are_suspected(tmp_path, capsys):
 def test_a_line_that_is_no_trace_is_named(tmp_path):
     path = tmp_path / "traces.jsonl"
     path.write_text('{"prompt": [3], "response": [4, 5], "step_map": [1], "logp": [-1, -1]}\n')
-    with pytest.raises(ValueError, match="line 1: 2 tokens, 1 steps and 2 log-probabilities"):
+    with pytest.raises(ValueError, match="row 1: 2 tokens, 1 steps and 2 log-probabilities"):
         check.read_traces(str(path), random_model().config)
     path.write_text('{"prompt": [3], "response": null, "step_map": [1], "logp": [-1]}\n')
-    with pytest.raises(ValueError, match="line 1: this is no JSON object with prompt, response"):
+    with pytest.raises(ValueError, match="row 1: this is no JSON object with prompt, response"):
         check.read_traces(str(path), random_model().config)
     for line in ('"prompt": "1+1=", "logp": [-1]', '"prompt": [3], "logp": [null]'):
         path.write_text(f'{{{line}, "response": [4], "step_map": [1]}}\n')
-        with pytest.raises(ValueError, match="line 1: this is no JSON object with prompt, response"):
+        with pytest.raises(ValueError, match="row 1: this is no JSON object with prompt, response"):
             check.read_traces(str(path), random_model().config)
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no traces"):

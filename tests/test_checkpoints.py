@@ -167,7 +167,7 @@ def test_published_configurations_are_understood():
         num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
         rope_theta=10000.0, tie_word_embeddings=True, eos_token_id=151643, use_sliding_window=False))
     assert (math.mask_id, math.block_size, math.head_dim, math.rope_theta) == (151665, 4, 128, 1e4)
-    assert math.has_qkv_bias and not math.has_qk_norm and math.is_block_size_assumed
+    assert math.has_qkv_bias and not math.has_qk_norm
 
 
 @pytest.mark.parametrize("kind", ["a2d-qwen3", "a2d-qwen2"])
@@ -235,17 +235,17 @@ def test_a_text_that_grows_and_shrinks_is_refused_by_its_vocabulary(tmp_path):
         checkpoints.load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name, own, asked, K, is_assumed", [
-    ("JetLM/SDAR-8B-Chat-b32", None, None, 32, False),
-    ("models/SDAR-8B-Chat-b32/", None, None, 32, False),
-    ("JetLM/SDAR-8B-Chat-b32", 16, None, 16, False),
-    ("JetLM/SDAR-8B-Chat-b32", None, 8, 8, False),
-    ("JetLM/SDAR-4B-Chat", None, None, 4, True),
-    ("models/b32-mine", None, None, 4, True),
+@pytest.mark.parametrize("name, own, asked, K", [
+    ("JetLM/SDAR-8B-Chat-b32", None, None, 32),
+    ("models/SDAR-8B-Chat-b32/", None, None, 32),
+    ("JetLM/SDAR-8B-Chat-b32", 16, None, 16),
+    ("JetLM/SDAR-8B-Chat-b32", None, 8, 8),
+    ("JetLM/SDAR-4B-Chat", None, None, 4),
+    ("models/b32-mine", None, None, 4),
 ])
-def test_the_block_size_is_the_users_or_the_configs_or_the_names(name, own, asked, K, is_assumed):
+def test_the_block_size_is_the_users_or_the_configs_or_the_names(name, own, asked, K):
     config = checkpoints.read_config({**FIELDS, "model_type": "sdar", "block_size": own}, asked, path=name)
-    assert (config.block_size, config.is_block_size_assumed) == (K, is_assumed)
+    assert config.block_size == K
 
 
 def test_a_block_size_that_config_json_does_not_name_is_said_in_one_line(tmp_path, capsys):
@@ -258,13 +258,12 @@ def test_a_block_size_that_config_json_does_not_name_is_said_in_one_line(tmp_pat
         assert said(kind) == ""
         edit(tmp_path / kind / "config.json", block_size=None)
         assert said(kind) == (
-            "config.json names no block size: K = 4 is assumed. A wrong K gives no error, but little is "
-            "learnt: set --block_size\n")
+            "config.json names no block size. K = 4 is that of the checkpoint's name, or else the usual one "
+            "of its family. A wrong K gives no error, but with block attention little is learnt: see "
+            "--block_size\n")
         assert said(kind, 4) == ""
     shutil.copytree(tmp_path / "sdar", tmp_path / "mine-b8")
-    assert said("mine-b8") == (
-        "config.json names no block size: K = 8 is taken from the checkpoint's name (--block_size changes "
-        "it)\n")
+    assert "K = 8 is that of the checkpoint's name" in said("mine-b8")
 
 
 # --------------------------------------------------------------------------------------------- the mask token

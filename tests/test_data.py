@@ -297,10 +297,10 @@ def test_text_files_of_every_kind_are_read_or_named():
     Path("data.jsonl").write_text(f"\ufeff{row}\n{row}\n", encoding="utf-8")
     assert [p.problem for p in load_problems("data.jsonl")] == ["a\u2028b"] * 2
     Path("latin.jsonl").write_bytes('{"problem": "é", "answer": "2"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="latin.jsonl: 'utf-8' codec can't decode"):
+    with pytest.raises(ValueError, match="latin.jsonl is not UTF-8 text"):
         load_problems("latin.jsonl")
     Path("list.json").write_text('[{"problem": "1"')
-    with pytest.raises(ValueError, match="list.json: Expecting"):
+    with pytest.raises(ValueError, match="list.json.*broken JSON"):
         load_problems("list.json")
     for name in ("a.parquet", "a.csv", "a.jsonl.gz", "a.xyz"):
         Path(name).write_text("none of these")

@@ -528,14 +528,14 @@ def test_rows_packed_end_to_end_give_the_numbers_of_padded_rows(kind):
     packed = [packing.pack([rows[i] for i in group], 0, CPU, 256) for group in groups]
     assert all(part.tokens.shape == (1, 256) for part in packed) and len(packed) > 3
     numbers = []
-    for parts, compute in (([packing.pad(rows, 0, CPU)], PLAIN), (packed, FAST)):
+    for parts, compute in (([lm.pad(rows, 0, CPU)], PLAIN), (packed, FAST)):
         table = torch.zeros(2, 10, 24)
         for part in parts:
             at = slice(None), part.targets.rollout_index, part.targets.response_index
             table[at] = torch.stack(rollout.forward_rows(model, part, compute))
         numbers.append(table)
     torch.testing.assert_close(*numbers, atol=1e-5, rtol=1e-5)
-    assert sorted(sum(map(seen, packed), [])) == sorted(seen(packing.pad(rows, 0, CPU)))
+    assert sorted(sum(map(seen, packed), [])) == sorted(seen(lm.pad(rows, 0, CPU)))
 
 
 def test_packed_rows_have_few_lengths():
@@ -605,10 +605,10 @@ def test_plain_runs_no_line_of_the_twins(two_steps):
         _, _, functions = two_steps("block", advantage, True)
         assert not [function for function in functions if is_twin(function)]
         definitions = {(rollout.__file__, "generate"), (lm.__file__, "attend_by_rule"),
-                       (lm.__file__, "token_logprobs"), (packing.__file__, "pad")}
+                       (lm.__file__, "token_logprobs"), (lm.__file__, "pad")}
         assert definitions <= functions
         _, _, functions = two_steps("block", advantage, False)
-        assert not functions & (definitions - {(packing.__file__, "pad")})
+        assert not functions & (definitions - {(lm.__file__, "pad")})
         assert {(engine.__file__, "generate"), (engine.__file__, "attend"),
                 (kernels.__file__, "chunked_logprobs")} <= functions
 

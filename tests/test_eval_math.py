@@ -267,7 +267,7 @@ def test_an_evaluation_is_a_table_and_a_file_that_can_be_gone_on_with(folder, ca
     # Finished with one sample, and asked for a second one: the table is that of two at once.
     single = table("--name=more")
     first = (folder / "runs/more/responses.jsonl").read_text()
-    assert table("--n=2", "--name=more", "--slots=3", "--debug") == found
+    assert table("--n=2", "--name=more", "--slots=3") == found
     assert "static: 4 of 8 responses were there already" in capsys.readouterr().out
     assert (folder / "runs/more/responses.jsonl").read_text().startswith(first)
     assert table("--name=more") == single  # and back again

@@ -94,7 +94,7 @@ def test_smollm2_is_read_with_its_real_weights_and_learns_to_fill_masks(tmp_path
     assert difference < 3e-4 and 20 < largest < 60
     model, tokenizer = checkpoints.load_model(tmp_path / "smollm2")
     config = model.config
-    assert tokenizer.convert_ids_to_tokens(config.mask_id) == "<empty_output>" and config.is_block_size_assumed
+    assert tokenizer.convert_ids_to_tokens(config.mask_id) == "<empty_output>"
     assert (config.block_size, config.eos_ids, config.family) == (4, (2, 0), "llama")
     # Rows that training never moved are still equal: those of 5, 7, 8, ... 16. <repo_name>, 3, has moved.
     rows = model.embed.weight.float()
@@ -106,5 +106,5 @@ def test_smollm2_is_read_with_its_real_weights_and_learns_to_fill_masks(tmp_path
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     again, _ = checkpoints.load_model(tmp_path / "runs/s/checkpoint")
-    assert again.config.mask_id == config.mask_id and not again.config.is_block_size_assumed
+    assert again.config.mask_id == config.mask_id
     assert not torch.equal(again.embed.weight[16].float(), model.embed.weight[16].float())

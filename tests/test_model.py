@@ -11,7 +11,7 @@ import rollout
 import tracerl
 import value
 from model import KVCache, Layout, Row, attend_by_rule
-from plumbing import checkpoints, memory, packing, parallel
+from plumbing import checkpoints, memory, parallel
 from rollout import PLAIN
 
 
@@ -175,7 +175,7 @@ def test_computing_activations_again_changes_no_gradient():
 def test_micro_batches_of_nothing_have_gradients_of_zero():
     """What a process without work goes along on: every parameter takes part, none moves."""
     model = random_model("sdar")
-    rows = packing.pad([Row([0], [0], [0], [1])], 0, CPU)
+    rows = lm.pad([Row([0], [0], [0], [1])], 0, CPU)
     assert len(rows.targets.token) == 0
     logp, _ = rollout.forward_rows(model, rows, PLAIN)
     logp.sum().backward()

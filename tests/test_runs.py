@@ -453,7 +453,7 @@ def test_metrics_are_json_whatever_happens(folder):
 
 def test_metrics_go_to_other_programs_when_asked(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match="wandb"), runs.Run("r", dict(report_to="wandb")) as run:
+    with pytest.raises(ImportError, match="wandb"), runs.Run("r", dict(wandb=True)) as run:
         run.begin()
     started = []
     logged = []
@@ -468,7 +468,7 @@ def test_metrics_go_to_other_programs_when_asked(folder, monkeypatch):
     wandb.init = init
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with runs.Run("s", dict(report_to="wandb", lr=0.5)) as run:
+    with runs.Run("s", dict(wandb=True, lr=0.5)) as run:
         run.begin()
         run.write(dict(step=1, reward=0.5, loss=math.nan))
     assert logged == [(1, dict(step=1, reward=0.5, loss=None)), "finish"]

@@ -153,17 +153,21 @@ def test_the_loss_is_the_formula():
     assert loss.item() == pytest.approx(total / 50, rel=1e-5)
 
 
+STEPPED = dict(gradient_norm=0.0, skipped_updates=0)  # what optimizer_step gives
+
+
 def test_the_numbers_of_the_log_are_what_they_say():
     logp, old = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
     parts = [(torch.tensor(0.25), logp[half], old[half].abs(), old[half])
              for half in (slice(0, 7), slice(7, 40), slice(0, 0))]  # the last: a dummy, without targets
-    found = show.update_numbers(parts, 40, 0.2)
+    found = show.step_numbers([show.own_sums(parts, 40, 0.2) | STEPPED], [])
     ratio = (logp - old).exp()
     k3 = ratio - 1 - (logp - old)
     expected = dict(loss=0.75, kl=k3.mean(), clip_fraction=((ratio - 1).abs() > 0.2).float().mean(),
-                    entropy=old.abs().mean(), ratio_max=ratio.max(), trained_tokens=40)
+                    entropy=old.abs().mean(), ratio_max=ratio.max(), trained_tokens=40,
+                    gradient_norm=0, skipped_updates=0)
     assert found == pytest.approx({name: float(x) for name, x in expected.items()}, rel=1e-5)
-    assert show.update_numbers(parts[2:], 0, 0.2)["ratio_max"] == 0  # an update without targets
+    assert show.own_sums(parts[2:], 0, 0.2)["ratio_max"] == 0  # a process without targets
 
 
 def test_losses_of_parts_add_up_to_the_loss_of_the_whole():
@@ -188,7 +192,7 @@ def test_beyond_the_clip_there_is_no_gradient_and_k3_is_never_negative():
     for x in torch.linspace(-50, 50, 101):
         targets = targets_of(torch.zeros(1), torch.ones(1))
         parts = [(torch.zeros(()), x[None], torch.zeros(1), torch.zeros(1))]
-        assert show.update_numbers(parts, 1, 0.2)["kl"] >= 0
+        assert show.own_sums(parts, 1, 0.2)["kl"] >= 0
         assert policy_loss(x[None], targets, 1).isfinite()
     far = torch.tensor([-12.0], requires_grad=True)  # the KL pulls back however far the policy has gone
     policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, kl_coef=1.0).backward()

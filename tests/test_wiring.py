@@ -448,11 +448,11 @@ def test_every_problem_counts_the_same_and_speed_is_that_of_trained_tokens(folde
 
 
 def test_the_numbers_of_a_step_are_means_maxima_and_counts():
-    update = dict(loss=1.0, kl=2.0, clip_fraction=0.4, entropy=4.0, ratio_max=9.0, gradient_norm=8.0,
+    update = dict(loss=1.0, kl=2.0, clip_fraction=2, entropy=4.0, ratio_max=9.0, gradient_norm=8.0,
                   trained_tokens=1, skipped_updates=1)
     other = dict.fromkeys(update, 0.0) | dict(trained_tokens=3, skipped_updates=0)
-    assert show.means([update, other], [dict(value_loss=3.0, skipped_updates=1)]) == dict(
-        loss=0.25, kl=0.5, clip_fraction=0.1, entropy=1.0, ratio_max=9, gradient_norm=8, trained_tokens=4,
+    assert show.step_numbers([update, other], [dict(value_loss=3.0, skipped_updates=1)]) == dict(
+        loss=0.25, kl=0.5, clip_fraction=0.5, entropy=1.0, ratio_max=9, gradient_norm=8, trained_tokens=4,
         value_loss=3, skipped_updates=2)
     rollouts = [Rollout([3], [4] * 8, 5, [1, 1, 2, 2, 3, 3, 4, 4]),
                 *[Rollout([3], [4] * 4, 4, [1] * 4, is_truncated=True)] * 3]

@@ -61,13 +61,13 @@ def grade(pairs):
 
 
 def read_json_rows(path):
-    """The rows of a .json array or of JSON lines. A ValueError names the file, and the line of a mistake."""
+    """The rows of JSON lines, or of one array. A ValueError names the file, and the line of a mistake."""
     rows = []
     place = ""
     try:
         with open(path, encoding="utf-8-sig") as file:  # -sig: with or without a byte order mark
             text = file.read()
-        if path.endswith(".json") and text.lstrip().startswith("["):
+        if text.lstrip().startswith("["):
             return json.loads(text)
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
             place = f", line {number}"
@@ -75,8 +75,9 @@ def read_json_rows(path):
                 rows.append(json.loads(line))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}{place}: broken JSON ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}{place}: broken JSON ({error}): write one object per line, or one array of "
+                         "objects") from None
     return rows
 
 
