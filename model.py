@@ -366,8 +366,8 @@ class Targets(NamedTuple):
     """All that a loss needs to know of each predicted token.
 
     A Row has one Targets for each token to predict, made of plain numbers. A micro-batch has one, made of
-    tensors (N,): int64 for an int, float32 for a float. A float is 0 where nobody has filled it in. The fields
-    step, view, group and logp are there for a loss of yours. Our own losses read none of them.
+    tensors (N,): int64 for an int, float32 for a float. A float is 0 where nobody has filled it in. The
+    fields step, view, group and logp are there for a loss of yours. Our own losses read none of them.
     """
 
     logit_index: int  # the output that predicts it, among T of a Row or B * T of a micro-batch

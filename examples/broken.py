@@ -11,12 +11,13 @@ So the gap in the log is that of the broken rows, or of the broken record. The b
 else the run would stop at once.
 
 Look at the gap of step 1. All faults but after_filter change both sides of a ratio alike. Ratios then begin
-at 1, and the loss looks healthy. (`drift_kl` compares with the record, too, so it contains the gap.) Below, a
-gap has a sign: it is the replayed log-probability minus the recorded one.
+at 1, and the loss looks healthy. (`drift_kl` is measured against what was recorded, so it contains the gap.)
+Below, a gap has a sign: it is the replayed log-probability minus the recorded one.
 
     fault             where it makes a gap
     cut_at_response   block attention, unless P is a multiple of K: arithmetic has P = 8, Sudoku has P = 17
-    cut_at_eos        where tokens behind eos were revealed before others; Sudoku in blocks of 4 has none
+    cut_at_eos        where tokens behind eos were revealed before others. With Sudoku in blocks of 4 there
+                      are no tokens behind eos
     small_blocks      block attention
     left_to_right     wherever decoding was not from left to right
     after_filter      with --top_k or --top_p
@@ -36,7 +37,7 @@ from plumbing import runs  # noqa: E402
 from rollout import build_rows, record  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
-# In place of rollout.build_rows: each of these changes one thing, and lets it make the rows.
+# In place of rollout.build_rows: each of these changes one thing, and then calls the real build_rows.
 
 
 def cut_at_response(rollouts, config, *how, **more):
@@ -83,9 +84,9 @@ def small_blocks(rollouts, config, *how, **more):
     """Training blocks are a quarter of those in decoding: rows of K = 4 for rollouts of K = 16.
 
     The configuration that LightningRL ships goes further: it decodes in blocks of 32, and trains in blocks of
-    4. A token does not see what is to the right of its small block. It sees finished tokens to the left of
-    it, though some were masks. The gap is large in every block. Most gaps are negative: in such a state the
-    token is less probable than when it was drawn.
+    4. A token does not see what is to the right of its small block. To the left of the small block it sees
+    finished tokens, though some of these were still masks when it was drawn. The gap is large in every block.
+    Most gaps are negative: in such a state the token is less probable than when it was drawn.
     """
     check_blocks(config)
     small = dataclasses.replace(config, block_size=max(1, config.block_size // 4))
@@ -112,9 +113,9 @@ def prefix_views(block):
 def padded(rollouts, config, *how, **more):
     """16 padding tokens (K of them if K is larger) stand in front of every prompt, and all tokens see them.
 
-    The authors' code for LLaDA pads prompts on the left, and masks nothing. Its sampler pads in the same way,
-    but to the longest prompt of another batch. Here the sampler pads nothing. Tokens in every block have a
-    gap, the first ones, too. Most gaps are negative.
+    The authors' code for LLaDA pads prompts on the left, and hides the padding from no token. Its sampler
+    pads in the same way, but to the longest prompt of another batch. Here the sampler pads nothing. Tokens in
+    every block have a gap, the first ones, too. Most gaps are negative.
     """
     number = max(16, config.block_size)  # whole blocks for K = 4, 16 and 32: blocks are cut where they were
     longer = [dataclasses.replace(r, prompt=[config.pad_id] * number + r.prompt) for r in rollouts]

@@ -150,7 +150,8 @@ def centered(rewards):
     """--advantage: the reward minus the group's mean, not divided by a standard deviation (Dr. GRPO)."""
     mean = rewards.mean(-1, keepdim=True)
     A = rewards - mean
-    # Of equal rewards such as 85.3, rounding leaves 8e-6. AdamW would make a whole step of that.
+    # If all rewards are equal, for example 85.3, rounding may make A 8e-6 instead of 0. AdamW would make a
+    # whole step of that.
     return A.masked_fill(A.abs() < 1e-6 * (1 + mean.abs()), 0)
 
 
@@ -180,9 +181,9 @@ def mean_per_step(rewards, rollouts):
 def shrunk_baseline(rewards):
     """--advantage: the baseline lies between the group's mean and the mean of all (EBPO, "empirical Bayes").
 
-    baseline = (1 - pull) group mean + pull mean of all, with pull = noise / (noise + spread). noise is
-    (variance of all rewards) / G, and spread is the variance of the group means. The reward minus the
-    baseline is then standardized over the RL step (mean 0, standard deviation 1). So a group in which all
+    baseline = (1 - pull) * (mean of the group) + pull * (mean of all), with pull = noise / (noise + spread).
+    noise is (variance of all rewards) / G, and spread is the variance of the group means. The reward minus
+    the baseline is then standardized over the RL step (mean 0, standard deviation 1). So a group in which all
     responses fail still has negative advantages, and is trained on. (--keep_range would drop it.) The paper
     keeps these statistics over all steps so far. Here they are those of one RL step.
     """
@@ -334,7 +335,9 @@ def quadrature_views(block, rng):
 
 
 def quadrature_ratio(logp, targets, num_responses, clip_eps):
-    """--loss: one ratio per response, exp(ELBO - ELBO_old). Its gain is divided by its length (GDPO).
+    """--loss: one ratio per response, exp(ELBO - ELBO_old) (GDPO).
+
+    The gain of each response is divided by the length of the response.
 
     Left out: their KL to a frozen reference.
     """

@@ -66,16 +66,14 @@ def differences(model, rollouts, compute, temperature=1.0, block_size=None, is_c
                 is_cut_at_eos=False):
     """Replayed minus recorded log-probability of every response token -> float32 (N,).
 
-    With is_cut_at_eos these are the tokens up to eos.
     block_size: another K than the model's. is_cut_at_response, is_cut_at_eos: repeat this mistake of another
-    engine, see MISTAKES.
+    engine, see MISTAKES. With is_cut_at_eos only the tokens up to eos are compared.
     """
     config = dataclasses.replace(model.config, block_size=block_size or model.config.block_size)
     found = []
     for r in rollouts:
-        # To cut blocks at the start of the response, padding in front of the prompt makes it end where a
-        # block ends. Nobody sees the padding, and all positions stay what they are. P = 9, K = 4: 3 tokens
-        # more.
+        # To repeat is_cut_at_response, the prompt gets padding in front, so that it ends where a block ends.
+        # For P = 9 and K = 4 that takes 3 tokens. Nobody sees them, and all real tokens keep their positions.
         shift = -len(r.prompt) % config.block_size if is_cut_at_response else 0
         moved = dataclasses.replace(r, prompt=[config.pad_id] * shift + r.prompt)
         moved.response = r.response[:r.num_tokens] if is_cut_at_eos else r.response

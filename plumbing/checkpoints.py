@@ -125,7 +125,7 @@ def load_weights(model, folder, dtype=None, device=None):
 
     Torch's reader fills one tensor after the other. If the weights are sharded (parallel.shard), each process
     reads only its own part. Weights on the meta device have no memory yet. They get it on `device`, in
-    `dtype` or in the stored dtype (of several, in the longest).
+    `dtype`. None is the stored dtype. If the files hold several, it is the one with the most bytes.
     """
     reader = HuggingFaceStorageReader(folder)
     stored = stored_tensors(reader, folder)
@@ -217,7 +217,7 @@ def save_weights(model, folder, dtype=None, max_shard_size="5GB"):
     os.makedirs(folder, exist_ok=True)
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
     for path in Path(folder).glob("*.safetensors"):
-        # safetensors lets only the owner read its files. Who may read the folder, may read them, too.
+        # safetensors lets only the owner read its files. Here everybody may who may read the folder.
         path.chmod(os.stat(folder).st_mode & 0o666)
 
 

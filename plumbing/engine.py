@@ -95,8 +95,9 @@ class Lane:
 class Decoder:
     """The sequences that are being decoded, in tables (slots + 1, length): a line per slot, by position.
 
-    The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each. When a sequence ends, that
-    of a later slot moves into its slot. So a batch is a slice of every table, and need not be copied.
+    The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each. When a sequence ends, the
+    sequence in a later slot moves into the slot that has become free. So a batch is a slice of every table,
+    and need not be copied.
     """
 
     def __init__(self, model, decoding, num_slots, length, cache="none"):
@@ -111,7 +112,7 @@ class Decoder:
         table = (num_slots + 1, length)
         self.token = torch.full(table, self.config.mask_id, device=self.device)
         self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
-        self.step_map = torch.zeros(table, dtype=torch.int64, device=self.device)  # 0: not revealed, prompt
+        self.step_map = torch.zeros(table, dtype=torch.int64, device=self.device)  # 0: mask or prompt
         self.confidence = torch.zeros(table, device=self.device)
         self.logp = torch.zeros(table, device=self.device)
         self.tables = (self.token, self.is_masked, self.step_map, self.confidence, self.logp)
@@ -188,9 +189,10 @@ class Decoder:
         """Makes one denoising step in every busy slot -> the slots whose sequence has ended."""
         K = self.config.block_size
         lanes = self.lanes
-        # All that the device needs to know of a slot. Say that slot 0 decodes the block of positions 8..11
-        # with seed 7, one token a step, and that the block before it took one step. For the third denoising
-        # step of the response, the second one in this block, its line is (8, 3, 1, 7, 1).
+        # All that the device needs to know of a slot: start, step, quota, seed, step in the block. Say that
+        # slot 0 decodes the block that starts at position 8. It is at denoising step 3 of the response, and
+        # at step 1 (counted from 0) of this block. It is to reveal 1 token, and has seed 7. Then its line is
+        # (8, 3, 1, 7, 1).
         lines = [(lane.start, lane.step, self.decoding.quota(K, lane.step_in_block), lane.seed,
                   lane.step_in_block) for lane in lanes]
         # Say that slot 1 has just begun the block of positions 12..15. The cache still holds the block 8..11
@@ -235,9 +237,9 @@ class Decoder:
         columns = start[:, None] + self.offset  # (B, K) absolute positions of the blocks
         is_masked = self.is_masked[:B].gather(1, columns)  # (B, K)
         h = self.states(columns, commits, longest)  # (B, K, C)
-        # Only masks go through the head and the sampler. With K = 4 and one token a step, these are five of
-        # eight positions on average. The sort brings them to the front: if is_masked is 0 1 0 1 for slot 0
-        # and 1 1 1 1 for slot 1, places are 1 3 4 5 6 7.
+        # Only masks go through the head and the sampler. With K = 4 and one token a step, a block has 4, 3, 2
+        # and then 1 of them, so 2.5 of its 4 positions on average. The sort brings them to the front: if
+        # is_masked is 0 1 0 1 for slot 0 and 1 1 1 1 for slot 1, places are 1 3 4 5 6 7.
         places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
         slot = places // K  # (N,) the slot of each mask
         draws = rollout.uniform(seed[slot], step[slot], columns.flatten()[places])

@@ -159,8 +159,8 @@ def refuse_other_networks(source, name, architecture, vocabulary):
 def find_attention(source, family, asked, path):
     """"block" or "full".
 
-    A family may have one only. Otherwise --attention, config.json, the family's default and the name are
-    asked, in this order.
+    Some families have only one kind of attention. For the others --attention, config.json, the family's
+    default and the name are asked, in this order.
     """
     if not family.may_choose:
         if asked not in (None, family.attention):

@@ -91,7 +91,8 @@ def add_flag(group, field, is_tiny):
     default = details["tiny"] if is_tiny else field.default
     more = dict(default=default, help=details["help"].replace("%", "%%"))
     if field.type is bool:
-        more["action"] = argparse.BooleanOptionalAction  # with --resume, --no-plain undoes --plain
+        # A resumed run starts from its saved flags. It needs --no-plain to switch off a saved --plain.
+        more["action"] = argparse.BooleanOptionalAction
     else:
         more.update(type=field.type, nargs=details["number"], choices=details["choices"])
     group.add_argument(f"--{field.name}", **more)
@@ -184,7 +185,7 @@ def call(function, **arguments):
     So a user's function lists only what it needs, and still works when an argument is added here.
     """
     wanted = parameters_of(function)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values()):  # **others
+    if takes_all(wanted):
         return function(**arguments)
     unknown = [name for name, parameter in wanted.items()
                if name not in arguments and parameter.default is parameter.empty]
@@ -198,4 +199,10 @@ def call(function, **arguments):
 
 def declares(function, name):
     """Whether `call` would give a function this argument."""
-    return name in parameters_of(function)
+    wanted = parameters_of(function)
+    return name in wanted or takes_all(wanted)
+
+
+def takes_all(parameters):
+    """Whether there is a **others among the parameters of a function."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

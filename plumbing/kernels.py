@@ -33,10 +33,10 @@ compile_once = functools.cache(torch.compile)
 def compiled(function):
     """Compiles a function with torch.compile, anew for each length of row.
 
-    There are few lengths, but more than the number of compilations that torch allows by default. Beyond that
-    number torch would silently run the function uncompiled. All scores of a long row would then be computed,
-    and would not fit into memory. So there is an error instead. Each thread has a limit of its own, and a
-    backward pass runs in another thread. So the limit is set at every call.
+    There are few lengths, but more than the number of compilations that torch allows by default. So the limit
+    is raised to 128. Beyond it torch would silently run the function uncompiled. All scores of a long row
+    would then be computed, and would not fit into memory, so going beyond is made an error. The limit is set
+    at every call, because each thread has its own, and a backward pass runs in another thread.
     """
     config = torch._dynamo.config
     if config.recompile_limit != 128:
@@ -122,13 +122,16 @@ class CacheReader:
     A slot holds the keys of one sequence. A row is what a forward computes of a slot: one block, or with full
     attention often more. Row b sees the first end[b] tokens of slot slots[b], and no end exceeds `longest`.
     The first num_in_place rows are the slots 0, 1, 2, ..., whose keys are read in place. With block attention
-    the other rows are commits: clean blocks whose keys are written once more, see plumbing/engine.py. With
-    full attention num_in_place is 0: all rows are other rows.
+    the rows after them are commits: blocks that have just become clean, and are computed once more (see
+    plumbing/engine.py). With full attention num_in_place is 0, and no row is read in place.
 
-    How the other rows read depends on the kernel. With flash-attn no keys are copied. With block attention on
-    a GPU without flash-attn none are copied, either. There a slot has one line of queries, made of two
-    blocks: the block that it decodes, and the block that it commits. If it commits nothing, the second block
-    is zeros, and its result is dropped. Elsewhere their keys are copied.
+    There are three ways to read the rows that are not read in place:
+      - with flash-attn, without a copy of the keys;
+      - for commits on a GPU without flash-attn, also without a copy. The queries of the block that a slot
+        decodes and those of its commit stand in one line. If the slot commits nothing, zeros stand in place
+        of the commit, and their result is dropped;
+      - otherwise, from a copy of the keys of their slots.
+    The second way, drawn:
 
         rows:     slot 0 (end 12)      slot 1 (end 16)      commit of slot 1 (end 12)
         become:   line 0   queries of slot 0   zeros
@@ -145,7 +148,8 @@ class CacheReader:
             self.flash = dict(cache_seqlens=end.int(), cache_batch_idx=slots.int(), causal=False)
             return
         if self.has_pairs:
-            # engine.Captured adds commits of a spare slot. They go to one more line, which is cut off again.
+            # engine.Captured adds dummy commits, of a slot that no sequence uses. They go to one more line
+            # at the end, which is dropped below.
             self.line = slots[num_in_place:].clamp(max=num_in_place)  # (M,) of the commits
             pairs = F.pad(end[:num_in_place, None].expand(-1, 2), (0, 0, 0, 1))  # (lines + 1, 2)
             pairs[self.line, 1] = end[num_in_place:]

@@ -150,8 +150,8 @@ def say(text):
 def shard(model, layers, dtype=torch.float32):
     """Shards parameters, gradients and optimizer states over all processes (FSDP2), layer by layer, in place.
 
-    dtype: what layers compute in. The sharded weights are always float32, and gradients are added up in
-    float32. They are sums over tokens (see tracerl.policy_loss), so no average is taken. Frozen
+    dtype: what layers compute in. The sharded weights are always float32. Gradients are sums over tokens (see
+    tracerl.policy_loss). So processes add them up, in float32, and take no average. Frozen
     weights (LoRA) stay whole on every process. Without a process group this does nothing.
     """
     if not dist.is_initialized():

@@ -48,7 +48,7 @@ class RunSettings:
 
 
 def parse(parser, groups, argv):
-    """The flags of a training run. With --resume the run's settings are their defaults.
+    """The flags of a training run. With --resume their defaults are the settings with which the run began.
 
     So only a flag that is to change must be given again.
     """
@@ -213,7 +213,7 @@ class Run:
         parallel.barrier()
 
     def check_use(self, resume, may_change):
-        """ValueError if this command may not work in what the folder holds."""
+        """ValueError if the folder holds a run which this command must not touch, or not go on with."""
         logs = [os.path.join(self.folder, name) for name in LOGS]
         has_lines = any(os.path.isfile(log) and os.path.getsize(log) > 0 for log in logs)
         if not resume and (has_lines or checkpoints_of(self.folder)):

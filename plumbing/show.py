@@ -19,17 +19,19 @@ def lengths(rollouts):
 
 
 def own_sums(parts, num_tokens, clip_eps):
-    """The numbers of one update for the log, whatever the loss is: sums over this process's tokens.
+    """The numbers of one update for the log, whatever the loss is.
 
-    parts: loss, log-probability, entropy and old log-probability of this process's micro-batches. The first
-    is a number, and the others are (n,). num_tokens: targets of the whole update.
+    Most are sums over this process's tokens, for step_numbers to add up. ratio_max is a maximum. num_tokens:
+    targets of the whole update, over all processes. parts: loss, log-probability, entropy and old
+    log-probability of this process's micro-batches. The first is a number, and the others are (n,).
     """
     losses, *others = zip(*parts)
     logp, entropy, logp_old = (torch.cat(numbers).double() for numbers in others)  # float64: these are sums
     log_ratio = logp - logp_old
     ratio = log_ratio.clamp(-10, 10).exp()
     is_clipped = (ratio - 1).abs() > clip_eps
-    # The loss was divided by the tokens. Updates with more tokens are to count for more in the log.
+    # The loss is a part of a mean. step_numbers divides all sums by the tokens of the RL step. So it is
+    # multiplied by those of this update first.
     return dict(loss=float(sum(losses)) * num_tokens, kl=float((ratio - 1 - log_ratio).sum()),
                 clip_fraction=int(is_clipped.sum()), entropy=float(entropy.sum()),
                 ratio_max=float(ratio.max()) if len(ratio) else 0.0, trained_tokens=num_tokens)

@@ -3,7 +3,8 @@
 `is_same` takes the trees of two answers apart, as far as they have parts, and compares the parts as formulas
 (formula.py). It runs in a worker only (workers.py). Both answers come in one spelling (spelling.py).
 
-- Lists and sets are the same, and their order does not matter. For tuples, brackets and order matter.
+- The list 1, 2 and the set {1,2} are not told apart, and their order does not matter. For tuples, brackets
+  and order matter.
 - A name may be missing on one side: x = 5 is 5. Two different names are different answers.
 - Inequalities, intervals and unions are sets of numbers, and are compared as sets.
 - An equation says that the difference of its sides is 0. Two equations are the same if these differences are
@@ -110,7 +111,8 @@ def split_name(tree):
             has_number = any(letter[0].isdigit() for letter in letters)
             can_be_solved = has_number and function in ("frac", "binom", "root") or (
                 len(letters) == 1 and function in ("sqrt", "ln", "exp"))
-            # In p(x) a bracket stands between the two letters. In xy there is only the @ of to_python.
+            # formula.to_python writes xy as 'x'@'y', with one character between the letters. In p(x) there
+            # is also a bracket.
             has_bracket = isinstance(left, ast.BinOp) and left.right.col_offset > left.left.end_col_offset + 1
             is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy = 5 is no name
             if is_product and not is_short and not can_be_solved and not name[0].isdigit():
@@ -172,10 +174,11 @@ def structure(tree):
 
 
 def is_same_relation(answer, gold):
-    """Whether two relations have the same signs, such as < and =, once they point one way.
+    """Whether two relations say the same.
 
-    The differences of their sides must be the same function, up to a factor (below 0 only for = and \\ne). In
-    a chain, such as a < b < c, the sides are compared instead.
+    Both are first turned, so that a > b becomes b < a. Then their signs must be equal. The differences of
+    their sides must be the same function, up to a constant factor. The factor must be positive, except for =
+    and \\ne. In a chain, such as a < b < c, the sides are compared instead.
     """
     signs_a, sides_a = turned(answer)
     signs_g, sides_g = turned(gold)
@@ -262,7 +265,8 @@ class RealSet:
                 sides = [left, *others]
                 names = {side.value for side in sides if isinstance(side, ast.Constant) and letters_of(side)}
                 self.variables |= names
-                # Only the letter alone stands for x. -x and |x| are no numbers, which is an error.
+                # A side that is just the letter has the value x. A side such as -y or |y|, which holds the
+                # letter in another form, cannot be computed: ValueError.
                 values = [x if isinstance(side, ast.Constant) and {side.value} == names else self.number(side)
                           for side in sides]
                 return all(holds(a, type(sign), b) for a, sign, b in zip(values, signs, values[1:]))

@@ -15,8 +15,8 @@ ANY_BRACE = re.compile(r"[{}]")
 def extract_answer(response):
     """The text in the last \\boxed{...}, or behind a \\boxed without braces.
 
-    None where there is no box, or where the last box is empty or unclosed. A box that is much longer than
-    MAX_ANSWER counts as unclosed.
+    None where there is no box, or where the last box is empty or unclosed. A box of more than MAX_ANSWER + 20
+    characters counts as unclosed.
     """
     box = None
     for box in BOX.finditer(response):

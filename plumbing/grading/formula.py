@@ -61,7 +61,8 @@ def to_python(text):
         kind = token.lastgroup
         symbol = token[0]
         if previous == "function" and kind != "opening":
-            opened.append(("", len(code), suffix))  # in \sin 2x, 2x ends at a sign or a function
+            # Without brackets, as in \sin 2x + 1, the argument 2x goes on to the next sign or function.
+            opened.append(("", len(code), suffix))
             code.append("(")
         ends_argument = kind in ("function", "closing", "middle", "word", "end", "sign") and symbol != "^"
         while ends_argument and previous != "function" and opened and not opened[-1][0]:
@@ -69,7 +70,7 @@ def to_python(text):
             previous = "closing"
         if previous in ("number", "letter", "closing", "mark", "end"):
             if kind == "number" and previous != "mark" or kind == "mark" == previous:
-                raise ValueError("a number behind a factor is a power, an index or a product")
+                raise ValueError("x2, n!!: these can be read in two ways")
             if kind == "opening" and opened and not opened[-1][0]:
                 raise ValueError("\\sin x(1+y): this can be read in two ways")
             code.append("@" if kind in BEGINS_FACTOR else "")  # a product without a sign, see `parse`
@@ -111,7 +112,8 @@ def parse(text):
     for node in [node for tree in trees for node in ast.walk(tree)]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
             node.op = ast.Mult()
-            # 1/2x begins with its fraction, and is refused. (1/2)x begins with the bracket, and is not.
+            # In 1/2x the product starts in the column in which its left factor 1/2 starts: refused. In (1/2)x
+            # it starts one column earlier, at the bracket: allowed.
             begins_alike = node.left.col_offset == node.col_offset
             if begins_alike and isinstance(node.left, ast.BinOp) and isinstance(node.left.op, ast.Div):
                 raise ValueError("1/2x: this can be read in two ways")
@@ -152,7 +154,8 @@ class Calculator:
             value = value.real
         if not self.mp.isfinite(value) or self.is_real and isinstance(value, self.mp.mpc):
             raise ValueError("not a real number")
-        # If equal numbers cancel, their last digits may be left, as in \sqrt{2}^2 - 2 and \sin\pi. That is 0.
+        # Where equal numbers cancel, as in \sqrt{2}^2 - 2 and \sin\pi, rounding may leave a tiny number. It
+        # counts as 0.
         may_cancel = isinstance(tree, ast.BinOp) and type(tree.op) in (ast.Add, ast.Sub) or isinstance(
             tree, ast.Call) and tree.func.id in ROUNDED
         if value and may_cancel and self.mp.mag(value) < max(self.sizes) - 3.3 * (self.mp.dps - 50):

@@ -49,7 +49,8 @@ def form(line):
 
 
 UNITS = {word for line in read_table("units.txt")[0] for word in line.split()}
-UNITS |= {word.lower() for word in UNITS if len(word) > 2}  # "KWH" and "usd", but not "PA" for "Pa"
+# "KWH" and "usd" count as units, too. Words of two letters keep their case: "PA" is not "Pa".
+UNITS |= {word.lower() for word in UNITS if len(word) > 2}
 SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"))
 
 
@@ -71,7 +72,7 @@ def spell(text, nouns, may_touch):
     nouns: more words that count as units. may_touch: how a unit may stand behind a number without \\text.
     True: as in "5cm" or "5 cm". False: as in "5 cm" only. None: not at all.
     """
-    if text.isascii() and text.isdigit():  # "5²" is a digit to Python, too
+    if text.isascii() and text.isdigit():  # isascii, because "5²".isdigit() is True
         return text
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac is \frac; but \\ ends a matrix row

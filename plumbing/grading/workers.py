@@ -58,7 +58,7 @@ class Workers:
         process = self.idle.get()
         reply = ""
         try:
-            if process is not None and process.poll() is not None:  # it died while idle, which says nothing
+            if process is not None and process.poll() is not None:  # it died between two checks
                 self.bury(process)
                 process = None
             process = process or self.start()
