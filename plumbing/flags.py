@@ -132,11 +132,13 @@ def changeable(groups):
 def check_same(saved, settings, may_change, path):
     """ValueError if a setting has changed that may not change.
 
-    saved: the settings of the run, as the file `path` holds them. may_change: names that may differ.
+    saved: the settings of the run, as the file `path` holds them. may_change: names that may differ. A name
+    that only one of the two has is a flag that has come or gone since, and is not compared.
     """
     settings = json.loads(json.dumps(settings))  # as they would come back from a file
-    changed = [f"{name} was {saved.get(name)!r}, is {settings.get(name)!r}"
-               for name in sorted({*saved, *settings} - may_change) if saved.get(name) != settings.get(name)]
+    changed = [f"{name} was {saved[name]!r}, is {settings[name]!r}"
+               for name in sorted((saved.keys() & settings.keys()) - may_change)
+               if saved[name] != settings[name]]
     if changed:
         raise ValueError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
                          "Give the settings of the run, or choose another --name")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -174,11 +175,21 @@ def load(state, **source):
     """Fills the tensors of a state, in place, from files that torch.distributed.checkpoint can read.
 
     Each process reads its own part, and waits for nobody. source: arguments of torch's `load` that say where
-    to read, such as a storage_reader.
+    to read, such as a storage_reader. ValueError if the files do not hold this state.
     """
-    with warnings.catch_warnings():  # torch warns that each process reads for itself. That is the intention
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, no_dist=True, **source)
+    try:
+        with warnings.catch_warnings():  # torch warns that each process reads for itself, as it should here
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, no_dist=True, **source)
+    except CheckpointException as error:
+        raise ValueError(cause_of(error)) from error
+
+
+def cause_of(error):
+    """What went wrong while a checkpoint was read or written, in one line."""
+    if isinstance(error, CheckpointException):  # torch puts the errors of all processes into this one
+        error, _ = next(iter(error.failures.values()))
+    return getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
 
 
 @contextmanager

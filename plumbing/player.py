@@ -4,7 +4,9 @@ import sys
 import time
 
 import rollout
+from eval_math import Problem
 from plumbing import check, flags, machine, runs
+from plumbing.prompts import Prompting, encode_prompts
 from rollout import Decoding
 
 MASK = "\u2591"
@@ -31,7 +33,7 @@ def play(r, tokenizer, seconds=0.0):
 def main(argv=None):
     """Decodes one prompt and plays it -> Rollout, model, tokenizer. With --check: see check.check."""
     is_tiny = machine.is_tiny(flags.peek(argv, "--model"))
-    groups = {"decoding": Decoding, "machine": machine.Inference}
+    groups = {"decoding": Decoding, "prompts": Prompting, "machine": machine.Inference}
     parser = flags.make_parser("Decode one prompt, and play it in the terminal.", groups, is_tiny)
     flag = parser.add_argument
     flag("--model", help="checkpoint folder or hub id; None: the tiny model")
@@ -40,17 +42,16 @@ def main(argv=None):
          "engine recorded; plumbing/check.py describes the format")
     flag("--seed", type=int, default=0, help="random seed of the draws")
     flag("--seconds", type=float, default=0.3, help="seconds between two denoising steps, in a terminal")
-    parser.set_defaults(ar=None)  # only eval_math.py asks autoregressive models
+    # The text of --prompt stays as it is. And only eval_math.py asks autoregressive models.
+    parser.set_defaults(instruction="", ar=None)
     args = flags.parse(parser, groups, argv)
     model, tokenizer, compute = machine.load_to_answer(args)
     if args.check is not None:
         return check.check(model, args.check, compute, args.temperature)
-    text = args.prompt
-    if tokenizer.chat_template:
-        chat = [dict(role="user", content=text)]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    prompt = tokenizer(text, add_special_tokens=False).input_ids
-    r, = rollout.generate_everywhere(model, [prompt], [args.seed], flags.read_flags(Decoding, args), compute)
+    problem = Problem(args.prompt, "")
+    encode_prompts([problem], tokenizer, flags.read_flags(Prompting, args))
+    r, = rollout.generate_everywhere(
+        model, [problem.tokens], [args.seed], flags.read_flags(Decoding, args), compute)
     play(r, tokenizer, args.seconds)
     return r, model, tokenizer
 

@@ -158,10 +158,9 @@ def replacing(path):
         shutil.rmtree(partial, ignore_errors=True)
         if os.path.isfile(partial):
             os.remove(partial)
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise OSError(f"{path} could not be written ({reason}): free some space, and go on with --resume "
-                      "(eval_math.py: without it). "
-                      "What was saved before is complete") from error
+        raise OSError(f"{path} could not be written ({parallel.cause_of(error)}): free some space, and go on "
+                      "with --resume (eval_math.py: without it). What was saved before is complete"
+                      ) from error
 
 
 def train_state(learners):
@@ -249,14 +248,9 @@ class Run:
 
     def steps(self, last, name):
         """The steps that are still to be done, up to `last`, with a progress bar."""
-        started = time.perf_counter()
-        first = self.progress["step"] + 1
-        for step in parallel.bar(range(first, last + 1), name):
+        for step in parallel.bar(range(self.progress["step"] + 1, last + 1), name):
             self.progress["step"] = step
             yield step
-            minutes = (time.perf_counter() - started) * (last - step) / 60
-            if step == first and minutes > 1:
-                parallel.say(f"the other {last - step} steps take about {minutes:.0f} minutes")
 
     def write(self, line):
         """Appends one line to the log. NaN and inf become null, since JSON has neither."""
@@ -343,9 +337,8 @@ class Run:
             for (model, optimizer), part in zip(filter(None, learners), state.values()):
                 set_state_dict(model, optimizer, model_state_dict=part["model"],
                                optim_state_dict=part["optimizer"], options=TRAINED_ONLY)
-        except CheckpointException as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{paths[-1]} cannot be resumed from ({reason}): it is damaged, or of another "
+        except ValueError as error:
+            raise ValueError(f"{paths[-1]} cannot be resumed from ({error}): it is damaged, or of another "
                              "model. Move it away to go on from the checkpoint before it") from error
         if self.is_writer:
             self.keep_lines([line for line in self.lines() if line["step"] <= self.progress["step"]])

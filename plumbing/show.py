@@ -32,9 +32,10 @@ def own_sums(parts, num_tokens, clip_eps):
     is_clipped = (ratio - 1).abs() > clip_eps
     # The loss is a part of a mean. step_numbers divides all sums by the tokens of the RL step. So it is
     # multiplied by those of this update first.
-    return dict(loss=float(sum(losses)) * num_tokens, kl=float((ratio - 1 - log_ratio).sum()),
-                clip_fraction=int(is_clipped.sum()), entropy=float(entropy.sum()),
-                ratio_max=float(ratio.max()) if len(ratio) else 0.0, trained_tokens=num_tokens)
+    loss = float(torch.stack(losses).double().sum()) * num_tokens
+    return dict(loss=loss, kl=float((ratio - 1 - log_ratio).sum()), clip_fraction=int(is_clipped.sum()),
+                entropy=float(entropy.sum()), ratio_max=float(ratio.max()) if len(ratio) else 0.0,
+                trained_tokens=num_tokens)
 
 
 def step_numbers(updates, value_updates):
@@ -49,7 +50,7 @@ def step_numbers(updates, value_updates):
         for name in ("loss", "kl", "clip_fraction", "entropy"):
             line[name] = sum(u[name] for u in everywhere) / line["trained_tokens"]
         for name in ("ratio_max", "gradient_norm"):
-            line[name] = max(u[name] for u in everywhere)
+            line[name] = float(torch.tensor([u[name] for u in everywhere]).max())  # NaN, if there is one
     if value_updates:
         line["value_loss"] = sum(parallel.gather([u["value_loss"] for u in value_updates]))
         line["value_loss"] /= len(value_updates)

@@ -27,7 +27,7 @@ import tracerl
 import value
 from eval_math import Examinee, Problem
 from plumbing import (
-    autoregressive, check, checkpoints, data, engine, memory, parallel, runs, show, tasks, tiny)
+    autoregressive, check, checkpoints, data, engine, flags, memory, parallel, runs, show, tasks, tiny)
 from plumbing.prompts import Prompting, encode_prompts
 from rollout import Decoding, Rollout
 
@@ -509,3 +509,27 @@ def test_a_run_saves_in_its_dtype_and_without_a_checkpoint_its_log_begins_again(
         run.save_model(learners[0].model)
     saved = [load_file(path) for path in Path("runs/r").rglob("*.safetensors")]
     assert len(saved) == 3 and {p.dtype for state in saved for p in state.values()} == {torch.bfloat16}
+
+
+def test_a_function_with_others_is_given_all_that_there_is(tmp_path):
+    everything = lambda **others: others["entropy"] < 1
+    assert flags.declares(everything, "entropy") and not flags.declares(lambda confidence: 0, "entropy")
+    (tmp_path / "mine.py").write_text(
+        "def surest(is_masked, **others):\n"
+        "    least = others['entropy'].masked_fill(~is_masked, 99).min(-1, keepdim=True).values\n"
+        "    return others['entropy'] == least\n")
+    runs_of = [decode(random_model(), [[3, 4, 5]], compute, strategy=f"{tmp_path}/mine.py:surest",
+                      max_new_tokens=12) for compute in (PLAIN, FAST)]
+    assert runs_of[0][0].step_map == runs_of[1][0].step_map and max(runs_of[0][0].step_map) >= 12
+
+
+def test_a_run_goes_on_although_a_flag_has_come_or_gone_since():
+    flags.check_same(dict(lr=1.0, debug=False), dict(lr=1.0, wandb=False), set(), "args.json")
+    with pytest.raises(ValueError, match="lr was 1.0, is 2.0"):
+        flags.check_same(dict(lr=1.0, debug=False), dict(lr=2.0), set(), "args.json")
+
+
+def test_what_fails_inside_of_torchs_checkpoints_is_named(tmp_path):
+    torch.distributed.checkpoint.save(dict(one=torch.ones(2)), checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ValueError, match="Missing key.*other"):
+        parallel.load(dict(other=torch.ones(2)), checkpoint_id=tmp_path)
