@@ -1,6 +1,7 @@
 """plumbing/show.py - what a person sees: the line of a step, its warnings, tables, a page of traces."""
 
 import json
+import math
 import os
 from statistics import fmean
 
@@ -50,7 +51,7 @@ def step_numbers(updates, value_updates):
         for name in ("loss", "kl", "clip_fraction", "entropy"):
             line[name] = sum(u[name] for u in everywhere) / line["trained_tokens"]
         for name in ("ratio_max", "gradient_norm"):
-            line[name] = float(torch.tensor([u[name] for u in everywhere]).max())  # NaN, if there is one
+            line[name] = max((u[name] for u in everywhere), key=lambda x: (math.isnan(x), x))  # NaN if any is
     if value_updates:
         line["value_loss"] = sum(parallel.gather([u["value_loss"] for u in value_updates]))
         line["value_loss"] /= len(value_updates)
