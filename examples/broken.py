@@ -114,8 +114,8 @@ def padded(rollouts, config, *how, **more):
     """16 padding tokens (K of them if K is larger) stand in front of every prompt, and all tokens see them.
 
     The authors' code for LLaDA pads prompts on the left, and hides the padding from no token. Its sampler
-    pads in the same way, but to the longest prompt of another batch. Here the sampler pads nothing. Tokens in
-    every block have a gap, the first ones, too. Most gaps are negative.
+    pads them, too. But its batches are other ones, so a prompt gets another number of padding tokens. Here
+    the sampler pads nothing. Tokens in every block have a gap, the first ones, too. Most gaps are negative.
     """
     number = max(16, config.block_size)  # whole blocks for K = 4, 16 and 32: blocks are cut where they were
     longer = [dataclasses.replace(r, prompt=[config.pad_id] * number + r.prompt) for r in rollouts]

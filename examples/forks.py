@@ -247,12 +247,12 @@ def as_many_random(rollout, block, rng):
 # a block, which are hidden together, and t is the hidden fraction of the block. The ELBO is the expected sum
 # of log p / t over the hidden tokens. The fewer tokens are hidden, the more each of them counts. With one
 # mask for every block, the sum of 1 / t over all hidden tokens is the length of the response. (The last block
-# is an exception if tokens behind eos are hidden, too. There it holds on average only.) The old and the new
+# is an exception if it holds tokens behind eos. There it holds on average only.) The old and the new
 # policy get the same masks.
 
 
 def elbo_views(block, rng):
-    """--views: DRAWS masks of each block. Each masks k of its c tokens, with k uniform in 1 to c."""
+    """--views: DRAWS masks of each block. Each hides k of the c tokens of the block, k uniform in 1 to c."""
     return [view for _ in range(DRAWS) for view in noise_views(block, rng)]
 
 
@@ -287,13 +287,15 @@ def block_elbo(logp, targets, num_responses, clip_eps):
 def linear_bound(logp, targets, num_responses, clip_eps):
     """--loss: a lower bound of elbo_ratio's objective that is a sum over masks (BGPO).
 
-    Let d_n be the estimate of (new minus old log-likelihood) / length from the n-th mask of every block.
+    The n-th masks of all blocks together give an estimate d_n of (new minus old log-likelihood) / length.
     Where A > 0, exp(mean of d_n) is replaced by the mean of 1 + d_n (the tangent). Where A < 0, it is
     replaced by the mean of exp(d_n) (Jensen). Both bound the objective from below. So each mask's part could
     have a micro-batch of its own, and memory would hold one mask at a time, which is the paper's aim. The
     clip of each part is that of the authors' code.
     """
-    mask = targets.rollout_index * DRAWS + (targets.view - 1) % DRAWS  # views of a block: draw 0, draw 1, ...
+    # Views of a block: draw 0, draw 1, ... (One that hides only tokens behind eos is left out. The next draw
+    # of that block then counts in its place.)
+    mask = targets.rollout_index * DRAWS + (targets.view - 1) % DRAWS
     weight = 1 / targets.masked_share
     d = sum_by(mask, (logp - targets.logp_old) * weight) / sum_by(mask, weight)
     advantage = mean_by(mask, targets.advantage)

@@ -6,9 +6,9 @@
         --name penalized
 
 In each RL step, tracerl.py keeps the policy near the one that made the rollouts. Over many steps the policy
-may still move far away. Here a second model never changes, and the policy is kept near it for the whole run.
-The second model replays the same traces, so both models score each token in the same state. (The second model
-takes memory: every process holds all of it. It replays by the fast twins, also with --plain.)
+may still move far away. Here there is a second model, which never changes. The policy is kept near it for the
+whole run. The second model replays the same traces, so both models score each token in the same state. (The
+second model takes memory: every process holds all of it. It replays by the fast twins, also with --plain.)
 
 `loss` needs --views trace and --shrink 1, so that both models score the same states. `loss` and
 `penalized` need --temperature 1, at which the reference replays. The reference must have the same K.

@@ -1,4 +1,4 @@
-"""plumbing/check.py - does another engine's trace replay? `python rollout.py --check traces.jsonl --model M`.
+"""plumbing/check.py - `python rollout.py --check traces.jsonl --model M` replays traces of another engine.
 
 Each line of the file is one response: {"prompt": [token ids], "response": [token ids], "step_map": [...],
 "logp": [...]}. step_map says which denoising step revealed each token, and logp is the log-probability that

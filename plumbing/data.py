@@ -182,7 +182,8 @@ def read_answer(cell, place, needs_answer):
 
 
 def find_answer(text):
-    """The answer in a solution's last \\boxed{}, or without a box in its last line (see END). "" if none."""
+    """The answer in a solution's last \\boxed{}. If there is no box, that in its last line (see END), or
+    ""."""
     end = re.search(END, text)
     return (extract_answer(text) or "").strip() or (end[1].strip() if end else "")
 

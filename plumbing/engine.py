@@ -331,7 +331,8 @@ class Decoder:
         The last busy slots move into the free ones. If slots 0 and 2 of five have ended, three stay busy:
         slot 3 moves into 0, and slot 4 into 2.
         """
-        # All tables come to the host in one copy. float64 holds token ids and float32 numbers exactly.
+        # What a record needs comes to the host in one copy. float64 holds token ids and float32 numbers
+        # exactly.
         index = to_device(torch.tensor(ended), self.device)
         columns = self.token, self.step_map, self.confidence, self.logp
         read = torch.stack([table[index].double() for table in columns]).tolist()

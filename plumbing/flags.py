@@ -133,7 +133,7 @@ def check_same(saved, settings, may_change, path):
     """ValueError if a setting has changed that may not change.
 
     saved: the settings of the run, as the file `path` holds them. may_change: names that may differ. A name
-    that only one of the two has is a flag that has come or gone since, and is not compared.
+    that is missing in `saved` or in `settings` is not compared: the flag was added or removed since.
     """
     settings = json.loads(json.dumps(settings))  # as they would come back from a file
     changed = [f"{name} was {saved[name]!r}, is {settings[name]!r}"

@@ -2,7 +2,7 @@
 
 This file imports nothing of the project. plumbing/engine.py uses its functions in place of the definitions.
   masked_attention   twin of model.attention, with masks in three forms
-  CacheReader        twin of model.KVCache.read for many sequences; keys are not copied where that is possible
+  CacheReader        twin of model.KVCache.read for many sequences; it avoids copies of keys where it can
   chunked_logprobs   twin of model.token_logprobs, which never holds all logits at once
 """
 
@@ -125,12 +125,12 @@ class CacheReader:
     the rows after them are commits: blocks that have just become clean, and are computed once more (see
     plumbing/engine.py). With full attention num_in_place is 0, and no row is read in place.
 
-    There are three ways to read the rows that are not read in place:
-      - with flash-attn, without a copy of the keys;
-      - for commits on a GPU without flash-attn, also without a copy. The queries of the block that a slot
-        decodes and those of its commit stand in one line. If the slot commits nothing, zeros stand in place
-        of the commit, and their result is dropped;
-      - otherwise, from a copy of the keys of their slots.
+    For the other rows there are three ways:
+      1. flash-attn finds the keys of each row by itself;
+      2. on a GPU without flash-attn, a commit shares a line with its slot: the queries of the block that the
+         slot decodes, and behind them those of the commit. If the slot commits nothing, zeros stand there,
+         and their result is dropped;
+      3. otherwise the keys of their slots are copied.
     The second way, drawn:
 
         rows:     slot 0 (end 12)      slot 1 (end 16)      commit of slot 1 (end 12)

@@ -14,10 +14,10 @@ from plumbing import parallel
 def pack(rows, pad_id, device, multiple):
     """Twin of model.pad: all rows stand end to end in one row, which is padded to one of a few lengths.
 
-    Kernels are compiled anew for each length, so there are few. The first eight are 1, 2, 3, ..., 8 times
-    `multiple`. After them, four lengths lie in each doubling. If `multiple` is 512, these are 5120, 6144,
-    7168, 8192, then 10240 and so on. If the rows need more than three multiples, at most a quarter of the row
-    is padding.
+    Kernels are compiled anew for each length, so only a few lengths are used. Short ones are multiples of
+    `multiple`. Longer ones are a power of two times 5, 6, 7 or 8. If `multiple` is 512, they are 512, 1024,
+    ..., 4096, then 5120, 6144, 7168, 8192, then 10240 and so on. If the rows need more than three multiples,
+    at most a quarter of the row is padding.
     """
     *starts, total = itertools.accumulate((len(row.tokens) for row in rows), initial=0)
     size = max(multiple, 1 << max(0, (total - 1).bit_length() - 3))

@@ -203,7 +203,8 @@ def unsharded(model):
     finally:
         for part in parts:
             part.reshard()
-        torch.cuda.empty_cache()  # NCCL cannot use what torch keeps of whole weights and of the KV cache
+        # Torch holds back the memory of the freed weights and KV cache. NCCL could not use it.
+        torch.cuda.empty_cache()
 
 
 def without_hooks(module):

@@ -212,7 +212,7 @@ class Run:
         parallel.barrier()
 
     def check_use(self, resume, may_change):
-        """ValueError if the folder holds a run which this command must not touch, or not go on with."""
+        """ValueError if the folder holds a run, without `resume` or with other settings than these."""
         logs = [os.path.join(self.folder, name) for name in LOGS]
         has_lines = any(os.path.isfile(log) and os.path.getsize(log) > 0 for log in logs)
         if not resume and (has_lines or checkpoints_of(self.folder)):

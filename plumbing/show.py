@@ -31,8 +31,8 @@ def own_sums(parts, num_tokens, clip_eps):
     log_ratio = logp - logp_old
     ratio = log_ratio.clamp(-10, 10).exp()
     is_clipped = (ratio - 1).abs() > clip_eps
-    # The loss is a part of a mean. step_numbers divides all sums by the tokens of the RL step. So it is
-    # multiplied by those of this update first.
+    # The loss was divided by the tokens of this update. step_numbers divides all numbers by the tokens of the
+    # RL step, so the first division is undone here.
     loss = float(torch.stack(losses).double().sum()) * num_tokens
     return dict(loss=loss, kl=float((ratio - 1 - log_ratio).sum()), clip_fraction=int(is_clipped.sum()),
                 entropy=float(entropy.sum()), ratio_max=float(ratio.max()) if len(ratio) else 0.0,

@@ -12,8 +12,8 @@ from plumbing import checkpoints, parallel
 def tiny_tokenizer():
     """A Hugging Face tokenizer: one token per character of the embedded tasks, and one for \\boxed{.
 
-    Its chat template keeps the first line of a message. In a real prompt an instruction follows, such as
-    "Please reason step by step". Its words would be unknown to a model of 18 tokens.
+    Its chat template keeps only the first line of a message. So it drops the --instruction, which stands in a
+    line of its own behind the problem. Its words would be unknown to a model of 18 tokens.
     """
     # 18 tokens: 3 special ones, 10 digits, + = ; and what an answer is boxed with.
     words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]

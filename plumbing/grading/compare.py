@@ -96,8 +96,8 @@ def without_names(parts, others):
 def split_name(tree):
     """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree.
 
-    A function is a part of the name: \\tan x = 5 -> "tan x", 5. But lengths may be written as AB or |AB|.
-    What can be solved is no name: \\sqrt{x} = 5, \\frac{x}{2} = 5.
+    A function is a part of the name: \\tan x = 5 -> "tan x", 5. But a length may be written as AB or |AB|,
+    and both have the name AB. What can be solved is no name: \\sqrt{x} = 5, \\frac{x}{2} = 5.
     """
     match tree:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):
@@ -218,7 +218,7 @@ def compare_sets(answer, gold):
             real_set.contains(0, real_set.tree)
     except ValueError:
         return None
-    # Two sets that agree at all their ends, between them and beyond them are the same.
+    # Two sets are the same if they agree at each end, between neighbouring ends, and beyond all ends.
     ends = sorted(sets[0].ends + sets[1].ends) or [0]
     tests = [*ends, *((x + y) / 2 for x, y in zip(ends, ends[1:])), ends[0] - 1, ends[-1] + 1]
     return len(sets[0].variables | sets[1].variables) < 2 and all(

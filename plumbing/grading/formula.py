@@ -220,8 +220,9 @@ class Calculator:
 
 
 def values_at(trees, letters, is_real):
-    """The values of trees at one point, None where undefined, and by how much equal values may differ.
+    """Computes trees at one point -> their values, and a tolerance: by how much equal values may differ.
 
+    The value of a tree is None if it is undefined there.
     There are enough digits to tell 2^{1000} + 1 from 2^{1000}, and 0.333333 from 1/3. With letters, a point
     that needs more than 1,400 digits counts as undefined.
     """

@@ -55,12 +55,12 @@ SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"
 
 
 def spell_pair(answer, gold):
-    """An answer and the gold answer in one spelling. Words of the gold answer may be units in the answer."""
+    """An answer and the gold answer in one spelling. Words in a \\text{} of the gold answer count as units."""
     texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
     words = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2}
     nouns = frozenset(words - {"and", "not"})
     gold = spell(gold, nouns, may_touch=False)
-    # "5m" may be five metres, or a product. If the gold answer has letters, it is taken for a product.
+    # "5 m" may be five metres, or a product. If the gold answer has letters, it is taken for a product.
     has_letters = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", gold))
     return spell(answer, nouns, may_touch=None if has_letters else True), gold
 
@@ -69,8 +69,8 @@ def spell_pair(answer, gold):
 def spell(text, nouns, may_touch):
     """One spelling of an answer.
 
-    nouns: more words that count as units. may_touch: how a unit may stand behind a number without \\text.
-    True: as in "5cm" or "5 cm". False: as in "5 cm" only. None: not at all.
+    nouns: more words that count as units, from the gold answer. may_touch: how a unit may stand behind a
+    number without \\text. True: as in "5cm" or "5 cm". False: as in "5 cm" only. None: not at all.
     """
     if text.isascii() and text.isdigit():  # isascii, because "5²".isdigit() is True
         return text

@@ -91,19 +91,20 @@ class Workers:
         process = subprocess.Popen(
             [sys.executable, "-c", COMMAND], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        if process.stdout.readline() != "ready\n":  # else all of its checks would count as wrong
+        if process.stdout.readline() != "ready\n":
+            # Without this error, all of its checks would count as wrong.
             raise RuntimeError(f"the grading worker does not start: `python -c {COMMAND!r}` shows why")
         atexit.register(process.kill)
         return process
 
     def bury(self, process):
-        """Counts a worker that died, and closes its pipes. Many open ones would use up a run's open files."""
+        """Counts a worker that died, and closes its pipes, which count as open files of the run."""
         process.wait()
         atexit.unregister(process.kill)
         process.stdout.close()
         try:
             process.stdin.close()
-        except BrokenPipeError:  # it still had a question in it
+        except BrokenPipeError:  # the pipe still holds a question that nobody has read
             pass
         with self.lock:
             self.killed += 1
