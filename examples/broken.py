@@ -43,8 +43,8 @@ from rollout import build_rows, record  # noqa: E402
 def cut_at_response(rollouts, config, *how, **more):
     """Training blocks begin at the start of the response. Decoding cuts them at positions 0, K, 2K, ...
 
-    With P = 9 and K = 4, decoding fills the positions 9 10 11 | 12 13 14 15. Training then shows
-    9 10 11 12 | 13 14 15 16.
+    With P = 9 and K = 4, decoding cuts the response into the positions 9 10 11 | 12 13 14 15 | 16 ...
+    Training cuts it into 9 10 11 12 | 13 14 15 16 | ...
     The authors' code for block attention does this. Tokens near a border see too much or too little. The gap
     is large in every block. It is 0 for each prompt whose length is a multiple of K.
     """
@@ -99,23 +99,25 @@ def left_to_right(rollouts, config, views=None, *how, **more):
     This is the log-probability of JustGRPO, whose rollouts do go from left to right. A public run with a
     block model of 0.6B parameters used it for rollouts in any order. It trained on code, and its reward
     stayed up, while HumanEval fell from 47.0 to 23.8. (In that run a token saw nothing to its right, not even
-    masks. With K = 4, small_blocks makes such rows, since its blocks then hold one token each.) A token has
-    no gap if it was drawn in the state of these rows. The others have gaps of either sign.
+    masks. With K = 4, small_blocks makes such rows, since its blocks then hold one token each.) Under
+    left_to_right a token has no gap if it was drawn when just the tokens before it were revealed. The others
+    have gaps of either sign.
     """
     return build_rows(rollouts, config, prefix_views, *how, **more)
 
 
 def prefix_views(block):
-    """Views: of the block 1 0 1 ; they are ????  1???  10??  101?, and each predicts its first mask."""
+    """The views of the block `1 0 1 ;` are ????  1???  10??  101?. Each predicts its first mask."""
     return [(block[n:], [j]) for n, j in enumerate(block)]
 
 
 def padded(rollouts, config, *how, **more):
     """16 padding tokens (K of them if K is larger) stand in front of every prompt, and all tokens see them.
 
-    The authors' code for LLaDA pads prompts on the left, and hides the padding from no token. Its sampler
-    pads them, too. But its batches are other ones, so a prompt gets another number of padding tokens. Here
-    the sampler pads nothing. Tokens in every block have a gap, the first ones, too. Most gaps are negative.
+    The authors' code for LLaDA pads prompts on the left, and hides the padding from no token. The sampler of
+    that code pads prompts, too. But its batches differ from those in training, so a prompt gets another
+    number of padding tokens. Here the sampler pads nothing. Tokens in every block have a gap, the first ones,
+    too. Most gaps are negative.
     """
     number = max(16, config.block_size)  # whole blocks for K = 4, 16 and 32: blocks are cut where they were
     longer = [dataclasses.replace(r, prompt=[config.pad_id] * number + r.prompt) for r in rollouts]

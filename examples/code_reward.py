@@ -40,9 +40,9 @@ print("\\n" + secret)
 
 
 def passes_tests(problem, text, rollout):
-    """--reward: 1 if the last code block of the response passes the problem's tests, else 0.
+    """--reward: 1 if the last block of Python code in the response passes the problem's tests, else 0.
 
-    Without a code block the whole response is run. A truncated response earns 0. Tests are a text or a list.
+    Without such a block the whole response is run. A truncated response earns 0. Tests are a text or a list.
     (Give a list if they hold \\boxed{...} or end with a line ####. Of a text, only that part would be read.)
     """
     # Blocks of other languages are matched, too. Otherwise the end of one would be taken for a beginning.

@@ -246,9 +246,9 @@ def as_many_random(rollout, block, rng):
 # Losses on a lower bound of the response's log-likelihood, the ELBO. Here a mask is a random set of tokens of
 # a block, which are hidden together, and t is the hidden fraction of the block. The ELBO is the expected sum
 # of log p / t over the hidden tokens. The fewer tokens are hidden, the more each of them counts. With one
-# mask for every block, the sum of 1 / t over all hidden tokens is the length of the response. (The last block
-# is an exception if it holds tokens behind eos. There it holds on average only.) The old and the new
-# policy get the same masks.
+# mask for every block, the sum of 1 / t over all hidden tokens is the length of the response. (If the
+# last block holds tokens behind eos, this is true there on average only.) The old and the new policy get the
+# same masks.
 
 
 def elbo_views(block, rng):
@@ -306,10 +306,11 @@ def linear_bound(logp, targets, num_responses, clip_eps):
 def sandwiched(logp, targets, num_responses):
     """--loss: A times a lower bound of log p where A > 0, and times an upper one where A < 0 (SPG).
 
-    The lower bound is the ELBO per token. The upper bound is the mean of (1/beta) log M over hidden tokens. M
-    is the mean over masks of p^beta / t, and beta is 1.5. A mask that leaves the token in sight counts as 0.
-    The upper bound is averaged with the lower one, as in the authors' code. Here all responses weigh the
-    same. In that code they weigh by length.
+    The lower bound is the ELBO per token. For the upper bound, each token that was hidden has a number M. It
+    is the mean of p^beta / t over the masks, where beta is 1.5, and a mask that leaves the token in sight
+    counts as 0. The upper bound is the mean of (1/beta) log M over these tokens. The upper bound is averaged
+    with the lower one, as in the authors' code. Here all responses weigh the same. In that code they weigh by
+    length.
     """
     response = targets.rollout_index
     beta = 1.5

@@ -46,8 +46,9 @@ def read_traces(path, config):
                              "write one such object per line") from None
         if not len(response) == len(step_map) == len(logp) or not prompt or not response:
             raise ValueError(f"{where}: {len(response)} tokens, {len(step_map)} steps and {len(logp)} "
-                             f"log-probabilities behind {len(prompt)} prompt tokens: every response "
-                             "token needs both, and neither prompt nor response may be empty")
+                             f"log-probabilities behind {len(prompt)} prompt tokens. Every response "
+                             "token needs a step and a log-probability, and neither prompt nor response may "
+                             "be empty")
         outside = [token for token in prompt + response if not 0 <= token < config.vocab_size]
         if outside:
             raise ValueError(f"{where}: token id {outside[0]} is outside the vocabulary of "

@@ -105,7 +105,7 @@ def load_model(path_or_id, block_size=None, dtype=None, device=None, attention=N
     """Loads a checkpoint folder or hub id -> (BlockDiffusionLM, tokenizer or None).
 
     block_size: K; None is the checkpoint's own. dtype: of the weights in memory; None is the stored one.
-    device: None is this process's GPU, or the CPU if there is none. attention: see read_config. Raises
+    device: None is parallel.default_device(). attention: see read_config. Raises
     FileNotFoundError or ValueError that names the missing file, weight, shape, model_type or mask token.
     """
     path, config, tokenizer = find_checkpoint(path_or_id, block_size, attention)
@@ -125,7 +125,7 @@ def load_weights(model, folder, dtype=None, device=None):
 
     Torch's reader fills one tensor after the other. If the weights are sharded (parallel.shard), each process
     reads only its own part. Weights on the meta device have no memory yet. They get it on `device`, in
-    `dtype`. None is the stored dtype. If the files hold several, it is the one with the most bytes.
+    `dtype`. None is the stored dtype. If the files hold several, the widest one is taken.
     """
     reader = HuggingFaceStorageReader(folder)
     stored = stored_tensors(reader, folder)
@@ -217,7 +217,8 @@ def save_weights(model, folder, dtype=None, max_shard_size="5GB"):
     os.makedirs(folder, exist_ok=True)
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
     for path in Path(folder).glob("*.safetensors"):
-        # safetensors lets only the owner read its files. Here everybody may who may read the folder.
+        # safetensors lets only the owner read its files. Here, whoever may read the folder may read the
+        # files.
         path.chmod(os.stat(folder).st_mode & 0o666)
 
 

@@ -224,11 +224,11 @@ class Decoder:
     def denoise(self, inputs, B, num_masked, longest):
         """One denoising step of the slots 0 .. B - 1 -> int64 (2, B), read by `advance`.
 
-        The first line says how many masks each block still has, the second whether it holds an eos. inputs
-        (B + M, 5): a line for each slot, with start, step, quota, seed and step in the block. Then a line for
-        each commit, see `states`. num_masked: how many masks these blocks have together. longest: where the
-        last of them ends. Both are numbers of the host, so no shape depends on what the device computes. They
-        may be too large, since `Captured` rounds them up.
+        The first line says how many masks each block still has, the second whether it holds an eos. inputs (B
+        + M, 5): a line for each slot, with start, step, quota, seed and step in the block. Then a line for
+        each commit, see `states`. num_masked: how many masks these blocks have together. longest: the largest
+        end of these blocks. Both are numbers of the host, so no shape depends on what the device computes.
+        They may be too large, since `Captured` rounds them up.
         """
         inputs = to_device(inputs, self.device)
         start, step, quota, seed, step_in_block = inputs[:B].T  # (B,) each
@@ -523,7 +523,7 @@ def logprobs(model, states, tokens, temperature=1.0):
 
 
 def fast(device, max_tokens=4096, slots=None, cache="none"):
-    """All twins, as a rollout.Compute. On a GPU rows are packed, since FlexAttention skips unseen tokens."""
+    """All twins, as a rollout.Compute. On a GPU rows are packed: FlexAttention skips other rows."""
     return rollout.Compute(functools.partial(generate, slots=slots, cache=cache), attend, logprobs,
                            is_packed=device.type == "cuda", max_tokens=max_tokens)
 

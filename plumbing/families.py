@@ -43,7 +43,7 @@ class Family(NamedTuple):
     may_choose: bool = False  # whether --attention may ask for the other kind
     block_size: int = 4  # K, where neither config.json nor the checkpoint's name says it
     masks: tuple = ()  # the usual mask tokens, by id or text, if neither config.json nor tokenizer names one
-    architecture: str = ""  # the only `architectures` that fits; "" for families that ship code of their own
+    architecture: str = ""  # what `architectures` in config.json must say; "": anything
 
 
 # The key is the model_type of config.json, in lower case. A family that borrows another's model_type has its

@@ -26,7 +26,7 @@ def setting(default, help, *, tiny=SAME, low=-math.inf, above=-math.inf, high=ma
             number=None, may_change=False):
     """A dataclass field that is also a flag.
 
-    tiny: the default for tiny models, such as those in assets/, where it differs from the usual one. low,
+    tiny: the default for tiny models (such as those in assets/), if it differs from the usual one. low,
     high: inclusive bounds; above: an exclusive lower bound. choices: all values that are possible. number:
     how many values the flag takes, as argparse's nargs. may_change: whether a resumed run may change it.
     """

@@ -82,7 +82,9 @@ def flex_mask(rule, layout):
 
 
 def masked_attention(q, k, v, mask):
-    """Softmax attention: q (B, H, T, D) -> the same. mask: dense, from `tiles` or `flex_mask`, or None."""
+    """Softmax attention: q (B, H, T, D) -> the same. mask: a dense mask, a result of `tiles`
+    or of `flex_mask`, or None.
+    """
     has_groups = q.shape[1] != k.shape[1]  # several heads share a key
     if isinstance(mask, BlockMask):
         flex = compiled(flex_attention) if q.is_cuda else flex_attention
@@ -127,15 +129,15 @@ class CacheReader:
 
     For the other rows there are three ways:
       1. flash-attn finds the keys of each row by itself;
-      2. on a GPU without flash-attn, a commit shares a line with its slot: the queries of the block that the
-         slot decodes, and behind them those of the commit. If the slot commits nothing, zeros stand there,
-         and their result is dropped;
+      2. on a GPU without flash-attn, torch's attention gets one line of queries for each slot. In it, the
+         queries of the block that the slot decodes take turns with those of its commit. If the slot commits
+         nothing, they take turns with zeros, whose results are dropped;
       3. otherwise the keys of their slots are copied.
     The second way, drawn:
 
         rows:     slot 0 (end 12)      slot 1 (end 16)      commit of slot 1 (end 12)
-        become:   line 0   queries of slot 0   zeros
-                  line 1   queries of slot 1   queries of its commit
+        become:   line 0   first query of slot 0, zeros, second query of slot 0, zeros, ...
+                  line 1   first query of slot 1, first query of its commit, second query of slot 1, ...
     """
 
     def __init__(self, slots, end, longest, num_in_place, num_queries, cache):
@@ -153,7 +155,7 @@ class CacheReader:
             self.line = slots[num_in_place:].clamp(max=num_in_place)  # (M,) of the commits
             pairs = F.pad(end[:num_in_place, None].expand(-1, 2), (0, 0, 0, 1))  # (lines + 1, 2)
             pairs[self.line, 1] = end[num_in_place:]
-            # (lines, 2 num_queries): own, second, own, second, ...
+            # (lines, 2 num_queries): the ends of the slot and of its commit, by turns
             end = pairs[:num_in_place].repeat(1, num_queries)
         is_seen = torch.arange(longest, device=end.device) < end[..., None]
         # (rows, 1, 1, longest), or (lines, 1, 2 num_queries, longest)

@@ -61,8 +61,9 @@ def fit_slots(asked, number, per_slot, config, device):
     The results are the same, so this is printed, and is no error. ValueError if not even one fits.
     """
     wanted = min(asked or number, number)
-    # The sampler holds about six float32 copies of its logits. At a time these are at most `most_logits` (or
-    # those of one position), and never more than the logits of one block for each slot.
+    # The sampler works on a part of all logits at a time: on at most `most_logits` of them, but at least on
+    # those of one position. In all there are the logits of one block for each slot. It holds about six
+    # float32 copies of the part.
     at_once = min(max(most_logits(device), config.vocab_size), wanted * config.block_size * config.vocab_size)
     logits = at_once * 4 * 6
     if device.type == "cuda":

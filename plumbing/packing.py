@@ -60,7 +60,7 @@ def by_length(sizes, max_tokens, is_packed=False):
     """
     groups = []
     num_rows = 0  # of the group being filled
-    num_tokens = 0  # the same, without padding
+    num_tokens = 0  # of the group being filled, without padding
     for item in sorted(range(len(sizes)), key=lambda item: sizes[item][0]):
         length, count = sizes[item]
         num_rows += count

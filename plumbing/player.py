@@ -42,7 +42,7 @@ def main(argv=None):
          "engine recorded; plumbing/check.py describes the format")
     flag("--seed", type=int, default=0, help="random seed of the draws")
     flag("--seconds", type=float, default=0.3, help="seconds between two denoising steps, in a terminal")
-    # The text of --prompt stays as it is. And only eval_math.py asks autoregressive models.
+    # Nothing is appended to --prompt. load_to_answer reads args.ar, which is a flag of eval_math.py only.
     parser.set_defaults(instruction="", ar=None)
     args = flags.parse(parser, groups, argv)
     model, tokenizer, compute = machine.load_to_answer(args)

@@ -40,7 +40,8 @@ def in_base(text):
 
 
 def read(text):
-    """The trees of an answer's items. 1 \\pm x is two, {1,2} is two, (p,q) = (3,2) is p = 3 and q = 2."""
+    """The trees of an answer's items. 1 \\pm x gives two parts, {1,2} gives two, (p,q) = (3,2) gives p = 3
+    and q = 2."""
     if re.search(r"\\pm[^,]*\\pm|\(.*\\pm.*\\pm", text):
         raise ValueError("a \\pm b \\pm c: these may be two values or four")
     if "\\pm" not in text:
@@ -97,7 +98,7 @@ def split_name(tree):
     """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree.
 
     A function is a part of the name: \\tan x = 5 -> "tan x", 5. But a length may be written as AB or |AB|,
-    and both have the name AB. What can be solved is no name: \\sqrt{x} = 5, \\frac{x}{2} = 5.
+    and both have the name AB. What asks to be solved is no name: \\sqrt{x} = 5, \\frac{x}{2} = 5.
     """
     match tree:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):

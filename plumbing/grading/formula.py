@@ -49,7 +49,8 @@ def to_python(text):
     """An answer as an expression in Python's syntax. KeyError or ValueError for what is not understood.
 
     \\frac{1}{2} becomes frac('1','2'), \\sin^2 2x becomes ((sin('2'@'x'))**('2')), and (1,2] becomes
-    right_closed('1','2'). The @ is a product without a sign. `parse` turns it into a usual one.
+    right_closed('1','2'). The @ is a product that is written without a multiplication sign. `parse` turns it
+    into a usual one.
     """
     if TWO_WAYS.search(text):
         raise ValueError("2^3^4, n!^2, 2^n!: these can be read in two ways")
@@ -192,7 +193,7 @@ class Calculator:
     def power(self, base, exponent, is_odd_root=False):
         """base ** exponent. ValueError if it is too large. An odd root of a negative base is real."""
         if base and abs(exponent) * abs(self.mp.mag(base)) > 40_000 or not base and exponent.real <= 0:
-            raise ValueError("too large, or 0 to the power of 0")
+            raise ValueError("too large, or 0 to a power that is not positive")
         is_negative = is_odd_root and not isinstance(base, self.mp.mpc) and base < 0
         return -((-base) ** exponent) if is_negative else base ** exponent
 

@@ -73,8 +73,8 @@ class Workers:
             finally:
                 timer.cancel()
         finally:
-            # Without a reply the worker is dead, or this wait was interrupted. Then the worker must end, too:
-            # its late reply would be taken for the verdict on the next question.
+            # If there is no reply, the worker is dead, or this wait was interrupted. In the second case the
+            # worker must end, since its late reply would be taken for the verdict on the next question.
             if process is not None and not reply:
                 process.kill()
                 self.bury(process)
