@@ -109,8 +109,7 @@ TAKEN = Counter()  # name -> seconds, which are added up, or gibibytes, of which
 
 @contextmanager
 def timed(name):
-    """A decorator: measures how long a function runs, and adds it to TAKEN[name]. The name ends in
-    _seconds."""
+    """A decorator: measures how long a function runs, and adds it to TAKEN[name]; name: "..._seconds"."""
     started = time.perf_counter()
     has_gpu = torch.cuda.is_initialized()
     if has_gpu:
@@ -213,8 +212,7 @@ class Run:
         parallel.barrier()
 
     def check_use(self, resume, may_change):
-        """ValueError if the folder holds a run, and this command does not resume it with the same
-        settings."""
+        """ValueError for a folder with a run, unless this command resumes it with the same settings."""
         logs = [os.path.join(self.folder, name) for name in LOGS]
         has_lines = any(os.path.isfile(log) and os.path.getsize(log) > 0 for log in logs)
         if not resume and (has_lines or checkpoints_of(self.folder)):

@@ -40,8 +40,7 @@ def in_base(text):
 
 
 def read(text):
-    """The trees of an answer's items. 1 \\pm x gives two parts, {1,2} gives two, (p,q) = (3,2) gives p = 3
-    and q = 2."""
+    """The trees of an answer's items: of 1 \\pm x two, of {1,2} two, of (p,q) = (3,2) p = 3 and q = 2."""
     if re.search(r"\\pm[^,]*\\pm|\(.*\\pm.*\\pm", text):
         raise ValueError("a \\pm b \\pm c: these may be two values or four")
     if "\\pm" not in text:

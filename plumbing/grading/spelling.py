@@ -55,7 +55,7 @@ SIGNS, FORMS = ([form(line) for line in part] for part in read_table("forms.txt"
 
 
 def spell_pair(answer, gold):
-    """An answer and the gold answer in one spelling. Words in a \\text{} of the gold answer count as units."""
+    """An answer and the gold answer in one spelling. Words of a \\text{} in the gold answer are units."""
     texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
     words = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2}
     nouns = frozenset(words - {"and", "not"})
