@@ -95,7 +95,7 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     token ids of the response, eos included
-        rollout    the record: step_map, is_truncated, ... (give truncated ones 0 here: nobody else does)
+        rollout    the record: step_map, is_truncated, ... (if that is to earn 0, your function must say so)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
     value or an advantage of your own. With a value model, the return of a token is its own
     reward plus the MEAN reward of each later trace step, discounted by gamma. So to give a step the reward x,

@@ -10,9 +10,9 @@ A block diffusion language model is an ordinary decoder-only transformer with th
      masks are random.
 
 Changes 2 and 3 are one rule over three small numbers of every token: its document, its block and its view.
-The document is the text to which it belongs. The picture shows the rule for one document, the prompt 894+396=
-with its first response block, 1 0 1 ; and K = 4. An x means that the token on the left may see the token on
-top.
+The document is the text to which it belongs. The picture shows the rule for one document. It is the prompt
+894+396= with its first response block `1 0 1 ;`, and K is 4. An x means that the token on the left may see
+the token on top.
 
                      clean text          views of block 2
                      894+ 396= 101;      ????  1?1?  1?1;
@@ -42,7 +42,7 @@ return, A an advantage, V a value, and L the loss.)
   B rows            T tokens in a row   P prompt tokens   R response tokens   K tokens per block
   S trace steps     V vocabulary        C channels        H heads             D channels of a head
   G responses per prompt                N items of a list, such as targets
-The functions of a loss write n for the targets of a micro-batch. N then counts those of the whole update.
+In loss functions, n is the number of targets in one micro-batch, and N that in the whole update.
 """
 
 import math
@@ -105,8 +105,8 @@ class Layout(NamedTuple):
     """Where each token of a batch of rows stands. All four are int64 (B, T).
 
     position  absolute position in prompt + response, for the rotary embedding
-    document  the number of its text. Each row is one text, even if plumbing/packing.py puts several rows end
-              to end. -1 is padding
+    document  the number of its text. Each training row (`Row` below) is a text of its own, even where
+              plumbing/packing.py puts several of them end to end. -1 is padding
     block     position // K. With full attention it is 0 everywhere
     view      0 for clean text; v > 0 for the v-th view of its text
     """
@@ -365,9 +365,10 @@ def token_logprobs(model, states, tokens, temperature=1.0):
 class Targets(NamedTuple):
     """All that a loss needs to know of each predicted token.
 
-    A Row has one Targets for each token to predict, made of plain numbers. A micro-batch has one, made of
-    tensors (N,): int64 for an int, float32 for a float. A float is 0 where nobody has filled it in. The
-    fields step, view, group and logp are there for a loss of yours. Our own losses read none of them.
+    In a Row, each token to predict has a Targets of its own, made of plain numbers. In a micro-batch a single
+    Targets serves all of them: each field is a tensor (N,), int64 for an int and float32 for a float. A float
+    is 0 where nobody has filled it in. The fields step, view, group and logp are there for a loss of yours.
+    Our own losses read none of them.
     """
 
     logit_index: int  # the output that predicts it, among T of a Row or B * T of a micro-batch
@@ -422,10 +423,10 @@ def pad(rows, pad_id, device):
     """
     longest = max(len(row.tokens) for row in rows)
     starts = [number * longest for number in range(len(rows))]
-    return fill(rows, starts, (len(rows), longest), pad_id, device)
+    return fill_rows(rows, starts, (len(rows), longest), pad_id, device)
 
 
-def fill(rows, starts, shape, pad_id, device):
+def fill_rows(rows, starts, shape, pad_id, device):
     """A micro-batch of a shape (B, T) in which row n begins at place starts[n] of the B * T tokens."""
     size = shape[0] * shape[1]
     # At first all is padding. It belongs to document -1. Each padding token has a view of its own, so it sees

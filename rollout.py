@@ -158,7 +158,8 @@ def inverse_cdf(p, draws):
     target = draws[:, None] * total
     # The target must stay below the total. Otherwise no cumulative probability would exceed it.
     target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=p.shape[1] - 1)  # the clamp is for NaN
+    # If p is NaN, the search gives V, which is no token. `record` reports the NaN later.
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 
 def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, with_entropy=True):
@@ -341,8 +342,8 @@ def generate(model, prompt, decoding, seed=0):
         if set(tokens[block[block >= P]].tolist()) & set(config.eos_ids):
             break
         if not config.is_full:
-            # One more forward. The last one still saw masks, but later blocks must read keys and values of
-            # the clean tokens.
+            # One more forward. That of the last denoising step still saw masks, but later blocks must read
+            # keys and values of the clean tokens.
             block_states(model, tokens, block, cache.append)
     response = slice(P, int(block[-1]) + 1)
     columns = tokens[response].tolist(), *trace[:, response].tolist()
@@ -510,9 +511,9 @@ def build_rows(rollouts, config, views=trace_views, shrink=1, trained_only=False
     """The training rows of rollouts -> a list of Row for each rollout. It holds one row, or with full
     attention one for each view.
 
-    trained_only: targets are the first num_tokens tokens of a response; the others are still seen. A view
-    without targets is left out. A rollout without views has no row. ValueError for a view that predicts what
-    it shows.
+    trained_only: only the first num_tokens tokens of a response are targets; the others are still seen. A
+    view without targets is left out. A rollout without views has no row. ValueError for a view that predicts
+    what it shows.
     """
     rows_of_each = []
     for index, r in enumerate(rollouts):
@@ -568,8 +569,8 @@ def lay_out(r, rollout_index, views, config):
         view_start = len(row.tokens)
         row.add(shown, view.block, view_number)
         for j in view.targets:
-            # The target ; above: view 2 begins at place 12 of the row. The token has position 11, and its
-            # block begins at 8. So its place is 12 + 3.
+            # Take the target `;` of the drawing above. Its view begins at place 12 of the row. The token has
+            # position 11, and its block begins at 8. So its place is 12 + 3.
             place = view_start + P + j - first
             row.targets.append(Targets(
                 logit_index=place - int(config.shifts_logits),  # Dream predicts a token one place before it
@@ -678,7 +679,7 @@ def drift(model, rollouts, compute, temperature):
     return dict(drift_kl=(ratio - 1 - log_ratio).mean().item(), drift_ratio_max=ratio.max().item())
 
 
-def some(rollouts, config):
+def probes(rollouts, config):
     """The rollouts on which gap and drift are measured: a sixteenth of them, with full attention a 64th.
 
     A replay costs a forward, with full attention one per step. A part is enough to see a fault.

@@ -72,7 +72,7 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
         if len(response) > max_new_tokens:  # it could not be decoded in that room either
             continue
         num_tokens = len(response)
-        # K = 4, 9 prompt tokens, 6 of response with eos: 15 tokens, so that 1 more fills the block.
+        # With K = 4, a prompt of 9 tokens and a response of 6 (with eos) make 15. One more fills the block.
         missing = -(len(p.tokens) + num_tokens) % config.block_size
         if config.is_full:
             missing = max_new_tokens - num_tokens
@@ -161,7 +161,7 @@ class Recipe:
         """ValueError for numbers out of range, and for --weighted with views of the trace."""
         flags.check(type(self), self)
         if self.weighted and self.views == "trace":
-            raise ValueError("--weighted needs random views: every token of a trace is a target once anyhow")
+            raise ValueError("--weighted needs random views: in a trace all tokens count once anyhow")
 
 
 def learning_rate(step, recipe, decay_start):

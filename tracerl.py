@@ -27,8 +27,8 @@ Read in this order: group_advantages, policy_loss, train, and then the stages. F
 marks what a paper can replace by a function in a file of its own.
 
 Left out:
-  1. a frozen reference model: the KL is to the policy that made the rollout (a frozen one: examples/);
-  2. rollouts from earlier RL steps, a second inference engine: the weights that train are those that decode;
+  1. a frozen reference model. Here the KL is to the policy that made the rollout (examples/ has the other);
+  2. rollouts from earlier RL steps, and a second inference engine. Here the weights that train also decode;
   3. reward models.
 """
 
@@ -96,11 +96,11 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
         num_groups       groups of the whole update
-    A response stays in one micro-batch if it fits. If your loss declares num_groups, a whole group does, too.
-    With block attention a response is one row. A row is never cut: one that is longer than a micro-batch gets
-    a micro-batch of its own. With full attention a response has many rows. If they do not fit together,
-    they are spread over several micro-batches. targets is a model.Targets: it also holds step, view, group,
-    rollout_index, logp, ...
+    A response stays in one micro-batch if it fits. If your loss declares num_groups, this holds for a whole
+    group. With block attention a response is one row. A row is never cut: one that is longer than a
+    micro-batch gets a micro-batch of its own. With full attention a response has many rows. If they do not
+    fit together, they are spread over several micro-batches. targets is a model.Targets: it also holds step,
+    view, group, rollout_index, logp, ...
     """
     log_ratio = logp - targets.logp_old  # (n,)
     ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
@@ -139,7 +139,7 @@ class Recipe:
     shrink: int = setting(None, "denoising steps per trace step; None: 1, full attention 8", tiny=1, low=1)
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy that made the rollouts", low=0)
-    keep_range: float = setting(None, "keep groups with a mean reward between these (a value model: all). "
+    keep_range: float = setting(None, "keep groups whose mean reward is in this range (a value model: all). "
                                 "None: 0.2, 0.8 for a real model with default reward and advantage", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
     value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
@@ -293,15 +293,15 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     Each batch makes one update per epoch. RuntimeError if the replay law is broken. Groups are shuffled, and
     dealt whole to at most --minibatches batches. Then Targets.logp_old of all batches but the first is
     computed. The first one needs no pass of its own: its update begins at the old policy, see `update`. With
-    one view per denoising step, the recorded log-probabilities would be good enough as old ones. But the
-    view of steps that --shrink merges is another state, and so is a view off the trace. And in bfloat16, or
-    on a GPU, decoding and training round differently.
+    one view per denoising step, the recorded log-probabilities would be good enough as old ones. But where
+    --shrink merges steps, or views are not of the trace, a token is predicted in another state. And in
+    bfloat16, or on a GPU, decoding and training round differently.
     """
     model = learners.policy.model
     temperature = method.decoding.temperature
     # First the replay law. If the gap is too large, a float32 run ends here, before the updates of this step.
     # A bfloat16 run ends at the third such step in a row.
-    gap = rollout.replay_gap(model, rollout.some(rollouts, model.config), method.compute, temperature)
+    gap = rollout.replay_gap(model, rollout.probes(rollouts, model.config), method.compute, temperature)
     method.law.enforce(**gap)
     # Groups were kept or dropped as a whole. So with G = 4, each group is the next four rollouts.
     groups = [kept[start:start + recipe.group_size] for start in range(0, len(kept), recipe.group_size)]
@@ -374,7 +374,7 @@ def learn(learners, batches, rollouts, method, recipe, step):
             updates.append(update(policy, batch, method, number == 0, recipe))
     line = show.step_numbers(updates, value_updates)  # {} if there was no update
     if updates:
-        line |= rollout.drift(policy.model, rollout.some(rollouts, policy.model.config), method.compute,
+        line |= rollout.drift(policy.model, rollout.probes(rollouts, policy.model.config), method.compute,
                               method.decoding.temperature)
     return line
 
@@ -431,7 +431,7 @@ def update_value(learner, batch, compute, recipe):
 
 
 def finish_step(line, rollouts, learners, task, recipe, run):
-    """Evaluates, writes `line` (the numbers of this RL step) to the log, and saves a checkpoint."""
+    """Writes `line` (the numbers of this RL step) to the log. In some steps it evaluates and saves, too."""
     step = line["step"]
     # The seconds that the timed stages took go into the line, too: metrics.jsonl has one line for each RL
     # step.

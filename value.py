@@ -3,9 +3,9 @@
 The diffusion value model of arXiv 2509.06949 is a copy of the policy's backbone, with a linear head that
 gives one number. Its input is the rows of the trace. V_j is its output at the place where the policy predicts
 token j. There token j is still masked. So V_j estimates the value of the state just BEFORE the trace step
-that reveals token j. A baseline may know the state, but not the token that is about to be drawn. (The
-log-probability of the trace is a surrogate, as rollout.py says. So here a baseline changes the mean gradient
-a little.)
+that reveals token j. A baseline may know the state, but not the token that is about to be drawn. (For exact
+draws from the policy, a baseline leaves the mean gradient as it is. Revealed tokens are not exact draws, as
+rollout.py says. So here it changes the mean gradient a little.)
 
 Time runs over trace steps, not over tokens, because all tokens of one trace step are predicted from one
 state. The value model is read at the position of each token, so V differs between the tokens of one step.

@@ -98,10 +98,10 @@ def left_to_right(rollouts, config, views=None, *how, **more):
 
     This is the log-probability of JustGRPO, whose rollouts do go from left to right. A public run with a
     block model of 0.6B parameters used it for rollouts in any order. It trained on code, and its reward
-    stayed up, while HumanEval fell from 47.0 to 23.8. (In that run a token saw nothing to its right, not even
-    masks. With K = 4, small_blocks makes such rows, since its blocks then hold one token each.) Under
-    left_to_right a token has no gap if it was drawn when just the tokens before it were revealed. The others
-    have gaps of either sign.
+    stayed up, while HumanEval fell from 47.0 to 23.8. (In that run a token saw nothing to its right. Here it
+    still sees masks there. For rows like those of that run, use small_blocks with K = 4: its blocks then hold
+    one token each.) Under left_to_right a token has no gap if it was drawn when just the tokens before it
+    were revealed. The others have gaps of either sign.
     """
     return build_rows(rollouts, config, prefix_views, *how, **more)
 
@@ -116,8 +116,8 @@ def padded(rollouts, config, *how, **more):
 
     The authors' code for LLaDA pads prompts on the left, and hides the padding from no token. The sampler of
     that code pads prompts, too. But its batches differ from those in training, so a prompt gets another
-    number of padding tokens. Here the sampler pads nothing. Tokens in every block have a gap, the first ones,
-    too. Most gaps are negative.
+    number of padding tokens. Here the sampler pads nothing. Tokens of every block have a gap, also those of the
+    first. Most gaps are negative.
     """
     number = max(16, config.block_size)  # whole blocks for K = 4, 16 and 32: blocks are cut where they were
     longer = [dataclasses.replace(r, prompt=[config.pad_id] * number + r.prompt) for r in rollouts]

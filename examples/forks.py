@@ -199,8 +199,8 @@ def accuracy_and_speed(rewards, rollouts):
     """--advantage: the standard score of the reward plus that of the tokens per denoising step (LightningRL).
 
     Both scores are taken within the group. A group is left out if all its responses are wrong, or if their
-    speeds differ by less than 0.01. Left out: the likelihood of right responses in the loss, since a loss is
-    not told rewards.
+    speeds differ by less than 0.01. The paper's loss also has a term for the likelihood of right responses.
+    It is left out, since a loss is not given the rewards.
     """
     speed = torch.tensor([r.num_tokens / max(r.step_map) for r in rollouts]).view_as(rewards)
     is_kept = (rewards.amax(-1) > 0) & (speed.amax(-1) - speed.amin(-1) >= 0.01)
@@ -246,9 +246,9 @@ def as_many_random(rollout, block, rng):
 # Losses on a lower bound of the response's log-likelihood, the ELBO. Here a mask is a random set of tokens of
 # a block, which are hidden together, and t is the hidden fraction of the block. The ELBO is the expected sum
 # of log p / t over the hidden tokens. The fewer tokens are hidden, the more each of them counts. With one
-# mask for every block, the sum of 1 / t over all hidden tokens is the length of the response. (If the
-# last block holds tokens behind eos, this is true there on average only.) The old and the new policy get the
-# same masks.
+# mask for every block, the sum of 1 / t over all hidden tokens is the length of the response. (If the last
+# block holds tokens behind eos, this is true there on average only.) The old and the new policy get the same
+# masks.
 
 
 def elbo_views(block, rng):
@@ -293,8 +293,8 @@ def linear_bound(logp, targets, num_responses, clip_eps):
     have a micro-batch of its own, and memory would hold one mask at a time, which is the paper's aim. The
     clip of each part is that of the authors' code.
     """
-    # Views of a block: draw 0, draw 1, ... (One that hides only tokens behind eos is left out. The next draw
-    # of that block then counts in its place.)
+    # Views of a block: draw 0, draw 1, ... (A view that hides only tokens behind eos has no targets, and gets
+    # no number. The next view of its block then counts as that draw.)
     mask = targets.rollout_index * DRAWS + (targets.view - 1) % DRAWS
     weight = 1 / targets.masked_share
     d = sum_by(mask, (logp - targets.logp_old) * weight) / sum_by(mask, weight)
@@ -306,11 +306,10 @@ def linear_bound(logp, targets, num_responses, clip_eps):
 def sandwiched(logp, targets, num_responses):
     """--loss: A times a lower bound of log p where A > 0, and times an upper one where A < 0 (SPG).
 
-    The lower bound is the ELBO per token. For the upper bound, each token that was hidden has a number M. It
-    is the mean of p^beta / t over the masks, where beta is 1.5, and a mask that leaves the token in sight
-    counts as 0. The upper bound is the mean of (1/beta) log M over these tokens. The upper bound is averaged
-    with the lower one, as in the authors' code. Here all responses weigh the same. In that code they weigh by
-    length.
+    The lower bound is the ELBO per token. The upper bound is the mean of (1/beta) log M over the tokens that
+    were hidden at least once, with beta = 1.5. M is the mean of a token's p^beta / t over all masks. A mask
+    that leaves the token in sight counts as 0. The upper bound is averaged with the lower one, as in the
+    authors' code. Here all responses weigh the same. In that code they weigh by length.
     """
     response = targets.rollout_index
     beta = 1.5

@@ -18,10 +18,10 @@ TOKEN = r"\\boxed\{|<\w+>|[\s\S]"  # how the tiny tokenizer cuts a text
 def columns(problem, text, tokens, rollout):
     """--reward: a list with a number for each token, for --advantage value.
 
-    A return adds up the MEAN reward of each trace step, here one denoising step. So all tokens of the step
-    that completes a part get what this part earns. (With a larger --shrink a trace step also holds tokens of
-    other denoising steps. If these get 0, its mean is smaller. The reward in the log is a sum over tokens, so
-    it may exceed 1.)
+    A return is a sum over trace steps (here denoising steps). Each step adds the MEAN reward of its tokens.
+    This mean is to be what a part earns, so all tokens of the step that completes the part get it. (With a
+    larger --shrink a trace step also holds tokens of other denoising steps. If these get 0, its mean is
+    smaller. The reward in the log is a sum over tokens, so it may exceed 1.)
     """
     a, b = map(int, re.findall(r"\d+", problem.problem))
     right = work_out(a, b, 0.0, random.Random(0)).split(";")  # four parts, by a pupil who never slips

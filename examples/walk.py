@@ -6,8 +6,9 @@ The tiny model in assets/ answers 894+396= eight times. Sections 1 to 5 follow t
 decoded, and how its trace becomes a training row. Sections 6 to 8 take all eight from their rewards to one
 update. Read this file beside its output, or step through it in a debugger: python -m pdb examples/walk.py
 
-The words are those of the glossary in rollout.py. All numbers come from the definitions in the six files, as
-with --plain. Left out is what tracerl.py adds: many prompts, several processes, and further RL steps.
+The words are those of the glossary in rollout.py. All numbers come from the plain functions in the six files,
+and not from their fast twins in plumbing/. Left out is what tracerl.py adds: many prompts, several processes,
+and further RL steps.
 
 These are the sections. `head` prints the text of each: title, what you see, and the names of the columns.
 
@@ -150,9 +151,9 @@ def main():
     # sight, but they are not trained.
     lengths = torch.tensor([r.num_tokens for r in rollouts])  # (G,)
     logp = torch.cat([logp[:length] for logp, length in zip(replayed, lengths)])  # (N,)
-    # tracerl.py adds up the same loss over micro-batches. Of the targets, the loss reads only logp_old and
-    # advantage. The policy has not moved yet, so its log-probabilities are the old ones. Every token has the
-    # advantage of its response.
+    # tracerl.py adds up the same loss over micro-batches. There `targets` is a record of many fields. The
+    # loss reads only two of them, logp_old and advantage. The policy has not moved yet, so its
+    # log-probabilities are the old ones. Every token has the advantage of its response.
     targets = SimpleNamespace(logp_old=logp.detach(), advantage=advantages.repeat_interleave(lengths))
     loss = policy_loss(logp, targets, num_tokens=len(logp))
     loss.backward()
@@ -163,9 +164,9 @@ def main():
     print(f"    {len(logp)} trained tokens, loss {loss:.1e}, length of the gradient {norm:.3f}")
 
     head(8)
-    # 4 + 6 = 10, carry 1: the third token of a response is this first carry. 9 + 9 + 1 = 19, carry 1: the
-    # seventh token is the second one. A response that forgets a carry has 0 there. The one with seed
-    # 19 forgets only the first carry.
+    # The first carry (of 4 + 6 = 10) is the third token of a response, and the second carry (of 9 + 9 + 1 =
+    # 19) is the seventh. A response that forgets a carry has 0 there. The one with seed 19 forgets only the
+    # first carry.
     for r, reward, old, new in zip(rollouts, rewards, replayed, rollout.replay(model, rollouts)):
         before = old[:r.num_tokens].sum()
         after = new[:r.num_tokens].sum()

@@ -122,7 +122,7 @@ def check(model, path, compute, temperature):
         gap_here = found[position % config.block_size == place].abs().mean()
         print(f"  tokens at position {place} of a block: {gap_here:.1e}")
     if is_rounding(model, found):
-        print("The traces replay.")
+        print("The replay agrees with what was recorded.")
         return gap
     tries = {}  # cause -> arguments of `differences`
     if not config.is_full:  # with full attention there are no blocks to cut

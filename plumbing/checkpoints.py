@@ -56,7 +56,7 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
         parallel.say(f"config.json names no block size. K = {config.block_size} is that of the checkpoint's "
                      "name, or else the usual one of its family. A wrong K gives no error, but with block "
                      "attention little is learnt: see --block_size")
-    # Qwen3 names its padding token in this file only.
+    # Qwen3 names its padding token in generation_config.json only.
     generation_path = os.path.join(path, "generation_config.json")
     generation = read_json(generation_path) if os.path.isfile(generation_path) else {}
     if source.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
@@ -148,7 +148,7 @@ def load_weights(model, folder, dtype=None, device=None):
 def stored_tensors(reader, folder):
     """What the files of a folder hold: name -> its size, its dtype (in .properties) and its pieces (.chunks).
 
-    FileNotFoundError if there is no file. ValueError for a damaged file, by its name.
+    FileNotFoundError if there is no file. ValueError that names a damaged file.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:

@@ -243,7 +243,7 @@ class Decoder:
         places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
         slot = places // K  # (N,) the slot of each mask
         draws = rollout.uniform(seed[slot], step[slot], columns.flatten()[places])
-        # Puts numbers of the masks (N,) back into blocks (B, K). Elsewhere they are 0.
+        # Puts what was computed for masks only (N,) back to their places in the blocks (B, K). All else is 0.
         to_blocks = lambda x: x.new_zeros(B * K).scatter(0, places, x).view_as(is_masked)
         token, confidence, logp, entropy = map(to_blocks, self.draw(h.flatten(0, 1)[places], draws))
         is_kept = self.decoding.reveal(confidence, entropy, is_masked, quota, token, step_in_block)  # (B, K)
@@ -437,7 +437,8 @@ class Captured:
     RECORD_AT is recorded, and from then on the graph runs.
 
     Graphs are kept for one call of `generate` only. A graph reads fixed addresses, but FSDP2 gathers the
-    whole weights to new addresses in each RL step. And the update needs the memory of the cache.
+    whole weights to new addresses in each RL step. A graph that is kept would also keep the KV cache, whose
+    memory the update needs.
     """
 
     def __init__(self, denoise, num_slots, block_size, length, reach):
@@ -523,7 +524,10 @@ def logprobs(model, states, tokens, temperature=1.0):
 
 
 def fast(device, max_tokens=4096, slots=None, cache="none"):
-    """All twins, as a rollout.Compute. On a GPU rows are packed: FlexAttention skips other rows."""
+    """All twins, as a rollout.Compute.
+
+    On a GPU rows are packed. That costs nothing, since FlexAttention skips tiles between different rows.
+    """
     return rollout.Compute(functools.partial(generate, slots=slots, cache=cache), attend, logprobs,
                            is_packed=device.type == "cuda", max_tokens=max_tokens)
 

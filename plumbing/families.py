@@ -17,8 +17,8 @@ from model import ModelConfig
 # The families.
 
 
-# The name of a module here -> its name in the files. Names of a layer's modules follow the name for `layers`
-# and the layer's number: model.layers.3.mlp.up_proj.
+# The name of a module here -> its name in the files. There the name of a layer's module begins with that of
+# `layers` and the number of the layer, for example model.layers.3.mlp.up_proj.
 QWEN_NAMES = dict(
     embed="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head",
     attention_norm="input_layernorm", mlp_norm="post_attention_layernorm",

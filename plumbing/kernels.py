@@ -3,7 +3,7 @@
 This file imports nothing of the project. plumbing/engine.py uses its functions in place of the definitions.
   masked_attention   twin of model.attention, with masks in three forms
   CacheReader        twin of model.KVCache.read for many sequences; it avoids copies of keys where it can
-  chunked_logprobs   twin of model.token_logprobs, which never holds all logits at once
+  chunked_logprobs   twin of model.token_logprobs; it never holds all logits at once
 """
 
 import functools
@@ -34,8 +34,9 @@ def compiled(function):
     """Compiles a function with torch.compile, anew for each length of row.
 
     There are few lengths, but more than the number of compilations that torch allows by default. So the limit
-    is raised to 128. Beyond it torch would silently run the function uncompiled. All scores of a long row
-    would then be computed, and would not fit into memory, so going beyond is made an error. The limit is set
+    is raised to 128. Beyond it torch would silently run the function uncompiled. Uncompiled FlexAttention
+    holds the scores of all pairs of tokens of a row, which do not fit into memory. So going beyond the limit
+    is made an error. The limit is set
     at every call, because each thread has its own, and a backward pass runs in another thread.
     """
     config = torch._dynamo.config
@@ -65,13 +66,16 @@ def tiles(mask, size=128):
 
 
 def flex_mask(rule, layout):
-    """A mask for FlexAttention. It stores only which tiles of 128 x 128 hold a pair that may attend.
+    """A mask for FlexAttention. It stores which tiles of 128 x 128 are needed.
+
+    A tile of 128 queries and 128 keys is needed if one of the queries may see one of the keys.
 
     rule: a function of two layouts (named tuples of numbers) that gives bool. layout: such a tuple of (B, T)
     tensors. On a GPU the making of the mask is compiled, too. Uncompiled it would need gigabytes for a row of
     16,384 tokens.
     """
-    # The rule does not look at the position, the first field. The place in the row stands there instead.
+    # The rule does not read the first field of a layout, the position. `at` fills it with the place in the
+    # row, just to have a number there.
     _, *numbers = layout
     at = lambda row, place: type(layout)(place, *(number[row, place] for number in numbers))
     may_see = lambda row, head, i, j: rule(at(row, i), at(row, j))
@@ -129,9 +133,9 @@ class CacheReader:
 
     For the other rows there are three ways:
       1. flash-attn finds the keys of each row by itself;
-      2. on a GPU without flash-attn, torch's attention gets one line of queries for each slot. In it, the
-         queries of the block that the slot decodes take turns with those of its commit. If the slot commits
-         nothing, they take turns with zeros, whose results are dropped;
+      2. on a GPU without flash-attn, for commits: torch's attention gets one line of queries for each slot.
+         The line alternates: a query of the block that the slot decodes, a query of the slot's commit, and so
+         on. If the slot commits nothing, zeros stand in their place, and the results are dropped;
       3. otherwise the keys of their slots are copied.
     The second way, drawn:
 
@@ -155,7 +159,7 @@ class CacheReader:
             self.line = slots[num_in_place:].clamp(max=num_in_place)  # (M,) of the commits
             pairs = F.pad(end[:num_in_place, None].expand(-1, 2), (0, 0, 0, 1))  # (lines + 1, 2)
             pairs[self.line, 1] = end[num_in_place:]
-            # (lines, 2 num_queries): the ends of the slot and of its commit, by turns
+            # (lines, 2 num_queries): the end of the slot, that of its commit, and so on
             end = pairs[:num_in_place].repeat(1, num_queries)
         is_seen = torch.arange(longest, device=end.device) < end[..., None]
         # (rows, 1, 1, longest), or (lines, 1, 2 num_queries, longest)

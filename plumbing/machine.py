@@ -1,4 +1,4 @@
-"""plumbing/machine.py - flags about the machine, definitions or twins, loading of models."""
+"""plumbing/machine.py - flags about the machine, choice of definitions or twins, loading of models."""
 
 import dataclasses
 import os
@@ -157,7 +157,7 @@ def load_to_train(path, args, make_value=None):
     model = checkpoints.empty_model(config)
     if not is_tiny(args.model):
         args.tokens_per_micro_batch = memory.plan(model, args, 1 if make_value is None else 2)
-    for layer in model.layers:  # the value model copies them
+    for layer in model.layers:  # before the value model is made: it copies them
         layer.has_gradient_checkpointing = args.gradient_checkpointing
     if args.lora_rank:
         checkpoints.load_weights(model, folder, dtype)

@@ -61,9 +61,8 @@ def fit_slots(asked, number, per_slot, config, device):
     The results are the same, so this is printed, and is no error. ValueError if not even one fits.
     """
     wanted = min(asked or number, number)
-    # The sampler works on a part of all logits at a time: on at most `most_logits` of them, but at least on
-    # those of one position. In all there are the logits of one block for each slot. It holds about six
-    # float32 copies of the part.
+    # Each slot needs the logits of one block. The sampler computes them in parts: at most `most_logits` at a
+    # time, but at least those of one position. Of one part it holds about six float32 copies.
     at_once = min(max(most_logits(device), config.vocab_size), wanted * config.block_size * config.vocab_size)
     logits = at_once * 4 * 6
     if device.type == "cuda":

@@ -7,7 +7,7 @@ same numbers for every target.
 
 import itertools
 
-from model import Row, fill, pad
+from model import Row, fill_rows, pad
 from plumbing import parallel
 
 
@@ -21,7 +21,7 @@ def pack(rows, pad_id, device, multiple):
     """
     *starts, total = itertools.accumulate((len(row.tokens) for row in rows), initial=0)
     size = max(multiple, 1 << max(0, (total - 1).bit_length() - 3))
-    return fill(rows, starts, (1, -(-total // size) * size), pad_id, device)
+    return fill_rows(rows, starts, (1, -(-total // size) * size), pad_id, device)
 
 
 def micro_batches(units, compute, model):

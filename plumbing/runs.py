@@ -48,7 +48,7 @@ class RunSettings:
 
 
 def parse(parser, groups, argv):
-    """The flags of a training run. With --resume their defaults are the settings with which the run began.
+    """The flags of a training run. With --resume their defaults are the settings of the run's last command.
 
     So only a flag that is to change must be given again.
     """
@@ -109,7 +109,10 @@ TAKEN = Counter()  # name -> seconds, which are added up, or gibibytes, of which
 
 @contextmanager
 def timed(name):
-    """A decorator: measures how long a function runs, and adds it to TAKEN[name]; name: "..._seconds"."""
+    """Used as a decorator: measures how long a function runs, and adds it to TAKEN[name].
+
+    name: it ends in _seconds.
+    """
     started = time.perf_counter()
     has_gpu = torch.cuda.is_initialized()
     if has_gpu:
@@ -188,8 +191,9 @@ def weight_mark(model):
 class Run:
     """The folder runs/<name>/ while a command works in it. To be used in a `with`.
 
-    Only the first process writes. resume: goes on with the run in the folder. Without it, a folder that holds
-    a run is an error. groups: the settings classes, which say what a resumed run may change.
+    Only the first process writes (of train_state/ each process writes its part). resume: goes on with the run
+    in the folder. Without it, a folder that holds a run is an error. groups: the settings classes, which say
+    what a resumed run may change.
     """
 
     def __init__(self, name, settings, resume=False, groups=None, log="metrics.jsonl"):
@@ -197,7 +201,7 @@ class Run:
         self.path = os.path.join(self.folder, log)
         self.settings = dict(settings)
         self.is_writer = parallel.is_first()
-        self.progress = dict(step=0)  # beside weights and moments, all that a checkpoint must hold
+        self.progress = dict(step=0)  # what a checkpoint holds besides weights and moments
         self.tokenizer = None  # saved with every checkpoint
         self.wandb = None  # a run of Weights & Biases, once `begin` has started it
         self.lock = filelock.FileLock(os.path.join(self.folder, "lock"))
@@ -289,7 +293,7 @@ class Run:
             if len(learners) > 1 and learners[1] is not None:
                 save_weights(learners[1].model, os.path.join(partial, "value"), self.save_dtype())
             state_folder = os.path.join(partial, "train_state")
-            with warnings.catch_warnings():  # torch warns a single process that it is one
+            with warnings.catch_warnings():  # torch warns if there is only one process
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.save(train_state(learners), checkpoint_id=state_folder, no_dist=not dist.is_initialized())
             if self.is_writer:

@@ -31,8 +31,8 @@ def own_sums(parts, num_tokens, clip_eps):
     log_ratio = logp - logp_old
     ratio = log_ratio.clamp(-10, 10).exp()
     is_clipped = (ratio - 1).abs() > clip_eps
-    # The loss was divided by the tokens of this update. step_numbers divides all numbers by the tokens of the
-    # RL step, so the first division is undone here.
+    # step_numbers divides sums by the tokens of the RL step. The loss was divided beforehand, usually by the
+    # tokens of this update. So it is multiplied by them here.
     loss = float(torch.stack(losses).double().sum()) * num_tokens
     return dict(loss=loss, kl=float((ratio - 1 - log_ratio).sum()), clip_fraction=int(is_clipped.sum()),
                 entropy=float(entropy.sum()), ratio_max=float(ratio.max()) if len(ratio) else 0.0,
@@ -141,10 +141,11 @@ def write_trace(run, rollouts, config, tokenizer):
 
 
 def write_page(pairs, block_size, tokenizer, path, step=0):
-    """Writes one self-contained page, on which the responses of each list stand side by side.
+    """Writes one self-contained page.
 
-    Tokens are coloured by the denoising step that revealed them. block_size: where to draw borders (0:
-    nowhere). step: the RL step, for the title.
+    pairs: lists of Rollouts. Those of one list stand side by side on the page. Tokens are coloured by the
+    denoising step that revealed them. block_size: where to draw borders (0: nowhere). step: the RL step, for
+    the title.
     """
     shown = [[page_data(r, block_size, tokenizer) for r in pair] for pair in pairs]
     with open(PAGE, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""plumbing/tiny.py - makes the tiny model for the embedded tasks: a checkpoint like any other, only small."""
+"""plumbing/tiny.py - makes the tiny model for arithmetic and Sudoku: a small checkpoint like any other."""
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -13,7 +13,7 @@ def tiny_tokenizer():
     """A Hugging Face tokenizer: one token per character of the embedded tasks, and one for \\boxed{.
 
     Its chat template keeps only the first line of a message. So it drops the --instruction, which stands in a
-    line of its own behind the problem. Its words would be unknown to a model of 18 tokens.
+    line of its own behind the problem. The words of the instruction would be unknown to a model of 18 tokens.
     """
     # 18 tokens: 3 special ones, 10 digits, + = ; and what an answer is boxed with.
     words = ["<pad>", "<eos>", "<mask>", *"0123456789", "+", "=", ";", "\\boxed{", "}"]

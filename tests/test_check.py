@@ -31,7 +31,7 @@ def recorded_with(model, rollouts, **mistake):
 
 
 @pytest.mark.parametrize("mistake, text", [
-    (dict(), "The traces replay."),
+    (dict(), "The replay agrees"),
     (dict(is_cut_at_response=True), "Cause: blocks were cut at the start of the response"),
     (dict(is_cut_at_eos=True), "Cause: the last block was cut at eos"),
     (dict(block_size=2), "Cause: blocks were of size 2, not 4 (--block_size 2)"),

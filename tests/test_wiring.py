@@ -269,7 +269,7 @@ def test_a_trace_with_full_attention_replays_on_its_canvas_at_its_temperature(tm
     rows = [{name: getattr(r, name) for name in names} for r in rollouts]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     check.check(model, str(tmp_path / "t.jsonl"), PLAIN, 0.7)
-    assert "The traces replay." in capsys.readouterr().out
+    assert "The replay agrees" in capsys.readouterr().out
 
 
 def test_sft_goes_on_only_with_the_same_examples(folder):

@@ -40,7 +40,10 @@ def in_base(text):
 
 
 def read(text):
-    """The trees of an answer's items: of 1 \\pm x two, of {1,2} two, of (p,q) = (3,2) p = 3 and q = 2."""
+    """The trees of an answer's parts. `1 \\pm x` and `{1,2}` give two each.
+
+    `(p,q) = (3,2)` gives the tree of `p = 3` and that of `q = 2`.
+    """
     if re.search(r"\\pm[^,]*\\pm|\(.*\\pm.*\\pm", text):
         raise ValueError("a \\pm b \\pm c: these may be two values or four")
     if "\\pm" not in text:
@@ -64,8 +67,8 @@ def parts_of(tree):
 def is_same_list(answers, golds):
     """Whether the parts of two lists can be put in pairs of equals."""
     if len(answers) != len(golds) or len(golds) > 1:
-        # Names that only one side has are left out: x=1, x=2 is the list 1, 2. If the names differ, the
-        # values are a tuple in the order of the names: y=-4, x=3 is (3,-4).
+        # If only one of the two has names, they are left out. With one name, the values are a list: x=1, x=2
+        # is 1, 2. With several names, they are a tuple in the order of the names: y=-4, x=3 is (3,-4).
         unnamed = without_names(answers, golds)
         golds = without_names(golds, answers)
         answers = unnamed
@@ -287,7 +290,7 @@ class RealSet:
 
 
 def holds(left, sign, right):
-    """Whether a relation holds, such as left < right. Numbers that only rounding sets apart are equal."""
+    """Whether a relation holds, such as left < right. Numbers that differ only by rounding are equal."""
     if abs(left - right) < abs(right) * 1e-40 + 1e-60:
         return sign in (ast.LtE, ast.GtE, ast.Eq)
     return sign is ast.NotEq or sign in ((ast.Lt, ast.LtE) if left < right else (ast.Gt, ast.GtE))

@@ -62,7 +62,7 @@ def to_python(text):
         kind = token.lastgroup
         symbol = token[0]
         if previous == "function" and kind != "opening":
-            # Without brackets, as in \sin 2x + 1, the argument 2x goes on to the next sign or function.
+            # Without brackets, as in \sin 2x + 1, the argument ends before the next sign or function.
             opened.append(("", len(code), suffix))
             code.append("(")
         ends_argument = kind in ("function", "closing", "middle", "word", "end", "sign") and symbol != "^"
