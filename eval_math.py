@@ -112,12 +112,12 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     Each response is judged once, and all processes share the verdict. If every process judged for
     itself, a time limit might strike on one of them only. Then they would train on different groups.
     """
-    # The grader's checks run in worker processes, and many threads can wait for them at the same time. A
-    # function of the user's may not be safe in threads, so it runs in one.
-    num_threads = grading.Workers.NUMBER if reward is math_reward else 1
     pairs = parallel.deal(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
-    with ThreadPoolExecutor(num_threads) as pool:
-        judged = list(pool.map(lambda pair: judge(*pair, tokenizer, reward), pairs))
+    # The grader's checks run in worker processes, and many threads can wait for them at the same time. A
+    # function of the user's runs in the main thread: it may not be safe in others, and may want signals.
+    with ThreadPoolExecutor(grading.Workers.NUMBER) as pool:
+        apply = pool.map if reward is math_reward else map
+        judged = list(apply(lambda pair: judge(*pair, tokenizer, reward), pairs))
     for r, (sequence_reward, token_rewards) in zip(rollouts, parallel.gather(judged)):
         r.reward = sequence_reward
         r.token_rewards = token_rewards
@@ -305,8 +305,8 @@ class Evaluation:
     data: str = setting("arithmetic-test", f"{', '.join(data.HUB)}, sudoku-test, a file, or a hub id")
     limit: int = setting(None, "ask only this number of problems, the first ones; None: all", low=1)
     n: int = setting(1, "responses per problem; a later call may raise it", low=1, may_change=True)
-    strategy: str = setting(("static", "dynamic"), "how to decode: any --strategy of tracerl.py, or greedy",
-                            number="+")
+    strategy: str = setting(("static", "dynamic"), "how to decode: any --strategy of tracerl.py, or greedy "
+                            "(dynamic at temperature 0)", number="+")
     seed: int = setting(0, "random seed of the responses")
     name: str = setting(None, "folder under runs/. To go on, repeat name and flags", may_change=True)
     grade: str = setting(None, "grade this file instead: JSON lines with gold and response")

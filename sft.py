@@ -124,7 +124,7 @@ def train_step(learner, examples, views, is_weighted, compute):
     parts, num_masked = packing.dealt_batches(built, compute, model)
     # One number for the whole update, counted over all processes before any forward. A mean per micro-batch
     # would make the gradient depend on how the batch was cut.
-    normalizer = sum(len(r.response) for r in examples) if is_weighted else num_masked
+    normalizer = sum(len(r.response) for r in examples) if is_weighted else max(num_masked, 1)
     total = torch.zeros((), device=model.device)
     for part in parts:
         # One forward of [clean text | view | view | ...], and log-probabilities of the masked tokens: (n,).
@@ -158,8 +158,9 @@ class Recipe:
     eval_every: int = setting(100, "updates between evaluations on --dev_data", low=1, may_change=True)
 
     def __post_init__(self):
-        """ValueError for numbers out of range, and for --weighted with views of the trace."""
+        """ValueError for numbers out of range, an unknown --views, and --weighted with views of the trace."""
         flags.check(type(self), self)
+        self.function = flags.load_function(self.views, VIEWS, "--views")
         if self.weighted and self.views == "trace":
             raise ValueError("--weighted needs random views: in a trace all tokens count once anyhow")
 
@@ -193,7 +194,6 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
     Order and masks follow from the step, the learning rate from the step and `decay_start`. So a run resumes
     from any checkpoint.
     """
-    views = flags.load_function(recipe.views, VIEWS, "--views")
     end = max(1, recipe.steps - recipe.cooldown)  # the rate begins to fall here at the latest
     for number in run.steps(recipe.steps, "sft"):  # 1, 2, ..., or from where a resumed run stands
         step = number - 1  # counted from 0, as draw_batch and learning_rate do
@@ -205,7 +205,7 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
         parallel.set_learning_rate(learner.optimizer, lr)
         batch = draw_batch(examples, step, recipe)
         # The same batch on every process. `train_step` deals it out.
-        loss, norm = train_step(learner, batch, views, recipe.weighted, compute)
+        loss, norm = train_step(learner, batch, recipe.function, recipe.weighted, compute)
         line = dict(step=number, loss=loss, gradient_norm=norm, lr=lr)  # one line of metrics.jsonl
         if evaluate_dev is not None and number % recipe.eval_every == 0:
             # Accuracy by decoding, not the loss: a loss can still fall when the answers are already right.
@@ -290,7 +290,7 @@ def main(argv=None):
     machine.start(args)
     with runs.Run(args.name, vars(args), args.resume, GROUPS) as run:
         if args.model is None:  # random weights: the tiny model is made from nothing
-            model, tokenizer = tiny.new_model(args.seed, args.block_size or 4, args.attention or "block")
+            model, tokenizer = tiny.new_model(args)
         else:
             model, _, tokenizer = machine.load_to_train(args.model, args)
         run.tokenizer = tokenizer

@@ -102,8 +102,9 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     fit together, they are spread over several micro-batches. targets is a model.Targets: it also holds step,
     view, group, rollout_index, logp, ...
     """
-    log_ratio = logp - targets.logp_old  # (n,)
-    ratio = log_ratio.clamp(-10, 10).exp()  # a ratio of e^10 is a collapse; it must not become inf
+    # (n,) A ratio of e^10 is a collapse. Beyond it the loss is constant, and no ratio becomes inf.
+    log_ratio = (logp - targets.logp_old).clamp(max=10)
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # with eps .2: between .8 and 1.2
     # The smaller of the two. Once a ratio has left the range in the direction that its advantage asks for,
     # the gain is constant and its gradient 0. In the other direction a mistake may still be undone.
@@ -460,8 +461,8 @@ class Choice:
     train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")
     dev_data: str = setting(None, "problems for --eval_every; arithmetic and sudoku have their own")
     eval_data: str = setting(None, "test problems, before and after. Arithmetic and sudoku have their own")
-    eval_limit: int = setting(200, "how many test problems; None: all", tiny=None, low=1)
-    eval_strategies: str = setting(None, "how test problems are decoded: strategies, or greedy. None: "
+    eval_limit: int = setting(200, "how many test problems; 0: all", tiny=0, low=0)
+    eval_strategies: str = setting(None, "how test problems are decoded; greedy is --strategy at T = 0. None: "
                                    "--strategy; tiny model: also dynamic, static, greedy", number="+")
     name: str = setting("tracerl", "name of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if right and not truncated, else 0; or file.py:function")
@@ -534,7 +535,7 @@ def main(argv=None):
         load = functools.partial(
             load_prompts, tokenizer=tokenizer, prompting=prompting, needs_answer=args.reward == "math")
         examinee = Examinee(model, tokenizer, decoding, method.compute, method.reward)
-        test = load(args.eval_data)[:args.eval_limit]
+        test = load(args.eval_data)[:args.eval_limit or None]
         dev = load(args.dev_data) if args.dev_data and args.eval_every else None
         task = Task(tokenizer, load(args.train_data), dev, examinee)
         # Before and after training: the same problems, and the same draws.

@@ -116,8 +116,8 @@ def padded(rollouts, config, *how, **more):
 
     The authors' code for LLaDA pads prompts on the left, and hides the padding from no token. The sampler of
     that code pads prompts, too. But its batches differ from those in training, so a prompt gets another
-    number of padding tokens. Here the sampler pads nothing. Tokens of every block have a gap, also those of the
-    first. Most gaps are negative.
+    number of padding tokens. Here the sampler pads nothing. Tokens of every block have a gap, also those of
+    the first. Most gaps are negative.
     """
     number = max(16, config.block_size)  # whole blocks for K = 4, 16 and 32: blocks are cut where they were
     longer = [dataclasses.replace(r, prompt=[config.pad_id] * number + r.prompt) for r in rollouts]

@@ -70,8 +70,8 @@ def paper_weights(logp, targets, num_responses, clip_eps, kl_coef):
     tokens stand in one row. So no micro-batch cuts a step in two, and this is exact.
     """
     step = targets.rollout_index * (targets.view.max() + 1) + targets.view  # one number for each trace step
-    log_ratio = logp - targets.logp_old
-    ratio = log_ratio.clamp(-10, 10).exp()
+    log_ratio = (logp - targets.logp_old).clamp(max=10)
+    ratio = log_ratio.exp()
     k3 = ratio - 1 - log_ratio
     loss = kl_coef * k3 - gain(ratio, targets.advantage, 1 - clip_eps, 1 + clip_eps)
     return mean_by(step, loss).sum() / num_responses
@@ -157,7 +157,9 @@ def centered(rewards):
 
 def minus_step_mean(rewards):
     """--advantage: the reward minus the mean over all responses of the RL step."""
-    return rewards - rewards.mean()
+    mean = rewards.mean()
+    A = rewards - mean
+    return A.masked_fill(A.abs() < 1e-6 * (1 + mean.abs()), 0)  # see centered
 
 
 def raw(rewards):

@@ -51,13 +51,13 @@ def with_reference(rewards, rollouts):
     them. (trace.html then shows them as `value`.)
     """
     for r, logp in zip(rollouts, reference_logp(rollouts)):
-        r.value_old = logp
+        r.value_old = [min(x, -1e-9) for x in logp]  # below 0, also where the reference is quite sure
     return group_advantages(rewards)
 
 
 def loss(logp, targets, num_tokens, clip_eps, kl_coef):
     """--loss: the usual one, and BETA KL(policy || reference), as GRPO estimates it."""
-    if len(logp) and not (targets.value_old < 0).any() or (targets.value_old > 0).any():
+    if (targets.value_old >= 0).any():
         raise ValueError("this loss needs --advantage examples/frozen_reference.py:with_reference")
     # log(p_reference / p_policy). Above 10 the term is constant, and its gradient 0.
     log_ratio = (targets.value_old - logp).clamp(max=10)

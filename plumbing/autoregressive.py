@@ -12,10 +12,10 @@ from plumbing.families import as_list
 from rollout import Rollout
 
 
-def load(path):
+def load(path, dtype):
     """Loads an autoregressive checkpoint, for `generate` below -> model, tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     settings = model.generation_config
     ids = [*as_list(settings.eos_token_id), tokenizer.eos_token_id]
     settings.eos_token_id = sorted({token for token in ids if token is not None})

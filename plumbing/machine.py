@@ -80,10 +80,12 @@ def start(args):
 def choose_compute(settings, model):
     """The rollout.Compute of a run: the definitions with --plain, else their fast twins."""
     tokens = getattr(settings, "tokens_per_micro_batch", None) or 4096
+    cache = getattr(settings, "cache", "none")
+    if settings.plain and cache != "none":
+        raise ValueError(f"the definitions know no --cache {cache}: leave out --plain or --cache")
     if settings.plain:
         return rollout.PLAIN._replace(max_tokens=tokens)
     engine.compile_small_functions(model)
-    cache = getattr(settings, "cache", "none")
     if model.device.type == "cuda" or cache != "none":
         say_backend(model, cache)
     return engine.fast(model.device, tokens, settings.slots, cache)
@@ -133,7 +135,7 @@ def load_to_answer(args):
     """Loads a model that answers problems -> model, tokenizer, rollout.Compute. With --ar: left to right."""
     parallel.start_processes(args.device, is_tiny=args.ar is None and is_tiny(args.model))
     if args.ar:
-        model, tokenizer = autoregressive.load(args.ar)
+        model, tokenizer = autoregressive.load(args.ar, getattr(torch, args.dtype))
         return model, tokenizer, rollout.PLAIN._replace(generate=autoregressive.generate)
     model, tokenizer = checkpoints.load_model(args.model or start_of(args.attention), args.block_size,
                                               getattr(torch, args.dtype), attention=args.attention)

@@ -276,16 +276,16 @@ def optimizer_step(learner, max_grad_norm=1.0):
     """Clips the gradient and moves the weights -> the norm before clipping, and 1 if the update was skipped.
 
     The norm is that over all processes. If it is not finite, every process skips the update. RuntimeError
-    after MAX_SKIPPED such updates in a row.
+    after MAX_SKIPPED such updates in a row. If it is 0, there was nothing to learn, and the weights stay.
     """
     model, optimizer = learner
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     is_finite = bool(norm.isfinite())
     optimizer.num_skipped = 0 if is_finite else getattr(optimizer, "num_skipped", 0) + 1
-    if is_finite:
+    if norm > 0 and is_finite:
         optimizer.step()
-    else:
+    if not is_finite:
         say(f"the gradient norm is {float(norm)}: update skipped ({optimizer.num_skipped} in a row)")
     optimizer.zero_grad(set_to_none=True)
     if optimizer.num_skipped >= MAX_SKIPPED:

@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import filelock
 import torch
@@ -188,6 +189,17 @@ def weight_mark(model):
     return mark([f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in model.parameters()])
 
 
+def plugin_marks(settings):
+    """A mark of each file that a setting names as file.py:function. If its text changes, the mark does, too.
+
+    So a run does not go on with other functions than those with which it began.
+    """
+    values = [value if isinstance(value, (list, tuple)) else [value] for value in settings.values()]
+    paths = {str(word).rpartition(":")[0] for words in values for word in words}
+    return {f"the text of {path}": mark(Path(path).read_text(encoding="utf-8"))
+            for path in sorted(paths) if path.endswith(".py") and os.path.isfile(path)}
+
+
 class Run:
     """The folder runs/<name>/ while a command works in it. To be used in a `with`.
 
@@ -199,7 +211,7 @@ class Run:
     def __init__(self, name, settings, resume=False, groups=None, log="metrics.jsonl"):
         self.folder = os.path.join("runs", name)
         self.path = os.path.join(self.folder, log)
-        self.settings = dict(settings)
+        self.settings = dict(settings) | plugin_marks(settings)
         self.is_writer = parallel.is_first()
         self.progress = dict(step=0)  # what a checkpoint holds besides weights and moments
         self.tokenizer = None  # saved with every checkpoint

@@ -113,10 +113,11 @@ def print_table(before, after, num_problems):
 
 def print_columns(summary):
     """Prints the numbers of an evaluation: a column per strategy, a line per number."""
-    parallel.say(" " * 20 + "".join(f"{strategy:>16s}" for strategy in summary))
+    width = max(16, *(len(strategy) + 2 for strategy in summary))
+    parallel.say(" " * 20 + "".join(f"{strategy:>{width}s}" for strategy in summary))
     for name in next(iter(summary.values())):
         cells = ["?" if found.get(name) is None else f"{found[name]:.3f}" for found in summary.values()]
-        parallel.say(f"  {name:18s}" + "".join(f"{cell:>16s}" for cell in cells))
+        parallel.say(f"  {name:18s}" + "".join(f"{cell:>{width}s}" for cell in cells))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,9 +28,14 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def new_model(seed, block_size, attention):
-    """A new tiny model on this process's device, and its tokenizer. Several processes: sharded."""
-    model = tiny_model(seed, block_size, attention)
+def new_model(args):
+    """A new tiny model on this process's device, and its tokenizer. Several processes: sharded.
+
+    args: the flags of sft.py. ValueError for flags that only mean something for a checkpoint.
+    """
+    if args.lora_rank or args.gradient_checkpointing or args.dtype != "float32":
+        raise ValueError("--lora_rank, --gradient_checkpointing and --dtype need a checkpoint: give --model")
+    model = tiny_model(args.seed, args.block_size or 4, args.attention or "block")
     model.to(parallel.default_device())
     parallel.shard(model, model.layers)
     return model, tiny_tokenizer()

@@ -194,9 +194,11 @@ def test_beyond_the_clip_there_is_no_gradient_and_k3_is_never_negative():
         parts = [(torch.zeros(()), x[None], torch.zeros(1), torch.zeros(1))]
         assert show.own_sums(parts, 1, 0.2)["kl"] >= 0
         assert policy_loss(x[None], targets, 1).isfinite()
-    far = torch.tensor([-12.0], requires_grad=True)  # the KL pulls back however far the policy has gone
-    policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, kl_coef=1.0).backward()
-    assert far.grad.item() == pytest.approx(-1, abs=1e-3)
+    # The KL pulls back from below however far the policy has gone. From above it never pushes on.
+    for x, slope in ((-12.0, -1), (9.0, torch.tensor(9.0).exp() - 1), (11.0, 0)):
+        far = torch.tensor([x], requires_grad=True)
+        policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, kl_coef=1.0).backward()
+        assert far.grad.item() == pytest.approx(float(slope), rel=1e-3, abs=1e-3)
 
 
 # ------------------------------------------------------------------------------ what a loss of one's own gets

@@ -358,7 +358,7 @@ def test_only_matrices_decay_and_all_parameters_have_the_rate():
     parallel.set_learning_rate(learner.optimizer, 0.1)
     expected = [p.detach() * (0.95 if p.dim() == 2 else 1) for p in model.parameters()]
     sum(0 * p.sum() for p in model.parameters()).backward()
-    parallel.optimizer_step(learner)
+    learner.optimizer.step()
     for p, q in zip(model.parameters(), expected):
         torch.testing.assert_close(p.detach(), q)
     sum(p.sum() for p in model.parameters()).backward()  # a step of AdamW is about as long as its rate
@@ -419,7 +419,7 @@ def test_an_autoregressive_model_is_sampled_as_the_flags_say(tmp_path):
     tiny.tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(dict(  # which flags replace
         eos_token_id=3, do_sample=True, top_k=1, top_p=0.1, temperature=1e-3, repetition_penalty=9.0)))
-    model, _ = autoregressive.load(tmp_path)
+    model, _ = autoregressive.load(tmp_path, torch.float32)
     assert model.generation_config.eos_token_id == [1, 3] and model.generation_config.repetition_penalty == 1
     prompts = random_prompts([5] * 64) * 2
     ask = lambda **how: [r.response for r in autoregressive.generate(
@@ -533,3 +533,53 @@ def test_what_fails_inside_of_torchs_checkpoints_is_named(tmp_path):
     torch.distributed.checkpoint.save(dict(one=torch.ones(2)), checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(ValueError, match="Missing key.*other"):
         parallel.load(dict(other=torch.ones(2)), checkpoint_id=tmp_path)
+
+
+def test_a_run_does_not_go_on_with_other_functions_than_those_it_began_with(folder):
+    Path("mine.py").write_text("def first(is_masked, quota):\n    return is_masked\n")
+    ask = ["--model", str(FIXTURES / "tiny"), "--data=test.jsonl", "--strategy=mine.py:first", "--name=e"]
+    eval_math.main([*ask, "--limit=2"])
+    eval_math.main([*ask, "--limit=2", "--n=2"])
+    Path("mine.py").write_text("def first(is_masked, quota):\n    return is_masked & True\n")
+    with pytest.raises(ValueError, match="the text of mine.py was '.*', is '"):
+        eval_math.main([*ask, "--limit=2", "--n=3"])
+
+
+def test_the_definitions_take_no_approximate_cache(folder):
+    with pytest.raises(ValueError, match="the definitions know no --cache dual"):
+        eval_math.main(["--attention=full", "--data=test.jsonl", "--limit=1", "--plain", "--cache=dual"])
+
+
+def test_a_reward_of_ones_own_may_use_signals():
+    import signal
+    alarm = lambda: float(signal.signal(signal.SIGALRM, signal.SIG_DFL) is not None)
+    r = Rollout([3], [4, 1], 2, [1, 2])
+    eval_math.give_rewards([r], [Problem("", "")], tiny.tiny_tokenizer(), alarm)
+    assert r.reward == 1
+
+
+def test_a_new_tiny_model_takes_no_flags_of_checkpoints(folder):
+    for flag in ("--lora_rank=2", "--gradient_checkpointing", "--dtype=bfloat16"):
+        with pytest.raises(ValueError, match="need a checkpoint: give --model"):
+            sft.main([flag, "--steps=1", "--name=s"])
+    with pytest.raises(ValueError, match="no file 'nofile.py'"):
+        sft.main(["--views=nofile.py:f", "--steps=1", "--name=s"])
+    assert not os.path.exists("runs/s/args.json")
+
+
+def test_an_update_without_a_target_leaves_the_weights():
+    learner = parallel.make_learner(random_model(), 0.1, (0.9, 0.95), weight_decay=0.5)
+    before = flat(learner.model)
+    loss, _ = sft.train_step(learner, examples()[:2], lambda block: [], False, PLAIN)
+    assert loss == 0 and torch.equal(flat(learner.model), before)
+
+
+def test_equal_rewards_teach_nothing_without_a_group_either():
+    from examples import forks
+    assert not forks.minus_step_mean(torch.full((4, 4), 85.3)).any()
+
+
+def test_long_names_of_strategies_stand_apart(capsys):
+    show.print_columns({"examples/strategy.py:falling": dict(accuracy=0.5), "greedy": dict(accuracy=None)})
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["examples/strategy.py:falling", "greedy"] and len(head) == len(line)
