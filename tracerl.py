@@ -462,7 +462,7 @@ class Choice:
     dev_data: str = setting(None, "problems for --eval_every; arithmetic and sudoku have their own")
     eval_data: str = setting(None, "test problems, before and after. Arithmetic and sudoku have their own")
     eval_limit: int = setting(200, "how many test problems; 0: all", tiny=0, low=0)
-    eval_strategies: str = setting(None, "how test problems are decoded; greedy is --strategy at T = 0. None: "
+    eval_strategies: str = setting(None, "how test problems are decoded; greedy: --strategy at T = 0. None: "
                                    "--strategy; tiny model: also dynamic, static, greedy", number="+")
     name: str = setting("tracerl", "name of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if right and not truncated, else 0; or file.py:function")
