@@ -97,11 +97,11 @@ def left_to_right(rollouts, config, views=None, *how, **more):
     """Every token is predicted from the tokens before it, though it was drawn in another order.
 
     This is the log-probability of JustGRPO, whose rollouts do go from left to right. A public run with a
-    block model of 0.6B parameters used it for rollouts in any order. It trained on code, and its reward
-    stayed up, while HumanEval fell from 47.0 to 23.8. (In that run a token saw nothing to its right. Here it
-    still sees masks there. For rows like those of that run, use small_blocks with K = 4: its blocks then hold
-    one token each.) Under left_to_right a token has no gap if it was drawn when just the tokens before it
-    were revealed. The others have gaps of either sign.
+    block model of 0.6B parameters used this log-probability for rollouts in any order. That run trained on
+    code. Its reward stayed up, while HumanEval fell from 47.0 to 23.8. (In that run a token saw nothing to
+    its right. Here it still sees masks there. For rows like those of that run, use small_blocks with K = 4:
+    its blocks then hold one token each.) Under left_to_right a token has no gap if it was drawn when just the
+    tokens before it were revealed. The others have gaps of either sign.
     """
     return build_rows(rollouts, config, prefix_views, *how, **more)
 
@@ -137,10 +137,10 @@ def check_blocks(config):
 def after_filter(prompt, seed, columns, decoding, config):
     """The sampler hands over log-probabilities after top-k and top-p. Training has none of these filters.
 
-    Engines may report such numbers, and trainers take them for the old ones. TRL, verl and ms-swift have
-    issues about this. What a filter keeps becomes more probable, so no gap is positive. With top-p .8 alone
-    none is below log .8 = -.22. Ratios should begin at 1. They begin at the sum of the probabilities that the
-    filter kept.
+    Engines may report such numbers, and trainers use them as old log-probabilities. TRL, verl and ms-swift
+    have issues about this. What a filter keeps becomes more probable, so no gap is positive. With top-p .8
+    alone none is below log .8 = -.22. Ratios should begin at 1. They begin at the sum of the probabilities
+    that the filter kept.
     """
     r = record(prompt, seed, columns, decoding, config)
     r.logp = [math.log(p) for p in r.confidence]  # p: after the filters
@@ -165,7 +165,8 @@ FAULTS = {  # by name: which functions of rollout.py are replaced, and by what
     "padded": dict(build_rows=padded),
 }
 ANY_GAP = ["--max_gap=1e9"]  # nats
-FLAGS = {  # of tracerl.py, for faults that need others than ANY_GAP. The user's own flags come later, and win
+# Flags of tracerl.py for the names that do not take ANY_GAP alone. The user's own flags come later, and win.
+FLAGS = {
     "none": [],  # the replay law is enforced
     "after_filter": [*ANY_GAP, "--top_p=0.8", f"--loss={__file__}:recorded_is_old"],
 }

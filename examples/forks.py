@@ -1,7 +1,7 @@
 """examples/forks.py - published variants of the method, each as a function: examples to copy.
 
 Every function declares the arguments that it needs, and is given them by name. The docstrings marked FORK
-HERE in tracerl.py, rollout.py and eval_math.py list them. Below are the flags of each variant.
+HERE in tracerl.py, rollout.py and eval_math.py list all that there are. Below are the flags of each variant.
 F stands for examples/forks.py.
 
     TraceRL as the paper weighs it      --loss F:paper_weights
@@ -245,12 +245,12 @@ def as_many_random(rollout, block, rng):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Losses on a lower bound of the response's log-likelihood, the ELBO. Here a mask is a random set of tokens of
-# a block, which are hidden together, and t is the hidden fraction of the block. The ELBO is the expected sum
-# of log p / t over the hidden tokens. The fewer tokens are hidden, the more each of them counts. With one
-# mask for every block, the sum of 1 / t over all hidden tokens is the length of the response. (If the last
-# block holds tokens behind eos, this is true there on average only.) The old and the new policy get the same
-# masks.
+# Losses on a lower bound of the response's log-likelihood, the ELBO. In this section `mask` does not mean the
+# token "?", but a random set of tokens of a block that are hidden together. t is the hidden fraction of the
+# block. The ELBO is the expected sum of log p / t over the hidden tokens. The fewer tokens are hidden, the
+# more each of them counts. With one mask for every block, the sum of 1 / t over all hidden tokens is the
+# length of the response. (If the last block holds tokens behind eos, this is true there on average only.) The
+# old and the new policy get the same masks.
 
 
 def elbo_views(block, rng):
@@ -291,12 +291,12 @@ def linear_bound(logp, targets, num_responses, clip_eps):
 
     The n-th masks of all blocks together give an estimate d_n of (new minus old log-likelihood) / length.
     Where A > 0, exp(mean of d_n) is replaced by the mean of 1 + d_n (the tangent). Where A < 0, it is
-    replaced by the mean of exp(d_n) (Jensen). Both bound the objective from below. So each mask's part could
-    have a micro-batch of its own, and memory would hold one mask at a time, which is the paper's aim. The
-    clip of each part is that of the authors' code.
+    replaced by the mean of exp(d_n) (Jensen). Both bound the objective from below. This bound is a sum over
+    n. So its parts could be computed one after the other, each in a micro-batch of its own. That saves
+    memory, and is the paper's aim. The clip of each part is that of the authors' code.
     """
-    # Views of a block: draw 0, draw 1, ... (A view that hides only tokens behind eos has no targets, and gets
-    # no number. The next view of its block then counts as that draw.)
+    # Views of a block: draw 0, draw 1, ... (A view that hides only tokens behind eos is left out, and has no
+    # view number. Then the next view of its block takes its number, and counts as that draw.)
     mask = targets.rollout_index * DRAWS + (targets.view - 1) % DRAWS
     weight = 1 / targets.masked_share
     d = sum_by(mask, (logp - targets.logp_old) * weight) / sum_by(mask, weight)

@@ -19,9 +19,9 @@ def columns(problem, text, tokens, rollout):
     """--reward: a list with a number for each token, for --advantage value.
 
     A return is a sum over trace steps (here denoising steps). Each step adds the MEAN reward of its tokens.
-    This mean is to be what a part earns, so all tokens of the step that completes the part get it. (With a
-    larger --shrink a trace step also holds tokens of other denoising steps. If these get 0, its mean is
-    smaller. The reward in the log is a sum over tokens, so it may exceed 1.)
+    If a part is to earn a quarter, this mean must be a quarter. So every token of the step that completes the
+    part gets a quarter. (With a larger --shrink a trace step also holds tokens of other denoising steps. If
+    these get 0, its mean is smaller.) In the log, `reward` counts each of these tokens, so it may exceed 1.
     """
     a, b = map(int, re.findall(r"\d+", problem.problem))
     right = work_out(a, b, 0.0, random.Random(0)).split(";")  # four parts, by a pupil who never slips

@@ -23,5 +23,6 @@ def falling(confidence, is_masked, quota, step, threshold, fall=0.1):
     return reveal_dynamic(confidence, is_masked, quota, fallen[:, None])  # (B, 1), for all K positions
 
 
-# The same with another value. Parameters with a default need not be known to tracerl.py.
+# The same with another value. tracerl.py passes only the arguments that it knows. So a parameter of your own
+# needs a default.
 steep = functools.partial(falling, fall=0.3)

@@ -113,8 +113,8 @@ def check(model, path, compute, temperature):
     gap = float(found.abs().mean())
     print(f"{len(rollouts)} traces: replayed and recorded log-probabilities differ by {gap:.1e} on average, "
           f"by up to {found.abs().max():.1e}")
-    # Of every token: its absolute position, and the position behind the last token of its text. With full
-    # attention both are counted from the start of the response, where the first block begins.
+    # For every token: its position, and the position behind the last token of its text. With full attention
+    # both are counted from the start of the response, where the first block begins.
     position, end = torch.tensor([(start + j, start + len(r.response)) for r in rollouts
                                   for start in [0 if config.is_full else len(r.prompt)]
                                   for j in range(len(r.response))]).T

@@ -105,8 +105,8 @@ def load_model(path_or_id, block_size=None, dtype=None, device=None, attention=N
     """Loads a checkpoint folder or hub id -> (BlockDiffusionLM, tokenizer or None).
 
     block_size: K; None is the checkpoint's own. dtype: of the weights in memory; None is the stored one.
-    device: None is parallel.default_device(). attention: see read_config. Raises
-    FileNotFoundError or ValueError that names the missing file, weight, shape, model_type or mask token.
+    device: None is parallel.default_device(). attention: see read_config. Raises FileNotFoundError or
+    ValueError that names the missing file, weight, shape, model_type or mask token.
     """
     path, config, tokenizer = find_checkpoint(path_or_id, block_size, attention)
     model = empty_model(config)
@@ -131,7 +131,8 @@ def load_weights(model, folder, dtype=None, device=None):
     stored = stored_tensors(reader, folder)
     theirs_of = {name: family_name(model.config, name) for name, _ in model.named_parameters()}
     shapes = {theirs_of[name]: p.shape for name, p in model.named_parameters()}
-    # Some tied checkpoints hold the matrix twice, as embedding and as head. A value model reads no head.
+    # The files may hold the policy's head although nobody reads it. A tied checkpoint may store the one
+    # matrix twice, and a value model has no use for the policy's head.
     check_stored(stored, shapes, family_name(model.config, "head.weight"), model.config, folder)
     if next(model.parameters()).is_meta:
         kept = [stored[name].properties.dtype for name in shapes if name in stored]
@@ -232,7 +233,7 @@ def save_config(config, dtype, folder):
     # name silently takes a default.
     changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
                "torch_dtype": dtype, "rope_theta": config.rope_theta, size_name: config.vocab_size}
-    if family.may_choose:  # --attention or the folder's old name may have said it
+    if family.may_choose:  # it may have come from --attention, or from the folder's old name
         changed["attention"] = "full" if config.is_full else "block"
     write_json(os.path.join(folder, "config.json"), config.source | changed)
     write_json(os.path.join(folder, "generation_config.json"),

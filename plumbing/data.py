@@ -182,8 +182,7 @@ def read_answer(cell, place, needs_answer):
 
 
 def find_answer(text):
-    """The answer in a solution's last \\boxed{}. If there is no box, that in its last line (see END), or
-    ""."""
+    """The answer in the last \\boxed{}, or else the one that the last line states (see END), or ""."""
     end = re.search(END, text)
     return (extract_answer(text) or "").strip() or (end[1].strip() if end else "")
 

@@ -107,8 +107,9 @@ class Decoder:
         self.device = model.device
         self.cache_kind = cache
         K = self.config.block_size
-        # CUDA graphs are recorded for a few sizes of batch only, so a batch is filled up to such a size. Idle
-        # slots stand in for sequences, and one spare slot stands in for commits.
+        # CUDA graphs are recorded for a few sizes of batch only, so a batch is filled up to such a size. If
+        # sequences are missing, idle slots are computed in their place. If commits are missing, the one spare
+        # slot is.
         table = (num_slots + 1, length)
         self.token = torch.full(table, self.config.mask_id, device=self.device)
         self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
@@ -167,8 +168,8 @@ class Decoder:
                   if key in first and first[key] != slot]
         if others:
             source, target = to_device(torch.tensor(others), self.device).T
-            # All copies are as long as the longest prompt. Behind a shorter prompt, decoding overwrites the
-            # surplus before it is read.
+            # One call makes all copies, so each is as long as the whole blocks of the longest prompt. What it
+            # copies beyond a shorter prompt is overwritten by decoding before it is read.
             self.cache.copy(source, target, max(map(len, prompts)) // K * K)
 
     def prefill(self, slots, lengths, max_tokens=16384):
@@ -247,8 +248,9 @@ class Decoder:
         to_blocks = lambda x: x.new_zeros(B * K).scatter(0, places, x).view_as(is_masked)
         token, confidence, logp, entropy = map(to_blocks, self.draw(h.flatten(0, 1)[places], draws))
         is_kept = self.decoding.reveal(confidence, entropy, is_masked, quota, token, step_in_block)  # (B, K)
-        # Where a token is kept, the new number is written. Elsewhere the old number is written again. A list
-        # of indices would have a length that only the device knows.
+        # Where a token is kept, the new number is written. Elsewhere the old number is written again. To
+        # write at the kept places only would need a list of indices. The host would have to wait for its
+        # length.
         records = ((self.token, token), (self.confidence, confidence), (self.logp, logp),
                    (self.step_map, step[:, None]), (self.is_masked, torch.zeros_like(is_masked)))
         for table, new in records:
@@ -275,9 +277,9 @@ class Decoder:
     def states(self, columns, commits, longest):
         """One forward -> final states (B, K, C) that predict the tokens at `columns` (B, K) of the slots.
 
-        commits (2, M): slots whose previous block has just become clean, and where that block starts. Its
-        clean tokens are a second row of the same slot. Keys and values of all rows are written first, and
-        then all rows attend. So a commit needs no forward of its own, only K more tokens:
+        commits (2, M): slots whose previous block has just become clean, and where that block starts. The
+        clean tokens of that block are a second row of the same slot. Keys and values of all rows are written
+        first, and then all rows attend. So a commit needs no forward of its own, only K more tokens:
 
             slots    0  block 8..11   0 ? 0 ?   denoising
                      1  block 12..15  ? ? ? ?   denoising, sees the row below: the clean block 8..11
@@ -351,7 +353,7 @@ class Decoder:
             source, target = to_device(torch.tensor([movers, gaps]), self.device)
             for table in self.tables:
                 table[target] = table[source]
-            self.is_masked[n:len(self.lanes)] = False  # an idle slot may fill up a batch
+            self.is_masked[n:len(self.lanes)] = False  # an idle slot may be computed, so it has no masks
             if self.cache is not None:
                 self.cache.copy(source, target, max(self.lanes[slot].end for slot in movers))
         for gap, mover in zip(gaps, movers):
@@ -526,7 +528,7 @@ def logprobs(model, states, tokens, temperature=1.0):
 def fast(device, max_tokens=4096, slots=None, cache="none"):
     """All twins, as a rollout.Compute.
 
-    On a GPU rows are packed. That costs nothing, since FlexAttention skips tiles between different rows.
+    On a GPU rows are packed. FlexAttention skips tiles between different rows, so that costs nothing.
     """
     return rollout.Compute(functools.partial(generate, slots=slots, cache=cache), attend, logprobs,
                            is_packed=device.type == "cuda", max_tokens=max_tokens)

@@ -17,8 +17,8 @@ from model import ModelConfig
 # The families.
 
 
-# The name of a module here -> its name in the files. There the name of a layer's module begins with that of
-# `layers` and the number of the layer, for example model.layers.3.mlp.up_proj.
+# The name of a module here -> its name in the files. Modules of a layer have a prefix there: the name of
+# `layers`, and the number of the layer. Example: up_proj of layer 3 is model.layers.3.mlp.up_proj.
 QWEN_NAMES = dict(
     embed="model.embed_tokens", layers="model.layers", norm="model.norm", head="lm_head",
     attention_norm="input_layernorm", mlp_norm="post_attention_layernorm",
@@ -56,8 +56,8 @@ class Family(NamedTuple):
 # it already.
 # Qwen's embedding is longer than its vocabulary: the first row beyond the vocabulary is free. Llama 3
 # reserves tokens for such purposes. SmolLM2 reserves none, but its vocabulary has special tokens that its
-# training never met. In the model of 135M parameters the rows of eleven such tokens are still equal, so no
-# text with one of them was trained on. `<empty_output>` is one of these.
+# training never met. In the model of 135M parameters, eleven such tokens still have one and the same
+# embedding. Training on a text with one of them would have changed its row. `<empty_output>` is one of these.
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen

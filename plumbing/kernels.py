@@ -36,8 +36,8 @@ def compiled(function):
     There are few lengths, but more than the number of compilations that torch allows by default. So the limit
     is raised to 128. Beyond it torch would silently run the function uncompiled. Uncompiled FlexAttention
     holds the scores of all pairs of tokens of a row, which do not fit into memory. So going beyond the limit
-    is made an error. The limit is set
-    at every call, because each thread has its own, and a backward pass runs in another thread.
+    is made an error. The limit is set at every call, because each thread has its own, and a backward pass
+    runs in another thread.
     """
     config = torch._dynamo.config
     if config.recompile_limit != 128:
@@ -53,8 +53,8 @@ def compiled(function):
 def tiles(mask, size=128):
     """Cuts a dense mask (B, 1, T, T) into tiles of `size` queries, each with the keys that any of them sees.
 
-    -> list of (queries: slice, keys int64 (n,), mask bool (B, 1, size, n)). A view sees the clean text before
-    its block and itself, which is a small part of a long row. Scores of other keys are not computed.
+    -> list of (queries: slice, keys int64 (n,), mask bool (B, 1, size, n)). A view sees itself, and the clean
+    text before its block: a small part of a long row. Scores of other keys are not computed.
     """
     found = []
     for start in range(0, mask.shape[2], size):
@@ -131,12 +131,12 @@ class CacheReader:
     the rows after them are commits: blocks that have just become clean, and are computed once more (see
     plumbing/engine.py). With full attention num_in_place is 0, and no row is read in place.
 
-    For the other rows there are three ways:
-      1. flash-attn finds the keys of each row by itself;
-      2. on a GPU without flash-attn, for commits: torch's attention gets one line of queries for each slot.
-         The line alternates: a query of the block that the slot decodes, a query of the slot's commit, and so
-         on. If the slot commits nothing, zeros stand in their place, and the results are dropped;
-      3. otherwise the keys of their slots are copied.
+    How the keys of the other rows are reached:
+      1. flash-attn, where it is installed, computes all rows, and finds the keys of each by itself.
+      2. On a GPU without flash-attn, a commit is computed together with the row of its slot, since both read
+         the same keys. Their queries alternate in one line: one of the slot's block, one of its commit, and
+         so on. A slot that commits nothing gets zeros as queries of a commit, and their results are dropped.
+      3. Otherwise the keys of their slots are copied.
     The second way, drawn:
 
         rows:     slot 0 (end 12)      slot 1 (end 16)      commit of slot 1 (end 12)
@@ -154,8 +154,8 @@ class CacheReader:
             self.flash = dict(cache_seqlens=end.int(), cache_batch_idx=slots.int(), causal=False)
             return
         if self.has_pairs:
-            # engine.Captured adds dummy commits, of a slot that no sequence uses. They go to one more line
-            # at the end, which is dropped below.
+            # engine.Captured adds dummy commits of the spare slot. `pairs` has one extra line at its end to
+            # take them. That line is dropped before attention is computed.
             self.line = slots[num_in_place:].clamp(max=num_in_place)  # (M,) of the commits
             pairs = F.pad(end[:num_in_place, None].expand(-1, 2), (0, 0, 0, 1))  # (lines + 1, 2)
             pairs[self.line, 1] = end[num_in_place:]

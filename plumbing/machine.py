@@ -72,8 +72,8 @@ def is_tiny(path):
 
 def start(args):
     """Joins the process group, as the flags of a training run ask."""
-    # In bfloat16 a single process needs a group, too: FSDP2 keeps trained weights in float32, see
-    # parallel.shard.
+    # In bfloat16 it is FSDP2 that keeps trained weights in float32 (see parallel.shard), and FSDP2 needs a
+    # process group. So a single process makes a group of one.
     parallel.start_processes(args.device, is_tiny(args.model), needs_group=args.dtype == "bfloat16")
 
 

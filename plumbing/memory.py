@@ -99,8 +99,8 @@ def plan(model, args, num_models):
     kept = config.hidden_size * wide if args.gradient_checkpointing else layer  # until backward
     per_token = 3 * layer + config.num_layers * kept
     # For the head there must be room for three copies of a chunk's logits, and for two copies of the head's
-    # gradient, all in float32. Embedding, head and one gradient come on top, in --dtype: they are not sharded
-    # while layers compute.
+    # gradient, all in float32. On top come the whole embedding, the whole head and the gradient of one of
+    # them, in --dtype: they are not sharded while layers compute.
     head = 3 * 4 * most_logits(device, is_training=True)
     head += config.vocab_size * config.hidden_size * (8 + 3 * wide)
     sizes = dict(weights=own * 4 + (total * wide if args.lora_rank else 0), moments=own * 12, head=head)
@@ -122,7 +122,8 @@ def plan(model, args, num_models):
         raise ValueError(f"training needs {GB(needed)} GiB on each process, and may use 85 percent of the "
                          f"{GB(free)} GiB that are free: try --lora_rank 32, --gradient_checkpointing, a "
                          "smaller --tokens_per_micro_batch, more GPUs, or a smaller model")
-    longest = args.max_prompt_tokens + args.max_new_tokens * (1 + config.block_size)  # one token a step
+    # The longest row: with one token per denoising step, each new token adds itself and a view of K tokens.
+    longest = args.max_prompt_tokens + args.max_new_tokens * (1 + config.block_size)
     has_steps = hasattr(args, "group_size")  # sft.py has one view per block, and not one per step
     if has_steps and not config.is_full and longest * per_token > room:
         parallel.say(f"WARNING: a response of {args.max_new_tokens} tokens, decoded one token a step, makes "

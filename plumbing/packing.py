@@ -16,8 +16,8 @@ def pack(rows, pad_id, device, multiple):
 
     Kernels are compiled anew for each length, so only a few lengths are used. Short ones are multiples of
     `multiple`. Longer ones are a power of two times 5, 6, 7 or 8. If `multiple` is 512, they are 512, 1024,
-    ..., 4096, then 5120, 6144, 7168, 8192, then 10240 and so on. If the rows need more than three multiples,
-    at most a quarter of the row is padding.
+    ..., 4096, then 5120, 6144, 7168, 8192, then 10240 and so on. If all rows together have more than
+    3 * `multiple` tokens, at most a quarter of the packed row is padding.
     """
     *starts, total = itertools.accumulate((len(row.tokens) for row in rows), initial=0)
     size = max(multiple, 1 << max(0, (total - 1).bit_length() - 3))
@@ -55,8 +55,9 @@ def by_length(sizes, max_tokens, is_packed=False):
     """Puts items of similar length together, for forwards of at most max_tokens tokens, or of one item.
 
     sizes: (length of a row, number of rows) of each item -> lists of item numbers, short ones first. Unless
-    they are packed, rows are padded to the longest of their list. A list of more than 512 tokens ends early
-    if the padding would be more than a thirty-second of its tokens.
+    they are packed, rows are padded to the longest of their list. An item is not added to a list if the list
+    would then have more than 512 tokens, and more than a thirty-second of its tokens would be padding. Then
+    the item begins a new list.
     """
     groups = []
     num_rows = 0  # of the group being filled

@@ -152,8 +152,8 @@ def shard(model, layers, dtype=torch.float32):
     """Shards parameters, gradients and optimizer states over all processes (FSDP2), layer by layer, in place.
 
     dtype: what layers compute in. The sharded weights are always float32. Gradients are sums over tokens (see
-    tracerl.policy_loss). So processes add them up, in float32, and take no average. Frozen
-    weights (LoRA) stay whole on every process. Without a process group this does nothing.
+    tracerl.policy_loss). So processes add them up, in float32, and take no average. Frozen weights (LoRA)
+    stay whole on every process. Without a process group this does nothing.
     """
     if not dist.is_initialized():
         return
@@ -276,7 +276,7 @@ def optimizer_step(learner, max_grad_norm=1.0):
     """Clips the gradient and moves the weights -> the norm before clipping, and 1 if the update was skipped.
 
     The norm is that over all processes. If it is not finite, every process skips the update. RuntimeError
-    after MAX_SKIPPED such updates in a row. If it is 0, there was nothing to learn, and the weights stay.
+    after MAX_SKIPPED such updates in a row. If the norm is 0, nothing was learnt, and the weights stay.
     """
     model, optimizer = learner
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)

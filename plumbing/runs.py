@@ -145,14 +145,14 @@ def replacing(path):
     """Inside a `with`: a name under which to write a file or folder, which is renamed to `path` at the end.
 
     So `path` is never half-written. If a folder stands at `path` already, it is moved away first, and deleted
-    last. If the disk fails, what was written is deleted, and OSError says what to do. To be entered on the
-    first process, or on all of them: the first one renames.
+    last. If the disk fails, what was written is deleted, and OSError says what to do. Either the first
+    process alone uses it, or all processes do. In both cases only the first one renames.
     """
     partial = f"{path}.partial"
     try:
         yield partial
         if parallel.is_first():
-            # A command that was killed here may have left this one.
+            # An .old.partial may be left from a command that was killed here.
             shutil.rmtree(f"{path}.old.partial", ignore_errors=True)
             if os.path.isdir(path):
                 os.replace(path, f"{path}.old.partial")
@@ -175,7 +175,7 @@ def train_state(learners):
         weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
         out[str(number)] = dict(model=weights, optimizer=moments)
         for state in optimizer.state.values() if is_fresh else []:
-            state["step"].zero_()  # get_state_dict made a step of size 0 to create moments. It does not count
+            state["step"].zero_()  # to create moments, get_state_dict made a step of size 0
     return out
 
 
@@ -313,7 +313,7 @@ class Run:
         if self.is_writer:
             for old in checkpoints_of(self.folder)[:-KEPT]:
                 # Renamed first, so that a half-deleted checkpoint is not taken for a whole one. What cannot
-                # be deleted yet may stay.
+                # be deleted now is deleted by the next command, see `begin`.
                 os.rename(old, f"{old}.partial")
                 shutil.rmtree(f"{old}.partial", ignore_errors=True)
             self.plot()

@@ -29,7 +29,7 @@ def tiny_tokenizer():
 
 
 def new_model(args):
-    """A new tiny model on this process's device, and its tokenizer. Several processes: sharded.
+    """A new tiny model on this process's device, and its tokenizer. It is sharded over the processes.
 
     args: the flags of sft.py. ValueError for flags that only mean something for a checkpoint.
     """

@@ -17,8 +17,9 @@ import re
 from plumbing.grading.formula import Calculator, is_same_function, leaves, letters_of, parse
 
 NUMBERS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
+# The kind of an interval -> the sign between its lower end and x, and that between x and its upper end.
 INTERVALS = {"Tuple": (ast.Lt, ast.Lt), "List": (ast.LtE, ast.LtE), "right_closed": (ast.Lt, ast.LtE),
-             "left_closed": (ast.LtE, ast.Lt)}  # low < x <= high
+             "left_closed": (ast.LtE, ast.Lt)}
 TURNED = {ast.Gt: ast.Lt, ast.GtE: ast.LtE}
 INEQUALITIES = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.NotEq)
 
@@ -53,7 +54,7 @@ def read(text):
 
 
 def parts_of(tree):
-    """What one item of a list stands for, as a list of trees."""
+    """The parts of one item of a list: {1,2} and `1 or 2` have two, most have only themselves."""
     match tree:
         case ast.Set(elts=parts) if "\\emptyset" not in leaves(tree):
             return parts
@@ -67,8 +68,9 @@ def parts_of(tree):
 def is_same_list(answers, golds):
     """Whether the parts of two lists can be put in pairs of equals."""
     if len(answers) != len(golds) or len(golds) > 1:
-        # If only one of the two has names, they are left out. With one name, the values are a list: x=1, x=2
-        # is 1, 2. With several names, they are a tuple in the order of the names: y=-4, x=3 is (3,-4).
+        # If only one side has names, the names are dropped. If they are all the same, the values are a list:
+        # x=1, x=2 is 1, 2. If they differ, the values are a tuple in the order of the names: y=-4, x=3 is
+        # (3,-4).
         unnamed = without_names(answers, golds)
         golds = without_names(golds, answers)
         answers = unnamed
@@ -100,7 +102,8 @@ def split_name(tree):
     """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree.
 
     A function is a part of the name: \\tan x = 5 -> "tan x", 5. But a length may be written as AB or |AB|,
-    and both have the name AB. What asks to be solved is no name: \\sqrt{x} = 5, \\frac{x}{2} = 5.
+    and both have the name AB. A side that must still be solved for its letter is no name: \\sqrt{x} = 5,
+    \\frac{x}{2} = 5.
     """
     match tree:
         case ast.Compare(left=left, ops=[ast.Eq() | ast.In()], comparators=[value]):
@@ -114,8 +117,8 @@ def split_name(tree):
             has_number = any(letter[0].isdigit() for letter in letters)
             can_be_solved = has_number and function in ("frac", "binom", "root") or (
                 len(letters) == 1 and function in ("sqrt", "ln", "exp"))
-            # formula.to_python writes xy as 'x'@'y', with one character between the letters. In p(x) there
-            # is also a bracket.
+            # p(x) = 5 has a name, and xy = 5 has none, though both are products in the tree. Their columns
+            # tell them apart: 'x'@'y' has one character between its factors, and 'p'@('x') has two.
             has_bracket = isinstance(left, ast.BinOp) and left.right.col_offset > left.left.end_col_offset + 1
             is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy = 5 is no name
             if is_product and not is_short and not can_be_solved and not name[0].isdigit():
@@ -197,7 +200,7 @@ def is_same_relation(answer, gold):
 
 
 def turned(tree):
-    """The signs and sides of a relation, with < and <= for > and >=."""
+    """The signs and sides of a relation, with < and <= for > and >= if all point that way."""
     if not isinstance(tree, ast.Compare):
         return [], [tree]
     signs = [type(sign) for sign in tree.ops]

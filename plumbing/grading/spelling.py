@@ -69,8 +69,8 @@ def spell_pair(answer, gold):
 def spell(text, nouns, may_touch):
     """One spelling of an answer.
 
-    nouns: more words that count as units, from the gold answer. may_touch: how a unit may stand behind a
-    number without \\text. True: as in "5cm" or "5 cm". False: as in "5 cm" only. None: not at all.
+    nouns: more words that count as units, from the gold answer. may_touch: which units without \\text are
+    removed behind a number. True: in "5cm" and in "5 cm". False: only in "5 cm". None: none.
     """
     if text.isascii() and text.isdigit():  # isascii, because "5²".isdigit() is True
         return text
