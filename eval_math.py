@@ -88,7 +88,7 @@ def math_reward(problem, text, rollout):
     """1 if the last \\boxed{} is right and the response has ended, else 0.
 
     A truncated response is wrong whatever it says. Otherwise a model learns to box a guess early, and never
-    to stop.
+    to stop. A copied question is wrong, too: \\boxed{894+396} has the value 1290.
 
     FORK HERE. --reward file.py:function calls a function of yours for each response. It declares those
     parameters it needs:
@@ -103,7 +103,9 @@ def math_reward(problem, text, rollout):
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none
-    return float(not rollout.is_truncated and grading.is_correct(answer, problem.answer))
+    is_copied = grading.is_copied(answer, problem.answer, str(problem.problem))
+    is_valid = not rollout.is_truncated and not is_copied
+    return float(is_valid and grading.is_correct(answer, problem.answer))
 
 
 def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
@@ -265,7 +267,7 @@ def evaluate_command(args):
     name = f"eval-{args.ar or args.model or 'tiny'}-{args.data}"
     name = args.name or re.sub(r"[^\w.-]+", "-", name).strip("-.")
     # The settings in args.json hold fingerprints: other weights under the same path are refused.
-    marks = dict(weights=runs.weight_mark(model), problems=runs.mark(problems))
+    marks = dict(weights=runs.weight_mark(model.parameters()), problems=runs.mark(problems))
     with runs.Run(name, vars(args) | marks, resume=True, groups=GROUPS, log="responses.jsonl") as run:
         run.begin()
         # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.

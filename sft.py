@@ -35,7 +35,7 @@ import rollout
 from eval_math import Examinee, Problem, load_prompts
 from plumbing import data, flags, machine, packing, parallel, runs, tiny
 from plumbing.flags import setting
-from plumbing.prompts import Prompting, encode, encode_prompts
+from plumbing.prompts import Prompting, encode_prompts, encode_solutions
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, Rollout, mix
 
@@ -59,7 +59,7 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     if lacking:
         raise ValueError(f"no solution to learn from: {str(lacking[0])[:80]!r}")
     # Text is made into tokens once, here. From here on the record is token ids.
-    solutions = encode([p.solution for p in problems], tokenizer)
+    solutions = encode_solutions(problems, tokenizer, config)
     examples = []
     for p, solution in zip(problems, solutions):
         response = solution + [eos]
@@ -285,14 +285,13 @@ def load_examples(tokenizer, config, args, prompting):
 def main(argv=None):
     """Trains and saves runs/<name>/checkpoint -> its path."""
     args = parse_args(argv)
-    recipe = flags.read_flags(Recipe, args)
-    prompting = flags.read_flags(Prompting, args)
+    recipe, prompting = (flags.read_flags(group, args) for group in (Recipe, Prompting))
     machine.start(args)
     with runs.Run(args.name, vars(args), args.resume, GROUPS) as run:
         if args.model is None:  # random weights: the tiny model is made from nothing
             model, tokenizer = tiny.new_model(args)
         else:
-            model, _, tokenizer = machine.load_to_train(args.model, args)
+            model, _, tokenizer = machine.load_to_train(machine.start_path(args), args)
         run.tokenizer = tokenizer
         compute = machine.choose_compute(args, model)
         examples = load_examples(tokenizer, model.config, args, prompting)
@@ -307,7 +306,8 @@ def main(argv=None):
         run.begin()
         if args.resume:
             run.restore([learner])
-        run.check_data(runs.mark([(r.prompt, r.response) for r in examples]), "the examples of --data")
+        marks = runs.mark([(r.prompt, r.response, r.step_map) for r in examples])
+        run.check_data(marks, "the examples of --data")
         train(learner, examples, evaluate_dev, compute, recipe, run)
         run.save([learner])
         path = run.save_model(model)

@@ -502,9 +502,8 @@ def parse_args(argv=None):
 
 def load_start(args):
     """The policy to start from, and the value model if there is one -> Learners, tokenizer."""
-    path = args.model or machine.start_of(args.attention)
     make_value = value.ValueModel if args.advantage == "value" else None
-    model, value_model, tokenizer = machine.load_to_train(path, args, make_value)
+    model, value_model, tokenizer = machine.load_to_train(machine.start_path(args), args, make_value)
     # Optimizer states live as long as the run. If they were thrown away every step, each step of AdamW would
     # be its first, which uses little but the sign of the gradient.
     learners = Learners(parallel.make_learner(model, args.lr, (0.9, 0.95)))

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from plumbing import parallel
+from plumbing.checkpoints import find_eos_ids
 from plumbing.families import as_list
 from rollout import Rollout
 
@@ -17,8 +18,7 @@ def load(path, dtype):
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     settings = model.generation_config
-    ids = [*as_list(settings.eos_token_id), tokenizer.eos_token_id]
-    settings.eos_token_id = sorted({token for token in ids if token is not None})
+    settings.eos_token_id = sorted(find_eos_ids(as_list(settings.eos_token_id), tokenizer))
     if not settings.eos_token_id:
         raise ValueError(f"{path} names no eos token: write its id into generation_config.json")
     settings.pad_token_id = settings.eos_token_id[0]  # padding stands behind the end, and nobody reads it

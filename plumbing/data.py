@@ -122,6 +122,11 @@ def as_text(cell, place, remedy="write one text"):
 
 def read_prompt(cell, place):
     """The cell of the problem -> (text or chat messages, the response at the end of the chat or "")."""
+    if isinstance(cell, str) and re.match(r'\s*\[\s*\{\s*"(role|from|content|value)"', cell):
+        try:
+            cell = json.loads(cell)  # a CSV file has chats as texts
+        except ValueError as error:
+            raise ValueError(f"{place}: broken JSON of chat messages ({error}): mend it") from None
     if isinstance(cell, str) or is_empty(cell):
         return as_text(cell, place), ""
     messages = cell if isinstance(cell, list) else [cell]
@@ -139,6 +144,8 @@ def read_message(message, place):
     found = message if isinstance(message, dict) else {}
     role = found.get("role", found.get("from"))
     content = found.get("content", found.get("value"))
+    if found.get("reasoning_content"):
+        raise ValueError(f"{place}: reasoning_content beside content would be lost: write both into content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"{place}: {str(message)[:80]!r} is neither a text nor a chat message: write one "
                          'problem per row, a text in quotes or [{"role": "user", "content": "..."}]')
@@ -146,9 +153,12 @@ def read_message(message, place):
 
 
 def read_solution(cell, place):
-    """The cell of the solution -> str. It is a text or a chat message. Of a list the first item counts."""
+    """The cell of the solution -> str. It is a text or a chat message.
+
+    Of a list of texts the first counts. Of a list of messages it is the last.
+    """
     if isinstance(cell, list) and cell:
-        cell = cell[0]
+        cell = cell[-1] if isinstance(cell[0], dict) else cell[0]
     return as_text(read_message(cell, place)["content"] if isinstance(cell, dict) else cell, place)
 
 

@@ -113,7 +113,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     own_size = source.get("block_size") or (int(named[1]) if named and not is_full else None)
     eos = as_list(source.get("eos_token_id"))
     pad = source.get("pad_token_id")
-    rope = source.get("rope_parameters") or {}  # of transformers 5
+    rope = (source.get("rope_parameters") or {}) | (source.get("rope_scaling") or {})  # of transformers 5
     theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # the default of transformers
     return ModelConfig(
         vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
@@ -132,7 +132,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
 
 def refuse_other_networks(source, name, architecture, vocabulary):
     """ValueError for a checkpoint that needs another network, or another way of decoding."""
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    rope = (source.get("rope_parameters") or {}) | (source.get("rope_scaling") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     has_experts = any(value and ("expert" in key or key.startswith("moe_")) for key, value in source.items())
     usual = FAMILIES[name].architecture if name in FAMILIES else ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import rollout
-from plumbing import autoregressive, checkpoints, engine, kernels, memory, parallel
+from plumbing import autoregressive, checkpoints, engine, kernels, memory, parallel, runs
 from plumbing.flags import setting
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -57,6 +57,18 @@ class Training(Machine):
 def start_of(attention):
     """The folder of the tiny model from which a run without --model starts."""
     return os.path.join(ROOT, "assets", "tiny-full" if attention == "full" else "tiny-block")
+
+
+def start_path(args):
+    """The checkpoint that a training run loads.
+
+    A resumed run loads its own newest one: that of --model may be gone by then. With adapters it must still
+    be there, since its weights are frozen and not saved for --resume.
+    """
+    saved = runs.checkpoints_of(os.path.join("runs", args.name)) if args.resume else []
+    if saved and not args.lora_rank:
+        return saved[-1]
+    return args.model or start_of(args.attention)
 
 
 def is_tiny(path):

@@ -41,9 +41,10 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
     else:  # all in one call: one by one, 20,000 problems would take several times as long
         texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False, **switch)
     if style in ("trado", "trado_think"):
-        texts = [text.rstrip() + "<think>" * (style == "trado_think") for text in texts]
-    if style == "think":
-        texts = [text if text.rstrip().endswith("<think>") else f"{text}<think>\n" for text in texts]
+        texts = [text.rstrip() for text in texts]
+    if style in ("think", "trado_think"):  # unless the template has written it already
+        think = "<think>\n" if style == "think" else "<think>"
+        texts = [text if text.rstrip().endswith("<think>") else text + think for text in texts]
     begin = []
     if style == "plain":  # Some tokenizers begin every text with a special token (BOS), as a template does.
         begin = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
@@ -56,11 +57,43 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
     return fitting, len(problems) - len(fitting)
 
 
+def encode_solutions(problems, tokenizer, config):
+    """Problems with prompts and worked solutions -> token ids of each solution, without eos.
+
+    What the prompt or sft.py adds is not repeated: an eos at the end of the solution, and a <think> at its
+    beginning if the prompt ends with one. ValueError for tokens that a model cannot learn to write.
+    """
+    ends = tuple(filter(None, tokenizer.convert_ids_to_tokens(list(config.eos_ids))))
+    texts = []
+    for p in problems:
+        text = p.solution
+        while text.rstrip().endswith(ends):
+            text = text.rstrip().removesuffix(next(end for end in ends if text.rstrip().endswith(end)))
+        if text.startswith("<think>") and tokenizer.decode(p.tokens[-4:]).rstrip().endswith("<think>"):
+            text = text.removeprefix("<think>").removeprefix("\n")
+        texts.append(text)
+    encoded = encode(texts, tokenizer)
+    for p, tokens in zip(problems, encoded):
+        name = f"the solution of {str(p.problem)[:80]!r}"
+        if {config.mask_id, *config.eos_ids} & {*tokens}:
+            raise ValueError(f"{name} holds the mask token, or an eos before its end: take it out")
+        largest = max(p.tokens + tokens)
+        if largest >= config.vocab_size:
+            raise ValueError(f"{name} or its prompt has the token id {largest}, outside the vocabulary of "
+                             f"{config.vocab_size} tokens: is this the model's tokenizer?")
+    return encoded
+
+
 def encode(texts, tokenizer):
     """Texts -> lists of token ids. ValueError where the tokenizer does not know a character.
 
     That character would be lost. Byte-level tokenizers (Qwen, LLaDA) know all; the tiny one has 18 tokens.
     """
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text[:80]!r} holds half of a character ({error}): mend the data") from None
     encoded = []
     for start in range(0, len(texts), 1000):  # in portions: one call needs about 150 bytes for each token
         encoded += tokenizer(texts[start:start + 1000], add_special_tokens=False).input_ids

@@ -184,9 +184,14 @@ def mark(content):
     return hashlib.sha256(json.dumps(content, default=vars).encode()).hexdigest()[:12]
 
 
-def weight_mark(model):
-    """A short hash of all weights, made of a sum for each parameter. An update changes some of these sums."""
-    return mark([f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in model.parameters()])
+def weight_mark(parameters):
+    """A short hash of weights, made of a sum for each parameter. An update changes some of these sums."""
+    return mark([f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in parameters])
+
+
+def frozen_mark(learners):
+    """weight_mark of the weights that adapters (LoRA) leave as they are."""
+    return weight_mark(p for p in learners[0].model.parameters() if not p.requires_grad)
 
 
 def plugin_marks(settings):
@@ -210,6 +215,8 @@ class Run:
 
     def __init__(self, name, settings, resume=False, groups=None, log="metrics.jsonl"):
         self.folder = os.path.join("runs", name)
+        if os.path.relpath(self.folder, "runs").startswith("."):
+            raise ValueError(f"--name {name!r} is no name of a folder under runs/")
         self.path = os.path.join(self.folder, log)
         self.settings = dict(settings) | plugin_marks(settings)
         self.is_writer = parallel.is_first()
@@ -300,6 +307,8 @@ class Run:
         be None.
         """
         path = os.path.join(self.folder, "checkpoints", f"step-{self.progress['step']}")
+        if self.settings.get("lora_rank") and "frozen" not in self.progress:
+            self.progress["frozen"] = frozen_mark(learners)
         with replacing(path) as partial:
             save_checkpoint(learners[0].model, self.tokenizer, partial, self.save_dtype())
             if len(learners) > 1 and learners[1] is not None:
@@ -347,6 +356,9 @@ class Run:
             return False
         folder = os.path.join(paths[-1], "train_state")
         self.progress = read_json(os.path.join(folder, "progress.json"))
+        if self.progress.get("frozen", "") not in ("", frozen_mark(learners)):
+            raise ValueError(f"{paths[-1]} holds adapters for other weights than those that --model now has: "
+                             "bring the old checkpoint back")
         state = train_state(learners)
         try:
             parallel.load(state, checkpoint_id=folder)
@@ -379,6 +391,8 @@ class Run:
         names = {name for line in lines for name in line if isinstance(line[name], (int, float))} - {"step"}
         first = [name for name in ("reward", "dev_accuracy", "accuracy", "loss") if name in names]
         names = first + sorted(names - {*first})
+        if not names:  # somebody has deleted the log
+            return
         # Not at the top: the first RL step would wait half a second for this import.
         from matplotlib.figure import Figure
         num_rows = math.ceil(len(names) / 3)

@@ -327,3 +327,11 @@ def test_what_is_not_understood_is_refused(text):
     from plumbing.grading.compare import is_same
     with pytest.raises(ValueError):
         is_same(text, "x")
+
+
+@pytest.mark.parametrize("answer, gold, is_right", [
+    ("2AB = 30", "30", False), ("2xy = 30", "30", False), ("\\frac12 AB = 20", "20", False),
+    ("2\\angle ABC = 60^\\circ", "60", False), ("AB = 5", "5", True), ("f(2) = 5", "5", True),
+    ("(--\\infty,0]", "(-\\infty,0]", False), ("(-\\infty,0]", "x \\le 0", True)])
+def test_a_multiple_is_no_name_and_two_signs_are_no_minus(answer, gold, is_right):
+    assert grading.is_correct(answer, gold) == is_right

@@ -6,6 +6,7 @@ Each test fails after a one-line change somewhere between a flag and its use, wh
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,8 @@ import tracerl
 import value
 from eval_math import Examinee, Problem
 from plumbing import (
-    autoregressive, check, checkpoints, data, engine, flags, memory, parallel, runs, show, tasks, tiny)
+    autoregressive, check, checkpoints, data, engine, flags, memory, parallel, prompts, runs, show, tasks,
+    tiny)
 from plumbing.prompts import Prompting, encode_prompts
 from rollout import Decoding, Rollout
 
@@ -562,6 +564,7 @@ def test_a_new_tiny_model_takes_no_flags_of_checkpoints(folder):
     for flag in ("--lora_rank=2", "--gradient_checkpointing", "--dtype=bfloat16"):
         with pytest.raises(ValueError, match="need a checkpoint: give --model"):
             sft.main([flag, "--steps=1", "--name=s"])
+        parallel.end_processes()  # bfloat16 has made a group of one
     with pytest.raises(ValueError, match="no file 'nofile.py'"):
         sft.main(["--views=nofile.py:f", "--steps=1", "--name=s"])
     assert not os.path.exists("runs/s/args.json")
@@ -583,3 +586,78 @@ def test_long_names_of_strategies_stand_apart(capsys):
     show.print_columns({"examples/strategy.py:falling": dict(accuracy=0.5), "greedy": dict(accuracy=None)})
     head, line = capsys.readouterr().out.splitlines()
     assert head.split() == ["examples/strategy.py:falling", "greedy"] and len(head) == len(line)
+
+
+def test_adapters_are_not_put_on_other_weights(folder):
+    model = random_model()
+    checkpoints.save_checkpoint(model, tiny.tiny_tokenizer(), "base")
+    tracerl.main([*SMALL, "--model=base", "--lora_rank=2", "--steps=1", "--name=r"])
+    with torch.no_grad():
+        model.layers[0].q_proj.weight += 0.1
+    checkpoints.save_checkpoint(model, tiny.tiny_tokenizer(), "base")
+    with pytest.raises(ValueError, match="holds adapters for other weights"):
+        tracerl.main(["--resume", "--name=r", "--steps=2", *SMALL, "--model=base", "--lora_rank=2"])
+
+
+def test_a_resumed_run_does_not_need_the_checkpoint_it_began_from(folder):
+    checkpoints.save_checkpoint(random_model(), tiny.tiny_tokenizer(), "base")
+    tracerl.main([*SMALL, "--model=base", "--steps=1", "--name=r"])
+    os.rename("base", "elsewhere")
+    tracerl.main(["--resume", "--name=r", "--steps=2"])
+    assert len(Path("runs/r/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_solutions_lose_what_is_added_anyway_and_hold_nothing_that_cannot_be_learnt():
+    ids = {"a": 3, "b": 4, "<eos>": 1, "<mask>": 2, "<think>": 5, "\n": 6}
+    names = {number: text for text, number in ids.items()}
+
+    def cut(texts, add_special_tokens):
+        found = [[ids[piece] for piece in re.findall(r"<\w+>|[\s\S]", text)] for text in texts]
+        return SimpleNamespace(input_ids=found)
+
+    class Cutter(SimpleNamespace):
+        __call__ = staticmethod(cut)
+
+    tokenizer = Cutter(unk_token_id=None, decode=lambda tokens: "".join(names[t] for t in tokens),
+                       convert_ids_to_tokens=lambda tokens: [names[t] for t in tokens])
+    config = SimpleNamespace(eos_ids=(1,), mask_id=2, vocab_size=6)
+    solve = lambda text, prompt=(3,): prompts.encode_solutions(
+        [Problem("q", "", text, tokens=list(prompt))], tokenizer, config)
+    assert solve("ab") == solve("ab<eos>") == solve("ab<eos>\n<eos>\n") == [[3, 4]]
+    assert solve("<think>ab", (3, 5)) == [[3, 4]] and solve("<think>ab") == [[5, 3, 4]]
+    for text, reason in (("a<eos>b", "an eos before its end"), ("a<mask>", "the mask token"),
+                         ("a\nb", "token id 6, outside the vocabulary of 6")):
+        with pytest.raises(ValueError, match=reason):
+            solve(text)
+    with pytest.raises(ValueError, match="half of a character"):
+        prompts.encode(["a \ud83d b"], tokenizer)
+
+
+def test_a_copied_calculation_is_no_answer():
+    r = Rollout([3], [4, 1], 2, [1, 2])
+    reward = lambda question, answer, gold: eval_math.math_reward(
+        Problem(question, gold), f"\\boxed{{{answer}}}", r)
+    assert reward("894+396=", "894+396", "1290") == 0 and reward("What is 48 + 48/2?", "48+48/2", "72") == 0
+    assert reward("894+396=", "1290", "1290") == 1 and reward("Tom has 12 apples.", "12 apples", "12") == 1
+    assert reward("Write 0.5 as a fraction, like 1/2.", "1/2", "\\frac12") == 1
+
+
+def test_chats_are_read_from_texts_and_nothing_of_them_is_lost():
+    read = lambda **row: data.read_fields(row, "x", needs_answer=False)
+    chat = [dict(role="user", content="1+1?"), dict(role="assistant", content="\\boxed{2}")]
+    assert read(messages=json.dumps(chat)) == read(messages=chat)
+    assert read(problem="1+1?", completion=chat)["solution"] == "\\boxed{2}"
+    with pytest.raises(ValueError, match="reasoning_content"):
+        read(messages=[chat[0], chat[1] | dict(reasoning_content="hm")])
+
+
+def test_names_that_are_no_folder_under_runs_are_refused(folder):
+    for name in ("", "..", "a/../.."):
+        with pytest.raises(ValueError, match="no name of a folder under runs/"):
+            runs.Run(name, {})
+
+
+def test_a_rope_type_in_either_field_is_refused():
+    source = random_model().config.source | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
+    with pytest.raises(ValueError, match="rope type 'yarn'"):
+        checkpoints.read_config(source | dict(rope_scaling=dict(rope_type="yarn", factor=4.0)))

@@ -121,7 +121,10 @@ def split_name(tree):
             # tell them apart: 'x'@'y' has one character between its factors, and 'p'@('x') has two.
             has_bracket = isinstance(left, ast.BinOp) and left.right.col_offset > left.left.end_col_offset + 1
             is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy = 5 is no name
-            if is_product and not is_short and not can_be_solved and not name[0].isdigit():
+            numbers_and_letters = [node for node in ast.walk(left) if isinstance(node, ast.Constant)]
+            first = min(numbers_and_letters, key=lambda node: node.col_offset).value if letters else ""
+            is_multiple = first[:1].isdigit()  # 2AB = 30 is no name
+            if is_product and not is_short and not can_be_solved and not is_multiple:
                 return " ".join([*(f for f in functions if f != "abs" or name.islower()), name]), value
     return "", tree
 
@@ -245,7 +248,8 @@ class RealSet:
     def number(self, tree):
         """The value of an end, which may be infinite."""
         if leaves(tree) == ["\\infty"]:
-            return float("-inf") if isinstance(tree, ast.UnaryOp) else float("inf")
+            num_signs = sum(isinstance(node, ast.USub) for node in ast.walk(tree))  # -- is no minus
+            return float("-inf") if num_signs == 1 else float("inf")
         self.ends.append(Calculator({}, True, 150).value(tree))
         return self.ends[-1]
 

@@ -54,6 +54,17 @@ def is_correct(answer, gold):
     return verdict(answer, gold)[0]
 
 
+def is_copied(answer, gold, question):
+    """Whether an answer only repeats a calculation of the question, where the gold answer is a number.
+
+    To "What is 894+396?" the answer 894+396 has the right value, but nobody has computed it.
+    """
+    is_calculation = answer is not None and re.search(r"\d *[^\d\s.,{}].*\d", answer)
+    if not is_calculation or not PLAIN_NUMBER.fullmatch(gold.strip()):
+        return False
+    return re.sub(r"\s", "", answer) in re.sub(r"\s", "", question)
+
+
 def grade(pairs):
     """The verdicts on many (answer, gold) pairs, in order. All workers share the work."""
     with ThreadPoolExecutor(Workers.NUMBER) as pool:
@@ -92,11 +103,11 @@ def grade_file(path, out):
             raise ValueError(
                 f"{path}, row {number}: needs the texts gold and response, but it is {str(row)[:80]!r}")
     is_correct("\\sqrt{2}", "\\sqrt{3}")  # starts a worker: the start is not part of the speed
-    started = time.perf_counter()
-    answers = [extract_answer(row["response"]) for row in rows]
-    verdicts = grade(list(zip(answers, (row["gold"] for row in rows))))
-    seconds = time.perf_counter() - started
-    with open(f"{out}.partial", "w", encoding="utf-8") as file:
+    with open(f"{out}.partial", "w", encoding="utf-8") as file:  # opened first: a wrong path costs no time
+        started = time.perf_counter()
+        answers = [extract_answer(row["response"]) for row in rows]
+        verdicts = grade(list(zip(answers, (row["gold"] for row in rows))))
+        seconds = time.perf_counter() - started
         for answer, (is_right, how) in zip(answers, verdicts):
             file.write(json.dumps(dict(correct=is_right, answer=answer, how=how)) + "\n")
     os.replace(f"{out}.partial", out)
