@@ -103,7 +103,7 @@ def math_reward(problem, text, rollout):
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none
-    is_copied = grading.is_copied(answer, problem.answer, str(problem.problem))
+    is_copied = grading.is_copied(answer, problem.answer, problem.problem)
     is_valid = not rollout.is_truncated and not is_copied
     return float(is_valid and grading.is_correct(answer, problem.answer))
 

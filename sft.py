@@ -78,7 +78,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
             missing = max_new_tokens - num_tokens
         response += [filler] * missing
         # eos and the filling get the last steps. If the solution took steps 1 to 5, they are steps 6 and 7.
-        steps += range(max(steps) + 1, max(steps) + 2 + missing)
+        last = max(steps, default=0)
+        steps += range(last + 1, last + 2 + missing)
         # Full attention: every forward of the decoder sees the whole canvas, so the example must, too.
         canvas = len(response) if config.is_full else 0
         examples.append(Rollout(p.tokens, response, num_tokens, steps, canvas=canvas))
@@ -306,8 +307,7 @@ def main(argv=None):
         run.begin()
         if args.resume:
             run.restore([learner])
-        marks = runs.mark([(r.prompt, r.response, r.step_map) for r in examples])
-        run.check_data(marks, "the examples of --data")
+        run.check_data([(r.prompt, r.response, r.step_map) for r in examples], "the examples of --data")
         train(learner, examples, evaluate_dev, compute, recipe, run)
         run.save([learner])
         path = run.save_model(model)

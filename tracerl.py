@@ -545,7 +545,7 @@ def main(argv=None):
         run.begin()
         if args.resume:
             run.restore(learners)
-        run.check_data(runs.mark([task.problems, test]), "the problems of --train_data or --eval_data")
+        run.check_data([task.problems, test], "the problems of --train_data or --eval_data")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()
         train(learners, method, task, recipe, run)

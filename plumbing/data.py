@@ -122,11 +122,11 @@ def as_text(cell, place, remedy="write one text"):
 
 def read_prompt(cell, place):
     """The cell of the problem -> (text or chat messages, the response at the end of the chat or "")."""
-    if isinstance(cell, str) and re.match(r'\s*\[\s*\{\s*"(role|from|content|value)"', cell):
+    if isinstance(cell, str) and cell.startswith("[{"):  # a CSV file has chats as texts
         try:
-            cell = json.loads(cell)  # a CSV file has chats as texts
-        except ValueError as error:
-            raise ValueError(f"{place}: broken JSON of chat messages ({error}): mend it") from None
+            cell = [read_message(message, place) for message in json.loads(cell)]
+        except ValueError:
+            pass  # a problem whose text begins like a list
     if isinstance(cell, str) or is_empty(cell):
         return as_text(cell, place), ""
     messages = cell if isinstance(cell, list) else [cell]
@@ -144,11 +144,11 @@ def read_message(message, place):
     found = message if isinstance(message, dict) else {}
     role = found.get("role", found.get("from"))
     content = found.get("content", found.get("value"))
-    if found.get("reasoning_content"):
-        raise ValueError(f"{place}: reasoning_content beside content would be lost: write both into content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"{place}: {str(message)[:80]!r} is neither a text nor a chat message: write one "
                          'problem per row, a text in quotes or [{"role": "user", "content": "..."}]')
+    if found.get("reasoning_content"):  # as a template of a thinking model would write it
+        content = f"<think>\n{found['reasoning_content']}\n</think>\n\n{content}"
     return dict(role=ROLES.get(role, role), content=content)
 
 

@@ -62,11 +62,11 @@ def start_of(attention):
 def start_path(args):
     """The checkpoint that a training run loads.
 
-    A resumed run loads its own newest one: that of --model may be gone by then. With adapters it must still
-    be there, since its weights are frozen and not saved for --resume.
+    If a run is resumed, and the folder of --model is gone, it is the run's own newest one. With adapters
+    --model must still be there, since its weights are frozen and not saved for --resume.
     """
     saved = runs.checkpoints_of(os.path.join("runs", args.name)) if args.resume else []
-    if saved and not args.lora_rank:
+    if saved and args.model and not os.path.isdir(args.model) and not args.lora_rank:
         return saved[-1]
     return args.model or start_of(args.attention)
 
@@ -86,7 +86,7 @@ def start(args):
     """Joins the process group, as the flags of a training run ask."""
     # In bfloat16 it is FSDP2 that keeps trained weights in float32 (see parallel.shard), and FSDP2 needs a
     # process group. So a single process makes a group of one.
-    parallel.start_processes(args.device, is_tiny(args.model), needs_group=args.dtype == "bfloat16")
+    parallel.start_processes(args.device, is_tiny(start_path(args)), needs_group=args.dtype == "bfloat16")
 
 
 def choose_compute(settings, model):
@@ -169,7 +169,7 @@ def load_to_train(path, args, make_value=None):
         raise ValueError(f"{path} has no tokenizer to encode prompts: copy its files into the folder")
     dtype = getattr(torch, args.dtype)
     model = checkpoints.empty_model(config)
-    if not is_tiny(args.model):
+    if not is_tiny(path):
         args.tokens_per_micro_batch = memory.plan(model, args, 1 if make_value is None else 2)
     for layer in model.layers:  # before the value model is made: it copies them
         layer.has_gradient_checkpointing = args.gradient_checkpointing

@@ -69,8 +69,11 @@ def encode_solutions(problems, tokenizer, config):
         text = p.solution
         while text.rstrip().endswith(ends):
             text = text.rstrip().removesuffix(next(end for end in ends if text.rstrip().endswith(end)))
-        if text.startswith("<think>") and tokenizer.decode(p.tokens[-4:]).rstrip().endswith("<think>"):
-            text = text.removeprefix("<think>").removeprefix("\n")
+            p.step_map = p.step_map and p.step_map[:-1]  # eos is one token
+        if text.startswith("<think>") and not p.step_map:
+            prompt_end = tokenizer.decode(p.tokens[-4:])
+            if prompt_end.rstrip().endswith("<think>"):
+                text = text.removeprefix("<think>\n" if prompt_end.endswith("\n") else "<think>")
         texts.append(text)
     encoded = encode(texts, tokenizer)
     for p, tokens in zip(problems, encoded):

@@ -219,6 +219,8 @@ class Run:
             raise ValueError(f"--name {name!r} is no name of a folder under runs/")
         self.path = os.path.join(self.folder, log)
         self.settings = dict(settings) | plugin_marks(settings)
+        if groups:  # the first group of settings is another one in each script
+            self.settings["kind_of_run"] = next(iter(groups))
         self.is_writer = parallel.is_first()
         self.progress = dict(step=0)  # what a checkpoint holds besides weights and moments
         self.tokenizer = None  # saved with every checkpoint
@@ -373,9 +375,10 @@ class Run:
         parallel.say(f"resuming {self.folder} after step {self.progress['step']}")
         return True
 
-    def check_data(self, mark, name):
-        """ValueError if a resumed run would go on with other data; mark: a short hash of the data."""
-        if self.progress.setdefault("data", mark) != mark:
+    def check_data(self, data, name):
+        """ValueError if a resumed run would go on with other data: lists of numbers, texts, or Problems."""
+        found = mark(data)
+        if self.progress.setdefault("data", found) != found:
             raise ValueError(f"{name} have changed since {self.folder} began: bring the old "
                              "data back, or start a new run from its newest checkpoint (--model, --name)")
 

@@ -625,6 +625,8 @@ def test_solutions_lose_what_is_added_anyway_and_hold_nothing_that_cannot_be_lea
         [Problem("q", "", text, tokens=list(prompt))], tokenizer, config)
     assert solve("ab") == solve("ab<eos>") == solve("ab<eos>\n<eos>\n") == [[3, 4]]
     assert solve("<think>ab", (3, 5)) == [[3, 4]] and solve("<think>ab") == [[5, 3, 4]]
+    traced = Problem("q", "", "ab<eos>", step_map=[2, 1, 3], tokens=[3])
+    assert prompts.encode_solutions([traced], tokenizer, config) == [[3, 4]] and traced.step_map == [2, 1]
     for text, reason in (("a<eos>b", "an eos before its end"), ("a<mask>", "the mask token"),
                          ("a\nb", "token id 6, outside the vocabulary of 6")):
         with pytest.raises(ValueError, match=reason):
@@ -640,6 +642,10 @@ def test_a_copied_calculation_is_no_answer():
     assert reward("894+396=", "894+396", "1290") == 0 and reward("What is 48 + 48/2?", "48+48/2", "72") == 0
     assert reward("894+396=", "1290", "1290") == 1 and reward("Tom has 12 apples.", "12 apples", "12") == 1
     assert reward("Write 0.5 as a fraction, like 1/2.", "1/2", "\\frac12") == 1
+    assert reward("P(A)=1/2. And P(not A)?", "1/2", "0.5") == 1
+    assert reward("A square of 36\\text{ cm}^2 is", "36\\text{ cm}^2", "36") == 1
+    assert reward([dict(role="user", content="2 \\times 3?")], "2 \\times 3", "6") == 0
+    assert reward("894+396=", "(894+396)", "1290") == reward("894+396=", "894+396", "1,290") == 0
 
 
 def test_chats_are_read_from_texts_and_nothing_of_them_is_lost():
@@ -647,8 +653,10 @@ def test_chats_are_read_from_texts_and_nothing_of_them_is_lost():
     chat = [dict(role="user", content="1+1?"), dict(role="assistant", content="\\boxed{2}")]
     assert read(messages=json.dumps(chat)) == read(messages=chat)
     assert read(problem="1+1?", completion=chat)["solution"] == "\\boxed{2}"
-    with pytest.raises(ValueError, match="reasoning_content"):
-        read(messages=[chat[0], chat[1] | dict(reasoning_content="hm")])
+    thought = read(messages=[chat[0], chat[1] | dict(reasoning_content="hm")])
+    assert thought["solution"] == "<think>\nhm\n</think>\n\n\\boxed{2}"
+    for text in ('[{"from": "A", "to": "B"}]\nFind the path', '[{"value": 3}, {"value": 4}] What is the sum?'):
+        assert read(problem=text)["problem"] == text
 
 
 def test_names_that_are_no_folder_under_runs_are_refused(folder):
@@ -661,3 +669,11 @@ def test_a_rope_type_in_either_field_is_refused():
     source = random_model().config.source | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
     with pytest.raises(ValueError, match="rope type 'yarn'"):
         checkpoints.read_config(source | dict(rope_scaling=dict(rope_type="yarn", factor=4.0)))
+
+
+def test_a_run_of_one_script_is_not_gone_on_with_by_another(folder):
+    with runs.Run("z", dict(model="m", lr=0.1), groups=sft.GROUPS) as run:
+        run.begin()
+    for log, groups in (("responses.jsonl", eval_math.GROUPS), ("metrics.jsonl", tracerl.GROUPS)):
+        with pytest.raises(ValueError, match="kind_of_run was 'lesson'"):
+            runs.Run("z", dict(model="m"), resume=True, groups=groups, log=log)

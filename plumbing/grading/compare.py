@@ -123,7 +123,7 @@ def split_name(tree):
             is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy = 5 is no name
             numbers_and_letters = [node for node in ast.walk(left) if isinstance(node, ast.Constant)]
             first = min(numbers_and_letters, key=lambda node: node.col_offset).value if letters else ""
-            is_multiple = first[:1].isdigit()  # 2AB = 30 is no name
+            is_multiple = bool(re.fullmatch(r"[\d.]+", first))  # 2AB = 30 is no name
             if is_product and not is_short and not can_be_solved and not is_multiple:
                 return " ".join([*(f for f in functions if f != "abs" or name.islower()), name]), value
     return "", tree

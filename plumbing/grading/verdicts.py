@@ -14,6 +14,7 @@ from plumbing.grading.spelling import spell_pair
 from plumbing.grading.workers import WORKERS, Workers
 
 PLAIN_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
+CALCULATION = re.compile(r"\d[}) ]*(?:[-+*^]|\\times|\\cdot|\\div)[({ ]*\d")
 # Words that change what an answer says: "not x = 5", "5 if n is even".
 DENIAL = re.compile(r"(?i)(?<![\\a-z])(?:not|no|never|if|unless|wrong|false|twice|half|assume)(?![a-z])")
 WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS}|and)(?![a-zA-Z]))[a-zA-Z]{{3,}}")
@@ -57,12 +58,14 @@ def is_correct(answer, gold):
 def is_copied(answer, gold, question):
     """Whether an answer only repeats a calculation of the question, where the gold answer is a number.
 
-    To "What is 894+396?" the answer 894+396 has the right value, but nobody has computed it.
+    To "What is 894+396?" the answer 894+396 has the right value, but nobody has computed it. question: a
+    text, or chat messages.
     """
-    is_calculation = answer is not None and re.search(r"\d *[^\d\s.,{}].*\d", answer)
-    if not is_calculation or not PLAIN_NUMBER.fullmatch(gold.strip()):
+    spelled, gold = spell_pair(answer or "", gold)  # without units: 36\text{ cm}^2 is no calculation
+    if not CALCULATION.search(spelled) or not PLAIN_NUMBER.fullmatch(gold):
         return False
-    return re.sub(r"\s", "", answer) in re.sub(r"\s", "", question)
+    texts = [question] if isinstance(question, str) else [message["content"] for message in question]
+    return re.sub(r"\s", "", answer.strip("$() ")) in re.sub(r"\s", "", "".join(texts))
 
 
 def grade(pairs):
