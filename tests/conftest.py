@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs of a shell ignore Ctrl-C
 
 import model as lm  # noqa: E402
 import rollout  # noqa: E402

@@ -85,7 +85,6 @@ def start(main, flags, environment={}, prepare=lambda: None, output="output.txt"
         # What a copy must not share with this process: workers, and a lock that dies with whoever is killed.
         grading.WORKERS.__init__()
         tqdm.set_lock(threading.RLock())
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
         prepare()
         runs.run_command(main)
     except SystemExit as end:
