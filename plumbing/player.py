@@ -2,9 +2,9 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import rollout
-from eval_math import Problem
 from plumbing import check, flags, machine, runs
 from plumbing.prompts import Prompting, encode_prompts
 from rollout import Decoding
@@ -48,7 +48,7 @@ def main(argv=None):
     model, tokenizer, compute = machine.load_to_answer(args)
     if args.check is not None:
         return check.check(model, args.check, compute, args.temperature)
-    problem = Problem(args.prompt, "")
+    problem = SimpleNamespace(problem=args.prompt)
     encode_prompts([problem], tokenizer, flags.read_flags(Prompting, args))
     r, = rollout.generate_everywhere(
         model, [problem.tokens], [args.seed], flags.read_flags(Decoding, args), compute)
