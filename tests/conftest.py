@@ -1,6 +1,7 @@
 """What the tests share: the fixtures, and small random models whose choices are neither flat nor certain."""
 
 import functools
+import gc
 import json
 import os
 import signal
@@ -27,6 +28,10 @@ import model as lm  # noqa: E402
 import rollout  # noqa: E402
 from plumbing import checkpoints, engine, kernels, packing, tasks  # noqa: E402
 from rollout import PLAIN, Decoding  # noqa: E402
+
+# Python's garbage collector need not look at what the imports have made: the suite is a twentieth faster.
+gc.collect()
+gc.freeze()
 
 CPU = torch.device("cpu")
 FAST = engine.fast(CPU)
