@@ -71,8 +71,7 @@ def load_problems(source, needs_answer=True):
 
 
 def load_prompts(source, tokenizer, prompting, needs_answer=True):
-    """load_problems and encode_prompts -> list[Problem]; says how many there are."""
-    # Long prompts are skipped, and their number is printed.
+    """Calls load_problems and encode_prompts -> list[Problem]. Prints how many there are."""
     problems = load_problems(source, needs_answer)
     problems, num_long = encode_prompts(problems, tokenizer, prompting)
     skipped = f"; skipped {num_long} longer than {prompting.max_prompt_tokens} tokens" if num_long else ""
@@ -95,11 +94,13 @@ def math_reward(problem, text, rollout):
         problem    the Problem
         text       the response before eos
         tokens     token ids of the response, eos included
-        rollout    the record: step_map, is_truncated, ... (if that is to earn 0, your function must say so)
+        rollout    the record: step_map, is_truncated, ... (A truncated response does not get 0 by
+                   itself: your function must give 0.)
     It gives a number, or a list with one number per token. The list is a process reward, for --advantage
     value or an advantage of your own. With a value model, the return of a token is its own
     reward plus the MEAN reward of each later trace step, discounted by gamma. So to give a step the reward x,
-    give x to each of its tokens. (`reward` in the log is the sum over tokens: it counts x once for each.)
+    give x to each of its tokens. (In the log, `reward` is the sum over tokens: with
+    three tokens this step adds 3 x.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none
@@ -116,7 +117,8 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
     """
     pairs = parallel.deal(list(zip(rollouts, problems)))  # (rollout, problem) pairs of this process
     # The grader's checks run in worker processes, and many threads can wait for them at the same time. A
-    # function of the user's runs in the main thread: it may not be safe in others, and may want signals.
+    # user's own function runs in the main thread, as it may not be safe in others. Also, it may use signals,
+    # for a time limit, and Python has these in the main thread only.
     with ThreadPoolExecutor(grading.Workers.NUMBER) as pool:
         apply = pool.map if reward is math_reward else map
         judged = list(apply(lambda pair: judge(*pair, tokenizer, reward), pairs))
@@ -127,7 +129,7 @@ def give_rewards(rollouts, problems, tokenizer, reward=math_reward):
 
 def judge(r, problem, tokenizer, reward):
     """One response's reward, and its process rewards if there are any -> (float, list of float)."""
-    tokens = r.response[:r.num_tokens]  # up to and including eos: what stands behind it is filling
+    tokens = r.response[:r.num_tokens]  # up to and including eos. What stands behind is no answer
     given = flags.call(reward, problem=problem, text=response_text(r, tokenizer), tokens=tokens, rollout=r)
     try:
         values = torch.as_tensor(given, dtype=torch.float64)  # numbers of any kind, or a list of them
@@ -158,7 +160,7 @@ def response_text(r, tokenizer):
 
 @dataclass
 class Examinee:
-    """A model that answers problems, and how: by which tokenizer, which decoding, which computation."""
+    """A model that answers problems, with the tokenizer, decoding and computation that it uses."""
 
     model: torch.nn.Module
     tokenizer: object

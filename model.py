@@ -72,12 +72,12 @@ class ModelConfig:
     has_qk_norm: bool = True  # RMSNorm on every head of q and k, before the rotation (Qwen3, SDAR)
     has_qkv_bias: bool = False  # True for Qwen2 and Dream
     # Dream was made from an autoregressive model, and kept its habit: the output at position i predicts the
-    # token at i + 1. So whoever wants the prediction for i reads the output at i - 1.
+    # token at i + 1. So the prediction for position i is read at output i - 1.
     shifts_logits: bool = False
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False  # True: the embedding and the head are one matrix
-    pad_id: int = 0
+    pad_id: int = 0  # fills what is left of a batch. LLaDA also learns to write it behind eos, see sft.py
     eos_ids: tuple = ()  # any of these ends a response; sft.py teaches the first
     family: str = "sdar"  # the family of the checkpoint: how weights are named in its files
     source: dict = field(default_factory=dict)  # config.json as it was read; saving writes it again
@@ -242,7 +242,7 @@ class Layer(nn.Module):
         D = config.head_dim
         self.number = number
         self.head_dim = D
-        self.has_gradient_checkpointing = False
+        self.has_gradient_checkpointing = False  # set by --gradient_checkpointing, see plumbing/machine.py
         self.attention_norm = nn.RMSNorm(C, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(C, config.num_heads * D, bias=config.has_qkv_bias)
         self.k_proj = nn.Linear(C, config.num_kv_heads * D, bias=config.has_qkv_bias)
@@ -312,7 +312,7 @@ class BlockDiffusionLM(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens):
-        """Logits (B, T, V) of plain text, int64 tokens (B, T), for whoever compares the network with another.
+        """Logits (B, T, V) of plain text, int64 tokens (B, T). Used to compare this network with others.
 
         logits[:, i] predict tokens[:, i] in every family: Dream's outputs are moved by one position here. The
         mask token's logit is left as the network gives it.

@@ -51,7 +51,7 @@ compare it with these functions. These calls into plumbing/ matter here and in t
                              process equally many micro-batches, and counts the targets (masked tokens to
                              predict) of all processes
   parallel.optimizer_step    clips the gradient to norm 1, and moves the weights
-  flags.call                 calls a function with those of the arguments that it declares
+  flags.call                 calls a function, and passes only the arguments that it declares
 """
 
 import math
@@ -81,18 +81,18 @@ class Rollout:
     response: list  # token ids of every decoded block
     num_tokens: int  # how many there are up to and including eos. These earn the reward, and are trained
     step_map: list  # the denoising step that revealed each token, counted from 1 over the whole response
-    confidence: list = field(default_factory=list)  # how probable it was: see `sample`
+    confidence: list = field(default_factory=list)  # how probable each was: see `sample`
     logp: list = field(default_factory=list)  # its log-probability when it was drawn
-    canvas: int = 0  # full attention: response positions that every forward sees, masks included. Else 0
+    canvas: int = 0  # full attention: number of response positions in every forward. Else 0
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
     seed: int = 0  # of its draws, and of its masks where views are random
     # Filled in between decoding and the update, by tracerl.py, eval_math.py and value.py:
     group: int = 0  # the number of its prompt in this RL step
     reward: float = 0.0
     token_rewards: list = field(default_factory=list)  # process rewards, one per trained token, if any
-    advantage: list = field(default_factory=list)
+    advantage: list = field(default_factory=list)  # what the policy loss weighs each token by
     value_old: list = field(default_factory=list)  # the value model's estimates before this RL step's updates
-    returns: list = field(default_factory=list)
+    returns: list = field(default_factory=list)  # what the value model learns to predict
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -104,10 +104,10 @@ def uniform(seed, step, position):
 
     Each is a hash of seed, step and position.
 
-    seed and step may be plain numbers. uniform(7, 3, tensor([11])) is the draw of the response with seed 7 at
-    its denoising step 3 for position 11. It depends on nothing else: not on the batch, not on the process.
-    torch.multinomial would not do: its generator moves on with every draw. A response would then get other
-    draws in another batch.
+    position is a tensor. seed and step may be tensors, too, or single numbers. uniform(7, 3, tensor([11])) is
+    the draw of the response with seed 7 at its denoising step 3 for position 11. It depends on nothing else:
+    not on the batch, not on the process. torch.multinomial would not do: its generator moves on with every
+    draw. A response would then get other draws in another batch.
     """
     x = torch.zeros_like(position)
     for word in (seed, step, position):  # a round of splitmix64 for each; int64 arithmetic wraps around
@@ -196,7 +196,7 @@ def reveal_static(confidence, is_masked, quota):
 
 
 def reveal_dynamic(confidence, is_masked, quota, threshold):
-    """Every masked position with confidence > threshold. If they are fewer than n, the n most confident."""
+    """Every masked position with confidence > threshold. If there are fewer than n, the n most confident."""
     is_sure = (confidence > threshold) & is_masked
     has_enough = is_sure.sum(-1, keepdim=True) >= quota[:, None]
     return torch.where(has_enough, is_sure, best(confidence, is_masked, quota))
@@ -275,7 +275,7 @@ class Decoding:
             step                          the denoising step, here counted from 0 in its block, (B,)
             threshold                     the flag of that name
         It must reveal at least one mask of every block that has one. Use tensor operations
-        only: `if x.any()` makes a GPU wait, and no CUDA graph can hold it.
+        only: `if x.any()` makes a GPU wait, and cannot be part of a CUDA graph.
         """
         # Draws that do not count become 0, so that a sum over the block is right. A mean is this sum, divided
         # by is_masked.sum(-1).
@@ -342,8 +342,8 @@ def generate(model, prompt, decoding, seed=0):
         if set(tokens[block[block >= P]].tolist()) & set(config.eos_ids):
             break
         if not config.is_full:
-            # One more forward. That of the last denoising step still saw masks, but later blocks must read
-            # keys and values of the clean tokens.
+            # One more forward. The one of the last denoising step still saw masks. But later blocks must
+            # read keys and values of the clean tokens.
             block_states(model, tokens, block, cache.append)
     response = slice(P, int(block[-1]) + 1)
     columns = tokens[response].tolist(), *trace[:, response].tolist()
@@ -704,7 +704,7 @@ class ReplayLaw:
     num_wide: int = 0  # steps in a row beyond the bound
 
     def enforce(self, gap, gap_max):
-        """RuntimeError if the law is broken; a warning before that in bfloat16."""
+        """RuntimeError if the law is broken. In bfloat16 only the third step in a row stops the run."""
         # At T < 1 logits are divided by T, and their rounding grows with them.
         bound = (self.max_gap or (1e-4 if self.is_float32 else 0.05)) / min(self.temperature, 1.0)
         is_law = gap <= bound and (gap_max <= 10 * bound or not self.is_float32)

@@ -87,9 +87,9 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
 
 
 def noise_views(block, rng):
-    """One view per block, or with full attention per response: k of its c tokens are masked.
+    """One view per block, or with full attention per response.
 
-    k is uniform in 1 to c.
+    The block has c response tokens. k of them are masked, and k is uniform in 1 to c.
 
     A fair coin for each token would be worse: a block of 4 would be wholly masked only once in 16 times. But
     every block is wholly masked when its decoding begins. (`--views random` of tracerl.py is another
@@ -108,9 +108,11 @@ def sft_loss(logp, masked_share, normalizer, is_weighted):
 
     logp, masked_share: float32 (n,), of one micro-batch. is_weighted: each log-probability is divided by t,
     the masked fraction of its block. At a given t a token is masked with probability t, so on average every
-    response token counts once. The diffusion bound is minus this weighted sum, averaged over random masks. It
-    is an upper bound on minus the log-likelihood of the response. With weights, the normaliser is the number
-    of response tokens. Without (the authors' choice) it is the number of masked tokens.
+    response token counts once. Take minus the sum of log-probability / t over the masked tokens. Averaged
+    over random masks, it is the diffusion bound: an upper bound on minus the log-likelihood of the response.
+
+    With weights, the normaliser is the number of response tokens. Without (the authors' choice) it is the
+    number of masked tokens.
     """
     # In the block 1 ? ? ; two of four tokens are masked, t = .5. With weights each of them counts twice: for
     # itself, and for one that is not masked this time.
@@ -149,8 +151,8 @@ class Recipe:
     steps: int = setting(1000, "maximum number of updates", tiny=2700, low=1, may_change=True)
     batch_size: int = setting(64, "examples per update", low=1)
     lr: float = setting(1e-5, "peak learning rate of AdamW", tiny=6e-3, above=0)
-    warmup: int = setting(30, "first updates, in which the learning rate rises", low=1)
-    cooldown: int = setting(200, "last updates, in which the learning rate falls", low=1)
+    warmup: int = setting(30, "how many first updates raise the learning rate", low=1)
+    cooldown: int = setting(200, "how many last updates lower the learning rate", low=1)
     weight_decay: float = setting(0.0, "weight decay of AdamW, on matrices only", tiny=0.2, low=0)
     weighted: bool = setting(False, "weight each masked token by 1 / masked fraction (the diffusion bound)")
     views: str = setting("random", "what is masked. random: some tokens of every block; trace: as the data's "
@@ -222,7 +224,7 @@ def train(learner, examples, evaluate_dev, compute, recipe, run):
             accuracy = f", development accuracy {line['accuracy']:.3f}" if "accuracy" in line else ""
             parallel.say(f"sft: update {number}, loss {loss:.3f}{accuracy}")
         save_every = run.settings["save_every"]
-        if save_every and number % save_every == 0 and number < recipe.steps:  # (`main` saves the end)
+        if save_every and number % save_every == 0 and number < recipe.steps:  # (`main` saves the last state)
             run.save([learner])  # weights and moments; all else follows from run.progress
 
 
@@ -301,9 +303,9 @@ def main(argv=None):
             examinee = Examinee(model, tokenizer, Decoding(max_new_tokens=args.max_new_tokens), compute)
             dev = load_prompts(args.dev_data, tokenizer, prompting)[:200]
             evaluate_dev = functools.partial(examinee.evaluate, dev, seed=args.seed)
-        # betas of AdamW: the other settings of the tiny model were chosen with these. tracerl.py has its own.
+        # The other settings of the tiny model were chosen with these betas of AdamW. tracerl.py has others.
         learner = parallel.make_learner(model, args.lr, (0.9, 0.98), args.weight_decay)
-        # Settings, model and data have proved good. From here on the folder is written to.
+        # Settings, model and data have passed their checks. From here on the folder is written to.
         run.begin()
         if args.resume:
             run.restore([learner])

@@ -11,7 +11,7 @@ One RL step has six stages. `train` calls them in this order, and the README num
   3 advantage   how much better than the other responses to the same prompt,       give_advantages
                 or than the value model expected
   4 old logp    replay some rollouts to measure the gap. Compute the old            old_logprobs
-                log-probabilities of all updates but the first
+                log-probabilities of all batches but the first
   5 update      clipped policy gradient on the states of the trace                 learn, update, policy_loss
   6 finish      log, evaluate, save                                                finish_step
 
@@ -67,7 +67,7 @@ def group_advantages(rewards):
     """
     mean = rewards.mean(-1, keepdim=True)  # (groups, 1)
     std = rewards.std(-1, unbiased=False, keepdim=True)  # divides by G, as the authors do, not by G - 1
-    # Of equal rewards, std is 0 or rounding. Then A is 0 / inf = 0.
+    # If all rewards are equal, std is 0, up to rounding. It is then replaced by inf, so A is 0.
     return (rewards - mean) / std.masked_fill(std < 1e-6 * (1 + mean.abs()), torch.inf)
 
 
@@ -75,7 +75,7 @@ ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see
 
 
 def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
-    """The clipped policy gradient of PPO with a KL penalty. The paper has both, with other weights of tokens.
+    """The clipped policy gradient of PPO with a KL penalty, as in the paper.
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 
@@ -92,7 +92,7 @@ def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
     approximation.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch. It declares those
-    parameters it needs. Besides those above there are
+    parameters it needs. Besides the parameters of this function, there are
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
         num_groups       groups of the whole update
@@ -140,10 +140,10 @@ class Recipe:
     shrink: int = setting(None, "denoising steps per trace step; None: 1, full attention 8", tiny=1, low=1)
     clip_eps: float = setting(0.2, "epsilon: ratios are clipped to 1 - epsilon .. 1 + epsilon", low=0)
     kl_coef: float = setting(0.01, "beta: weight of the KL to the policy that made the rollouts", low=0)
-    keep_range: float = setting(None, "keep groups whose mean reward is in this range (a value model: all). "
+    keep_range: float = setting(None, "keep groups of a mean reward in this range; a value model keeps all. "
                                 "None: 0.2, 0.8 for a real model with default reward and advantage", number=2)
     value_lr: float = setting(5e-6, "learning rate of the value model", tiny=4e-3, above=0)
-    value_warmup: int = setting(5, "first RL steps, which only train the value model", tiny=10, low=0)
+    value_warmup: int = setting(5, "how many first RL steps train the value model alone", tiny=10, low=0)
     value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)
     value_clip: float = setting(0.2, "clip of a value's change in an RL step; 0: no clip", tiny=0, low=0)
     gamma: float = setting(1.0, "discount per trace step", low=0, high=1)
@@ -462,8 +462,8 @@ class Choice:
     dev_data: str = setting(None, "problems for --eval_every; arithmetic and sudoku have their own")
     eval_data: str = setting(None, "test problems, before and after. Arithmetic and sudoku have their own")
     eval_limit: int = setting(200, "how many test problems; 0: all", tiny=0, low=0)
-    eval_strategies: str = setting(None, "how test problems are decoded; greedy: --strategy at T = 0. None: "
-                                   "--strategy; tiny model: also dynamic, static, greedy", number="+")
+    eval_strategies: str = setting(None, "strategies for test problems; greedy is --strategy at T = 0. None: "
+                                   "--strategy, with tiny models dynamic, static, greedy, too", number="+")
     name: str = setting("tracerl", "name of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if right and not truncated, else 0; or file.py:function")
     advantage: str = setting("group", "group: standard score; value: a value model; or file.py:function")
@@ -486,7 +486,7 @@ def parse_args(argv=None):
         args.eval_data = args.eval_data or f"{args.train_data}-test"
     usual = ["dynamic", "static", "greedy"] if is_tiny else []
     args.eval_strategies = args.eval_strategies or list(dict.fromkeys([*usual, args.strategy]))
-    if args.lr is None:  # adapters start at zero and are scaled: they want about ten times as much
+    if args.lr is None:  # adapters start at zero and are scaled: they need about ten times as much
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
         args.keep_range = [0.2, 0.8]  # the authors' filter, for rewards from 0 to 1
@@ -540,7 +540,7 @@ def main(argv=None):
         # Before and after training: the same problems, and the same draws.
         evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
             args.eval_strategies, "evaluate")}
-        # Settings, model and data have proved good. From here on the folder is written to.
+        # Settings, model and data have passed their checks. From here on the folder is written to.
         show.announce(recipe, decoding, len(task.problems))
         run.begin()
         if args.resume:

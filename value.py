@@ -173,10 +173,11 @@ def estimate(rollouts, values, steps, gamma, lam):
 
 
 def value_loss(values, values_old, returns, num_tokens, clip=0):
-    """0.5 max[(V - R)^2, (clip(V, V_old +- clip) - R)^2], summed and divided by num_tokens.
+    """0.5 max[(V - R)^2, (V_clipped - R)^2], summed and divided by num_tokens.
 
     All float32 (n,), of one micro-batch. num_tokens: trained tokens of the WHOLE update, over all
-    micro-batches and processes. So losses and gradients simply add. clip 0: plain 0.5 (V - R)^2.
+    micro-batches and processes. So losses and gradients simply add. V_clipped is V, kept
+    within `clip` of V_old. clip 0: plain 0.5 (V - R)^2.
     """
     error = (values - returns) ** 2
     if clip:
