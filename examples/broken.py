@@ -7,6 +7,7 @@
 
 Decoding and evaluation stay as they are (only after_filter sets --top_p 0.8). Each fault replaces one
 function of rollout.py: `build_rows`, which makes every training row, or `record`, which keeps what was drawn.
+(after_filter also replaces the loss.)
 So the gap in the log is that of the broken rows, or of the broken record. The bound on the gap is lifted, or
 else the run would stop at once.
 
@@ -139,8 +140,8 @@ def after_filter(prompt, seed, columns, decoding, config):
 
     Engines may report such numbers, and trainers use them as old log-probabilities. TRL, verl and ms-swift
     have issues about this. What a filter keeps becomes more probable, so no gap is positive. With top-p .8
-    alone none is below log .8 = -.22. Ratios should begin at 1. They begin at the sum of the probabilities
-    that the filter kept.
+    alone, the kept tokens have at least .8 of the probability, so no gap is below log .8 = -.22. Ratios
+    should begin at 1. They begin at the sum of the probabilities that the filter kept.
     """
     r = record(prompt, seed, columns, decoding, config)
     r.logp = [math.log(p) for p in r.confidence]  # p: after the filters

@@ -2,6 +2,7 @@
 
 Every function declares the arguments that it needs, and is given them by name. The docstrings marked FORK
 HERE in tracerl.py, rollout.py and eval_math.py list all that there are. Below are the flags of each variant.
+(The functions that are not named there are controls of the benches in tests/.)
 F stands for examples/forks.py.
 
     TraceRL as the paper weighs it      --loss F:paper_weights
@@ -248,9 +249,10 @@ def as_many_random(rollout, block, rng):
 # Losses on a lower bound of the response's log-likelihood, the ELBO. In this section `mask` does not mean the
 # token "?", but a random set of tokens of a block that are hidden together. t is the hidden fraction of the
 # block. The ELBO is the expected sum of log p / t over the hidden tokens. The fewer tokens are hidden, the
-# more each of them counts. With one mask for every block, the sum of 1 / t over all hidden tokens is the
-# length of the response. (If the last block holds tokens behind eos, this is true there on average only.) The
-# old and the new policy get the same masks.
+# more each of them counts. If k of the c tokens of a block are hidden, t is k / c, and the sum of 1 / t over
+# them is c. So over all blocks it is the length of the response, by which the losses below divide. (If the
+# last block holds tokens behind eos, this is true there on average only.) The old and the new policy get the
+# same masks.
 
 
 def elbo_views(block, rng):
@@ -295,8 +297,8 @@ def linear_bound(logp, targets, num_responses, clip_eps):
     n. So its parts could be computed one after the other, each in a micro-batch of its own. That saves
     memory, and is the paper's aim. The clip of each part is that of the authors' code.
     """
-    # Views of a block: draw 0, draw 1, ... (A view that hides only tokens behind eos is left out, and has no
-    # view number. Then the next view of its block takes its number, and counts as that draw.)
+    # Views of a block: draw 0, draw 1, ... (A view that hides only tokens behind eos is left out. Then later
+    # views of its block move up by one number, and count as the draw before.)
     mask = targets.rollout_index * DRAWS + (targets.view - 1) % DRAWS
     weight = 1 / targets.masked_share
     d = sum_by(mask, (logp - targets.logp_old) * weight) / sum_by(mask, weight)

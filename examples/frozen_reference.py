@@ -69,9 +69,9 @@ def penalized(rewards, rollouts):
     """--advantage: the usual one, minus BETA times how far the response's KL is above its group's mean.
 
     The KL of a response is sum_j (log p(j) - log p_reference(j)), as in RLHF. Unlike the reward, it is not
-    divided by its standard deviation in the group. Otherwise even tiny differences of the KL would become as
-    large as any. A group of equal rewards, which has no other advantage, would then follow the KL at full
-    strength.
+    divided by its standard deviation in the group. Otherwise even tiny differences of the KL would become
+    advantages of about 1. A group of equal rewards, which has no other advantage, would then follow the KL at
+    full strength.
     """
     kl = []
     for r, logp in zip(rollouts, reference_logp(rollouts)):

@@ -21,7 +21,8 @@ def columns(problem, text, tokens, rollout):
     A return is a sum over trace steps (here denoising steps). Each step adds the MEAN reward of its tokens.
     If a part is to earn a quarter, this mean must be a quarter. So every token of the step that completes the
     part gets a quarter. (With a larger --shrink a trace step also holds tokens of other denoising steps. If
-    these get 0, its mean is smaller.) In the log, `reward` counts each of these tokens, so it may exceed 1.
+    these get 0, the mean of the step is smaller.) In the log, `reward` counts each of these tokens, so it may
+    exceed 1.
     """
     a, b = map(int, re.findall(r"\d+", problem.problem))
     right = work_out(a, b, 0.0, random.Random(0)).split(";")  # four parts, by a pupil who never slips

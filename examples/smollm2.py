@@ -119,7 +119,7 @@ THINGS = ["shells", "books", "apples", "coins", "cards", "pens", "stamps", "marb
 
 
 def word_problem(draw):
-    """One of four kinds of word problem, by a random.Random -> (problem, its one-line solution, answer)."""
+    """A word problem of one of four kinds -> (problem, one-line solution, answer). draw: a random.Random."""
     name = draw.choice(NAMES)
     things = draw.choice(THINGS)
     kind = draw.randrange(4)

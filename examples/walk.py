@@ -35,7 +35,7 @@ A response earns 1 if it is right, else 0. Its advantage is (reward - mean) / st
     seed  response                    reward  advantage
 
 7. THE LOSS AND THE UPDATE (tracerl.policy_loss)
-Ratios are 1 and all responses equally long. So the advantages cancel, and the loss is 0. The gradient is not.
+All ratios are 1, all responses equally long. So the advantages cancel: the loss is 0. The gradient is not.
 
 8. AFTER THE UPDATE (rollout.replay)
 The log-probability of a response is the sum over its trained tokens. Two carries make up most of the change.

@@ -21,7 +21,7 @@ def load(path, dtype):
     settings.eos_token_id = sorted(find_eos_ids(as_list(settings.eos_token_id), tokenizer))
     if not settings.eos_token_id:
         raise ValueError(f"{path} names no eos token: write its id into generation_config.json")
-    settings.pad_token_id = settings.eos_token_id[0]  # padding stands behind the end, and nobody reads it
+    settings.pad_token_id = settings.eos_token_id[0]  # stands behind the end, where nobody reads it
     settings.repetition_penalty = 1.0  # no penalty, also if the checkpoint's own settings ask for one
     return model.to(parallel.default_device()).eval(), tokenizer
 
@@ -29,7 +29,8 @@ def load(path, dtype):
 def generate(model, prompts, seeds, decoding):
     """Decodes a response to each prompt, token by token -> list[Rollout], as rollout.generate_each does.
 
-    64 prompts at a time are padded on the left to the longest. Of their seeds only the first one counts.
+    64 prompts at a time make a batch. The shorter ones get padding in front, which attention does not see.
+    The whole batch draws from the first of its seeds.
     """
     is_greedy = decoding.temperature == 0
     sampling = dict(do_sample=False) if is_greedy else dict(

@@ -53,9 +53,10 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     tokenizer = load_tokenizer(path)
     config = read_config(source, block_size, attention, name, tokenizer)
     if block_size is None and not source.get("block_size"):
-        parallel.say(f"config.json names no block size. K = {config.block_size} is that of the checkpoint's "
-                     "name, or else the usual one of its family. A wrong K gives no error, but with block "
-                     "attention little is learnt: see --block_size")
+        is_named = name.rstrip("/").endswith(f"-b{config.block_size}")
+        origin = "was read from the checkpoint's name" if is_named else "is the usual one of this family"
+        parallel.say(f"config.json names no block size. K = {config.block_size} {origin}. A wrong K gives no "
+                     "error, but with block attention little is learnt: see --block_size")
     # Qwen3 names its padding token in generation_config.json only.
     generation_path = os.path.join(path, "generation_config.json")
     generation = read_json(generation_path) if os.path.isfile(generation_path) else {}
@@ -131,8 +132,8 @@ def load_weights(model, folder, dtype=None, device=None):
     stored = stored_tensors(reader, folder)
     theirs_of = {name: family_name(model.config, name) for name, _ in model.named_parameters()}
     shapes = {theirs_of[name]: p.shape for name, p in model.named_parameters()}
-    # The files may hold the policy's head although nobody reads it. A tied checkpoint may store the one
-    # matrix twice, and a value model has no use for the policy's head.
+    # The files may hold the policy's head although nobody reads it. If embedding and head are one matrix, the
+    # files may hold it twice. And a value model has no use for the policy's head.
     check_stored(stored, shapes, family_name(model.config, "head.weight"), model.config, folder)
     if next(model.parameters()).is_meta:
         kept = [stored[name].properties.dtype for name in shapes if name in stored]
@@ -224,7 +225,7 @@ def save_weights(model, folder, dtype=None, max_shard_size="5GB"):
 
 
 def save_config(config, dtype, folder):
-    """Writes config.json as it was read, but for the fields in `changed`; also generation_config.json."""
+    """Writes config.json as it was read, with a few fields changed or added; also generation_config.json."""
     family = FAMILIES[config.family]
     size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
     dtype = str(dtype).removeprefix("torch.")

@@ -104,7 +104,7 @@ def read_fields(row, where, needs_answer):
 
 
 def is_empty(cell):
-    """Whether a cell is empty. Other programs write NaN for that. An infinite number is no answer, either."""
+    """Whether a cell is empty. NaN and infinity count as empty, too."""
     is_nan = isinstance(cell, float) and not math.isfinite(cell)
     return cell is None or is_nan or cell in ([], {}) or isinstance(cell, str) and not cell.strip()
 

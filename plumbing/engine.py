@@ -59,8 +59,8 @@ class SlotCache:
         """An `attend` for decoding: row b is the tokens at position[b] (T,) of the sequence in slots[b].
 
         They see all that the slot holds before end[b] (B,). Two rows may be blocks of one slot: all rows
-        write before any row reads. longest: an int that no end exceeds. num_in_place: how many rows at the
-        front are the slots 0, 1, 2, ..., in this order.
+        write before any row reads. longest: an int that no end exceeds. The first rows may be the slots 0, 1,
+        2, ... in this order, whose keys can be read without a copy. num_in_place is the number of such rows.
         """
         num_queries = position.shape[1] * self.heads_per_key
         reader = kernels.CacheReader(slots, end, longest, num_in_place, num_queries, self.keys)
@@ -93,7 +93,9 @@ class Lane:
 
 
 class Decoder:
-    """The sequences that are being decoded, in tables (slots + 1, length): a line per slot, by position.
+    """The sequences that are being decoded. Tables (slots + 1, length) have a line for each slot.
+
+    A line has a column for each position.
 
     The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each. When a sequence ends, the
     sequence in a later slot moves into the slot that has become free. So a batch is a slice of every table,
@@ -108,8 +110,8 @@ class Decoder:
         self.cache_kind = cache
         K = self.config.block_size
         # CUDA graphs are recorded for a few sizes of batch only, so a batch is filled up to such a size. If
-        # sequences are missing, idle slots are computed in their place. If commits are missing, the one spare
-        # slot is.
+        # sequences are missing, idle slots are computed in their place. If commits are missing, the spare
+        # slot is computed in their place. It is the last line of every table.
         table = (num_slots + 1, length)
         self.token = torch.full(table, self.config.mask_id, device=self.device)
         self.is_masked = torch.zeros(table, dtype=torch.bool, device=self.device)
@@ -225,11 +227,13 @@ class Decoder:
     def denoise(self, inputs, B, num_masked, longest):
         """One denoising step of the slots 0 .. B - 1 -> int64 (2, B), read by `advance`.
 
-        The first line says how many masks each block still has, the second whether it holds an eos. inputs (B
-        + M, 5): a line for each slot, with start, step, quota, seed and step in the block. Then a line for
-        each commit, see `states`. num_masked: how many masks these blocks have together. longest: the largest
-        end of these blocks. Both are numbers of the host, so no shape depends on what the device computes.
-        They may be too large, since `Captured` rounds them up.
+        The first line says how many masks each block still has, the second whether it holds an eos.
+
+        inputs, for B slots and M commits: (B + M, 5). First comes a line for each slot, with start, step,
+        quota, seed and step in the block. Then a line for each commit, see `states`. num_masked: how many
+        masks these blocks have together. longest: the largest end of these blocks. Both are numbers of the
+        host, so no shape depends on what the device computes. They may be too large, since `Captured` rounds
+        them up.
         """
         inputs = to_device(inputs, self.device)
         start, step, quota, seed, step_in_block = inputs[:B].T  # (B,) each
@@ -244,7 +248,8 @@ class Decoder:
         places = is_masked.flatten().argsort(descending=True, stable=True)[:num_masked]  # (N,) of B * K
         slot = places // K  # (N,) the slot of each mask
         draws = rollout.uniform(seed[slot], step[slot], columns.flatten()[places])
-        # Puts what was computed for masks only (N,) back to their places in the blocks (B, K). All else is 0.
+        # Puts the computed numbers (N,) back to their places in the blocks (B, K). All else is 0. If N was
+        # rounded up, some of the places are no masks: `reveal` ignores these.
         to_blocks = lambda x: x.new_zeros(B * K).scatter(0, places, x).view_as(is_masked)
         token, confidence, logp, entropy = map(to_blocks, self.draw(h.flatten(0, 1)[places], draws))
         is_kept = self.decoding.reveal(confidence, entropy, is_masked, quota, token, step_in_block)  # (B, K)
@@ -353,7 +358,8 @@ class Decoder:
             source, target = to_device(torch.tensor([movers, gaps]), self.device)
             for table in self.tables:
                 table[target] = table[source]
-            self.is_masked[n:len(self.lanes)] = False  # an idle slot may be computed, so it has no masks
+            # `Captured` may compute an idle slot. Masks in it would take the places of real masks.
+            self.is_masked[n:len(self.lanes)] = False
             if self.cache is not None:
                 self.cache.copy(source, target, max(self.lanes[slot].end for slot in movers))
         for gap, mover in zip(gaps, movers):
@@ -366,9 +372,9 @@ class Decoder:
 def generate(model, prompts, seeds, decoding, slots=None, cache="none"):
     """Twin of rollout.generate_each: decodes all prompts, some of them together -> list[Rollout], in order.
 
-    slots: how many sequences are decoded together; None is as many as fit. Results do not depend on it.
-    cache: one of CACHES. ValueError for an empty prompt, a prompt without a seed, a cache that does not fit
-    the attention, logits that are not finite, and too little memory for one slot.
+    slots: how many sequences are decoded together; None is as many as fit. Results depend on it only by
+    rounding. cache: one of CACHES. ValueError for an empty prompt, a prompt without a seed, a cache that does
+    not fit the attention, logits that are not finite, and too little memory for one slot.
     """
     config = model.config
     prompts = [list(prompt) for prompt, _ in zip(prompts, seeds, strict=True)]
@@ -423,7 +429,7 @@ RECORD_AT = 8  # the call at which a graph is recorded. For sizes that come up s
 
 @functools.cache
 def recording_stream():
-    """The stream on which all graphs are recorded. cuBLAS takes memory for each stream."""
+    """The stream on which all graphs are recorded. There is only one, since cuBLAS takes memory for each."""
     return torch.cuda.Stream()
 
 
@@ -509,9 +515,10 @@ def attend(layout):
     """Twin of model.attend_by_rule. The form of the mask depends on the device and the length of the rows."""
     B, T = layout.block.shape
     is_cuda = layout.block.is_cuda
-    if is_cuda and B == 1 and T % 128 == 0 and not kernels.IS_EAGER:  # packed rows, which have few lengths
+    if is_cuda and B == 1 and T % 128 == 0 and not kernels.IS_EAGER:
+        # These rows are packed. They have only a few lengths, so few kernels are compiled.
         mask = kernels.flex_mask(may_attend, layout)
-    elif T > 512 and (kernels.IS_EAGER or not is_cuda):
+    elif T > 512 and (kernels.IS_EAGER or not is_cuda):  # long rows, of which most pairs see nothing
         mask = kernels.tiles(dense_mask(layout))
     else:
         mask = dense_mask(layout)
@@ -528,7 +535,8 @@ def logprobs(model, states, tokens, temperature=1.0):
 def fast(device, max_tokens=4096, slots=None, cache="none"):
     """All twins, as a rollout.Compute.
 
-    On a GPU rows are packed. FlexAttention skips tiles between different rows, so that costs nothing.
+    On a GPU rows are packed. This costs nothing, because FlexAttention skips the tiles between different
+    rows.
     """
     return rollout.Compute(functools.partial(generate, slots=slots, cache=cache), attend, logprobs,
                            is_packed=device.type == "cuda", max_tokens=max_tokens)

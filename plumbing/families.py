@@ -39,7 +39,7 @@ class Family(NamedTuple):
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
     shifts_logits: bool = False
-    attention: str = "block"  # or "full"; "" where config.json, the name or --attention must tell
+    attention: str = "block"  # or "full". "": config.json, the name or --attention must say which
     may_choose: bool = False  # whether --attention may ask for the other kind
     block_size: int = 4  # K, where neither config.json nor the checkpoint's name says it
     masks: tuple = ()  # the usual mask tokens, by id or text, if neither config.json nor tokenizer names one
@@ -56,8 +56,9 @@ class Family(NamedTuple):
 # it already.
 # Qwen's embedding is longer than its vocabulary: the first row beyond the vocabulary is free. Llama 3
 # reserves tokens for such purposes. SmolLM2 reserves none, but its vocabulary has special tokens that its
-# training never met. In the model of 135M parameters, eleven such tokens still have one and the same
-# embedding. Training on a text with one of them would have changed its row. `<empty_output>` is one of these.
+# training never met. In the model of 135M parameters, eleven such tokens have identical
+# embeddings. Training on a text with one of them would have changed its row. So training never met them.
+# `<empty_output>` is one of these.
 FAMILIES = {
     "sdar": Family(QWEN_NAMES, has_qk_norm=True, masks=(151669,)),  # SDAR and TraDo
     "a2d-qwen3": Family(  # dllm's conversions of Qwen
@@ -113,7 +114,8 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     own_size = source.get("block_size") or (int(named[1]) if named and not is_full else None)
     eos = as_list(source.get("eos_token_id"))
     pad = source.get("pad_token_id")
-    rope = (source.get("rope_parameters") or {}) | (source.get("rope_scaling") or {})  # of transformers 5
+    # transformers 5 writes rope_parameters, older versions rope_scaling.
+    rope = (source.get("rope_parameters") or {}) | (source.get("rope_scaling") or {})
     theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # the default of transformers
     return ModelConfig(
         vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
@@ -140,8 +142,8 @@ def refuse_other_networks(source, name, architecture, vocabulary):
     is_other = usual != "" and (architecture not in ("", usual) or has_code)
     reasons = {  # what is not supported -> whether the checkpoint has it
         "a mixture of experts": has_experts or "moe" in name,
-        f"another network under a known name (architecture {architecture or 'unnamed'}"
-        f"{', code of its own' * has_code})": is_other,
+        f"architecture {architecture or 'unnamed'}{', with code of its own' * has_code}, in place of {usual}":
+            is_other,
         f"rotary positions of rope type {rope_type!r} instead of the plain ones": rope_type != "default",
         "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
             {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),

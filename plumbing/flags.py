@@ -68,7 +68,7 @@ def bounds_of(details):
 
 
 def make_parser(description, groups, is_tiny):
-    """A parser with the flags of settings classes. groups: title of a part of the help -> class.
+    """A parser with the flags of settings classes. groups: each title in the help -> its class.
 
     is_tiny: whether the defaults are those for a tiny model. Flags cannot be abbreviated. If two classes have
     a setting of the same name, the first one makes the flag.

@@ -134,8 +134,9 @@ class CacheReader:
     How the keys of the other rows are reached:
       1. flash-attn, where it is installed, computes all rows, and finds the keys of each by itself.
       2. On a GPU without flash-attn, a commit is computed together with the row of its slot, since both read
-         the same keys. Their queries alternate in one line: one of the slot's block, one of its commit, and
-         so on. A slot that commits nothing gets zeros as queries of a commit, and their results are dropped.
+         the same keys. Both are put into one row of attention, here called a line. Their queries alternate:
+         one of the slot's block, then one of its commit. A slot that commits nothing gets zeros as queries of
+         a commit, and their results are dropped.
       3. Otherwise the keys of their slots are copied.
     The second way, drawn:
 
@@ -154,8 +155,8 @@ class CacheReader:
             self.flash = dict(cache_seqlens=end.int(), cache_batch_idx=slots.int(), causal=False)
             return
         if self.has_pairs:
-            # engine.Captured adds dummy commits of the spare slot. `pairs` has one extra line at its end to
-            # take them. That line is dropped before attention is computed.
+            # engine.Captured adds dummy commits of the spare slot, whose number is beyond all lines. `clamp`
+            # sends them to an extra line at the end, which is dropped before attention is computed.
             self.line = slots[num_in_place:].clamp(max=num_in_place)  # (M,) of the commits
             pairs = F.pad(end[:num_in_place, None].expand(-1, 2), (0, 0, 0, 1))  # (lines + 1, 2)
             pairs[self.line, 1] = end[num_in_place:]
@@ -187,7 +188,7 @@ class CacheReader:
         return torch.cat(out).reshape(q.shape)
 
     def read_pairs(self, folded, keys, values):
-        """The same for a GPU: folded queries (rows, H_kv, Q, D), commits included -> the same shape."""
+        """The second way. folded (rows, H_kv, Q, D): queries of rows and commits -> the same shape."""
         B = self.num_in_place
         _, heads, number, D = folded.shape
         pairs = folded.new_zeros(B + 1, heads, number, 2, D)
@@ -197,6 +198,7 @@ class CacheReader:
             pairs[:B].flatten(2, 3), keys[:, :self.longest].transpose(1, 2),
             values[:, :self.longest].transpose(1, 2), attn_mask=self.mask)
         own, second = out.view(B, heads, number, 2, D).unbind(3)
+        # Dummy commits read the last line, and nobody uses what they get.
         return torch.cat([own, second[self.line.clamp(max=B - 1)]])
 
 
@@ -274,7 +276,8 @@ class ChunkedLogprobs(torch.autograd.Function):
 def chunked_logprobs(states, weight, tokens, mask_id, temperature, max_logits):
     """Log-probabilities of tokens (N,), and entropies, at states (N, C) with the head (V, C): float32 (N,).
 
-    At most max_logits logits exist at a time. The head's gradient is read and written once per chunk.
+    At most max_logits logits exist at a time. Each chunk reads and writes the whole gradient of the
+    head, so larger chunks are faster.
     """
     chunk = max(1, max_logits // len(weight))
     return ChunkedLogprobs.apply(states, weight, tokens, mask_id, temperature, chunk)

@@ -62,8 +62,9 @@ def start_of(attention):
 def start_path(args):
     """The checkpoint that a training run loads.
 
-    If a run is resumed, and the folder of --model is gone, it is the run's own newest one. With adapters
-    --model must still be there, since its weights are frozen and not saved for --resume.
+    A resumed run may find no folder at --model: it is gone, or --model is a hub id. Then this is the run's
+    own newest checkpoint. With adapters --model must still be there, since its weights are frozen and not
+    saved for --resume.
     """
     saved = runs.checkpoints_of(os.path.join("runs", args.name)) if args.resume else []
     if saved and args.model and not os.path.isdir(args.model) and not args.lora_rank:
@@ -72,7 +73,10 @@ def start_path(args):
 
 
 def is_tiny(path):
-    """Whether a checkpoint (None: that in assets/) is tiny, at most 128 channels. Then tiny defaults hold."""
+    """Whether a checkpoint has at most 128 channels. Then it gets the defaults for tiny models.
+
+    None stands for the one in assets/. A hub id never counts as tiny.
+    """
     if path is None:
         return True
     config = os.path.join(path, "config.json")
@@ -131,6 +135,7 @@ def self_check(model, method):
 
 def say_backend(model, cache):
     """Says which attention kernels decode, and warns of an approximate cache."""
+    # ImportError.name is the module that was not found. If it is flash_attn, the package is just not there.
     is_broken = getattr(kernels.flash_attn_error, "name", "flash_attn") != "flash_attn"
     if is_broken:
         parallel.say(f"WARNING: flash-attn is installed but cannot be used: {kernels.flash_attn_error}. "
@@ -144,7 +149,7 @@ def say_backend(model, cache):
 
 
 def load_to_answer(args):
-    """Loads a model that answers problems -> model, tokenizer, rollout.Compute. With --ar: left to right."""
+    """Loads a model that answers problems -> model, tokenizer, rollout.Compute. --ar: autoregressive."""
     parallel.start_processes(args.device, is_tiny=args.ar is None and is_tiny(args.model))
     if args.ar:
         model, tokenizer = autoregressive.load(args.ar, getattr(torch, args.dtype))

@@ -13,8 +13,8 @@ from plumbing import parallel
 def most_logits(device, is_training=False):
     """How many float32 logits may exist at a time. 2**25 of them are 128 MiB.
 
-    On a GPU there are more, in fewer chunks: each chunk reads the head's weight again, and in training also
-    the weight's gradient.
+    On a GPU more may exist, so there are fewer chunks. Every chunk reads the head's weight again, and in
+    training also the weight's gradient. So a few large chunks are faster.
     """
     if device.type == "cuda":
         return 2**27 if is_training else 2**26
@@ -26,8 +26,8 @@ def free_bytes(device):
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    if os.path.exists("/proc/meminfo"):  # Linux says it exactly
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # a guess: half of it is free
+    if os.path.exists("/proc/meminfo"):  # Linux says how much is free
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or the word max
@@ -39,7 +39,7 @@ def free_bytes(device):
 
 
 def layer_bytes(config, itemsize):
-    """Bytes per token, about, of all that one layer computes: states, q, k, v, attention, feed-forward."""
+    """About how many bytes one layer computes per token: states, q, k, v, attention, feed-forward."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return (6 * config.hidden_size + heads + 3 * config.intermediate_size) * itemsize
 
@@ -58,11 +58,12 @@ def fit_slots(asked, number, per_slot, config, device):
     """How many of `number` sequences are decoded together: as many as `asked`; None is as many as fit.
 
     Fewer than `asked` may fit. From the second RL step on, for example, the optimizer's moments take memory.
-    The results are the same, so this is printed, and is no error. ValueError if not even one fits.
+    The results are the same up to rounding, so this is printed, and is no error. ValueError if not even one
+    fits.
     """
     wanted = min(asked or number, number)
     # Each slot needs the logits of one block. The sampler computes them in parts: at most `most_logits` at a
-    # time, but at least those of one position. Of one part it holds about six float32 copies.
+    # time, but at least those of one position. It holds about six float32 copies of one part.
     at_once = min(max(most_logits(device), config.vocab_size), wanted * config.block_size * config.vocab_size)
     logits = at_once * 4 * 6
     if device.type == "cuda":
@@ -120,11 +121,12 @@ def plan(model, args, num_models):
     if sum(sizes.values()) > 0.85 * free or cached < 0:
         needed = max(sum(sizes.values()), 0.85 * free - cached)
         raise ValueError(f"training needs {GB(needed)} GiB on each process, and may use 85 percent of the "
-                         f"{GB(free)} GiB that are free: try --lora_rank 32, --gradient_checkpointing, a "
-                         "smaller --tokens_per_micro_batch, more GPUs, or a smaller model")
+                         f"{GB(free)} GiB that are free: try --lora_rank 32, "
+                         "--gradient_checkpointing (if it is off), a smaller --tokens_per_micro_batch, "
+                         "more GPUs, or a smaller model")
     # The longest row: with one token per denoising step, each new token adds itself and a view of K tokens.
     longest = args.max_prompt_tokens + args.max_new_tokens * (1 + config.block_size)
-    has_steps = hasattr(args, "group_size")  # sft.py has one view per block, and not one per step
+    has_steps = hasattr(args, "group_size")  # sft.py mostly has one view per block, and not one per step
     if has_steps and not config.is_full and longest * per_token > room:
         parallel.say(f"WARNING: a response of {args.max_new_tokens} tokens, decoded one token a step, makes "
                      f"a row of {longest} tokens with {GB(longest * per_token)} GiB of activations. Rows are "

@@ -55,9 +55,9 @@ def by_length(sizes, max_tokens, is_packed=False):
     """Puts items of similar length together, for forwards of at most max_tokens tokens, or of one item.
 
     sizes: (length of a row, number of rows) of each item -> lists of item numbers, short ones first. Unless
-    they are packed, rows are padded to the longest of their list. An item is not added to a list if the list
-    would then have more than 512 tokens, and more than a thirty-second of its tokens would be padding. Then
-    the item begins a new list.
+    they are packed, rows are padded to the longest of their list. An item also begins a new list where the
+    old one would become wasteful. That means more than 512 tokens, padding included, and more than one
+    padding token for 32 others.
     """
     groups = []
     num_rows = 0  # of the group being filled

@@ -61,9 +61,9 @@ def start_processes(device=None, is_tiny=False, needs_group=False):
     if is_cuda:
         torch.cuda.set_device(local)
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if is_alone else {}
-    # The timeout is long, since all processes wait for the one that has the longest rollout.
     # Python objects are exchanged on the CPU, so that a GPU needs no memory for them.
     backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
+    # The timeout is long, since all processes wait for the one that has the longest rollout.
     dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
 
 

@@ -60,8 +60,8 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
 def encode_solutions(problems, tokenizer, config):
     """Problems with prompts and worked solutions -> token ids of each solution, without eos.
 
-    What the prompt or sft.py adds is not repeated: an eos at the end of the solution, and a <think> at its
-    beginning if the prompt ends with one. ValueError for tokens that a model cannot learn to write.
+    An eos at the end of a solution is removed, since sft.py adds one. A <think> at its beginning is removed
+    if the prompt ends with one. ValueError for tokens that a model cannot learn to write.
     """
     ends = tuple(filter(None, tokenizer.convert_ids_to_tokens(list(config.eos_ids))))
     texts = []
@@ -70,7 +70,7 @@ def encode_solutions(problems, tokenizer, config):
         while text.rstrip().endswith(ends):
             text = text.rstrip().removesuffix(next(end for end in ends if text.rstrip().endswith(end)))
             p.step_map = p.step_map and p.step_map[:-1]  # eos is one token
-        if text.startswith("<think>") and not p.step_map:
+        if text.startswith("<think>") and not p.step_map:  # a step map has one number for each token
             prompt_end = tokenizer.decode(p.tokens[-4:])
             if prompt_end.rstrip().endswith("<think>"):
                 text = text.removeprefix("<think>\n" if prompt_end.endswith("\n") else "<think>")

@@ -34,7 +34,7 @@ from plumbing.checkpoints import read_json, save_checkpoint, save_weights, write
 from plumbing.flags import setting
 
 KEPT = 3  # how many checkpoints of a run are kept: the newest ones
-LOGS = ("metrics.jsonl", "responses.jsonl")  # of a training run, and of eval_math.py
+LOGS = ("metrics.jsonl", "responses.jsonl")  # the first is of a training run, the second of eval_math.py
 
 
 @dataclass
@@ -62,7 +62,7 @@ def parse(parser, groups, argv):
 def run_command(main):
     """Runs the main() of a script. A ValueError or OSError is printed as one line, with exit status 2.
 
-    Every script takes --debug: then such an error shows its traceback, too.
+    Every script that uses this function takes --debug: then such an error shows its traceback, too.
     """
     program = os.path.basename(sys.argv[0])
     is_debugging = "--debug" in sys.argv
@@ -75,8 +75,8 @@ def run_command(main):
     except KeyboardInterrupt:
         status = 130
         if parallel.is_first():
-            print(f"{program}: stopped. To go on, repeat the command with --resume (eval_math.py: without "
-                  "it)", file=sys.stderr)
+            print(f"{program}: stopped. To go on with a run, repeat the command with --resume "
+                  "(eval_math.py: the same command again)", file=sys.stderr)
     except Exception as error:  # a process that fails must say so and end: the others wait for it
         status = 2 if isinstance(error, (ValueError, OSError)) else 1
         if status == 1 or is_debugging:
@@ -105,14 +105,14 @@ def run_command(main):
 # How many seconds the parts of a step take, and on a GPU how much memory tensors take at most.
 
 
-TAKEN = Counter()  # name -> seconds, which are added up, or gibibytes, of which the largest number is kept
+TAKEN = Counter()  # name -> seconds (added up), or gibibytes (the largest number is kept)
 
 
 @contextmanager
 def timed(name):
     """Used as a decorator: measures how long a function runs, and adds it to TAKEN[name].
 
-    name: it ends in _seconds.
+    name must end in _seconds. On a GPU the peak of memory goes to the same name with _gib.
     """
     started = time.perf_counter()
     has_gpu = torch.cuda.is_initialized()
@@ -219,7 +219,7 @@ class Run:
             raise ValueError(f"--name {name!r} is no name of a folder under runs/")
         self.path = os.path.join(self.folder, log)
         self.settings = dict(settings) | plugin_marks(settings)
-        if groups:  # the first group of settings is another one in each script
+        if groups:  # the first group has another title in each script: sft.py cannot resume a tracerl.py run
             self.settings["kind_of_run"] = next(iter(groups))
         self.is_writer = parallel.is_first()
         self.progress = dict(step=0)  # what a checkpoint holds besides weights and moments
@@ -253,7 +253,7 @@ class Run:
             return
         with replacing(os.path.join(self.folder, "args.json")) as partial:
             write_json(partial, self.settings)
-        # These are left from a command that was killed while it saved or deleted a checkpoint.
+        # A command that was killed while it saved or deleted a checkpoint leaves such folders.
         for left in glob.glob(os.path.join(glob.escape(self.folder), "checkpoints", "*.partial*")):
             shutil.rmtree(left, ignore_errors=True)
         open(self.path, "a", encoding="utf-8").close()

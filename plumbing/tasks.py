@@ -9,7 +9,7 @@ import zlib
 def is_of(split, text):
     """Whether a problem belongs to a split: "train", "dev" or "test"."""
     # A hash of the text deals every problem to one of ten buckets, whatever the seed. So training
-    # data never contain a test problem, whatever their seed.
+    # data never contain a test problem.
     buckets = {"train": range(2, 10), "dev": range(1, 2), "test": range(0, 1)}[split]
     return zlib.crc32(text.encode()) % 10 in buckets
 
@@ -40,18 +40,16 @@ def work_out(a, b, slip, rng):
     090;110;080;\\boxed{819}. The text itself shows the slip: 110 is written, and 111 is right.
     """
     page = ""
-    digits = ""  # of the answer, found from the right
+    answer = ""  # found from the right
     carry = 0
-    last = 10 ** (len(str(a)) - 1)
-    power = 1
-    while power <= last:
-        column = a // power % 10 + b // power % 10 + carry
-        # The last column has no next one: both digits of its sum go into the answer.
-        carry = column // 10 if power == last or rng.random() >= slip else 0
+    columns = list(zip(reversed(str(a)), reversed(str(b))))
+    for number, (x, y) in enumerate(columns, 1):
+        column = int(x) + int(y) + carry
+        is_last = number == len(columns)  # it has no next one: both digits of its sum go into the answer
+        carry = column // 10 if is_last or rng.random() >= slip else 0
         page += f"{column:02d}{carry};"  # 11 and 1 handed on: "111;"
-        digits = f"{column % 10 if power < last else column}{digits}"
-        power *= 10
-    return f"{page}\\boxed{{{digits}}}"
+        answer = f"{column if is_last else column % 10}{answer}"
+    return f"{page}\\boxed{{{answer}}}"
 
 
 @functools.cache

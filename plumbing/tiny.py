@@ -65,7 +65,7 @@ def tiny_model(seed=0, block_size=4, attention="block"):
 
 
 def initialize(model, seed):
-    """Fills all weights: norms 1, biases 0, matrices N(0, 0.02), residual outputs smaller, as in GPT-2."""
+    """Fills all weights: norms 1, biases 0, matrices N(0, 0.02), as in GPT-2."""
     generator = torch.Generator().manual_seed(seed)  # not torch's global one: same seed, same weights
     for name, p in model.named_parameters():
         if p.dim() == 1:

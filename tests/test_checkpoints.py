@@ -203,8 +203,8 @@ def test_llada_weights_may_have_block_attention_if_it_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model_type="qwen3", architectures=["ReFusionForCausalLM"]), "known name .architecture ReFusionForCausalLM"),
-    (dict(model_type="llama", architectures=["OtherForCausalLM"]), "known name .architecture OtherForCausalLM"),
+    (dict(model_type="qwen3", architectures=["ReFusionForCausalLM"]), "architecture ReFusionForCausalLM, in place of Qwen3ForCausalLM"),
+    (dict(model_type="llama", architectures=["OtherForCausalLM"]), "architecture OtherForCausalLM, in place of LlamaForCausalLM"),
     (dict(model_type="qwen3", auto_map={"AutoModel": "modeling.X"}), "code of its own"),
     (dict(model_type="Fast_dLLM_Qwen"), "unknown model_type"),
     (dict(model_type="llada2_moe"), "a mixture of experts"),
@@ -259,12 +259,11 @@ def test_a_block_size_that_config_json_does_not_name_is_said_in_one_line(tmp_pat
         assert said(kind) == ""
         edit(tmp_path / kind / "config.json", block_size=None)
         assert said(kind) == (
-            "config.json names no block size. K = 4 is that of the checkpoint's name, or else the usual one "
-            "of its family. A wrong K gives no error, but with block attention little is learnt: see "
-            "--block_size\n")
+            "config.json names no block size. K = 4 is the usual one of this family. A wrong K gives no "
+            "error, but with block attention little is learnt: see --block_size\n")
         assert said(kind, 4) == ""
     shutil.copytree(tmp_path / "sdar", tmp_path / "mine-b8")
-    assert "K = 8 is that of the checkpoint's name" in said("mine-b8")
+    assert "K = 8 was read from the checkpoint's name" in said("mine-b8")
 
 
 # --------------------------------------------------------------------------------------------- the mask token

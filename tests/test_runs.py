@@ -201,7 +201,8 @@ def test_ctrl_c_is_one_line_and_libraries_warn_of_nothing(folder):
     assert finish(process) == 130
     said = Path("output.txt").read_text()
     assert said.strip().splitlines()[-1].endswith(
-        "tracerl.py: stopped. To go on, repeat the command with --resume (eval_math.py: without it)")
+        "tracerl.py: stopped. To go on with a run, repeat the command with --resume (eval_math.py: the "
+        "same command again)")
     assert "Traceback" not in said
 
 

@@ -99,7 +99,9 @@ def without_names(parts, others):
 
 
 def split_name(tree):
-    """x = 5 -> "x", 5; AB = 5, |AB| = 5, f(2) = 5 and x \\in (0,1) likewise; others -> "", tree.
+    """x = 5 gives ("x", 5), and AB = 5 gives ("AB", 5). All other trees give ("", tree).
+
+    |AB| = 5, f(2) = 5 and x \\in (0,1) are split in the same way.
 
     A function is a part of the name: \\tan x = 5 -> "tan x", 5. But a length may be written as AB or |AB|,
     and both have the name AB. A side that must still be solved for its letter is no name: \\sqrt{x} = 5,
@@ -117,8 +119,9 @@ def split_name(tree):
             has_number = any(letter[0].isdigit() for letter in letters)
             can_be_solved = has_number and function in ("frac", "binom", "root") or (
                 len(letters) == 1 and function in ("sqrt", "ln", "exp"))
-            # p(x) = 5 has a name, and xy = 5 has none, though both are products in the tree. Their columns
-            # tell them apart: 'x'@'y' has one character between its factors, and 'p'@('x') has two.
+            # p(x) = 5 has a name, and xy = 5 has none, though both are products in the tree. In the
+            # translated text, 'x'@'y' has one character between its factors, and 'p'@('x') has two. Python's
+            # tree keeps their columns.
             has_bracket = isinstance(left, ast.BinOp) and left.right.col_offset > left.left.end_col_offset + 1
             is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy = 5 is no name
             numbers_and_letters = [node for node in ast.walk(left) if isinstance(node, ast.Constant)]
@@ -281,6 +284,7 @@ class RealSet:
                           for side in sides]
                 return all(holds(a, type(sign), b) for a, sign, b in zip(values, signs, values[1:]))
             case ast.Set(elts=parts):
+                # A list, so that all parts are computed: `number` keeps each as an end.
                 return any([holds(x, ast.Eq, self.number(part)) for part in parts])
             case ast.Constant(value="\\Reals" | "\\emptyset" as name):
                 return name == "\\Reals"

@@ -5,7 +5,8 @@ makes a tree of it, and nothing is ever executed. All leaves are texts: 2x^2 bec
 token is refused, since a formula that is read wrongly may reward a wrong answer.
 
 Nothing is simplified. Two trees are compared by their values at many points, with enough digits to tell
-different values apart. Every operation has a bound on the size of its result, so no formula takes long.
+different values apart. Every operation has a bound on the size of its result, so a usual formula takes
+milliseconds. For others the worker has a limit of time (see workers.py).
 """
 
 import ast
@@ -156,7 +157,7 @@ class Calculator:
         if not self.mp.isfinite(value) or self.is_real and isinstance(value, self.mp.mpc):
             raise ValueError("not a real number")
         # Where equal numbers cancel, as in \sqrt{2}^2 - 2 and \sin\pi, rounding may leave a tiny number. It
-        # counts as 0.
+        # counts as 0. 3.3 is the number of bits per decimal digit. The last 50 digits are not trusted.
         may_cancel = isinstance(tree, ast.BinOp) and type(tree.op) in (ast.Add, ast.Sub) or isinstance(
             tree, ast.Call) and tree.func.id in ROUNDED
         if value and may_cancel and self.mp.mag(value) < max(self.sizes) - 3.3 * (self.mp.dps - 50):
@@ -169,7 +170,7 @@ class Calculator:
 
     def num_digits(self):
         """How many decimal digits lie between the largest and the smallest value so far."""
-        return int((max(self.sizes) - min(self.sizes)) * 0.302)
+        return int((max(self.sizes) - min(self.sizes)) * 0.302)  # sizes are in bits
 
     def compute(self, tree):
         """One operation on the values of its operands."""
@@ -274,7 +275,7 @@ def is_same_function(answer, gold, factor=None):
         if x is None or y is None:
             # Undefined points are left out, so \ln(ab) is \ln a + \ln b. With bars they count: \ln|x| is not
             # \ln x.
-            if has_bars and not x is y is None:
+            if has_bars and (x is None) != (y is None):
                 return False
             continue
         if factor and abs(y) > tolerance:
