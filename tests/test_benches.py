@@ -240,7 +240,6 @@ def test_the_evidence_tells_only_what_the_results_say(capsys):
         "Exact replay in large blocks": [bench_questions, "large", "--show"],
         "After equally many steps": [bench_methods, "--show", "--out", str(bench_methods.EVIDENCE)],
         "After equal seconds": [bench_methods, "--show", "--out", str(bench_methods.EVIDENCE)],
-        "All tables": [bench_methods, "--show", "--out", str(bench_methods.EVIDENCE)],
         "Beside fine-tuning on right answers alone":
             [bench_methods, "--show", "--out", str(ROOT / "tests/rejection.json")]}
     text = (ROOT / "tests/EVIDENCE.md").read_text()
