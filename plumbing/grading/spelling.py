@@ -59,29 +59,29 @@ def spell_pair(answer, gold):
     texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
     words = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2}
     nouns = frozenset(words - {"and", "not"})
-    gold = spell(gold, nouns, may_touch=False)
+    gold = spell(gold, nouns, bare_units="spaced")
     # "5 m" may be five metres, or a product. If the gold answer has letters, it is taken for a product.
     has_letters = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", gold))
-    return spell(answer, nouns, may_touch=None if has_letters else True), gold
+    return spell(answer, nouns, bare_units="none" if has_letters else "all"), gold
 
 
 @lru_cache(maxsize=10_000)
-def spell(text, nouns, may_touch):
+def spell(text, nouns, bare_units):
     """One spelling of an answer.
 
-    nouns: more words that count as units, from the gold answer. may_touch: which units without \\text are
-    removed behind a number. True: in "5cm" and in "5 cm". False: only in "5 cm". None: none.
+    nouns: more words that count as units, from the gold answer. bare_units: which units without \\text are
+    removed behind a number. "all": in "5cm", "5 cm" and "5 m". "spaced": only in "5 cm". "none": nowhere.
     """
     if text.isascii() and text.isdigit():  # isascii, because "5²".isdigit() is True
         return text
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\frac is \frac; but \\ ends a matrix row
     text = replace(text.strip(), SIGNS).translate(SCRIPTS)
-    if may_touch:  # there is no letter in the gold answer, so 2e-3 is 0.002, and not 2e - 3
+    if bare_units == "all":  # there is no letter in the gold answer, so 2e-3 is 0.002, and not 2e - 3
         text = re.sub(r"(?<![\w.])(\d+\.?\d*)[eE]\+?(-?\d+)(?!\w)", r"\1\\cdot10^{\2}", text)
     text = UNITS_IN_TEXT.sub(lambda m: without_units(m[0], nouns), text)
     bare = BARE_UNIT.search(text)
-    if bare and may_touch is not None and is_bare_unit(bare, nouns, may_touch):
+    if bare and bare_units != "none" and is_bare_unit(bare, nouns, bare_units == "all"):
         text = text[:bare.start()]
     text = replace(text, FORMS)
     if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
@@ -132,11 +132,14 @@ def without_units(text, nouns):
     return " " + text
 
 
-def is_bare_unit(match, nouns, may_touch):
-    """Whether the words at the end of an answer, as in "5 cm", are units. A single letter needs a space."""
+def is_bare_unit(match, nouns, is_any):
+    """Whether the words at the end of an answer, as in "5 cm", are units.
+
+    is_any: also in "5cm", and in "5 m" for a few letters.
+    """
     first = WORD.match(match[1])[0]
     has_space = match[0][0] == " "
-    is_fit = has_space or may_touch
+    is_fit = has_space or is_any
     if len(first) == 1:
-        is_fit = has_space and may_touch and first in "mghsLJNWV"
+        is_fit = has_space and is_any and first in "mghsLJNWV"
     return is_fit and is_unit(match[1], nouns)

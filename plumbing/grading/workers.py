@@ -6,6 +6,7 @@ spells it in one way (both take bounded time), and gets a yes or a no.
 """
 
 import atexit
+import functools
 import json
 import os
 import queue
@@ -30,27 +31,16 @@ class Workers:
     CPU_SECONDS = 2
     WALL_SECONDS = 20
     MEMORY = 1 << 30
-    MAX_CACHED = 100_000
 
     def __init__(self):
         self.idle = queue.Queue()
         self.lock = threading.Lock()
         self.started = 0
         self.killed = 0
-        self.cache = {}
-
-    def ask(self, *question):
-        """(verdict, how) of an answer and a gold answer, from memory if it was asked before."""
-        found = self.cache.get(question)
-        if found is None:
-            found = self.run(*question)
-            if len(self.cache) > self.MAX_CACHED:
-                self.cache.clear()
-            self.cache[question] = found
-        return found
+        self.ask = functools.lru_cache(maxsize=100_000)(self.run)  # a question that was asked is remembered
 
     def run(self, answer, gold):
-        """One check in the next idle worker."""
+        """(verdict, how) of an answer and a gold answer: one check in the next idle worker."""
         with self.lock:
             if self.started < self.NUMBER:
                 self.started += 1
