@@ -45,6 +45,8 @@ def read(text):
 
     `(p,q) = (3,2)` gives the tree of `p = 3` and that of `q = 2`.
     """
+    # (x,y) = (1,2), (2,1) is a list of tuples.
+    text = re.sub(r"^\(x, ?y(?:, ?z)?\) ?(?:=|\\in) ?(?=.*\).*\()", "", text)
     if re.search(r"\\pm[^,]*\\pm|\(.*\\pm.*\\pm", text):
         raise ValueError("a \\pm b \\pm c: these may be two values or four")
     if "\\pm" not in text:
@@ -68,12 +70,7 @@ def parts_of(tree):
 def is_same_list(answers, golds):
     """Whether the parts of two lists can be put in pairs of equals."""
     if len(answers) != len(golds) or len(golds) > 1:
-        # If only one side has names, the names are dropped. If they are all the same, the values are a list:
-        # x=1, x=2 is 1, 2. If they differ, the values are a tuple in the order of the names: y=-4, x=3 is
-        # (3,-4).
-        unnamed = without_names(answers, golds)
-        golds = without_names(golds, answers)
-        answers = unnamed
+        answers, golds = without_names(answers, golds), without_names(golds, answers)
     if len(answers) != len(golds) or len(golds) > 100:
         return False
     left = list(golds)
@@ -86,16 +83,37 @@ def is_same_list(answers, golds):
 
 
 def without_names(parts, others):
-    """The values of parts that have names, as a list or tuple. If `others` have names, nothing changes."""
+    """The values of parts that have names, if `others` have none.
+
+    If all names are the same, the values are a list: x=1, x=2 is 1, 2. If they differ, the values are a tuple
+    in the order of the names: y=-4, x=3 is (3,-4). If they come again, each round is a tuple: x=1, y=2, x=3,
+    y=4 is (1,2), (3,4). Such rounds lose their names also if `others` have the same ones.
+    """
     named = [split_name(part) for part in parts]
     names = [name for name, _ in named]
     has_names = all(names) or names[0] and not any(names[1:])  # x = 1, x = 2; or x = 1, 2
-    if not has_names or any(split_name(part)[0] for part in others):
+    other_names = {split_name(part)[0] for part in others} - {""}
+    are_rounds = len(set(names)) < len(names) and other_names == set(names)
+    is_list = len({name.split("_")[0] for name in names if name}) == 1
+    if not has_names or other_names and (is_list or not are_rounds):
         return parts
-    if len({name.split("_")[0] for name in names if name}) > 1:
-        named.sort(key=lambda pair: pair[0].strip("\\"))
-        return [ast.Tuple([value for _, value in named])]
-    return [part for _, value in named for part in parts_of(value)]
+    if is_list:
+        return [part for _, value in named for part in parts_of(value)]
+    starts = [number for number, name in enumerate(names) if name == names[0]]
+    return [in_order(named[start:end]) for start, end in zip(starts, [*starts[1:], len(named)])]
+
+
+def in_order(named):
+    """The tuple of the values of (name, value) pairs, in alphabetical order of the names.
+
+    ValueError for m = 2, b = 3: whoever asks for (m,b) means (2,3). Neighbours such as x and y are safe.
+    """
+    letters = [name.strip("\\") for name, _ in named]
+    ordered = sorted(letters)
+    are_neighbours = all(len(a) == len(b) == 1 and ord(b) - ord(a) == 1 for a, b in zip(ordered, ordered[1:]))
+    if letters != ordered and not are_neighbours:
+        raise ValueError("the order of these names is not known")
+    return ast.Tuple([value for _, value in sorted(named, key=lambda pair: pair[0].strip("\\"))])
 
 
 def split_name(tree):
@@ -269,7 +287,7 @@ class RealSet:
                     return left or right
                 return left and right == isinstance(op, ast.BitAnd)  # a difference leaves out the right set
             case (ast.Compare(left=ast.Constant(value=name), ops=[ast.In()], comparators=[inside])
-                  | ast.Dict(keys=[ast.Constant(value=name)], values=[inside])):
+                  | ast.Dict(keys=[ast.Constant(value=name)], values=[inside])) if not name[0].isdigit():
                 self.variables.add(name)
                 return self.contains(x, inside)
             case ast.Dict(keys=[ast.Compare(ops=[ast.In()]) as key], values=[condition]):
@@ -277,6 +295,8 @@ class RealSet:
             case ast.Compare(left=left, ops=signs, comparators=others):
                 sides = [left, *others]
                 names = {side.value for side in sides if isinstance(side, ast.Constant) and letters_of(side)}
+                if not names:
+                    raise ValueError("1 < 2 says nothing of a variable")
                 self.variables |= names
                 # A side that is just the letter has the value x. A side such as -y or |y|, which holds the
                 # letter in another form, cannot be computed: ValueError.
@@ -296,7 +316,10 @@ class RealSet:
                 ends = [end for sign, end in ((below, low), (above, high)) if sign is ast.LtE]
                 if any(leaves(end) == ["\\infty"] for end in ends):
                     raise ValueError("(3,\\infty]: infinity is no number")
-                return holds(self.number(low), below, x) & holds(x, above, self.number(high))
+                low, high = self.number(low), self.number(high)
+                if low > high or low == high and len(ends) < 2:
+                    raise ValueError("(8,-2) is a point, and no interval")
+                return holds(low, below, x) & holds(x, above, high)
         raise ValueError("no set of real numbers")
 
 

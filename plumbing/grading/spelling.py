@@ -19,10 +19,19 @@ NUMERAL = re.compile(r"(?i)\b(?:zero|one|two|three|four|five|six|seven|eight|nin
                      r"twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|half)s?\b")
 EXPONENT = r"(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
 UNIT = re.compile(rf"(?:[\s/]|\\cdot)*{TEXT}({GROUP}){EXPONENT}")
-UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*")
+# Not between two numbers: 5\text{ feet }\frac12 is no mixed number.
+UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*"
+                           r"(?!\s*(?:\d|\\d?frac))")
 BARE_UNIT = re.compile(rf"(?:(?<=[\d}}])|(?<=\\pi )) *([a-zA-Z][a-zA-Z /.]*){EXPONENT}\s*\.?$")
-BEFORE_UNITS = {"square", "cubic", "sq", "cu", "different", "distinct", "possible"}
-AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "old", "cdot", *BEFORE_UNITS}
+# Words of a gold answer that change its number: 7\text{ tenths} is not 7.
+CHANGES_NUMBER = re.compile(
+    rf"{NUMERAL.pattern}|(?i:dozens?|tens|squared|cubed|below|less|minus|negative|double|twice|halves|"
+    r"thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|"
+    r"even|odd|for|when|otherwise|remainder)")
+BEFORE_UNITS = {"square", "cubic", "sq", "cu", "different", "distinct", "possible", "real", "positive",
+                "lattice"}
+AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "each", "old", "cdot",
+               *BEFORE_UNITS}
 
 
 def periodic(match):
@@ -58,7 +67,11 @@ def spell_pair(answer, gold):
     """An answer and the gold answer in one spelling. Words of a \\text{} in the gold answer are units."""
     texts = re.findall(rf"{TEXT}\{{([^{{}}]*)\}}", gold)
     words = {word.lower() for text in texts for word in WORD.findall(text) if len(word) > 2}
-    nouns = frozenset(words - {"and", "not"})
+    nouns = frozenset(word for word in words - {"and", "not"} if not CHANGES_NUMBER.fullmatch(word))
+    units = {re.sub(rf"{TEXT}|[\s{{}}]", "", match[0]).lower().rstrip("s")
+             for match in UNITS_IN_TEXT.finditer(gold)}
+    if len(units - {"and", "or"}) > 1:  # 3 wins, 2 losses: the words say which number is which, so they stay
+        return spell(answer, None, bare_units="none"), spell(gold, None, bare_units="none")
     gold = spell(gold, nouns, bare_units="spaced")
     # "5 m" may be five metres, or a product. If the gold answer has letters, it is taken for a product.
     has_letters = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", gold))
@@ -69,8 +82,9 @@ def spell_pair(answer, gold):
 def spell(text, nouns, bare_units):
     """One spelling of an answer.
 
-    nouns: more words that count as units, from the gold answer. bare_units: which units without \\text are
-    removed behind a number. "all": in "5cm", "5 cm" and "5 m". "spaced": only in "5 cm". "none": nowhere.
+    nouns: more words that count as units, from the gold answer. None: no units in \\text are removed.
+    bare_units: which units without \\text are removed behind a number. "all": in "5cm", "5 cm" and "5 m".
+    "spaced": only in "5 cm". "none": nowhere.
     """
     if text.isascii() and text.isdigit():  # isascii, because "5²".isdigit() is True
         return text
@@ -79,7 +93,8 @@ def spell(text, nouns, bare_units):
     text = replace(text.strip(), SIGNS).translate(SCRIPTS)
     if bare_units == "all":  # there is no letter in the gold answer, so 2e-3 is 0.002, and not 2e - 3
         text = re.sub(r"(?<![\w.])(\d+\.?\d*)[eE]\+?(-?\d+)(?!\w)", r"\1\\cdot10^{\2}", text)
-    text = UNITS_IN_TEXT.sub(lambda m: without_units(m[0], nouns), text)
+    if nouns is not None:
+        text = UNITS_IN_TEXT.sub(lambda m: without_units(m[0], nouns), text)
     bare = BARE_UNIT.search(text)
     if bare and bare_units != "none" and is_bare_unit(bare, nouns, bare_units == "all"):
         text = text[:bare.start()]
@@ -116,7 +131,9 @@ def is_unit(text, nouns):
     if not words or re.search(r"(?<!\^)(?<!\^\{)(?<!-)\d", text):
         return False
     known = [is_known(word, nouns) for word in words]
-    return known[0] and all(known or word in AMONG_UNITS for known, word in zip(known, words))
+    # "15 left", "15 apples each", "\$15 per hour"
+    may_begin = known[0] or words[0] in ("each", "left", "remaining") or words[0] == "per" and len(words) > 1
+    return may_begin and all(known or word in AMONG_UNITS for known, word in zip(known, words))
 
 
 def is_known(word, nouns):

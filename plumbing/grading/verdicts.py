@@ -16,7 +16,8 @@ from plumbing.grading.workers import WORKERS, Workers
 PLAIN_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
 CALCULATION = re.compile(r"\d[}) ]*(?:[-+*^]|\\times|\\cdot|\\div)[({ ]*\d")
 # Words that change what an answer says: "not x = 5", "5 if n is even".
-DENIAL = re.compile(r"(?i)(?<![\\a-z])(?:not|no|never|if|unless|wrong|false|twice|half|assume)(?![a-z])")
+DENIAL = re.compile(r"(?i)(?<![\\a-z])(?:not|no|never|if|unless|wrong|false|twice|half|assume|minus|negative|"
+                    r"double|triple|except|cannot|opposite|reciprocal)(?![a-z])")
 WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS}|and)(?![a-zA-Z]))[a-zA-Z]{{3,}}")
 
 
@@ -36,9 +37,13 @@ def verdict(answer, gold):
         return False, "text"
     if without_spaces(answer) == without_spaces(gold):
         return True, "text"
+    choices = choice(answer), choice(gold)
+    if all(choices) and min(len(answer), len(gold)) <= len("(C)"):
+        return choices[0] == choices[1], "text"
     if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(gold):
         return Fraction(answer) == Fraction(gold), "number"
-    if not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold):  # words: "Even", "east"
+    is_words = not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold)  # "Even", "east"
+    if is_words or re.fullmatch("(?i)no|[IVX]{2,}", gold):  # IV is no product of I and V
         return answer.casefold() == gold.casefold(), "text"
     if DENIAL.search(answer) and not DENIAL.search(gold):
         return False, "text"
@@ -46,8 +51,15 @@ def verdict(answer, gold):
 
 
 def without_spaces(text):
-    """The text without spaces, but for those between digits: 1 2 is not 12."""
+    """The text without spaces, but for those between digits: 1 2 is not 12. Also x^{2} becomes x^2."""
+    text = re.sub(r"(?<=[\^_])\{(\w)\}", r"\1", text)
     return re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+
+def choice(text):
+    """The letter of a multiple choice: C, (C), C. 42, (C) 42 or Option C. None if there is another letter."""
+    match = re.fullmatch(r"(?:(?i:option|choice|answer) )?\(?([A-H])(?:[).:](.*))?", text)
+    return match and not re.search(r"(?<![a-zA-Z\\])[A-H](?![a-zA-Z])", match[2] or "") and match[1]
 
 
 def is_correct(answer, gold):
