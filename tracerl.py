@@ -527,9 +527,10 @@ def main(argv=None):
         learners, tokenizer = load_start(args)
         run.tokenizer = tokenizer
         model = learners.policy.model
+        value_model = learners.value and learners.value.model
         recipe.shrink = recipe.shrink or (8 if model.config.is_full else 1)
         law = rollout.ReplayLaw(args.dtype == "float32", decoding.temperature, recipe.max_gap)
-        method = Method(*functions, decoding, machine.choose_compute(args, model), law)
+        method = Method(*functions, decoding, machine.choose_compute(args, model, value_model), law)
         machine.self_check(model, method)  # the replay law on a few random prompts, before the first test
         load = functools.partial(
             load_prompts, tokenizer=tokenizer, prompting=prompting, needs_answer=args.reward == "math")

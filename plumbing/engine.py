@@ -13,6 +13,7 @@ A slot is the room for one sequence in the tables and in the cache. It is busy w
 `fast` at the end gives all twins together, as a rollout.Compute.
 """
 
+import contextlib
 import functools
 from collections import Counter
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 import rollout
-from model import Layout, Rotation, SwiGLU, attention, dense_mask, may_attend
+from model import Layout, Rotation, SwiGLU, dense_mask, may_attend
 from plumbing import flags, kernels, memory, packing
 
 CACHES = ("none", "prefix", "dual")  # of full attention, see Decoder.full_states
@@ -322,7 +323,7 @@ class Decoder:
         for (first, stop, end), slots in groups.items():
             slots = to_device(torch.tensor(slots), self.device)
             position = torch.arange(first, stop, device=self.device).expand(len(slots), -1)
-            attend = lambda layer, q, k, v: attention(q, k, v)
+            attend = lambda layer, q, k, v: kernels.masked_attention(q, k, v, None)
             if kind != "none":
                 attend = self.cache.reading(slots, position, torch.full_like(slots, end), end)
             h = self.model.states(self.token[slots, first:stop], position, attend)
@@ -488,10 +489,9 @@ class Captured:
 
         torch.cuda.graph would do the same, but it first frees all memory that torch keeps. To get that memory
         again takes longer than to record. While torch records, it cannot free memory. So here it is freed
-        beforehand, and only if less than an eighth of the GPU's memory is free.
+        beforehand, and only if less than 4 GiB are free.
         """
-        free, total = torch.cuda.mem_get_info()
-        if free < total / 8:
+        if torch.cuda.mem_get_info()[0] < 2**32:
             torch.cuda.empty_cache()
         held = inputs.cuda()
         graph = torch.cuda.CUDAGraph()
@@ -502,8 +502,13 @@ class Captured:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 out = self.denoise(held, *sizes)
-            finally:
-                graph.capture_end()
+            except Exception as error:
+                with contextlib.suppress(RuntimeError):  # it would only say that recording has failed
+                    graph.capture_end()
+                raise RuntimeError(f"a denoising step could not be recorded as a CUDA graph ({error}): see "
+                                   "whether your --strategy makes the host wait, or set "
+                                   "TORCH_COMPILE_DISABLE=1, which decodes without graphs") from error
+            graph.capture_end()
         return graph, held, out
 
 

@@ -24,6 +24,9 @@ except ImportError as error:  # not installed, or broken
 # On Hopper GPUs torch prefers cuDNN's attention if there is a mask. cuDNN makes a plan for every new shape,
 # which is reported to take half a second. Our shapes change with every batch of prompts.
 torch.backends.cuda.enable_cudnn_sdp(False)
+# Parts of a sum over many numbers are added in float32, also in bfloat16. So decoding and training, whose
+# products are split into different parts, agree better.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 # torch's own switch against compiled kernels, for machines on which one fails. It also stops our CUDA graphs.
 IS_EAGER = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
@@ -97,8 +100,8 @@ def masked_attention(q, k, v, mask):
         parts = [masked_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], part)
                  for queries, keys, part in mask]
         return torch.cat(parts, dim=2)
-    if q.is_cuda and has_groups and mask is not None:
-        # With a mask, CUDA's fast kernels need a key for every head of the queries.
+    if q.is_cuda and has_groups and (mask is not None or q.dtype == torch.float32):
+        # With a mask or in float32, CUDA's fast kernels need a key for every head of the queries.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         has_groups = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=has_groups)

@@ -93,7 +93,7 @@ def start(args):
     parallel.start_processes(args.device, is_tiny(start_path(args)), needs_group=args.dtype == "bfloat16")
 
 
-def choose_compute(settings, model):
+def choose_compute(settings, model, value_model=None):
     """The rollout.Compute of a run: the definitions with --plain, else their fast twins."""
     tokens = getattr(settings, "tokens_per_micro_batch", None) or 4096
     cache = getattr(settings, "cache", "none")
@@ -101,9 +101,10 @@ def choose_compute(settings, model):
         raise ValueError(f"the definitions know no --cache {cache}: leave out --plain or --cache")
     if settings.plain:
         return rollout.PLAIN._replace(max_tokens=tokens)
-    engine.compile_small_functions(model)
+    for part in filter(None, (model, value_model)):
+        engine.compile_small_functions(part)
     if model.device.type == "cuda" or cache != "none":
-        say_backend(model, cache)
+        say_backend(model, getattr(torch, settings.dtype), cache)
     return engine.fast(model.device, tokens, settings.slots, cache)
 
 
@@ -133,15 +134,16 @@ def self_check(model, method):
     method.law.num_wide = 0  # only RL steps count
 
 
-def say_backend(model, cache):
-    """Says which attention kernels decode, and warns of an approximate cache."""
+def say_backend(model, dtype, cache):
+    """Says which attention kernels decode in this dtype, and warns of an approximate cache."""
     # ImportError.name is the module that was not found. If it is flash_attn, the package is just not there.
     is_broken = getattr(kernels.flash_attn_error, "name", "flash_attn") != "flash_attn"
     if is_broken:
         parallel.say(f"WARNING: flash-attn is installed but cannot be used: {kernels.flash_attn_error}. "
                      "Install it again, or go on with torch's attention")
     has_cache = not model.config.is_full or cache != "none"
-    name = "flash-attn" if has_cache and kernels.uses_flash(model.embed.weight) else "torch's attention"
+    uses_flash = kernels.uses_flash(torch.empty(0, dtype=dtype, device=model.device))
+    name = "flash-attn" if has_cache and uses_flash else "torch's attention"
     parallel.say(f"decoding on {model.device} with {name}")
     if cache != "none":
         parallel.say(f"WARNING: --cache {cache} is an approximation: responses come from a slightly "

@@ -206,7 +206,7 @@ def per_forward(function, num_forwards, device):
             torch.Tensor.tolist = TOLIST
     text = f"{reads.num_reads / num_forwards:.2f} reads per forward"
     if device.type == "cuda":
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             seconds, _ = timed(function)
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6

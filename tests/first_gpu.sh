@@ -62,7 +62,7 @@ item "small kernels"         60 "$count"            bash -c 'laws "fused or flex
 item "graphs and memory"     90 "$count"            bash -c 'laws "recorded_steps or memory_back"'
 item "gradient"              60 "$count"            bash -c 'laws "gradient_of_the_cpu"'
 item "replay law"           100 "$count"            bash -c 'laws "replay_law"'
-item "run in bfloat16"       70 'self-check.*'      bash -c 'train --steps 2 --name first'
+item "run in bfloat16"      130 'self-check.*'      bash -c 'train --steps 2 --name first'
 item "resumed"               60 'gap [^ ]+  gap_max [^ ]+' bash -c 'train --steps 3 --name first --resume'
 item "value model and LoRA"  60 'gap [^ ]+  gap_max [^ ]+' bash -c \
     'train --steps 2 --name value --advantage value --value_warmup 1 --lora_rank 4'

@@ -127,6 +127,29 @@ def test_an_update_has_the_gradient_of_the_cpu(kind, gpu):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_a_step_that_cannot_be_recorded_names_its_cause(gpu, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def waits(confidence, is_masked):\n    return is_masked if is_masked.any() else is_masked\n")
+    with pytest.raises(RuntimeError, match="could not be recorded .*host and device meet.* your --strategy"):
+        decode(random_model("sdar").to(GPU), random_prompts(LENGTHS),
+               **SETTINGS | dict(strategy=f"{tmp_path}/mine.py:waits"))
+
+
+def test_masked_or_in_float32_every_head_has_a_key_of_its_own(gpu, monkeypatch):
+    """Only then may CUDA choose a kernel that does not hold the scores of all pairs."""
+    asked = []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, k, v, attn_mask=None, enable_gqa=False: asked.append(enable_gqa) or q)
+    q, k = torch.zeros(1, 4, 8, 16, device=GPU), torch.zeros(1, 2, 8, 16, device=GPU)
+    mask = torch.ones(8, 8, dtype=torch.bool, device=GPU)
+    lm.attention(q, k, k, mask)
+    kernels.masked_attention(q, k, k, mask)
+    kernels.masked_attention(q, k, k, None)
+    assert asked == [False] * 3
+    kernels.masked_attention(q.bfloat16(), k.bfloat16(), k.bfloat16(), None)
+    assert asked[3:] == [True]
+
+
 @torch.no_grad()
 def test_two_blocks_of_a_slot_in_one_row_see_what_two_rows_see(gpu):
     """kernels.CacheReader: a slot's own block, its commit, and commits of a spare slot."""
