@@ -279,8 +279,8 @@ def evaluate_command(args):
             keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
-            # Responses are saved chunk by chunk, so at most one chunk is lost. A chunk holds twice as
-            # many responses as are decoded together.
+            # Responses are saved chunk by chunk, so at most one chunk is lost. A process decodes --slots
+            # responses at a time (None: as many as fit), and a chunk holds twice that many of each process.
             size = (args.slots or 64) * parallel.processes()[1] * 2
             chunks = [todo[start:start + size] for start in range(0, len(todo), size)]
             for chunk in parallel.bar(chunks, strategy):

@@ -23,10 +23,10 @@ the token on top.
       1?1?  block 2  xxxx xxxx                 xxxx         view 2   and itself. It sees no other view,
       1?1;  block 2  xxxx xxxx                       xxxx   view 3   and not the finished block 101;
 
-(A real row holds the clean 101; only if more blocks follow. It is drawn here to show what it sees.) The rule
-has two cases because decoding has two sources: the cache of clean blocks, and the block itself in its present
-state. The same rule governs prefill, decoding, replay and fine-tuning. Dream and LLaDA use full attention,
-where every token sees every token. For attention the whole text then counts as one block.
+(In a real row the clean block `101;` is there only if more blocks follow. It is drawn to show what it sees.)
+The rule has two cases because decoding has two sources: the cache of clean blocks, and the block itself in
+its present state. The same rule governs prefill, decoding, replay and fine-tuning. Dream and LLaDA use full
+attention, where every token sees every token. For attention the whole text then counts as one block.
 
 Read in this order: ModelConfig, Layout, may_attend, dense_mask, attention, KVCache, Layer, BlockDiffusionLM,
 policy_logits, token_logprobs, Targets, Row, pad.
@@ -105,8 +105,8 @@ class Layout(NamedTuple):
     """Where each token of a batch of rows stands. All four are int64 (B, T).
 
     position  absolute position in prompt + response, for the rotary embedding
-    document  the number of its text. Each training row (`Row` below) is a text of its own, even where
-              plumbing/packing.py puts several of them end to end. -1 is padding
+    document  the number of the text to which it belongs. Each `Row` (see below) is one text. A row of the
+              tensor may hold several of them, end to end (plumbing/packing.py). -1 is padding
     block     position // K. With full attention it is 0 everywhere
     view      0 for clean text; v > 0 for the v-th view of its text
     """

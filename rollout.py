@@ -246,8 +246,8 @@ class Decoding:
         "dynamic", "what a denoising step reveals: static, dynamic, sequential, entropy, or file.py:function")
     threshold: float = setting(0.9, "probability above which dynamic reveals a token", low=0, high=1)
     denoising_steps: int = setting(
-        None, "denoising steps per block; None: K. In each, static and sequential reveal about K / steps "
-        "tokens, dynamic at least that number", low=1)
+        None, "most denoising steps that a block takes; None: K. In a step, static and sequential reveal "
+        "about K / denoising_steps tokens, and dynamic reveals at least that number", low=1)
     temperature: float = setting(1.0, "T, of decoding and of the trained policy; 0: greedy", low=0)
     top_k: int = setting(0, "draw among the k most probable tokens; 0: among all", low=0)
     top_p: float = setting(1.0, "draw among the most probable tokens up to this sum; 1: all", above=0, high=1)
@@ -269,7 +269,7 @@ class Decoding:
 
         FORK HERE. --strategy file.py:function calls a function of yours. It declares those parameters that it
         needs:
-            confidence, entropy, token    of the draws, (B, K); 0 where nothing is masked
+            confidence, entropy, token    of the draws, (B, K). 0 at positions without a mask
             is_masked                     (B, K)
             quota                         how many tokens the step is to reveal, (B,)
             step                          the denoising step, here counted from 0 in its block, (B,)
@@ -691,7 +691,7 @@ def probes(rollouts, config):
 class ReplayLaw:
     """Stops a run whose gap is more than rounding: it would train on states in which the policy never was.
 
-    Many wrong masks, positions or steps move the mean by far more than 0.05 nats. Some move it by less. In
+    Most faults in masks, positions or steps move the mean by far more than 0.05 nats. Some move it less. In
     float32, rounding stays below 1e-4 on average, and below ten times that for the worst token. In bfloat16,
     decoding and training round differently: on CPUs means of about 1e-3 were seen. A bfloat16 run stops after
     the third step in a row whose mean is above 0.05. So try a new setting in float32 first. (A resumed run

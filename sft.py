@@ -180,7 +180,7 @@ def learning_rate(step, recipe, decay_start):
 
 
 def draw_batch(examples, step, recipe):
-    """The examples of an update: every epoch in an order of its own, each with the seed of its masks."""
+    """The examples of an update. Every epoch has its own order, every example a seed for its masks."""
     # 130 examples in batches of 64 are two updates an epoch. Two examples are left over. They wait for
     # another epoch, which has another order.
     epoch, turn = divmod(step, len(examples) // recipe.batch_size)
@@ -255,7 +255,7 @@ def parse_args(argv=None):
     parser = flags.make_parser("Supervised fine-tuning of a block diffusion model.", GROUPS,
                                machine.is_tiny(flags.peek(argv, "--model")))
     args = runs.parse(parser, GROUPS, argv)
-    if args.data is None:  # (the tiny model learns arithmetic)
+    if args.data is None:  # only with --model: the tiny model has data by default
         parser.error("--model needs --data")
     if args.dev_data is None and args.data in EMBEDDED:  # problems that are in no training set
         args.dev_data = f"{args.data}-dev"

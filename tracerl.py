@@ -312,7 +312,7 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     batches = [make_batch(learners, groups[start::recipe.minibatches], method, recipe)
                for start in range(min(recipe.minibatches, len(groups)))]
     # Later updates start from a policy that has moved. So the old log-probabilities of their tokens are
-    # computed now.
+    # computed now. (While the value model learns alone, the policy has no updates.)
     for batch in batches[1:] if step > head_start(learners, recipe) else []:
         for rows in batch.rows:
             logp, _ = rollout.forward_rows(model, rows, method.compute, temperature)
@@ -460,10 +460,10 @@ class Choice:
     model: str = setting(None, "checkpoint folder or hub id; None: the tiny model in assets/")
     train_data: str = setting(None, "arithmetic, sudoku, gsm8k-train, a file, or a hub id", tiny="arithmetic")
     dev_data: str = setting(None, "problems for --eval_every; arithmetic and sudoku have their own")
-    eval_data: str = setting(None, "test problems, before and after. Arithmetic and sudoku have their own")
+    eval_data: str = setting(None, "problems of the tests before and after. Embedded tasks have their own")
     eval_limit: int = setting(200, "how many test problems; 0: all", tiny=0, low=0)
-    eval_strategies: str = setting(None, "strategies for test problems; greedy is --strategy at T = 0. None: "
-                                   "--strategy, with tiny models dynamic, static, greedy, too", number="+")
+    eval_strategies: str = setting(None, "strategies for test problems. greedy: --strategy at T = 0. None: "
+                                   "--strategy. Tiny models add dynamic, static and greedy", number="+")
     name: str = setting("tracerl", "name of the folder under runs/", may_change=True)
     reward: str = setting("math", "math: 1 if right and not truncated, else 0; or file.py:function")
     advantage: str = setting("group", "group: standard score; value: a value model; or file.py:function")
@@ -486,7 +486,7 @@ def parse_args(argv=None):
         args.eval_data = args.eval_data or f"{args.train_data}-test"
     usual = ["dynamic", "static", "greedy"] if is_tiny else []
     args.eval_strategies = args.eval_strategies or list(dict.fromkeys([*usual, args.strategy]))
-    if args.lr is None:  # adapters start at zero and are scaled: they need about ten times as much
+    if args.lr is None:  # adapters start at zero, and need about ten times that rate
         args.lr = 1e-5 if args.lora_rank else 1e-6
     if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
         args.keep_range = [0.2, 0.8]  # the authors' filter, for rewards from 0 to 1
