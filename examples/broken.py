@@ -46,8 +46,8 @@ def cut_at_response(rollouts, config, *how, **more):
 
     With P = 9 and K = 4, decoding cuts the response into the positions 9 10 11 | 12 13 14 15 | 16 ...
     Training cuts it into 9 10 11 12 | 13 14 15 16 | ...
-    The authors' code for block attention does this. Tokens near a border see too much or too little. The gap
-    is large in every block. It is 0 for each prompt whose length is a multiple of K.
+    The authors' code for block attention does this. Tokens near a border see too much or too little. Every
+    block has gaps. There is no gap for each prompt whose length is a multiple of K.
     """
     check_blocks(config)
     # Every prompt is made longer, so that it ends where a block ends. For P = 9, that takes 3 tokens.
@@ -166,7 +166,7 @@ FAULTS = {  # by name: which functions of rollout.py are replaced, and by what
     "padded": dict(build_rows=padded),
 }
 ANY_GAP = ["--max_gap=1e9"]  # nats
-# Flags of tracerl.py for the names that do not take ANY_GAP alone. The user's own flags come later, and win.
+# A name in FAULTS gets the flags ANY_GAP, unless it has others here. The user's own flags win.
 FLAGS = {
     "none": [],  # the replay law is enforced
     "after_filter": [*ANY_GAP, "--top_p=0.8", f"--loss={__file__}:recorded_is_old"],

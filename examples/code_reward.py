@@ -43,7 +43,7 @@ def passes_tests(problem, text, rollout):
     """--reward: 1 if the last block of Python code in the response passes the problem's tests, else 0.
 
     Without such a block the whole response is run. A truncated response earns 0. Tests are a text or a list.
-    (Give a list if they hold \\boxed{...} or end with a line ####: of a text, only that part is kept.)
+    (If tests hold \\boxed{...} or a last line ####, give a list: data.py keeps only such parts of a text.)
     """
     # Blocks of other languages are matched, too. Otherwise the end of one would be taken for a beginning.
     blocks = re.findall(r"```(\w*)[^\n]*\n(.*?)```", text, re.DOTALL)

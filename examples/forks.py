@@ -250,9 +250,9 @@ def as_many_random(rollout, block, rng):
 # token "?", but a random set of tokens of a block that are hidden together. t is the hidden fraction of the
 # block. The ELBO is the expected sum of log p / t over the hidden tokens. The fewer tokens are hidden, the
 # more each of them counts. If k of the c tokens of a block are hidden, t is k / c, and the sum of 1 / t over
-# them is c. So over all blocks it is the length of the response, by which the losses below divide. (If the
-# last block holds tokens behind eos, this is true there on average only.) The old and the new policy get the
-# same masks.
+# them is c. So over all blocks it is the length of the response, by which all losses below but block_elbo
+# divide. (If the last block holds tokens behind eos, this is true there on average only.) The old and the new
+# policy get the same masks.
 
 
 def elbo_views(block, rng):

@@ -230,11 +230,11 @@ def save_config(config, dtype, folder):
     size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
     dtype = str(dtype).removeprefix("torch.")
     # Two settings have two names each. Transformers 5 writes `dtype` and `rope_parameters`, and also reads
-    # `rope_theta`. Older versions know `torch_dtype` and `rope_theta` only. A version that does not find its
-    # name silently takes a default.
+    # `rope_theta`. Older versions read only `torch_dtype` and `rope_theta`. If a version does not find the
+    # name that it reads, it silently takes a default. So all are written.
     changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
                "torch_dtype": dtype, "rope_theta": config.rope_theta, size_name: config.vocab_size}
-    if family.may_choose:  # it may have come from --attention, or from the folder's old name
+    if family.may_choose:  # known only from --attention or the source folder's name, so it is written down
         changed["attention"] = "full" if config.is_full else "block"
     write_json(os.path.join(folder, "config.json"), config.source | changed)
     write_json(os.path.join(folder, "generation_config.json"),
@@ -244,11 +244,11 @@ def save_config(config, dtype, folder):
 def merge_lora(state, dtype=None):
     """Turns the state of a model with adapters into that of a plain model, in place: W becomes W + 2 B A.
 
-    A and B are dropped. dtype: of the sums; None keeps that of W. (2 is parallel.LORA_ALPHA.)
+    A and B are dropped. dtype: of the sums; None keeps that of W. (2 is parallel.LORA_SCALE.)
     """
     for name in [name for name in state if name.endswith("lora_A")]:
         linear = name.removesuffix("lora_A")
         W = state[f"{linear}weight"]
-        merged = W.float() + parallel.LORA_ALPHA * state.pop(f"{linear}lora_B") @ state.pop(name)
+        merged = W.float() + parallel.LORA_SCALE * state.pop(f"{linear}lora_B") @ state.pop(name)
         state[f"{linear}weight"] = merged.to(dtype or W.dtype)
     return state

@@ -31,9 +31,10 @@ class SlotCache:
     """Twin of model.KVCache for many sequences: (slots, length, H_kv, D) of keys and of values per layer.
 
     A forward first writes the keys and values of its tokens at their positions. Then it reads everything up
-    to the end of its own block. So a block lies in the cache while it still holds masks. That is harmless,
-    since every forward overwrites its block before it reads. Once a block is clean, its keys and values must
-    be written again before a later block reads them: see Decoder.states.
+    to the end of its own block (with full attention, the whole text). So a block lies in the cache while it
+    still holds masks. That is harmless, since every forward overwrites its block before it reads. Once a
+    block is clean, its keys and values must be written again before a later block reads them: see
+    Decoder.states.
     """
 
     def __init__(self, config, num_slots, length, dtype, device):
@@ -96,7 +97,7 @@ class Lane:
 class Decoder:
     """The sequences that are being decoded. Tables (slots + 1, length) have a line for each slot.
 
-    A line has a column for each position.
+    A line has a column for each position. The last line is of a spare slot, see `__init__`.
 
     The busy slots are 0 .. n - 1, and lanes[slot] is what the host knows of each. When a sequence ends, the
     sequence in a later slot moves into the slot that has become free. So a batch is a slice of every table,
@@ -523,7 +524,7 @@ def attend(layout):
     if is_cuda and B == 1 and T % 128 == 0 and not kernels.IS_EAGER:
         # These rows are packed. They have only a few lengths, so few kernels are compiled.
         mask = kernels.flex_mask(may_attend, layout)
-    elif T > 512 and (kernels.IS_EAGER or not is_cuda):  # long rows, of which most pairs see nothing
+    elif T > 512 and (kernels.IS_EAGER or not is_cuda):  # in long rows, most tokens do not see each other
         mask = kernels.tiles(dense_mask(layout))
     else:
         mask = dense_mask(layout)

@@ -114,7 +114,8 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     own_size = source.get("block_size") or (int(named[1]) if named and not is_full else None)
     eos = as_list(source.get("eos_token_id"))
     pad = source.get("pad_token_id")
-    # transformers 5 writes rope_parameters, older versions rope_scaling.
+    # Transformers 5 writes the rope type and rope_theta into rope_parameters. Older versions write the type
+    # into rope_scaling, and rope_theta as a field of its own.
     rope = (source.get("rope_parameters") or {}) | (source.get("rope_scaling") or {})
     theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # the default of transformers
     return ModelConfig(
@@ -139,11 +140,11 @@ def refuse_other_networks(source, name, architecture, vocabulary):
     has_experts = any(value and ("expert" in key or key.startswith("moe_")) for key, value in source.items())
     usual = FAMILIES[name].architecture if name in FAMILIES else ""
     has_code = "auto_map" in source
-    is_other = usual != "" and (architecture not in ("", usual) or has_code)
+    is_other = usual != "" and architecture not in ("", usual)
     reasons = {  # what is not supported -> whether the checkpoint has it
         "a mixture of experts": has_experts or "moe" in name,
-        f"architecture {architecture or 'unnamed'}{', with code of its own' * has_code}, in place of {usual}":
-            is_other,
+        f"architecture {architecture or 'unnamed'} in place of {usual}": is_other,
+        "code of its own": has_code and usual != "",
         f"rotary positions of rope type {rope_type!r} instead of the plain ones": rope_type != "default",
         "tokens <|expand|> and <|delete|>, by which its text grows and shrinks (DreamOn)":
             {"<|expand|>", "<|delete|>"} <= vocabulary.keys(),

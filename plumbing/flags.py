@@ -43,7 +43,9 @@ def check(settings, values):
         bounds = None
         if isinstance(value, (int, float)):
             is_within = details["low"] <= value <= details["high"] and value > details["above"]
-            if not is_within or not math.isfinite(value):
+            if not math.isfinite(value):
+                bounds = "a finite number"
+            elif not is_within:
                 bounds = bounds_of(details)
         elif details["choices"] and value not in (None, *details["choices"]):
             bounds = f"one of {', '.join(details['choices'])}"
@@ -55,7 +57,7 @@ def check(settings, values):
 
 def bounds_of(details):
     """The bounds of a number, as text."""
-    bounds = "a finite number"
+    bounds = "any number"
     if details["above"] > -math.inf:
         bounds = f"above {details['above']}"
     elif details["low"] > -math.inf:

@@ -134,8 +134,9 @@ class CacheReader:
     the rows after them are commits: blocks that have just become clean, and are computed once more (see
     plumbing/engine.py). With full attention num_in_place is 0, and no row is read in place.
 
-    How the keys of the other rows are reached:
-      1. flash-attn, where it is installed, computes all rows, and finds the keys of each by itself.
+    How the keys are reached:
+      1. Where flash-attn is installed, and numbers have 16 bits, it computes all rows. It finds the keys of
+         each by itself. Without it, the first num_in_place rows are read in place. For the other rows:
       2. On a GPU without flash-attn, a commit is computed together with the row of its slot, since both read
          the same keys. Both are put into one row of attention, here called a line. Their queries alternate:
          one of the slot's block, then one of its commit. A slot that commits nothing gets zeros as queries of

@@ -46,7 +46,8 @@ class Training(Machine):
     """The machine of a command that trains."""
 
     tokens_per_micro_batch: int = setting(None, "tokens in one forward and backward pass; None: as many as "
-                                          "fit into memory", tiny=4096, low=1, may_change=True)
+                                          "fit into memory, at most 16384 (--plain: 2048)", tiny=4096, low=1,
+                                          may_change=True)
     gradient_checkpointing: bool = setting(True, "compute activations again in the backward pass: a third "
                                            "slower, but far longer rows fit into memory", tiny=False,
                                            may_change=True)

@@ -47,7 +47,7 @@ def layer_bytes(config, itemsize):
 def slot_bytes(config, length, itemsize, has_cache):
     """Bytes of one sequence of `length` tokens while it is decoded.
 
-    They are its cache and its tables, and with full attention what a layer computes for the whole canvas.
+    They are its cache and its tables, and with full attention what a layer computes for the whole text.
     """
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     # 25 bytes: one entry in each of the five tables of engine.Decoder, 8 + 1 + 8 + 4 + 4.

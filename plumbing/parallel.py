@@ -36,7 +36,7 @@ CHOSEN = dict(device=None)  # set by start_processes: "cpu", "cuda", or None for
 
 
 def start_processes(device=None, is_tiny=False, needs_group=False):
-    """Joins torchrun's process group, if there is one. needs_group: makes a group of one, if there is none.
+    """Joins torchrun's process group, if it has several processes. needs_group: one process has a group, too.
 
     device: "cpu" or "cuda". None takes a GPU if there is one, but not for the tiny model, which gains nothing
     there. is_tiny: each process gets one thread. With 100k parameters a second core would save only a fifth
@@ -298,7 +298,7 @@ def optimizer_step(learner, max_grad_norm=1.0):
 # LoRA: the weights are frozen. Two thin matrices beside each linear layer learn instead.
 
 
-LORA_ALPHA = 2  # the factor of B A x. In the usual notation it is alpha / rank, with alpha = 2 rank
+LORA_SCALE = 2  # the factor of B A x. Other code writes it as alpha / rank. So here alpha is 2 rank
 
 
 class LoRALinear(nn.Linear):
@@ -307,7 +307,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         thin = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return super().forward(x) + LORA_ALPHA * thin
+        return super().forward(x) + LORA_SCALE * thin
 
 
 def add_lora(model, rank, seed=0):

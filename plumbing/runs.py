@@ -79,9 +79,10 @@ def run_command(main):
                   "(eval_math.py: the same command again)", file=sys.stderr)
     except Exception as error:  # a process that fails must say so and end: the others wait for it
         status = 2 if isinstance(error, (ValueError, OSError)) else 1
-        if status == 1 or is_debugging:
+        has_traceback = status == 1 or is_debugging
+        if has_traceback:
             traceback.print_exc()
-        text = f"{program}: error: {error} (--debug shows where)"
+        text = f"{program}: error: {error}" + " (--debug shows where)" * (not has_traceback)
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun prints at its end what is in this file
         if path:
             # If several processes fail, torchrun names the one with the earliest time, in whole seconds. A
@@ -359,8 +360,8 @@ class Run:
         folder = os.path.join(paths[-1], "train_state")
         self.progress = read_json(os.path.join(folder, "progress.json"))
         if self.progress.get("frozen", "") not in ("", frozen_mark(learners)):
-            raise ValueError(f"{paths[-1]} holds adapters for other weights than those that --model now has: "
-                             "bring the old checkpoint back")
+            raise ValueError(f"{paths[-1]} holds adapters for other weights than those of --model: give the "
+                             "--model with which this run began")
         state = train_state(learners)
         try:
             parallel.load(state, checkpoint_id=folder)
@@ -376,7 +377,7 @@ class Run:
         return True
 
     def check_data(self, data, name):
-        """ValueError if a resumed run would go on with other data: lists of numbers, texts, or Problems."""
+        """ValueError if a resumed run would go on with other data (lists of numbers, texts, or Problems)."""
         found = mark(data)
         if self.progress.setdefault("data", found) != found:
             raise ValueError(f"{name} have changed since {self.folder} began: bring the old "

@@ -72,8 +72,7 @@ def sudoku(split, number, seed=0, slip=0.0):
     grids = sudoku_grids()
     rows = {}  # by text
     while len(rows) < number:
-        # With 4 clues, 4 puzzles in 100 have only one solution. With 6 clues it is half of them, and with 8
-        # clues it is four in five.
+        # With fewer clues, few puzzles would have only one solution.
         answer = rng.choice(grids)
         clues = rng.sample(range(16), rng.randint(6, 8))
         text = "".join(answer[i] if i in clues else "0" for i in range(16)) + "="

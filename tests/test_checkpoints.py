@@ -203,8 +203,8 @@ def test_llada_weights_may_have_block_attention_if_it_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model_type="qwen3", architectures=["ReFusionForCausalLM"]), "architecture ReFusionForCausalLM, in place of Qwen3ForCausalLM"),
-    (dict(model_type="llama", architectures=["OtherForCausalLM"]), "architecture OtherForCausalLM, in place of LlamaForCausalLM"),
+    (dict(model_type="qwen3", architectures=["ReFusionForCausalLM"]), "architecture ReFusionForCausalLM in place of Qwen3ForCausalLM"),
+    (dict(model_type="llama", architectures=["OtherForCausalLM"]), "architecture OtherForCausalLM in place of LlamaForCausalLM"),
     (dict(model_type="qwen3", auto_map={"AutoModel": "modeling.X"}), "code of its own"),
     (dict(model_type="Fast_dLLM_Qwen"), "unknown model_type"),
     (dict(model_type="llada2_moe"), "a mixture of experts"),

@@ -131,7 +131,8 @@ def split_name(tree):
             name = "".join(leaves(left))
             functions = [call.func.id for call in ast.walk(left) if isinstance(call, ast.Call)]
             no_product = (ast.Add, ast.Sub, ast.Div, ast.Pow)
-            is_product = not isinstance(left, ast.UnaryOp) and not any(  # -x = 5 is no name, but f(-2) = 5 is
+            # The left side of -x = 5 is no name, but that of f(-2) = 5 is one.
+            is_product = not isinstance(left, ast.UnaryOp) and not any(
                 isinstance(node, no_product) for node in ast.walk(left))
             function = left.func.id if isinstance(left, ast.Call) else ""
             has_number = any(letter[0].isdigit() for letter in letters)
@@ -141,10 +142,10 @@ def split_name(tree):
             # translated text, 'x'@'y' has one character between its factors, and 'p'@('x') has two. Python's
             # tree keeps their columns.
             has_bracket = isinstance(left, ast.BinOp) and left.right.col_offset > left.left.end_col_offset + 1
-            is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy = 5 is no name
+            is_short = len(letters) == 2 and name.islower() and not has_bracket  # xy is no name in xy = 5
             numbers_and_letters = [node for node in ast.walk(left) if isinstance(node, ast.Constant)]
             first = min(numbers_and_letters, key=lambda node: node.col_offset).value if letters else ""
-            is_multiple = bool(re.fullmatch(r"[\d.]+", first))  # 2AB = 30 is no name
+            is_multiple = bool(re.fullmatch(r"[\d.]+", first))  # 2AB is no name in 2AB = 30
             if is_product and not is_short and not can_be_solved and not is_multiple:
                 return " ".join([*(f for f in functions if f != "abs" or name.islower()), name]), value
     return "", tree
@@ -269,7 +270,7 @@ class RealSet:
     def number(self, tree):
         """The value of an end, which may be infinite."""
         if leaves(tree) == ["\\infty"]:
-            num_signs = sum(isinstance(node, ast.USub) for node in ast.walk(tree))  # -- is no minus
+            num_signs = sum(isinstance(node, ast.USub) for node in ast.walk(tree))  # two minus signs cancel
             return float("-inf") if num_signs == 1 else float("inf")
         self.ends.append(Calculator({}, True, 150).value(tree))
         return self.ends[-1]

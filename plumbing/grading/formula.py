@@ -1,8 +1,9 @@
 """plumbing/grading/formula.py - reads answers in LaTeX, and says whether two formulas are the same function.
 
 The spelled answer is translated, token by token, into an expression in Python's syntax. Python's parser then
-makes a tree of it, and nothing is ever executed. All leaves are texts: 2x^2 becomes "2"*"x"**"2". An unknown
-token is refused, since a formula that is read wrongly may reward a wrong answer.
+makes a tree of it, and nothing is ever executed. All leaves are texts: 2x^2 becomes "2"@"x"**"2". (An @ is a
+product without a sign. The tree has * in its place.) An unknown token is refused, since a formula that is
+read wrongly may reward a wrong answer.
 
 Nothing is simplified. Two trees are compared by their values at many points, with enough digits to tell
 different values apart. Every operation has a bound on the size of its result, so a usual formula takes

@@ -19,7 +19,7 @@ NUMERAL = re.compile(r"(?i)\b(?:zero|one|two|three|four|five|six|seven|eight|nin
                      r"twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|half)s?\b")
 EXPONENT = r"(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
 UNIT = re.compile(rf"(?:[\s/]|\\cdot)*{TEXT}({GROUP}){EXPONENT}")
-# Not between two numbers: 5\text{ feet }\frac12 is no mixed number.
+# A unit between two numbers stays. Otherwise 5\text{ feet }\frac12 would become the mixed number 5\frac12.
 UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*"
                            r"(?!\s*(?:\d|\\d?frac))")
 BARE_UNIT = re.compile(rf"(?:(?<=[\d}}])|(?<=\\pi )) *([a-zA-Z][a-zA-Z /.]*){EXPONENT}\s*\.?$")

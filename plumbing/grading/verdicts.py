@@ -37,9 +37,9 @@ def verdict(answer, gold):
         return False, "text"
     if without_spaces(answer) == without_spaces(gold):
         return True, "text"
-    choices = choice(answer), choice(gold)
-    if all(choices) and min(len(answer), len(gold)) <= len("(C)"):
-        return choices[0] == choices[1], "text"
+    letters, texts = zip(choice(answer), choice(gold))
+    if all(letters) and ("" in texts or texts[0] == texts[1]):
+        return letters[0] == letters[1], "text"
     if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(gold):
         return Fraction(answer) == Fraction(gold), "number"
     is_words = not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold)  # "Even", "east"
@@ -57,9 +57,14 @@ def without_spaces(text):
 
 
 def choice(text):
-    """The letter of a multiple choice: C, (C), C. 42, (C) 42 or Option C. None if there is another letter."""
-    match = re.fullmatch(r"(?:(?i:option|choice|answer) )?\(?([A-H])(?:[).:](.*))?", text)
-    return match and not re.search(r"(?<![a-zA-Z\\])[A-H](?![a-zA-Z])", match[2] or "") and match[1]
+    """The letter and the text of a multiple choice: C, (C), C. 42, (C) 42 or Option C. Of others: "" and "".
+
+    A text with another such letter is no choice: C or D.
+    """
+    match = re.fullmatch(r"(?:(?i:option|choice|answer) )?\(?([A-H])(?:[).:] ?(.*))?", text)
+    if not match or re.search(r"(?<![a-zA-Z\\])[A-H](?![a-zA-Z])", match[2] or ""):
+        return "", ""
+    return match[1], match[2] or ""
 
 
 def is_correct(answer, gold):
