@@ -162,7 +162,7 @@ def dense_mask(layout):
 
 def attention(q, k, v, mask=None):
     """Softmax attention: q (B, H, T, D), k and v (B, H_kv, T', D), mask bool or None -> (B, H, T, D)."""
-    if q.is_cuda and mask is not None:
+    if q.is_cuda and mask is not None and q.shape[1] != k.shape[1]:
         # With a mask, CUDA's fast kernels need a key for every head of the queries.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

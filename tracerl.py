@@ -75,7 +75,7 @@ ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see
 
 
 def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
-    """The clipped policy gradient of PPO with a KL penalty, as in the paper.
+    """The clipped policy gradient of PPO with a KL penalty.
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]
 

@@ -53,7 +53,7 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     tokenizer = load_tokenizer(path)
     config = read_config(source, block_size, attention, name, tokenizer)
     if block_size is None and not source.get("block_size"):
-        is_named = name.rstrip("/").endswith(f"-b{config.block_size}")
+        is_named = not config.is_full and os.path.normpath(name).endswith(f"-b{config.block_size}")
         origin = "was read from the checkpoint's name" if is_named else "is the usual one of this family"
         parallel.say(f"config.json names no block size. K = {config.block_size} {origin}. A wrong K gives no "
                      "error, but with block attention little is learnt: see --block_size")

@@ -503,9 +503,11 @@ class Captured:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 out = self.denoise(held, *sizes)
-            except Exception as error:
+            except BaseException as error:
                 with contextlib.suppress(RuntimeError):  # it would only say that recording has failed
                     graph.capture_end()
+                if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                    raise
                 raise RuntimeError(f"a denoising step could not be recorded as a CUDA graph ({error}): see "
                                    "whether your --strategy makes the host wait, or set "
                                    "TORCH_COMPILE_DISABLE=1, which decodes without graphs") from error

@@ -42,7 +42,7 @@ def work_out(a, b, slip, rng):
     page = ""
     answer = ""  # found from the right
     carry = 0
-    columns = list(zip(reversed(str(a)), reversed(str(b))))
+    columns = list(zip(reversed(str(a)), reversed(str(b)), strict=True))
     for number, (x, y) in enumerate(columns, 1):
         column = int(x) + int(y) + carry
         is_last = number == len(columns)  # it has no next one: both digits of its sum go into the answer

@@ -46,7 +46,7 @@ def read(text):
     `(p,q) = (3,2)` gives the tree of `p = 3` and that of `q = 2`.
     """
     # (x,y) = (1,2), (2,1) is a list of tuples.
-    text = re.sub(r"^\(x, ?y(?:, ?z)?\) ?(?:=|\\in) ?(?=.*\).*\()", "", text)
+    text = re.sub(r"^\(x, ?y(?:, ?z)?\) ?(?:=|\\in) ?(?!.*\(x,)(?=.*\).*\()", "", text)
     if re.search(r"\\pm[^,]*\\pm|\(.*\\pm.*\\pm", text):
         raise ValueError("a \\pm b \\pm c: these may be two values or four")
     if "\\pm" not in text:
@@ -100,18 +100,22 @@ def without_names(parts, others):
     if is_list:
         return [part for _, value in named for part in parts_of(value)]
     starts = [number for number, name in enumerate(names) if name == names[0]]
-    return [in_order(named[start:end]) for start, end in zip(starts, [*starts[1:], len(named)])]
+    rounds = [named[start:end] for start, end in zip(starts, [*starts[1:], len(named)])]
+    if any(sorted(name for name, _ in part) != sorted(set(names)) for part in rounds):
+        return parts  # x = 1, x = 2, y = 3
+    return [in_order(part, bool(other_names)) for part in rounds]
 
 
-def in_order(named):
+def in_order(named, is_safe):
     """The tuple of the values of (name, value) pairs, in alphabetical order of the names.
 
-    ValueError for m = 2, b = 3: whoever asks for (m,b) means (2,3). Neighbours such as x and y are safe.
+    ValueError for m = 2, b = 3: whoever asks for (m,b) means (2,3). Neighbours such as x and y are safe. If
+    the other answer has names, too, every order is (is_safe).
     """
     letters = [name.strip("\\") for name, _ in named]
     ordered = sorted(letters)
     are_neighbours = all(len(a) == len(b) == 1 and ord(b) - ord(a) == 1 for a, b in zip(ordered, ordered[1:]))
-    if letters != ordered and not are_neighbours:
+    if letters != ordered and not are_neighbours and not is_safe:
         raise ValueError("the order of these names is not known")
     return ast.Tuple([value for _, value in sorted(named, key=lambda pair: pair[0].strip("\\"))])
 
@@ -221,6 +225,10 @@ def is_same_relation(answer, gold):
     if len(signs_a) > 1:
         return all(is_same_part(a, g) for a, g in zip(sides_a, sides_g))
     differences = [ast.BinOp(left, ast.Sub(), right) for left, right in (sides_a, sides_g)]
+    if signs_a == [ast.Eq] and is_same_function(ast.Constant("0"), differences[1]):
+        # The gold equation holds everywhere, as 2 + 3 = 5 does. So would 0 = 0. Both sides must be the same.
+        return sorted(leaves(answer)) == sorted(leaves(gold)) and any(
+            all(map(is_same_part, sides, sides_g)) for sides in (sides_a, sides_a[::-1]))
     return is_same_function(*differences, "any" if signs_a[0] in (ast.Eq, ast.NotEq) else "positive")
 
 

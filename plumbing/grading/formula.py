@@ -54,9 +54,6 @@ def to_python(text):
     right_closed('1','2'). The @ is a product that is written without a multiplication sign. `parse` turns it
     into a usual one.
     """
-    # f(x) may stand alone on the left side of an equation. Elsewhere f(2x) is refused: it is no product.
-    if re.search(r"(?<![a-zA-Z\\])f'*(?:_\d)?\((?![^()]*\) ?=)", text):
-        raise ValueError("f(2x): not a number that can be computed")
     if TWO_WAYS.search(text):
         raise ValueError("2^3^4, n!^2, 2^n!: these can be read in two ways")
     code = []

@@ -18,6 +18,7 @@ CALCULATION = re.compile(r"\d[}) ]*(?:[-+*^]|\\times|\\cdot|\\div)[({ ]*\d")
 # Words that change what an answer says: "not x = 5", "5 if n is even".
 DENIAL = re.compile(r"(?i)(?<![\\a-z])(?:not|no|never|if|unless|wrong|false|twice|half|assume|minus|negative|"
                     r"double|triple|except|cannot|opposite|reciprocal)(?![a-z])")
+APPLIED = re.compile(r"(?<![a-zA-Z\\])f'*\((?!.*(?:=|\\in(?![a-z])))")  # y = f(2x), but not f(2x) = 3
 WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS}|and)(?![a-zA-Z]))[a-zA-Z]{{3,}}")
 
 
@@ -37,14 +38,16 @@ def verdict(answer, gold):
         return False, "text"
     if without_spaces(answer) == without_spaces(gold):
         return True, "text"
-    letters, texts = zip(choice(answer), choice(gold))
+    # D: x > 3 is no choice, but the domain of a function.
+    letters, texts = zip(choice(answer), choice("" if ":" in gold else gold))
     if all(letters) and ("" in texts or texts[0] == texts[1]):
         return letters[0] == letters[1], "text"
     if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(gold):
         return Fraction(answer) == Fraction(gold), "number"
     is_words = not re.search(r"[\\+*/^=<>]", gold) and WORD.search(gold)  # "Even", "east"
-    if is_words or re.fullmatch("(?i)no|[IVX]{2,}", gold):  # IV is no product of I and V
-        return answer.casefold() == gold.casefold(), "text"
+    # IV is no product of I and V, and f(2x) is no product, either.
+    if is_words or re.fullmatch("(?i:no)|[IVX]{2,}", gold) or APPLIED.search(gold):
+        return without_spaces(answer).casefold() == without_spaces(gold).casefold(), "text"
     if DENIAL.search(answer) and not DENIAL.search(gold):
         return False, "text"
     return WORKERS.ask(answer, gold)
@@ -52,7 +55,7 @@ def verdict(answer, gold):
 
 def without_spaces(text):
     """The text without spaces, but for those between digits: 1 2 is not 12. Also x^{2} becomes x^2."""
-    text = re.sub(r"(?<=[\^_])\{(\w)\}", r"\1", text)
+    text = re.sub(r"(?<=[\^_])\{(\w)\}(?!\s*\d)", r"\1", text)
     return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
