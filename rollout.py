@@ -247,7 +247,7 @@ class Decoding:
     threshold: float = setting(0.9, "probability above which dynamic reveals a token", low=0, high=1)
     denoising_steps: int = setting(
         None, "most denoising steps that a block takes; None: K. In a step, static and sequential reveal "
-        "about K / denoising_steps tokens, and dynamic reveals at least that number", low=1)
+        "about K / denoising_steps tokens, dynamic at least that number. entropy ignores this flag", low=1)
     temperature: float = setting(1.0, "T, of decoding and of the trained policy; 0: greedy", low=0)
     top_k: int = setting(0, "draw among the k most probable tokens; 0: among all", low=0)
     top_p: float = setting(1.0, "draw among the most probable tokens up to this sum; 1: all", above=0, high=1)
