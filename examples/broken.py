@@ -45,9 +45,9 @@ def cut_at_response(rollouts, config, *how, **more):
     """Training blocks begin at the start of the response. Decoding cuts them at positions 0, K, 2K, ...
 
     With P = 9 and K = 4, decoding cuts the response into the positions 9 10 11 | 12 13 14 15 | 16 ...
-    Training cuts it into 9 10 11 12 | 13 14 15 16 | ...
-    The authors' code for block attention does this. Tokens near a border see too much or too little. Every
-    block has gaps. There is no gap for each prompt whose length is a multiple of K.
+    Training cuts it into 9 10 11 12 | 13 14 15 16 | ... The authors' code for block attention does this.
+    Tokens near a border see too much or too little. If the length of the prompt is a multiple of K, both cuts
+    are the same, and there is no gap. Otherwise every block has gaps.
     """
     check_blocks(config)
     # Every prompt is made longer, so that it ends where a block ends. For P = 9, that takes 3 tokens.

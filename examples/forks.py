@@ -2,7 +2,7 @@
 
 Every function declares the arguments that it needs, and is given them by name. The docstrings marked FORK
 HERE in tracerl.py, rollout.py and eval_math.py list all that there are. Below are the flags of each variant.
-(The functions that are not named there are controls of the benches in tests/.)
+(The other functions are helpers, or controls of the benches in tests/.)
 F stands for examples/forks.py.
 
     TraceRL as the paper weighs it      --loss F:paper_weights

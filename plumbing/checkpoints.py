@@ -231,7 +231,7 @@ def save_config(config, dtype, folder):
     dtype = str(dtype).removeprefix("torch.")
     # Two settings have two names each. Transformers 5 writes `dtype` and `rope_parameters`, and also reads
     # `rope_theta`. Older versions read only `torch_dtype` and `rope_theta`. If a version does not find the
-    # name that it reads, it silently takes a default. So all are written.
+    # name that it reads, it silently takes a default. So all but `rope_parameters` are written.
     changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
                "torch_dtype": dtype, "rope_theta": config.rope_theta, size_name: config.vocab_size}
     if family.may_choose:  # known only from --attention or the source folder's name, so it is written down

@@ -109,8 +109,8 @@ def without_names(parts, others):
 def in_order(named, is_safe):
     """The tuple of the values of (name, value) pairs, in alphabetical order of the names.
 
-    ValueError for m = 2, b = 3: whoever asks for (m,b) means (2,3). Neighbours such as x and y are safe. If
-    the other answer has names, too, every order is (is_safe).
+    ValueError for m = 2, b = 3: whoever asks for (m,b) means (2,3). Neighbours such as x and y are safe.
+    is_safe: the other answer has names, too. Then every order is safe, and nothing is refused.
     """
     letters = [name.strip("\\") for name, _ in named]
     ordered = sorted(letters)
@@ -226,7 +226,8 @@ def is_same_relation(answer, gold):
         return all(is_same_part(a, g) for a, g in zip(sides_a, sides_g))
     differences = [ast.BinOp(left, ast.Sub(), right) for left, right in (sides_a, sides_g)]
     if signs_a == [ast.Eq] and is_same_function(ast.Constant("0"), differences[1]):
-        # The gold equation holds everywhere, as 2 + 3 = 5 does. So would 0 = 0. Both sides must be the same.
+        # The gold equation holds everywhere, as 2 + 3 = 5 does. So does 0 = 0, which is no answer.
+        # So the answer must have the two sides of the gold equation, in either order.
         return sorted(leaves(answer)) == sorted(leaves(gold)) and any(
             all(map(is_same_part, sides, sides_g)) for sides in (sides_a, sides_a[::-1]))
     return is_same_function(*differences, "any" if signs_a[0] in (ast.Eq, ast.NotEq) else "positive")
