@@ -7,7 +7,7 @@ right if it has ended and its last \\boxed{} equals the answer. Accuracy is the 
 standard error.
 
     python eval_math.py                                                # the tiny model, 400 test problems
-    python eval_math.py --model JetLM/SDAR-4B-Chat --data math500 --n 3
+    python eval_math.py --model JetLM/SDAR-4B-Chat --data math500 --samples 3
     python eval_math.py --grade answers.jsonl --out verdicts.jsonl     # grade a file, without a model
 
 Read in this order: Problem, load_problems; math_reward, give_rewards; Examinee, accuracy.
@@ -96,11 +96,11 @@ def math_reward(problem, text, rollout):
         tokens     token ids of the response, eos included
         rollout    the record: step_map, is_truncated, ... (A truncated response does not get 0 by
                    itself: your function must give 0.)
-    It gives a number, or a list with one number per token. The list is a process reward, for --advantage
-    value or an advantage of your own. With a value model, the return of a token is its own
-    reward plus the MEAN reward of each later trace step, discounted by gamma. So to give a step the reward x,
-    give x to each of its tokens. (In the log, `reward` is the sum over tokens: with
-    three tokens this step adds 3 x.)
+    Rows of the data without an answer are kept then: problem.answer is "". The function gives a number, or a
+    list with one number per token. The list is a process reward, for --advantage value or an advantage of
+    your own. With a value model, the return of a token is its own reward plus the MEAN reward of each later
+    trace step, discounted by gamma. So to give a step the reward x, give x to each of its tokens. (In the
+    log, `reward` is the sum over tokens: with three tokens this step adds 3 x.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none
@@ -272,11 +272,11 @@ def evaluate_command(args):
     marks = dict(weights=runs.weight_mark(model.parameters()), problems=runs.mark(problems))
     with runs.Run(name, vars(args) | marks, resume=True, groups=GROUPS, log="responses.jsonl") as run:
         run.begin()
-        # What an earlier call has answered is not asked again. So a call may be stopped, and --n raised.
+        # What an earlier call answered is not asked again. So a call may be stopped, or --samples raised.
         done = {(line["strategy"], line["problem"], line["sample"]): line for line in run.read()}
         summary = {}
         for strategy in strategies:
-            keys = [(strategy, number, sample) for number in range(len(problems)) for sample in range(args.n)]
+            keys = [(strategy, i, sample) for i in range(len(problems)) for sample in range(args.samples)]
             todo = [key for key in keys if key not in done]
             parallel.say(f"{strategy}: {len(keys) - len(todo)} of {len(keys)} responses were there already")
             # Responses are saved chunk by chunk, so at most one chunk is lost. A process decodes --slots
@@ -295,7 +295,7 @@ def evaluate_command(args):
             # All responses that were asked for, whenever they were made.
             summary[strategy] = summarize([done[key] for key in keys])
         run.finish(summary)
-    parallel.say(f"{args.data}, {args.n} responses per problem: they and a summary are in {run.folder}")
+    parallel.say(f"{args.data}, {args.samples} responses per problem: they and a summary are in {run.folder}")
     show.print_columns(summary)
     return summary
 
@@ -308,7 +308,7 @@ class Evaluation:
     ar: str = setting(None, "evaluate this autoregressive model instead, decoded by transformers")
     data: str = setting("arithmetic-test", f"{', '.join(data.HUB)}, sudoku-test, a file, or a hub id")
     limit: int = setting(None, "ask only this number of problems, the first ones; None: all", low=1)
-    n: int = setting(1, "responses per problem; a later call may raise it", low=1, may_change=True)
+    samples: int = setting(1, "responses per problem; a later call may raise it", low=1, may_change=True)
     strategy: str = setting(("static", "dynamic"), "how to decode: any --strategy of tracerl.py, or greedy "
                             "(dynamic at temperature 0)", number="+")
     seed: int = setting(0, "random seed of the responses")

@@ -274,14 +274,18 @@ class Decoding:
             quota                         how many tokens the step is to reveal, (B,)
             step                          the denoising step, here counted from 0 in its block, (B,)
             threshold                     the flag of that name
-        It must reveal at least one mask of every block that has one. Use tensor operations
-        only: `if x.any()` makes a GPU wait, and cannot be part of a CUDA graph.
+        It must reveal at least one mask of every block that has one. A token that was revealed is never
+        masked again, whatever the function gives for it. Use tensor operations only: `if x.any()` makes a GPU
+        wait, and cannot be part of a CUDA graph.
         """
         # Draws that do not count become 0, so that a sum over the block is right. A mean is this sum, divided
         # by is_masked.sum(-1).
         confidence, entropy, token = (torch.where(is_masked, x, 0) for x in (confidence, entropy, token))
-        return flags.call(self.function, confidence=confidence, entropy=entropy, is_masked=is_masked,
-                          quota=quota, token=token, step=step, threshold=self.threshold) & is_masked
+        chosen = flags.call(self.function, confidence=confidence, entropy=entropy, is_masked=is_masked,
+                            quota=quota, token=token, step=step, threshold=self.threshold)
+        if chosen.dtype != torch.bool or chosen.shape != is_masked.shape:
+            raise ValueError(f"--strategy gives {chosen.dtype} {tuple(chosen.shape)}, and not bool (B, K)")
+        return chosen & is_masked
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -715,7 +719,7 @@ class ReplayLaw:
         allowed = f" (allowed: {10 * bound:.0e})" if self.is_float32 else ""
         text = (f"the replay law is broken: replayed and recorded log-probabilities differ by {gap:.1e} on "
                 f"average (allowed: {bound:.0e}) and by up to {gap_max:.1e} for a token{allowed}. Training "
-                "and sampling disagree about masks, positions, blocks or steps.")
+                "and sampling disagree about masks, positions, blocks or steps (--max_gap would allow it).")
         if self.is_float32 or self.num_wide >= 3:
             raise RuntimeError(text)
         parallel.say(f"WARNING: {text}")

@@ -256,7 +256,8 @@ def give_advantages(rollouts, value_learner, method, recipe):
         raise ValueError(f"--advantage gives NaN, inf or a wrong shape: {tuple(advantages.shape)}. It must "
                          f"give {tuple(rewards.shape)} or {(*rewards.shape, longest)} finite numbers")
     # If no group is left there is no update. The step is logged, and the next one asks other prompts.
-    is_kept = (advantages != 0).flatten(1).any(-1)  # (groups,)
+    # An advantage may be as small as the rounding of its reward: that teaches nothing, either.
+    is_kept = advantages.abs().flatten(1).amax(-1) > 1e-6 * (1 + rewards.abs().amax(-1))  # (groups,)
     if recipe.keep_range is not None:
         low, high = recipe.keep_range  # problems that are too easy or too hard teach little
         is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
@@ -323,8 +324,7 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
 def make_batch(learners, groups, method, recipe):
     """The micro-batches of one update: its responses are dealt out to processes, and laid out as rows."""
     model = learners.policy.model
-    needs_groups = flags.declares(method.loss, "num_groups")
-    units = groups if needs_groups else [[r] for group in groups for r in group]
+    units = groups if flags.declares(method.loss, "num_groups") else [[r] for group in groups for r in group]
     # Dealt like cards, the longest first: then every process has about the same work. (The rest of the key
     # breaks ties. Equal responses keep their seeded order.)
     units.sort(key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
@@ -346,7 +346,7 @@ def micro_batches_of(units, model, views, method, recipe):
     rollouts = [r for unit in units for r in unit]
     rows_of_each = iter(rollout.build_rows(rollouts, model.config, views, recipe.shrink, trained_only=True))
     together = [sum((next(rows_of_each) for _ in unit), []) for unit in units]  # rows of a unit: one list
-    return packing.dealt_batches(together, method.compute, model)
+    return packing.dealt_batches(together, method.compute, model, method.loss)
 
 
 # -------------------------------------------------------------------------------------------------- 5 update
@@ -522,22 +522,23 @@ def main(argv=None):
     functions = [flags.load_function(getattr(args, name), known, f"--{name}") for name, known in (
         ("reward", dict(math=math_reward)), ("advantage", ADVANTAGES), ("loss", LOSSES),
         ("views", rollout.VIEWS))]
+    for name in args.eval_strategies:
+        flags.load_function(name, dict(rollout.STRATEGIES, greedy=None), "--eval_strategies")
     machine.start(args)
     with runs.Run(args.name, vars(args), args.resume, GROUPS) as run:
-        learners, tokenizer = load_start(args)
-        run.tokenizer = tokenizer
+        learners, run.tokenizer = load_start(args)
         model = learners.policy.model
-        value_model = learners.value and learners.value.model
         recipe.shrink = recipe.shrink or (8 if model.config.is_full else 1)
         law = rollout.ReplayLaw(args.dtype == "float32", decoding.temperature, recipe.max_gap)
-        method = Method(*functions, decoding, machine.choose_compute(args, model, value_model), law)
+        compute = machine.choose_compute(args, model, learners.value and learners.value.model)
+        method = Method(*functions, decoding, compute, law)
         machine.self_check(model, method)  # the replay law on a few random prompts, before the first test
         load = functools.partial(
-            load_prompts, tokenizer=tokenizer, prompting=prompting, needs_answer=args.reward == "math")
-        examinee = Examinee(model, tokenizer, decoding, method.compute, method.reward)
+            load_prompts, tokenizer=run.tokenizer, prompting=prompting, needs_answer=args.reward == "math")
+        examinee = Examinee(model, run.tokenizer, decoding, method.compute, method.reward)
         test = load(args.eval_data)[:args.eval_limit or None]
         dev = load(args.dev_data) if args.dev_data and args.eval_every else None
-        task = Task(tokenizer, load(args.train_data), dev, examinee)
+        task = Task(run.tokenizer, load(args.train_data), dev, examinee)
         # Before and after training: the same problems, and the same draws.
         evaluate_test = lambda: {name: examinee.evaluate(test, name, seed=args.seed) for name in parallel.bar(
             args.eval_strategies, "evaluate")}

@@ -22,7 +22,7 @@ NAME=${NAME:-grow}
 export NAME  # the runs are $NAME-answers, $NAME-start and $NAME
 
 # 1. The model answers in its own blocks, twice to each problem.
-python eval_math.py --model "$MODEL" --data "$DATA" --limit "$PROBLEMS" --n 2 --strategy dynamic \
+python eval_math.py --model "$MODEL" --data "$DATA" --limit "$PROBLEMS" --samples 2 --strategy dynamic \
     --seed "$SEED" --name "$NAME-answers"
 
 # 2. The right answers become data for sft.py.

@@ -60,9 +60,12 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     # Qwen3 names its padding token in generation_config.json only.
     generation_path = os.path.join(path, "generation_config.json")
     generation = read_json(generation_path) if os.path.isfile(generation_path) else {}
-    if source.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
+    if source.get("pad_token_id") is None and generation.get("pad_token_id") in range(config.vocab_size):
         config.pad_id = generation["pad_token_id"]
     config.eos_ids = find_eos_ids([*config.eos_ids, *as_list(generation.get("eos_token_id"))], tokenizer)
+    if not set(config.eos_ids) - {config.mask_id}:
+        parallel.say(f"WARNING: {path} names no eos token, so no response can end, and all count as wrong: "
+                     "write eos_token_id into config.json")
     config.files = {file_name: Path(path, file_name).read_bytes() for file_name in os.listdir(path)
                     if file_name.endswith(SMALL_FILES) and not file_name.endswith(".index.json")}
     return path, config, tokenizer

@@ -14,6 +14,7 @@ Read in this order: COLUMNS, read_problems, read_fields, read_answer, find_answe
 chats and boxed solutions. The last part turns a source into rows.
 """
 
+import ast
 import csv
 import json
 import math
@@ -122,11 +123,13 @@ def as_text(cell, place, remedy="write one text"):
 
 def read_prompt(cell, place):
     """The cell of the problem -> (text or chat messages, the response at the end of the chat or "")."""
-    if isinstance(cell, str) and cell.startswith("[{"):  # a CSV file has chats as texts
-        try:
-            cell = [read_message(message, place) for message in json.loads(cell)]
-        except ValueError:
-            pass  # a problem whose text begins like a list
+    if isinstance(cell, str) and re.match(r"\s*\[\s*\{", cell):  # a CSV file has chats as texts
+        for parse in (json.loads, ast.literal_eval):  # pandas writes them in Python's spelling
+            try:
+                cell = [read_message(message, place) for message in parse(cell)]
+                break
+            except (ValueError, SyntaxError):
+                pass  # a problem whose text begins like a list
     if isinstance(cell, str) or is_empty(cell):
         return as_text(cell, place), ""
     messages = cell if isinstance(cell, list) else [cell]
@@ -177,13 +180,14 @@ def read_answer(cell, place, needs_answer):
     if isinstance(cell, (list, dict)) and not needs_answer:
         return json.dumps(cell, ensure_ascii=False, default=str)  # the tests of a program, for example
     # "['34']" becomes the list ["34"], and as_text takes its only item.
-    as_list = re.fullmatch(LIST_TEXT, cell) if isinstance(cell, str) and needs_answer else None
-    if as_list:
-        cell = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\"))
+    as_list = re.fullmatch(LIST_TEXT, cell) if isinstance(cell, str) else None
+    items = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\")) if as_list else []
+    if needs_answer and items or len(items) == 1:
+        cell = items
     text = as_text(cell, place, "write one answer, give the name "
                    f"{COLUMNS['answer'][0]!r} to a column that holds one, or use a reward of your own "
                    "(--reward)").strip()
-    if needs_answer and text.lower() in NO_ANSWER:  # else \boxed{proof} would earn 1
+    if text.lower() in NO_ANSWER:  # else \boxed{proof} would earn 1
         return ""
     is_solution = "\\boxed" in text or "####" in text
     if is_solution or needs_answer and len(text) > MAX_ANSWER:

@@ -129,7 +129,7 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
         has_qk_norm=family.has_qk_norm, has_qkv_bias=family.has_qkv_bias, shifts_logits=family.shifts_logits,
         rms_norm_eps=source.get("rms_norm_eps", 1e-6), rope_theta=float(theta),
         tie_word_embeddings=bool(wanted["tie_word_embeddings"]),
-        pad_id=pad if pad is not None else (eos[0] if eos else 0), eos_ids=tuple(eos),
+        pad_id=pad if pad in range(wanted["vocab_size"]) else (eos[0] if eos else 0), eos_ids=tuple(eos),
         family=name, source=dict(source))
 
 

@@ -10,7 +10,6 @@ the bounds and the help of a setting are written once. This file imports nothing
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -143,7 +142,8 @@ def check_same(saved, settings, may_change, path):
                if saved[name] != settings[name]]
     if changed:
         raise ValueError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
-                         "Give the settings of the run, or choose another --name")
+                         "Give the settings of the run, or begin a new run from its newest checkpoint "
+                         "(--model, --name)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,9 +161,10 @@ def load_function(spec, built_in, flag):
     if not os.path.isfile(path):
         what = "names a file without a function" if os.path.isfile(spec) else f"no file {path or spec!r}"
         raise ValueError(f"{flag} {spec}: {what}; give file.py:function, or one of " + ", ".join(built_in))
-    # A file is executed once, however many flags name it. It becomes a module with a name in sys.modules, so
-    # that its functions can be pickled for a pool of processes.
-    key = "plugin_" + hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:12]
+    # A file is executed once, however many flags name it, and again if its text has changed. It becomes a
+    # module with a name in sys.modules, so that its functions can be pickled for a pool of forked processes.
+    with open(path, "rb") as file:
+        key = "plugin_" + hashlib.sha256(os.path.realpath(path).encode() + file.read()).hexdigest()[:12]
     if key not in sys.modules:
         folder = os.path.dirname(os.path.realpath(path))
         if folder not in sys.path:
@@ -177,18 +178,14 @@ def load_function(spec, built_in, flag):
     return function
 
 
-@functools.lru_cache(maxsize=64)
-def parameters_of(function):
-    """The parameters of a function, by name. Cached, because `call` runs for each block of each response."""
-    return inspect.signature(function).parameters
-
-
 def call(function, **arguments):
     """Calls a function with those of the arguments that it declares. They are passed by name.
 
     So a user's function lists only what it needs, and still works when an argument is added here.
     """
-    wanted = parameters_of(function)
+    wanted = inspect.signature(function).parameters
+    bound = getattr(function, "keywords", ())  # what a functools.partial has fixed stays as it is
+    arguments = {name: value for name, value in arguments.items() if name not in bound}
     if takes_all(wanted):
         return function(**arguments)
     unknown = [name for name, parameter in wanted.items()
@@ -203,7 +200,7 @@ def call(function, **arguments):
 
 def declares(function, name):
     """Whether `call` would give a function this argument."""
-    wanted = parameters_of(function)
+    wanted = inspect.signature(function).parameters
     return name in wanted or takes_all(wanted)
 
 

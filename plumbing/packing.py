@@ -8,7 +8,7 @@ same numbers for every target.
 import itertools
 
 from model import Row, fill_rows, pad
-from plumbing import parallel
+from plumbing import flags, parallel
 
 
 def pack(rows, pad_id, device, multiple):
@@ -76,14 +76,30 @@ def by_length(sizes, max_tokens, is_packed=False):
     return groups
 
 
-def dealt_batches(units, compute, model):
+def warn_of_parts(units, compute, loss):
+    """Says once if a response or a group does not fit into a micro-batch, and the loss wants whole ones."""
+    needs_whole = flags.declares(loss, "num_groups") or flags.declares(loss, "num_responses")
+    lengths = [[len(row.tokens) for row in rows] for rows in units if len(rows) > 1]
+    sizes = [sum(rows) if compute.is_packed else max(rows) * len(rows) for rows in lengths]
+    if needs_whole and max(sizes, default=0) > compute.max_tokens and not WARNED:
+        WARNED.append(loss)
+        parallel.say(f"WARNING: a response or a group has {max(sizes)} tokens, more than a micro-batch. A "
+                     "loss that compares its tokens sees parts of it: raise --tokens_per_micro_batch")
+
+
+WARNED = []  # the loss of which `warn_of_parts` has warned
+
+
+def dealt_batches(units, compute, model, loss=None):
     """This process's lists of rows -> its micro-batches, and the number of targets on all processes.
 
-    To be called on every process. Sharded layers (FSDP2) gather their weights from all processes, in forward
-    and backward. A process that stopped early would leave the others waiting for ever. So a process with
-    fewer micro-batches gets dummies: one padding token, no targets, a loss of 0. If no process has any
-    row, each gets one dummy.
+    loss: of the policy. Each list is what it should see whole. To be called on every process. Sharded layers
+    (FSDP2) gather their weights from all processes, in forward and backward. A process that stopped early
+    would leave the others waiting for ever. So a process with fewer micro-batches gets dummies: one padding
+    token, no targets, a loss of 0. If no process has any row, each gets one dummy.
     """
+    if loss is not None:
+        warn_of_parts(units, compute, loss)
     parts = micro_batches(units, compute, model)
     counts = parallel.gather([(len(parts), sum(len(part.targets.token) for part in parts))])
     numbers, num_targets = zip(*counts)  # of every process

@@ -67,6 +67,8 @@ def run_command(main):
     program = os.path.basename(sys.argv[0])
     is_debugging = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
+    # A plug-in that imports tracerl gets this very module, and not a second copy of it.
+    sys.modules.setdefault(program.removesuffix(".py"), sys.modules["__main__"])
     status = 0
     try:
         main()
@@ -163,9 +165,9 @@ def replacing(path):
         shutil.rmtree(partial, ignore_errors=True)
         if os.path.isfile(partial):
             os.remove(partial)
-        raise OSError(f"{path} could not be written ({parallel.cause_of(error)}): free some space, and go on "
-                      "with --resume (eval_math.py: without it). What was saved before is complete"
-                      ) from error
+        raise OSError(f"{path} could not be written ({parallel.cause_of(error)}): free some space or make "
+                      "the folder writable, and go on with --resume (eval_math.py: without it). What was "
+                      "saved before is complete") from error
 
 
 def train_state(learners):

@@ -168,7 +168,7 @@ def examine(trial, folder):
     name = name_of(trial) + "-eval"
     task, _, _ = bench_methods.SETTINGS[trial.setting]
     if not (Path("runs") / name / "summary.json").is_file():
-        call(["eval_math.py", f"--model={model}", f"--data={task}-test", "--limit=200", "--n=16",
+        call(["eval_math.py", f"--model={model}", f"--data={task}-test", "--limit=200", "--samples=16",
               f"--seed={trial.seed}", f"--name={name}", "--strategy", *ORDERS])
     summary = checkpoints.read_json(Path("runs") / name / "summary.json")
     return {order: {key: summary[order][key] for key in ("accuracy", "pass_at_4", "pass_at_16")}

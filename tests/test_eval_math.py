@@ -248,7 +248,7 @@ def table(*flags):
 
 
 def test_an_evaluation_is_a_table_and_a_file_that_can_be_gone_on_with(folder, capsys):
-    found = table("--n=2", "--name=two")
+    found = table("--samples=2", "--name=two")
     path = folder / "runs/two/responses.jsonl"
     lines = path.read_text().splitlines()
     assert len(lines) == 16 and {"text", "gold", "answer", "correct", "response", "step_map"} <= set(
@@ -262,12 +262,12 @@ def test_an_evaluation_is_a_table_and_a_file_that_can_be_gone_on_with(folder, ca
     # Killed while it wrote a line: that line is asked again, and no other.
     path.write_text("\n".join(lines[:5]) + "\n" + lines[5][:20])
     capsys.readouterr()
-    assert table("--n=2", "--name=two") == found
+    assert table("--samples=2", "--name=two") == found
     assert "static: 5 of 8 responses were there already" in capsys.readouterr().out
     # Finished with one sample, and asked for a second one: the table is that of two at once.
     single = table("--name=more")
     first = (folder / "runs/more/responses.jsonl").read_text()
-    assert table("--n=2", "--name=more", "--slots=3") == found
+    assert table("--samples=2", "--name=more", "--slots=3") == found
     assert "static: 4 of 8 responses were there already" in capsys.readouterr().out
     assert (folder / "runs/more/responses.jsonl").read_text().startswith(first)
     assert table("--name=more") == single  # and back again
@@ -302,7 +302,7 @@ def test_two_seeds_of_an_evaluation_share_no_draws(folder, monkeypatch):
 
     monkeypatch.setattr(rollout, "generate_everywhere", generate)
     for seed in (0, 1):
-        table(f"--seed={seed}", f"--name=seed{seed}", "--n=3", "--strategy=dynamic", "--max_new_tokens=4")
+        table(f"--seed={seed}", f"--name=seed{seed}", "--samples=3", "--strategy=dynamic", "--max_new_tokens=4")
     one = examinee(lambda model, prompts, seeds, decoding: [Rollout(p, [1], 1, [1]) for p in prompts])
     for seed in (2, 3):
         one.evaluate([Problem("1+1=", "2", tokens=[3])] * 50, num_samples=3, seed=seed)
@@ -310,7 +310,7 @@ def test_two_seeds_of_an_evaluation_share_no_draws(folder, monkeypatch):
 
 
 def test_greedy_samples_are_one_sample(folder):
-    found = table("--strategy=greedy", "--n=3", "--max_new_tokens=20")
+    found = table("--strategy=greedy", "--samples=3", "--max_new_tokens=20")
     assert found["greedy"]["pass_at_2"] == found["greedy"]["accuracy"]
 
 
@@ -320,7 +320,7 @@ def test_flags_hold_in_every_mode_and_bad_ones_are_refused_at_the_door(folder, m
     monkeypatch.setattr(checkpoints, "load_model", lambda *_, **__: pytest.fail("this loads a model"))
     with pytest.raises(ValueError, match="--strategy best: no file 'best'; give file.py:function, or one of"):
         table("--strategy", "static", "best")
-    for flag in ("--n=0", "--limit=0", "--slots=0", "--temperature=-1"):
+    for flag in ("--samples=0", "--limit=0", "--slots=0", "--temperature=-1"):
         with pytest.raises(SystemExit):
             table(flag)
         said = capsys.readouterr().err
@@ -341,7 +341,7 @@ def test_an_autoregressive_model_is_scored_under_the_same_prompts(folder):
     tiny.tiny_tokenizer().save_pretrained("ar")
     rows = [dict(problem=text, answer="5") for text in ("1+1=", "12+34=", "1+2+3+4=", "123+456=")]
     Path("ragged.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--data=ragged.jsonl", "--max_new_tokens=6", "--n=2"]
+    flags = ["--data=ragged.jsonl", "--max_new_tokens=6", "--samples=2"]
     found, = eval_math.main(["--ar=ar", "--name=ar", *flags]).values()
     diffusion = eval_math.main(["--model", TINY, *flags, "--name=tiny"])["static"]
     assert found.keys() == diffusion.keys() and found["n"] == 4 and found["tokens_per_step"] == 1

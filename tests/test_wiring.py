@@ -4,6 +4,7 @@ Each test fails after a one-line change somewhere between a flag and its use, wh
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -28,8 +29,8 @@ import tracerl
 import value
 from eval_math import Examinee, Problem
 from plumbing import (
-    autoregressive, check, checkpoints, data, engine, flags, memory, parallel, prompts, runs, show, tasks,
-    tiny)
+    autoregressive, check, checkpoints, data, engine, flags, memory, packing, parallel, prompts, runs, show,
+    tasks, tiny)
 from plumbing.prompts import Prompting, encode_prompts
 from rollout import Decoding, Rollout
 
@@ -541,10 +542,10 @@ def test_a_run_does_not_go_on_with_other_functions_than_those_it_began_with(fold
     Path("mine.py").write_text("def first(is_masked, quota):\n    return is_masked\n")
     ask = ["--model", str(FIXTURES / "tiny"), "--data=test.jsonl", "--strategy=mine.py:first", "--name=e"]
     eval_math.main([*ask, "--limit=2"])
-    eval_math.main([*ask, "--limit=2", "--n=2"])
+    eval_math.main([*ask, "--limit=2", "--samples=2"])
     Path("mine.py").write_text("def first(is_masked, quota):\n    return is_masked & True\n")
     with pytest.raises(ValueError, match="the text of mine.py was '.*', is '"):
-        eval_math.main([*ask, "--limit=2", "--n=3"])
+        eval_math.main([*ask, "--limit=2", "--samples=3"])
 
 
 def test_the_definitions_take_no_approximate_cache(folder):
@@ -677,3 +678,82 @@ def test_a_run_of_one_script_is_not_gone_on_with_by_another(folder):
     for log, groups in (("responses.jsonl", eval_math.GROUPS), ("metrics.jsonl", tracerl.GROUPS)):
         with pytest.raises(ValueError, match="kind_of_run was 'lesson'"):
             runs.Run("z", dict(model="m"), resume=True, groups=groups, log=log)
+
+
+def test_what_a_partial_fixes_stays_and_a_function_may_be_any_object(tmp_path):
+    given = functools.partial(lambda a, clip_eps: (a, clip_eps), clip_eps=0.3)
+    assert flags.call(given, a=1, clip_eps=0.2) == (1, 0.3)
+
+    @dataclasses.dataclass
+    class Penalty:  # an object without a hash
+        weight: float = 0.5
+
+        def __call__(self, text):
+            return self.weight * len(text)
+
+    assert flags.call(Penalty(), text="ab", tokens=[1]) == 1.0 and flags.declares(Penalty(), "text")
+
+
+def test_a_strategy_gives_bools_of_the_blocks_shape(tmp_path):
+    (tmp_path / "mine.py").write_text("def all(is_masked):\n    return is_masked.all(-1)\n\n"
+                                      "def long(is_masked):\n    return is_masked.long()\n")
+    for name, found in (("all", r"torch.bool \(1,\)"), ("long", r"torch.int64 \(1, 4\)")):
+        for compute in (PLAIN, FAST):
+            with pytest.raises(ValueError, match=f"--strategy gives {found}"):
+                decode(random_model(), [[3, 4, 5]], compute, strategy=f"{tmp_path}/mine.py:{name}")
+
+
+def test_a_plug_in_is_read_again_when_its_text_has_changed(tmp_path):
+    path = tmp_path / "mine.py"
+    for text in ("1", "2"):
+        path.write_text(f"def f():\n    return {text}\n")
+        assert flags.load_function(f"{path}:f", {}, "--reward")() == int(text)
+    again = flags.load_function(f"{path}:f", {}, "--loss")
+    assert again is flags.load_function(f"{path}:f", {}, "--reward")  # else it is one and the same module
+
+
+def test_chats_that_pandas_wrote_and_answers_for_a_reward_of_ones_own_are_read_as_always():
+    chat = "[{'role': 'user', 'content': '1+1='}, {'role': 'assistant', 'content': '2'}]"
+    for text in (chat, " " + chat.replace("'", '"')):
+        row = data.read_fields(dict(messages=text, answer="2"), "a row", True)
+        assert row["problem"] == [dict(role="user", content="1+1=")] and row["solution"] == "2"
+    for needs_answer in (True, False):
+        read = lambda answer: data.read_fields(dict(problem="p", answer=answer), "a row", needs_answer)["answer"]
+        assert read("['782']") == "782" and read("proof") == ""
+    assert json.loads(read(["assert f(1) == 2", "assert f(2) == 3"]))[1] == "assert f(2) == 3"
+
+
+def test_advantages_of_the_size_of_rounding_train_nothing():
+    """Leave-one-out of equal rewards: 1/3 minus the mean of the others."""
+    rollouts = groups_of(random_model(), num_groups=2, group_size=8)
+    for r, reward in zip(rollouts, [1 / 3] * 8 + [0.0] * 4 + [1.0] * 4):
+        r.reward = reward
+    others = lambda rewards: rewards - (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    kept, line = tracerl.give_advantages(
+        rollouts, None, method_of(advantage=others), recipe_of(group_size=8))
+    assert line["kept_groups"] == 1 and kept == rollouts[8:]
+
+
+def test_a_loss_that_asks_for_groups_is_warned_once_when_it_gets_parts(capsys, monkeypatch):
+    monkeypatch.setattr(packing, "WARNED", [])
+    units = [[SimpleNamespace(tokens=[0] * 9)] * 3]
+    for max_tokens, loss in ((27, lambda num_groups: 0), (26, lambda num_tokens: 0), (26, lambda num_groups: 0),
+                             (26, lambda num_responses: 0)):
+        packing.warn_of_parts(units, PLAIN._replace(max_tokens=max_tokens), loss)
+        assert ("27 tokens" in capsys.readouterr().out) == (max_tokens == 26 and "num_groups" in
+                                                            loss.__code__.co_varnames)
+
+
+def test_a_padding_token_outside_the_vocabulary_and_a_missing_eos(tmp_path, capsys):
+    checkpoints.save_checkpoint(random_model(), None, tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(pad_token_id=-1, eos_token_id=[])))
+    _, config, _ = checkpoints.find_checkpoint(tmp_path)
+    assert config.pad_id == 0 and "names no eos token" in capsys.readouterr().out
+
+
+def test_a_wrong_name_among_the_eval_strategies_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--eval_strategies sttaic: no file 'sttaic'.* greedy"):
+        tracerl.main(["--model=nowhere", "--train_data=arithmetic", "--eval_strategies", "dynamic", "sttaic"])
