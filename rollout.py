@@ -283,8 +283,8 @@ class Decoding:
         confidence, entropy, token = (torch.where(is_masked, x, 0) for x in (confidence, entropy, token))
         chosen = flags.call(self.function, confidence=confidence, entropy=entropy, is_masked=is_masked,
                             quota=quota, token=token, step=step, threshold=self.threshold)
-        if chosen.dtype != torch.bool or chosen.shape != is_masked.shape:
-            raise ValueError(f"--strategy gives {chosen.dtype} {tuple(chosen.shape)}, and not bool (B, K)")
+        if getattr(chosen, "dtype", None) != torch.bool or chosen.shape != is_masked.shape:
+            raise ValueError(f"--strategy gives {chosen!r:.200}, and must give a bool tensor (B, K)")
         return chosen & is_masked
 
 

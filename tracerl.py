@@ -256,11 +256,11 @@ def give_advantages(rollouts, value_learner, method, recipe):
         raise ValueError(f"--advantage gives NaN, inf or a wrong shape: {tuple(advantages.shape)}. It must "
                          f"give {tuple(rewards.shape)} or {(*rewards.shape, longest)} finite numbers")
     # If no group is left there is no update. The step is logged, and the next one asks other prompts.
-    # An advantage may be as small as the rounding of its reward: that teaches nothing, either.
-    is_kept = advantages.abs().flatten(1).amax(-1) > 1e-6 * (1 + rewards.abs().amax(-1))  # (groups,)
-    if recipe.keep_range is not None:
-        low, high = recipe.keep_range  # problems that are too easy or too hard teach little
-        is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
+    # If all rewards of a group are equal, advantages may be their rounding, and teach nothing, either.
+    rounding = 1e-6 * (1 + rewards.abs().amax(-1)) * (rewards.amax(-1) == rewards.amin(-1))
+    is_kept = advantages.abs().flatten(1).amax(-1) > rounding  # (groups,)
+    low, high = recipe.keep_range or (-torch.inf, torch.inf)  # too easy or too hard problems teach little
+    is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
     for r, numbers in zip(rollouts, advantages.flatten(0, 1)):
         r.advantage = numbers.expand(longest)[:len(r.response)].tolist()  # one number stands for all tokens
     kept = [r for r, keep in zip(rollouts, is_kept.repeat_interleave(recipe.group_size).tolist()) if keep]

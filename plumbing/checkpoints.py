@@ -60,7 +60,8 @@ def find_checkpoint(path_or_id, block_size=None, attention=None):
     # Qwen3 names its padding token in generation_config.json only.
     generation_path = os.path.join(path, "generation_config.json")
     generation = read_json(generation_path) if os.path.isfile(generation_path) else {}
-    if source.get("pad_token_id") is None and generation.get("pad_token_id") in range(config.vocab_size):
+    ids = range(config.vocab_size)
+    if source.get("pad_token_id") not in ids and generation.get("pad_token_id") in ids:
         config.pad_id = generation["pad_token_id"]
     config.eos_ids = find_eos_ids([*config.eos_ids, *as_list(generation.get("eos_token_id"))], tokenizer)
     if not set(config.eos_ids) - {config.mask_id}:

@@ -128,7 +128,7 @@ def read_prompt(cell, place):
             try:
                 cell = [read_message(message, place) for message in parse(cell)]
                 break
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 pass  # a problem whose text begins like a list
     if isinstance(cell, str) or is_empty(cell):
         return as_text(cell, place), ""
@@ -182,12 +182,12 @@ def read_answer(cell, place, needs_answer):
     # "['34']" becomes the list ["34"], and as_text takes its only item.
     as_list = re.fullmatch(LIST_TEXT, cell) if isinstance(cell, str) else None
     items = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\")) if as_list else []
-    if needs_answer and items or len(items) == 1:
+    if needs_answer and items or len(items) == 1 and as_list[1] == "'":  # ["..."] is JSON, for a reward
         cell = items
     text = as_text(cell, place, "write one answer, give the name "
                    f"{COLUMNS['answer'][0]!r} to a column that holds one, or use a reward of your own "
                    "(--reward)").strip()
-    if text.lower() in NO_ANSWER:  # else \boxed{proof} would earn 1
+    if needs_answer and text.lower() in NO_ANSWER:  # else \boxed{proof} would earn 1
         return ""
     is_solution = "\\boxed" in text or "####" in text
     if is_solution or needs_answer and len(text) > MAX_ANSWER:

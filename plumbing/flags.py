@@ -10,6 +10,7 @@ the bounds and the help of a setting are written once. This file imports nothing
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -161,10 +162,9 @@ def load_function(spec, built_in, flag):
     if not os.path.isfile(path):
         what = "names a file without a function" if os.path.isfile(spec) else f"no file {path or spec!r}"
         raise ValueError(f"{flag} {spec}: {what}; give file.py:function, or one of " + ", ".join(built_in))
-    # A file is executed once, however many flags name it, and again if its text has changed. It becomes a
+    # A file is executed once, however many flags name it, and also if it is edited meanwhile. It becomes a
     # module with a name in sys.modules, so that its functions can be pickled for a pool of forked processes.
-    with open(path, "rb") as file:
-        key = "plugin_" + hashlib.sha256(os.path.realpath(path).encode() + file.read()).hexdigest()[:12]
+    key = "plugin_" + hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:12]
     if key not in sys.modules:
         folder = os.path.dirname(os.path.realpath(path))
         if folder not in sys.path:
@@ -184,7 +184,7 @@ def call(function, **arguments):
     So a user's function lists only what it needs, and still works when an argument is added here.
     """
     wanted = inspect.signature(function).parameters
-    bound = getattr(function, "keywords", ())  # what a functools.partial has fixed stays as it is
+    bound = function.keywords if isinstance(function, functools.partial) else ()  # what it has fixed stays
     arguments = {name: value for name, value in arguments.items() if name not in bound}
     if takes_all(wanted):
         return function(**arguments)

@@ -5,10 +5,13 @@ end to end in one long row, and their document numbers keep them apart. With bot
 same numbers for every target.
 """
 
+import inspect
 import itertools
 
 from model import Row, fill_rows, pad
-from plumbing import flags, parallel
+from plumbing import parallel
+
+WARNED = []  # losses of which it was said that they see parts
 
 
 def pack(rows, pad_id, device, multiple):
@@ -76,20 +79,6 @@ def by_length(sizes, max_tokens, is_packed=False):
     return groups
 
 
-def warn_of_parts(units, compute, loss):
-    """Says once if a response or a group does not fit into a micro-batch, and the loss wants whole ones."""
-    needs_whole = flags.declares(loss, "num_groups") or flags.declares(loss, "num_responses")
-    lengths = [[len(row.tokens) for row in rows] for rows in units if len(rows) > 1]
-    sizes = [sum(rows) if compute.is_packed else max(rows) * len(rows) for rows in lengths]
-    if needs_whole and max(sizes, default=0) > compute.max_tokens and not WARNED:
-        WARNED.append(loss)
-        parallel.say(f"WARNING: a response or a group has {max(sizes)} tokens, more than a micro-batch. A "
-                     "loss that compares its tokens sees parts of it: raise --tokens_per_micro_batch")
-
-
-WARNED = []  # the loss of which `warn_of_parts` has warned
-
-
 def dealt_batches(units, compute, model, loss=None):
     """This process's lists of rows -> its micro-batches, and the number of targets on all processes.
 
@@ -98,11 +87,18 @@ def dealt_batches(units, compute, model, loss=None):
     would leave the others waiting for ever. So a process with fewer micro-batches gets dummies: one padding
     token, no targets, a loss of 0. If no process has any row, each gets one dummy.
     """
-    if loss is not None:
-        warn_of_parts(units, compute, loss)
     parts = micro_batches(units, compute, model)
-    counts = parallel.gather([(len(parts), sum(len(part.targets.token) for part in parts))])
-    numbers, num_targets = zip(*counts)  # of every process
+    lengths = [[len(row.tokens) for row in rows] for rows in units if len(rows) > 1]
+    sizes = [sum(rows) if compute.is_packed else max(rows) * len(rows) for rows in lengths]  # in tokens
+    num_targets = sum(len(part.targets.token) for part in parts)
+    counts = parallel.gather([(len(parts), num_targets, max(sizes, default=0))])
+    numbers, num_targets, largest = zip(*counts)  # of every process
+    declared = inspect.signature(loss).parameters if loss is not None else ()
+    needs_whole = "num_groups" in declared or "num_responses" in declared
+    if needs_whole and max(largest) > compute.max_tokens and loss not in WARNED:
+        WARNED.append(loss)
+        parallel.say(f"WARNING: a response or a group has {max(largest)} tokens, more than a micro-batch. A "
+                     "loss that compares its tokens sees parts of it: raise --tokens_per_micro_batch")
     row = Row(tokens=[model.config.pad_id], position=[0], block=[0], view=[1])
     dummies = [pad([row], model.config.pad_id, model.device) for _ in range(max(1, *numbers) - len(parts))]
     return parts + dummies, sum(num_targets)

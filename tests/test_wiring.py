@@ -696,20 +696,12 @@ def test_what_a_partial_fixes_stays_and_a_function_may_be_any_object(tmp_path):
 
 def test_a_strategy_gives_bools_of_the_blocks_shape(tmp_path):
     (tmp_path / "mine.py").write_text("def all(is_masked):\n    return is_masked.all(-1)\n\n"
-                                      "def long(is_masked):\n    return is_masked.long()\n")
-    for name, found in (("all", r"torch.bool \(1,\)"), ("long", r"torch.int64 \(1, 4\)")):
+                                      "def long(is_masked):\n    return is_masked.long()\n\n"
+                                      "def one(is_masked):\n    return True\n")
+    for name, found in (("all", r"tensor"), ("long", r"tensor"), ("one", "True")):
         for compute in (PLAIN, FAST):
             with pytest.raises(ValueError, match=f"--strategy gives {found}"):
                 decode(random_model(), [[3, 4, 5]], compute, strategy=f"{tmp_path}/mine.py:{name}")
-
-
-def test_a_plug_in_is_read_again_when_its_text_has_changed(tmp_path):
-    path = tmp_path / "mine.py"
-    for text in ("1", "2"):
-        path.write_text(f"def f():\n    return {text}\n")
-        assert flags.load_function(f"{path}:f", {}, "--reward")() == int(text)
-    again = flags.load_function(f"{path}:f", {}, "--loss")
-    assert again is flags.load_function(f"{path}:f", {}, "--reward")  # else it is one and the same module
 
 
 def test_chats_that_pandas_wrote_and_answers_for_a_reward_of_ones_own_are_read_as_always():
@@ -718,9 +710,11 @@ def test_chats_that_pandas_wrote_and_answers_for_a_reward_of_ones_own_are_read_a
         row = data.read_fields(dict(messages=text, answer="2"), "a row", True)
         assert row["problem"] == [dict(role="user", content="1+1=")] and row["solution"] == "2"
     for needs_answer in (True, False):
-        read = lambda answer: data.read_fields(dict(problem="p", answer=answer), "a row", needs_answer)["answer"]
-        assert read("['782']") == "782" and read("proof") == ""
-    assert json.loads(read(["assert f(1) == 2", "assert f(2) == 3"]))[1] == "assert f(2) == 3"
+        read = lambda cell: data.read_fields(dict(problem="p", answer=cell), "a row", needs_answer)["answer"]
+        assert read("['782']") == "782"
+    for tests in (['assert f("a") == 1\nassert f("b") == 2'], ["assert f(1) == 2", "assert f(2) == 3"]):
+        assert json.loads(read(tests)) == json.loads(read(json.dumps(tests))) == tests
+    assert data.read_fields(dict(problem="[{[1]: 2}]", answer="2"), "a row", True)["problem"] == "[{[1]: 2}]"
 
 
 def test_advantages_of_the_size_of_rounding_train_nothing():
@@ -729,19 +723,26 @@ def test_advantages_of_the_size_of_rounding_train_nothing():
     for r, reward in zip(rollouts, [1 / 3] * 8 + [0.0] * 4 + [1.0] * 4):
         r.reward = reward
     others = lambda rewards: rewards - (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    kept, line = tracerl.give_advantages(
-        rollouts, None, method_of(advantage=others), recipe_of(group_size=8))
-    assert line["kept_groups"] == 1 and kept == rollouts[8:]
+    for scale in (1, 1e7):
+        for r in rollouts:
+            r.reward *= scale
+        kept, line = tracerl.give_advantages(
+            rollouts, None, method_of(advantage=others), recipe_of(group_size=8))
+        assert line["kept_groups"] == 1 and kept == rollouts[8:]
+        assert keep(rollouts, group_size=8) == rollouts[8:]
 
 
 def test_a_loss_that_asks_for_groups_is_warned_once_when_it_gets_parts(capsys, monkeypatch):
     monkeypatch.setattr(packing, "WARNED", [])
-    units = [[SimpleNamespace(tokens=[0] * 9)] * 3]
-    for max_tokens, loss in ((27, lambda num_groups: 0), (26, lambda num_tokens: 0), (26, lambda num_groups: 0),
-                             (26, lambda num_responses: 0)):
-        packing.warn_of_parts(units, PLAIN._replace(max_tokens=max_tokens), loss)
-        assert ("27 tokens" in capsys.readouterr().out) == (max_tokens == 26 and "num_groups" in
-                                                            loss.__code__.co_varnames)
+    model = random_model()
+    rows = rollout.build_rows(groups_of(model, num_groups=1), model.config)
+    unit = [row for rows in rows for row in rows]
+    size = max(len(row.tokens) for row in unit) * len(unit)
+    groups = lambda num_groups: 0
+    for max_tokens, loss, is_warned in ((size, groups, False), (size - 1, lambda **others: 0, False),
+                                        (size - 1, groups, True), (size - 1, groups, False)):
+        packing.dealt_batches([unit], PLAIN._replace(max_tokens=max_tokens), model, loss)
+        assert (f"has {size} tokens" in capsys.readouterr().out) == is_warned
 
 
 def test_a_padding_token_outside_the_vocabulary_and_a_missing_eos(tmp_path, capsys):
