@@ -74,7 +74,7 @@ def group_advantages(rewards):
 ADVANTAGES = dict(group=group_advantages, value=None)  # --advantage; value: see value.value_advantages
 
 
-def policy_loss(logp, targets, num_tokens, clip_eps=0.2, kl_coef=0.01):
+def policy_loss(logp, targets, num_tokens, clip_eps, kl_coef):
     """The clipped policy gradient of PPO with a KL penalty.
 
         L = 1/N sum_j [ -min(ratio_j A_j, clip(ratio_j, 1 - eps, 1 + eps) A_j) + kl_coef k3_j ]

@@ -155,7 +155,7 @@ def main():
     # loss reads only two of them, logp_old and advantage. The policy has not moved yet, so its
     # log-probabilities are the old ones. Every token has the advantage of its response.
     targets = SimpleNamespace(logp_old=logp.detach(), advantage=advantages.repeat_interleave(lengths))
-    loss = policy_loss(logp, targets, num_tokens=len(logp))
+    loss = policy_loss(logp, targets, num_tokens=len(logp), clip_eps=0.2, kl_coef=0.01)
     loss.backward()
     # A gradient longer than 1 would be shortened to 1. lr=1e-4 is the learning rate of tracerl.py after its
     # warm-up.

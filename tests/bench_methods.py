@@ -581,7 +581,7 @@ def gradient(policy, rollouts, method, recipe):
     for rows in batch.rows:
         logp, _ = rollout.forward_rows(policy.model, rows, method.compute, method.decoding.temperature)
         rows.targets.logp_old.copy_(logp.detach())
-        tracerl.policy_loss(logp, rows.targets, batch.num_tokens, kl_coef=0.0).backward()
+        tracerl.policy_loss(logp, rows.targets, batch.num_tokens, 0.2, kl_coef=0.0).backward()
     return torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten()
                       for p in policy.model.parameters()])
 

@@ -281,7 +281,7 @@ def author_update(model, rows, rows_at_once):
         for part in parts:
             part.targets.logp_old.copy_(author_logprobs(model, part))
     for part in parts:
-        tracerl.policy_loss(author_logprobs(model, part), part.targets, num_tokens).backward()
+        tracerl.policy_loss(author_logprobs(model, part), part.targets, num_tokens, 0.2, 0.01).backward()
 
 
 def own_parts(model, rollouts, compute):
@@ -305,7 +305,7 @@ def own_update(model, rollouts, compute, is_replayed):
         logp, _ = rollout.forward_rows(model, part, compute)
         if not is_replayed:
             part.targets.logp_old.copy_(logp.detach())
-        tracerl.policy_loss(logp, part.targets, num_tokens).backward()
+        tracerl.policy_loss(logp, part.targets, num_tokens, 0.2, 0.01).backward()
 
 
 def measure(args):

@@ -109,7 +109,7 @@ def test_an_update_has_the_gradient_of_the_cpu(kind):
         for rows in packing.micro_batches(rollout.build_rows(rollouts, model.config), compute, model):
             logp, entropy = rollout.forward_rows(model, rows, compute)
             rows.targets.logp_old.copy_(rows.targets.logp)
-            (tracerl.policy_loss(logp, rows.targets, 100) + 0.01 * entropy.sum()).backward()
+            (tracerl.policy_loss(logp, rows.targets, 100, 0.2, 0.01) + 0.01 * entropy.sum()).backward()
         gradients.append([p.grad.cpu() for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=1e-3 * float(a.abs().max()), rtol=1e-2)

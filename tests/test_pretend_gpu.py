@@ -121,7 +121,7 @@ def test_an_update_has_the_gradient_of_the_cpu(kind, gpu):
         model = random_model(kind).to(device)
         for rows in packing.micro_batches(rollout.build_rows(rollouts, model.config), compute, model):
             logp, _ = rollout.forward_rows(model, rows, compute)
-            tracerl.policy_loss(logp, rows.targets._replace(logp_old=rows.targets.logp), 100).backward()
+            tracerl.policy_loss(logp, rows.targets._replace(logp_old=rows.targets.logp), 100, 0.2, 0.01).backward()
         gradients.append([p.grad.cpu() for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -172,32 +172,32 @@ def test_the_numbers_of_the_log_are_what_they_say():
 
 def test_losses_of_parts_add_up_to_the_loss_of_the_whole():
     logp, old, a = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
-    whole = policy_loss(logp, targets_of(old, a), 40)
+    whole = policy_loss(logp, targets_of(old, a), 40, 0.2, 0.01)
     cuts = [slice(i, i + 7) for i in range(0, 40, 7)]
-    torch.testing.assert_close(whole, sum(policy_loss(logp[cut], targets_of(old[cut], a[cut]), 40)
+    torch.testing.assert_close(whole, sum(policy_loss(logp[cut], targets_of(old[cut], a[cut]), 40, 0.2, 0.01)
                                           for cut in cuts))
 
 
 def test_at_ratio_1_the_gradient_is_the_policy_gradient():
     logp = torch.randn(9, requires_grad=True)
     a = torch.randn(9)
-    policy_loss(logp, targets_of(logp.detach(), a), 9, kl_coef=0.5).backward()
+    policy_loss(logp, targets_of(logp.detach(), a), 9, 0.2, kl_coef=0.5).backward()
     torch.testing.assert_close(logp.grad, -a / 9)
 
 
 def test_beyond_the_clip_there_is_no_gradient_and_k3_is_never_negative():
     logp, a = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True), torch.tensor([1.0, -1, -1, 1])
-    policy_loss(logp, targets_of(torch.zeros(4), a), 4, kl_coef=0.0).backward()
+    policy_loss(logp, targets_of(torch.zeros(4), a), 4, 0.2, kl_coef=0.0).backward()
     assert (logp.grad != 0).tolist() == [False, False, True, True]
     for x in torch.linspace(-50, 50, 101):
         targets = targets_of(torch.zeros(1), torch.ones(1))
         parts = [(torch.zeros(()), x[None], torch.zeros(1), torch.zeros(1))]
         assert show.own_sums(parts, 1, 0.2)["kl"] >= 0
-        assert policy_loss(x[None], targets, 1).isfinite()
+        assert policy_loss(x[None], targets, 1, 0.2, 0.01).isfinite()
     # The KL pulls back from below however far the policy has gone. From above it never pushes on.
     for x, slope in ((-12.0, -1), (9.0, torch.tensor(9.0).exp() - 1), (11.0, 0)):
         far = torch.tensor([x], requires_grad=True)
-        policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, kl_coef=1.0).backward()
+        policy_loss(far, targets_of(torch.zeros(1), torch.zeros(1)), 1, 0.2, kl_coef=1.0).backward()
         assert far.grad.item() == pytest.approx(float(slope), rel=1e-3, abs=1e-3)
 
 
