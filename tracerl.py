@@ -86,10 +86,9 @@ def policy_loss(logp, targets, num_tokens, clip_eps, kl_coef):
     All trained tokens weigh the same. The paper first averages inside each trace step: see examples/forks.py.
     In the first update of an RL step every ratio is 1, so nothing is clipped and k3 is 0.
 
-    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). For
-    plain draws from the OLD policy, the mean of -log ratio is this KL. ratio - 1 then has mean 0, and only
-    lowers the noise. Our tokens are not plain draws, since revealing prefers sure tokens. So k3 is an
-    approximation.
+    k3 = (ratio - 1) - log ratio is never negative. It estimates KL(old || new). For plain draws from the OLD
+    policy, the mean of -log ratio is this KL. ratio - 1 then has mean 0, and only lowers the noise. Our
+    tokens are not plain draws, since revealing prefers sure tokens. So k3 is an approximation.
 
     FORK HERE. --loss file.py:function calls a function of yours for each micro-batch. It declares those
     parameters it needs. Besides the parameters of this function, there are
@@ -231,7 +230,7 @@ def roll_out(model, problems, method, recipe, step):
 def give_advantages(rollouts, value_learner, method, recipe):
     """Sets the advantage of every rollout -> those to train on (maybe none), and numbers for the log.
 
-    Left out are groups whose advantages are all 0 (equal rewards), and those whose mean reward is outside
+    Left out are groups whose advantages are all 0 or rounding (equal rewards), and those whose mean reward is outside
     --keep_range. (With a value model every group is kept.) Whole records are kept or dropped. If
     lists of prompts, rewards and step maps were filtered one by one, a response might get its neighbour's
     reward.

@@ -182,7 +182,8 @@ def read_answer(cell, place, needs_answer):
     # "['34']" becomes the list ["34"], and as_text takes its only item.
     as_list = re.fullmatch(LIST_TEXT, cell) if isinstance(cell, str) else None
     items = re.split(r"['\"]\s*,\s*['\"]", as_list[2].replace("\\\\", "\\")) if as_list else []
-    if needs_answer and items or len(items) == 1 and as_list[1] == "'":  # ["..."] is JSON, for a reward
+    is_python = len(items) == 1 and as_list[1] == "'"  # ["..."] is JSON, which a user's reward may want
+    if needs_answer and items or is_python:
         cell = items
     text = as_text(cell, place, "write one answer, give the name "
                    f"{COLUMNS['answer'][0]!r} to a column that holds one, or use a reward of your own "

@@ -70,7 +70,9 @@ def parts_of(tree):
 def is_same_list(answers, golds):
     """Whether the parts of two lists can be put in pairs of equals."""
     if len(answers) != len(golds) or len(golds) > 1:
-        answers, golds = without_names(answers, golds), without_names(golds, answers)
+        unnamed = without_names(answers, golds)
+        golds = without_names(golds, answers)
+        answers = unnamed
     if len(answers) != len(golds) or len(golds) > 100:
         return False
     left = list(golds)
@@ -326,10 +328,11 @@ class RealSet:
                 ends = [end for sign, end in ((below, low), (above, high)) if sign is ast.LtE]
                 if any(leaves(end) == ["\\infty"] for end in ends):
                     raise ValueError("(3,\\infty]: infinity is no number")
-                low, high = self.number(low), self.number(high)
-                if low > high or low == high and len(ends) < 2:
+                start = self.number(low)
+                stop = self.number(high)
+                if start > stop or start == stop and len(ends) < 2:
                     raise ValueError("(8,-2) is a point, and no interval")
-                return holds(low, below, x) & holds(x, above, high)
+                return holds(start, below, x) & holds(x, above, stop)
         raise ValueError("no set of real numbers")
 
 
