@@ -230,8 +230,8 @@ def roll_out(model, problems, method, recipe, step):
 def give_advantages(rollouts, value_learner, method, recipe):
     """Sets the advantage of every rollout -> those to train on (maybe none), and numbers for the log.
 
-    Left out are groups whose advantages are all 0 or rounding (equal rewards), and those whose mean reward is outside
-    --keep_range. (With a value model every group is kept.) Whole records are kept or dropped. If
+    Left out are groups whose advantages are all 0 or rounding (equal rewards), and those whose mean reward is
+    outside --keep_range. (With a value model every group is kept.) Whole records are kept or dropped. If
     lists of prompts, rewards and step maps were filtered one by one, a response might get its neighbour's
     reward.
     """
