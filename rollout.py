@@ -87,6 +87,7 @@ class Rollout:
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
     seed: int = 0  # of its draws, and of its masks where views are random
     # Filled in between decoding and the update, by tracerl.py, eval_math.py and value.py:
+    rl_step: int = 0  # the RL step in which it was decoded; 0 in an evaluation
     group: int = 0  # the number of its prompt in this RL step
     reward: float = 0.0
     token_rewards: list = field(default_factory=list)  # process rewards, one per trained token, if any
@@ -715,11 +716,9 @@ class ReplayLaw:
         self.num_wide = 0 if is_law else self.num_wide + 1
         if is_law:
             return
-        # In bfloat16 only the mean is bounded.
-        allowed = f" (allowed: {10 * bound:.0e})" if self.is_float32 else ""
         text = (f"the replay law is broken: replayed and recorded log-probabilities differ by {gap:.1e} on "
-                f"average (allowed: {bound:.0e}) and by up to {gap_max:.1e} for a token{allowed}. Training "
-                "and sampling disagree about masks, positions, blocks or steps (--max_gap would allow it).")
+                f"average (--max_gap is {bound:.0e}) and by up to {gap_max:.1e} (in float32 at most ten times "
+                "--max_gap). Training and sampling disagree about masks, positions, blocks or steps")
         if self.is_float32 or self.num_wide >= 3:
             raise RuntimeError(text)
         parallel.say(f"WARNING: {text}")

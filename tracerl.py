@@ -95,6 +95,7 @@ def policy_loss(logp, targets, num_tokens, clip_eps, kl_coef):
         entropy          float32 (n,), with gradient: of the policy, at each target
         num_responses    of the whole update
         num_groups       groups of the whole update
+        rl_step          the RL step, from 1 up: for coefficients that change during a run
     A response stays in one micro-batch if it fits. If your loss declares num_groups, this holds for a whole
     group. With block attention a response is one row. A row is never cut: one that is longer than a
     micro-batch gets a micro-batch of its own. With full attention a response has many rows. If they do not
@@ -145,8 +146,6 @@ class Recipe:
     value_warmup: int = setting(5, "how many first RL steps train the value model alone", tiny=10, low=0)
     value_epochs: int = setting(1, "passes of the value model over the rollouts", tiny=4, low=1)
     value_clip: float = setting(0.2, "clip of a value's change in an RL step; 0: no clip", tiny=0, low=0)
-    gamma: float = setting(1.0, "discount per trace step", low=0, high=1)
-    gae_lambda: float = setting(1.0, "lambda of generalized advantage estimation", low=0, high=1)
     eval_every: int = setting(10, "RL steps between evaluations on --dev_data; 0: none", tiny=20, low=0,
                               may_change=True)
     max_gap: float = setting(None, "largest mean gap between replayed and recorded log-probabilities, in "
@@ -219,6 +218,7 @@ def roll_out(model, problems, method, recipe, step):
     rollouts = rollout.generate_everywhere(
         model, [problem.tokens for problem in asked], seeds, method.decoding, method.compute)
     for i, r in enumerate(rollouts):
+        r.rl_step = step
         r.group = i // recipe.group_size  # 0 0 0 0 1 1 1 1 ...
     return rollouts, asked
 
@@ -241,8 +241,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
     if value_learner is not None:
         # Here every group can teach. Even if all its rewards are equal, the value model may have expected
         # others.
-        found = value.value_advantages(value_learner.model, rollouts, method.compute, recipe.shrink,
-                                       recipe.gamma, recipe.gae_lambda)
+        found = value.value_advantages(value_learner.model, rollouts, method.compute, recipe.shrink)
         return rollouts, line | found | dict(kept_groups=len(rewards))
     if method.advantage in ADVANTAGES.values() and any(r.token_rewards for r in rollouts):
         raise ValueError("the reward function gives a reward per token, and this --advantage takes one per "
@@ -284,6 +283,7 @@ class Batch(NamedTuple):
     num_value_tokens: int
     num_responses: int
     num_groups: int
+    rl_step: int
 
 
 @torch.no_grad()
@@ -334,7 +334,8 @@ def make_batch(learners, groups, method, recipe):
     num_value_tokens = 0
     if learners.value is not None:
         value_rows, num_value_tokens = micro_batches_of(own, model, rollout.trace_views, method, recipe)
-    return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups))
+    return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups),
+                 groups[0][0].rl_step)
 
 
 def micro_batches_of(units, model, views, method, recipe):
@@ -399,8 +400,8 @@ def update(policy, batch, method, is_first, recipe):
         if len(logp):
             loss = flags.call(
                 method.loss, logp=logp, entropy=entropy, targets=rows.targets, num_tokens=batch.num_tokens,
-                num_responses=batch.num_responses, num_groups=batch.num_groups, clip_eps=recipe.clip_eps,
-                kl_coef=recipe.kl_coef)
+                num_responses=batch.num_responses, num_groups=batch.num_groups, rl_step=batch.rl_step,
+                clip_eps=recipe.clip_eps, kl_coef=recipe.kl_coef)
         else:
             # A dummy micro-batch: its loss is 0. Its backward must run, because other processes wait for it.
             loss = logp.sum()

@@ -96,6 +96,8 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
 
     rewards, values: one number per token, float (N, R). steps: int64 (N, R), from 1 up without gaps; 0 is not
     trained.
+    gamma is the discount per trace step, lam the lambda of GAE. The paper sets both to 1. A fork that wants
+    others changes these defaults.
     Take token j of step t. A star marks a mean over the trained tokens of a step. After the
     last step every starred number is 0.
 
@@ -129,7 +131,7 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
 
 
 @torch.no_grad()
-def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
+def value_advantages(value_model, rollouts, compute, shrink):
     """Sets value_old, returns and advantage of all rollouts, on every process -> numbers for the log.
 
     The value model reads the rows of the trace, whatever views the policy is trained on.
@@ -140,7 +142,7 @@ def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
     parts, _ = packing.dealt_batches(built, compute, value_model)
     values = rollout.per_response(own, parts, [value_model(rows, compute) for rows in parts])
     steps = [torch.tensor(trace_steps(r, config, shrink)) for r in own]
-    found = estimate(own, [r_values.cpu() for r_values in values], steps, gamma, lam)
+    found = estimate(own, [r_values.cpu() for r_values in values], steps)
     # Every process then holds the same records.
     for r, (value_old, returns, advantage) in zip(rollouts, parallel.gather(found)):
         r.value_old = value_old
@@ -153,7 +155,7 @@ def value_advantages(value_model, rollouts, compute, shrink, gamma, lam):
                 advantage_rms=float(advantages.square().mean().sqrt()))
 
 
-def estimate(rollouts, values, steps, gamma, lam):
+def estimate(rollouts, values, steps):
     """Values, returns and advantages of responses -> for each, three lists with a number for each token.
 
     values, steps: a tensor for each response. Its reward lies on its last trace step. Process rewards lie on
@@ -168,7 +170,7 @@ def estimate(rollouts, values, steps, gamma, lam):
     for line, r in zip(rewards, rollouts):
         if r.token_rewards:  # process rewards: each token has its own
             line.zero_()[:len(r.token_rewards)] = torch.tensor(r.token_rewards)
-    tables = values, *returns_and_advantages(rewards, values, steps, gamma, lam)
+    tables = values, *returns_and_advantages(rewards, values, steps)
     return [[table[n, :len(r.response)].tolist() for table in tables] for n, r in enumerate(rollouts)]
 
 

@@ -192,7 +192,8 @@ def each(tokens):
 def centered(rewards):
     return rewards - rewards.mean(-1, keepdim=True)
 
-def per_group(logp, targets, num_groups):
+def per_group(logp, targets, num_groups, rl_step):
+    assert rl_step in (1, 2)  # a run of two RL steps
     return -(targets.advantage * logp).sum() / num_groups
 
 def whole_block(block):
@@ -204,8 +205,8 @@ def leftmost(is_masked, quota):
 
 
 @pytest.mark.parametrize("flags", [
-    # A value model, with process rewards and discounts.
-    ["--advantage=value", "--value_warmup=1", "--reward=mine.py:each", "--gamma=0.9", "--gae_lambda=0.5"],
+    # A value model, with process rewards.
+    ["--advantage=value", "--value_warmup=1", "--reward=mine.py:each"],
     # Every function of one's own. The reward has a pool of processes, and imports a file beside it.
     ["--reward=mine.py:own_pool", "--advantage=mine.py:centered", "--loss=mine.py:per_group",
      "--views=mine.py:whole_block", "--strategy=mine.py:leftmost", "--prompts=2"],

@@ -232,10 +232,12 @@ def test_a_function_gets_by_name_what_it_declares():
     """Each of the loss's numbers is that of the whole update, and the views and the reward get theirs."""
     model = random_model()
     kept = keep(groups_of(model))
+    for r in kept:
+        r.rl_step = 5
     got = {}
 
-    def loss(entropy, num_groups, targets, num_responses, logp, num_tokens, kl_coef, mine=7):
-        got.update(loss=(num_tokens, num_responses, num_groups, kl_coef, mine))
+    def loss(entropy, num_groups, targets, num_responses, logp, num_tokens, kl_coef, rl_step, mine=7):
+        got.update(loss=(num_tokens, num_responses, num_groups, kl_coef, rl_step, mine))
         assert len(entropy) == len(logp) == len(targets.step) and entropy.requires_grad and logp.requires_grad
         return -(targets.advantage * logp).sum() / num_tokens
 
@@ -246,7 +248,7 @@ def test_a_function_gets_by_name_what_it_declares():
     one_update(model, kept, method_of(loss=loss, views=views), kl_coef=0.3, shrink=2)
     num_tokens = sum(r.num_tokens for r in kept)
     num_groups = len({r.group for r in kept})
-    assert got == dict(loss=(num_tokens, len(kept), num_groups, 0.3, 7), views=(2, True, True))
+    assert got == dict(loss=(num_tokens, len(kept), num_groups, 0.3, 5, 7), views=(2, True, True))
     assert flags.call(lambda a, **more: more, a=1, b=2) == dict(b=2)
 
 

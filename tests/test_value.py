@@ -111,10 +111,10 @@ def test_every_response_gets_the_numbers_it_would_get_alone(kind):
         r.reward = float(number)
     lonely = []
     for r in rollouts:
-        value.value_advantages(model, [r], PLAIN, 1, 0.9, 0.5)
+        value.value_advantages(model, [r], PLAIN, 1)
         lonely.append((r.value_old, r.returns, r.advantage))
     for compute in COMPUTES.values():
-        value.value_advantages(model, rollouts, compute._replace(max_tokens=60), 1, 0.9, 0.5)
+        value.value_advantages(model, rollouts, compute._replace(max_tokens=60), 1)
         for r, expected in zip(rollouts, lonely):
             ours = torch.tensor([r.value_old, r.returns, r.advantage])
             torch.testing.assert_close(ours, torch.tensor(expected), atol=1e-5, rtol=1e-5)

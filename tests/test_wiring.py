@@ -137,14 +137,14 @@ def test_gradients_are_clipped_and_five_that_are_not_finite_end_a_run():
         step(float("nan"))
 
 
-def test_the_loop_hands_on_gamma_lambda_and_shrink():
+def test_the_loop_hands_shrink_on_to_the_value_model():
     model = random_model()
     rollouts = groups_of(model)
     learner = parallel.Learner(value.ValueModel(model), None)
     learner.model.value_head.weight.data.normal_(generator=torch.Generator().manual_seed(1))
-    value.value_advantages(learner.model, rollouts, FAST, 2, 0.9, 0.5)
+    value.value_advantages(learner.model, rollouts, FAST, 2)
     expected = [r.advantage for r in rollouts]
-    tracerl.give_advantages(rollouts, learner, method_of(), recipe_of(gamma=0.9, gae_lambda=0.5, shrink=2))
+    tracerl.give_advantages(rollouts, learner, method_of(), recipe_of(shrink=2))
     assert [r.advantage for r in rollouts] == expected
 
 
@@ -338,17 +338,18 @@ def test_a_saved_config_says_what_was_chosen_and_the_index_which_files_there_are
     assert set(read("model.safetensors.index.json")["weight_map"].values()) == files
 
 
-def test_value_advantages_are_the_recursions_over_merged_trace_steps():
+def test_value_advantages_are_the_recursions_over_merged_trace_steps(monkeypatch):
+    monkeypatch.setattr(value.returns_and_advantages, "__defaults__", (0.9, 0.5))  # gamma, lambda
     model = random_model()
     r = next(r for r in groups_of(model) if r.num_tokens < len(r.response))
     critic, r.reward, n = value.ValueModel(model), 1.0, r.num_tokens
     critic.value_head.weight.data.normal_(generator=torch.Generator().manual_seed(1))
-    line = value.value_advantages(critic, [r], PLAIN, 2, 0.9, 0.5)
+    line = value.value_advantages(critic, [r], PLAIN, 2)
     rows = all_rows([r], model.config, shrink=2, trained_only=True)
     values, steps = torch.zeros(1, len(r.response)), torch.tensor([value.trace_steps(r, model.config, 2)])
     values[0, [j for _, j in seen(rows)]] = critic(rows, PLAIN).detach()
     rewards = value.place_rewards(torch.ones(1), steps)
-    returns, advantages = (x[0] for x in value.returns_and_advantages(rewards, values, steps, 0.9, 0.5))
+    returns, advantages = (x[0] for x in value.returns_and_advantages(rewards, values, steps))
     assert r.returns == pytest.approx(returns.tolist()) and r.advantage == pytest.approx(advantages.tolist())
     assert line["advantage_rms"] == pytest.approx(float(advantages[:n].square().mean().sqrt()))
     assert line["explained_variance"] == pytest.approx(
