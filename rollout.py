@@ -65,7 +65,7 @@ import torch
 
 from model import KVCache, Row, Targets, attend_by_rule, attention, policy_logits, token_logprobs
 from plumbing import flags, packing, parallel
-from plumbing.flags import setting
+from plumbing.flags import Settings, setting
 
 
 @dataclass
@@ -233,7 +233,7 @@ STRATEGIES = dict(static=reveal_static, dynamic=reveal_dynamic, sequential=revea
 
 
 @dataclass
-class Decoding:
+class Decoding(Settings):
     """How tokens are drawn and revealed. ValueError for what is out of range.
 
     Each field is a flag of the commands. `setting` gives its default, its help and its bounds. Where the tiny
@@ -255,7 +255,7 @@ class Decoding:
 
     def __post_init__(self):
         """Checks the ranges, and finds the function that `reveal` calls."""
-        flags.check(type(self), self)
+        super().__post_init__()
         self.function = flags.load_function(self.strategy, STRATEGIES, "--strategy")
 
     def quota(self, K, step_in_block):

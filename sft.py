@@ -34,7 +34,7 @@ import torch
 import rollout
 from eval_math import Examinee, Problem, load_prompts
 from plumbing import data, flags, machine, packing, parallel, runs, tiny
-from plumbing.flags import setting
+from plumbing.flags import Settings, setting
 from plumbing.prompts import Prompting, encode_prompts, encode_solutions
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, Rollout, mix
@@ -144,7 +144,7 @@ def train_step(learner, examples, views, is_weighted, compute):
 
 
 @dataclass
-class Recipe:
+class Recipe(Settings):
     """The numbers of fine-tuning."""
 
     seed: int = setting(0, "random seed of weights, data order and masks")
@@ -162,7 +162,7 @@ class Recipe:
 
     def __post_init__(self):
         """ValueError for numbers out of range, an unknown --views, and --weighted with views of the trace."""
-        flags.check(type(self), self)
+        super().__post_init__()
         self.function = flags.load_function(self.views, VIEWS, "--views")
         if self.weighted and self.views == "trace":
             raise ValueError("--weighted needs random views: in a trace all tokens count once anyhow")
@@ -306,9 +306,7 @@ def main(argv=None):
         # The other settings of the tiny model were chosen with these betas of AdamW. tracerl.py has others.
         learner = parallel.make_learner(model, args.lr, (0.9, 0.98), args.weight_decay)
         # Settings, model and data have passed their checks. From here on the folder is written to.
-        run.begin()
-        if args.resume:
-            run.restore([learner])
+        run.begin([learner])
         run.check_data([(r.prompt, r.response, r.step_map) for r in examples], "the examples of --data")
         train(learner, examples, evaluate_dev, compute, recipe, run)
         run.save([learner])

@@ -43,7 +43,7 @@ import rollout
 import value
 from eval_math import Examinee, give_rewards, load_prompts, math_reward
 from plumbing import flags, machine, packing, parallel, runs, show
-from plumbing.flags import setting
+from plumbing.flags import Settings, setting
 from plumbing.prompts import Prompting
 from plumbing.tasks import EMBEDDED
 from rollout import Decoding, mix
@@ -121,7 +121,7 @@ LOSSES = dict(clip=policy_loss)  # --loss
 
 
 @dataclass
-class Recipe:
+class Recipe(Settings):
     """The numbers of the method.
 
     For real checkpoints the defaults are the paper's for SDAR, where it gives them. The head start of the
@@ -150,10 +150,6 @@ class Recipe:
                               may_change=True)
     max_gap: float = setting(None, "largest mean gap between replayed and recorded log-probabilities, in "
                              "nats; None: 1e-4, or 0.05 in bfloat16", above=0, may_change=True)
-
-    def __post_init__(self):
-        """ValueError for numbers out of range."""
-        flags.check(type(self), self)
 
 
 class Learners(NamedTuple):
@@ -237,12 +233,11 @@ def give_advantages(rollouts, value_learner, method, recipe):
     """
     # The flat list as a table: a line per prompt. With G = 4, responses 0 to 3 are line 0, and 4 to 7 line 1.
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, recipe.group_size)
-    line = dict(reward=rewards.mean().item()) | show.lengths(rollouts)
     if value_learner is not None:
         # Here every group can teach. Even if all its rewards are equal, the value model may have expected
         # others.
         found = value.value_advantages(value_learner.model, rollouts, method.compute, recipe.shrink)
-        return rollouts, line | found | dict(kept_groups=len(rewards))
+        return rollouts, found | dict(kept_groups=len(rewards))
     if method.advantage in ADVANTAGES.values() and any(r.token_rewards for r in rollouts):
         raise ValueError("the reward function gives a reward per token, and this --advantage takes one per "
                          "response: use --advantage value, one of your own, or a reward that is their sum")
@@ -262,7 +257,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
     for r, numbers in zip(rollouts, advantages.flatten(0, 1)):
         r.advantage = numbers.expand(longest)[:len(r.response)].tolist()  # one number stands for all tokens
     kept = [r for r, keep in zip(rollouts, is_kept.repeat_interleave(recipe.group_size).tolist()) if keep]
-    return kept, line | dict(kept_groups=int(is_kept.sum()))
+    return kept, dict(kept_groups=int(is_kept.sum()))
 
 
 # ------------------------------------------------------------------------------------------------ 4 old logp
@@ -313,7 +308,7 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
                for start in range(min(recipe.minibatches, len(groups)))]
     # Later updates start from a policy that has moved. So the old log-probabilities of their tokens are
     # computed now. (While the value model learns alone, the policy has no updates.)
-    for batch in batches[1:] if step > head_start(learners, recipe) else []:
+    for batch in batches[1:] if step > recipe.value_warmup else []:
         for rows in batch.rows:
             logp, _ = rollout.forward_rows(model, rows, method.compute, temperature)
             rows.targets.logp_old.copy_(logp)
@@ -327,26 +322,26 @@ def make_batch(learners, groups, method, recipe):
     # Dealt like cards, the longest first: then every process has about the same work. (The rest of the key
     # breaks ties. Equal responses keep their seeded order.)
     units.sort(key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
-    own = parallel.deal(units)  # item i goes to process i modulo the number of processes
-
-    rows, num_tokens = micro_batches_of(own, model, method.views, method, recipe)
+    # Item i goes to process i modulo the number of processes.
+    own = [r for unit in parallel.deal(units) for r in unit]
+    size = len(units[0])  # 1 response, or the G of a group
+    rows, num_tokens = micro_batches_of(own, size, model, method.views, method, recipe)
     value_rows = []
     num_value_tokens = 0
     if learners.value is not None:
-        value_rows, num_value_tokens = micro_batches_of(own, model, rollout.trace_views, method, recipe)
+        value_rows, num_value_tokens = micro_batches_of(
+            own, size, model, rollout.trace_views, method, recipe)
     return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups),
                  groups[0][0].rl_step)
 
 
-def micro_batches_of(units, model, views, method, recipe):
-    """Micro-batches of this process's units of work, and the number of targets of all processes.
+def micro_batches_of(rollouts, size, model, views, method, recipe):
+    """Micro-batches of this process's rollouts, and the number of targets of all processes.
 
-    A unit is what should stay in one micro-batch: a response, or a whole group.
+    size: how many neighbours should stay in one micro-batch. It is 1 response, or the G of a group.
     """
-    rollouts = [r for unit in units for r in unit]
-    rows_of_each = iter(rollout.build_rows(rollouts, model.config, views, recipe.shrink, trained_only=True))
-    together = [sum((next(rows_of_each) for _ in unit), []) for unit in units]  # rows of a unit: one list
-    return packing.dealt_batches(together, method.compute, model, method.loss)
+    rows_of_each = rollout.build_rows(rollouts, model.config, views, recipe.shrink, trained_only=True)
+    return packing.dealt_batches(rows_of_each, method.compute, model, method.loss, size)
 
 
 # -------------------------------------------------------------------------------------------------- 5 update
@@ -366,7 +361,7 @@ def learn(learners, batches, rollouts, method, recipe, step):
         for batch in batches * recipe.value_epochs:
             value_updates.append(update_value(learners.value, batch, method.compute, recipe))
     # A value model that has only begun is a poor baseline. So the policy waits for it.
-    num_steps = step - head_start(learners, recipe)  # RL steps of the policy, this one included
+    num_steps = step - recipe.value_warmup  # RL steps of the policy, this one included
     if num_steps > 0:
         ramp = min(1.0, num_steps / max(recipe.warmup, 1))
         parallel.set_learning_rate(policy.optimizer, recipe.lr * ramp)
@@ -378,11 +373,6 @@ def learn(learners, batches, rollouts, method, recipe, step):
         line |= rollout.drift(policy.model, rollout.probes(rollouts, policy.model.config), method.compute,
                               method.decoding.temperature)
     return line
-
-
-def head_start(learners, recipe):
-    """RL steps in which the value model learns alone."""
-    return recipe.value_warmup if learners.value is not None else 0
 
 
 def update(policy, batch, method, is_first, recipe):
@@ -436,7 +426,7 @@ def finish_step(line, rollouts, learners, task, recipe, run):
     step = line["step"]
     # The seconds that the timed stages took go into the line, too: metrics.jsonl has one line for each RL
     # step.
-    line |= runs.take_seconds()
+    line |= show.rollout_numbers(rollouts) | runs.take_seconds()
     if task.dev_problems and recipe.eval_every and step % recipe.eval_every == 0:
         found = task.examinee.evaluate(task.dev_problems, seed=recipe.seed)
         line |= {f"dev_{name}": found[name] for name in ("accuracy", "reward") if found.get(name) is not None}
@@ -529,6 +519,8 @@ def main(argv=None):
         learners, run.tokenizer = load_start(args)
         model = learners.policy.model
         recipe.shrink = recipe.shrink or (8 if model.config.is_full else 1)
+        if learners.value is None:  # nobody to wait for
+            recipe.value_warmup = 0
         law = rollout.ReplayLaw(args.dtype == "float32", decoding.temperature, recipe.max_gap)
         compute = machine.choose_compute(args, model, learners.value and learners.value.model)
         method = Method(*functions, decoding, compute, law)
@@ -544,9 +536,7 @@ def main(argv=None):
             args.eval_strategies, "evaluate")}
         # Settings, model and data have passed their checks. From here on the folder is written to.
         show.announce(recipe, decoding, len(task.problems))
-        run.begin()
-        if args.resume:
-            run.restore(learners)
+        run.begin(learners)
         run.check_data([task.problems, test], "the problems of --train_data or --eval_data")
         if "before" not in run.progress:  # a resumed run has it from the first time
             run.progress["before"] = evaluate_test()

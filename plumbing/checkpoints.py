@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from model import BlockDiffusionLM
 from plumbing import parallel
-from plumbing.families import FAMILIES, LLADA_NAMES, VALUE_HEAD, as_list, family_name, read_config
+from plumbing.families import FAMILIES, VALUE_HEAD, as_list, family_name, read_config
 
 
 def read_json(path):
@@ -231,13 +231,12 @@ def save_weights(model, folder, dtype=None, max_shard_size="5GB"):
 def save_config(config, dtype, folder):
     """Writes config.json as it was read, with a few fields changed or added; also generation_config.json."""
     family = FAMILIES[config.family]
-    size_name = "embedding_size" if family.names is LLADA_NAMES else "vocab_size"
     dtype = str(dtype).removeprefix("torch.")
     # Two settings have two names each. Transformers 5 writes `dtype` and `rope_parameters`, and also reads
     # `rope_theta`. Older versions read only `torch_dtype` and `rope_theta`. If a version does not find the
     # name that it reads, it silently takes a default. So all but `rope_parameters` are written.
     changed = {"mask_token_id": config.mask_id, "block_size": config.block_size, "dtype": dtype,
-               "torch_dtype": dtype, "rope_theta": config.rope_theta, size_name: config.vocab_size}
+               "torch_dtype": dtype, "rope_theta": config.rope_theta}
     if family.may_choose:  # known only from --attention or the source folder's name, so it is written down
         changed["attention"] = "full" if config.is_full else "block"
     write_json(os.path.join(folder, "config.json"), config.source | changed)

@@ -135,21 +135,14 @@ class Decoder:
 
     def admit(self, numbers, prompts, seeds):
         """Gives prompts to the next free slots, and computes keys and values of their whole blocks."""
-        slots = range(len(self.lanes), len(self.lanes) + len(prompts))
-        self.place(slots, numbers, prompts, seeds)
-        if not self.config.is_full:
-            self.prefill_groups(slots, prompts)
-
-    def place(self, slots, numbers, prompts, seeds):
-        """Writes prompts and masks into the tables, and makes a lane for each."""
         K = self.config.block_size
+        rows = slice(len(self.lanes), len(self.lanes) + len(prompts))
         ends = []
         for number, prompt, seed in zip(numbers, prompts, seeds):
             P = len(prompt)
             start, end = rollout.decoded_span(P, self.decoding.max_new_tokens, self.config)
             self.lanes.append(Lane(number, prompt, seed, start, end, min(start + K, end) - P))
             ends.append((P, end))
-        rows = slice(slots.start, slots.stop)
         longest = max(map(len, prompts))
         padded = [prompt + [self.config.mask_id] * (longest - len(prompt)) for prompt in prompts]
         for table in self.tables:
@@ -159,6 +152,8 @@ class Decoder:
         position = torch.arange(self.token.shape[1], device=self.device)
         prompt_end, response_end = to_device(torch.tensor(ends), self.device).T[..., None]  # (n, 1) each
         self.is_masked[rows] = (position >= prompt_end) & (position < response_end)
+        if not self.config.is_full:
+            self.prefill_groups(range(rows.start, rows.stop), prompts)
 
     def prefill_groups(self, slots, prompts):
         """Prefills each prompt once, in the first of its slots. The other slots get a copy."""

@@ -99,7 +99,10 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     if architecture.lower() in FAMILIES:
         name = architecture.lower()
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    refuse_other_networks(source, name, architecture, vocabulary)
+    # Transformers 5 writes the rope type and rope_theta into rope_parameters. Older versions write the type
+    # into rope_scaling, and rope_theta as a field of its own.
+    rope = (source.get("rope_parameters") or {}) | (source.get("rope_scaling") or {})
+    refuse_other_networks(source, name, architecture, vocabulary, rope)
     family = FAMILIES[name]
     is_llada = family.names is LLADA_NAMES
     wanted = {ours: source.get(llada if is_llada else ours) for ours, llada in LLADA_FIELDS.items()}
@@ -114,9 +117,6 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
     own_size = source.get("block_size") or (int(named[1]) if named and not is_full else None)
     eos = as_list(source.get("eos_token_id"))
     pad = source.get("pad_token_id")
-    # Transformers 5 writes the rope type and rope_theta into rope_parameters. Older versions write the type
-    # into rope_scaling, and rope_theta as a field of its own.
-    rope = (source.get("rope_parameters") or {}) | (source.get("rope_scaling") or {})
     theta = rope.get("rope_theta") or source.get("rope_theta") or 1e4  # the default of transformers
     return ModelConfig(
         vocab_size=wanted["vocab_size"], hidden_size=wanted["hidden_size"],
@@ -133,9 +133,8 @@ def read_config(source, block_size=None, attention=None, path="", tokenizer=None
         family=name, source=dict(source))
 
 
-def refuse_other_networks(source, name, architecture, vocabulary):
+def refuse_other_networks(source, name, architecture, vocabulary, rope):
     """ValueError for a checkpoint that needs another network, or another way of decoding."""
-    rope = (source.get("rope_parameters") or {}) | (source.get("rope_scaling") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     has_experts = any(value and ("expert" in key or key.startswith("moe_")) for key, value in source.items())
     usual = FAMILIES[name].architecture if name in FAMILIES else ""

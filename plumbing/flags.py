@@ -19,10 +19,8 @@ import math
 import os
 import sys
 
-SAME = object()  # says that tiny models have the same default as all others
 
-
-def setting(default, help, *, tiny=SAME, low=-math.inf, above=-math.inf, high=math.inf, choices=None,
+def setting(default, help, *, tiny=None, low=-math.inf, above=-math.inf, high=math.inf, choices=None,
             number=None, may_change=False):
     """A dataclass field that is also a flag.
 
@@ -30,9 +28,16 @@ def setting(default, help, *, tiny=SAME, low=-math.inf, above=-math.inf, high=ma
     high: inclusive bounds; above: an exclusive lower bound. choices: all values that are possible. number:
     how many values the flag takes, as argparse's nargs. may_change: whether a resumed run may change it.
     """
-    details = dict(help=help, tiny=default if tiny is SAME else tiny, low=low, above=above, high=high,
+    details = dict(help=help, tiny=default if tiny is None else tiny, low=low, above=above, high=high,
                    choices=choices, number=number, may_change=may_change)
     return dataclasses.field(default=default, metadata=details)
+
+
+class Settings:
+    """What settings classes inherit: ValueError for an object with a field that is out of its bounds."""
+
+    def __post_init__(self):
+        check(type(self), self)
 
 
 def check(settings, values):
@@ -57,11 +62,7 @@ def check(settings, values):
 
 def bounds_of(details):
     """The bounds of a number, as text."""
-    bounds = "any number"
-    if details["above"] > -math.inf:
-        bounds = f"above {details['above']}"
-    elif details["low"] > -math.inf:
-        bounds = f"at least {details['low']}"
+    bounds = f"above {details['above']}" if details["above"] > -math.inf else f"at least {details['low']}"
     return bounds if details["high"] == math.inf else f"{bounds}, at most {details['high']}"
 
 

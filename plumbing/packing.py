@@ -79,14 +79,18 @@ def by_length(sizes, max_tokens, is_packed=False):
     return groups
 
 
-def dealt_batches(units, compute, model, loss=None):
+def dealt_batches(rows_of_each, compute, model, loss=None, size=1):
     """This process's lists of rows -> its micro-batches, and the number of targets on all processes.
 
-    loss: of the policy. Each list is what it should see whole. To be called on every process. Sharded layers
-    (FSDP2) gather their weights from all processes, in forward and backward. A process that stopped early
-    would leave the others waiting for ever. So a process with fewer micro-batches gets dummies: one padding
-    token, no targets, a loss of 0. If no process has any row, each gets one dummy.
+    rows_of_each: a list of rows for each response. size: how many neighbouring responses should stay in one
+    micro-batch. loss: of the policy.
+
+    To be called on every process. Sharded layers (FSDP2) gather their weights from all processes, in forward
+    and backward. A process that stopped early would leave the others waiting for ever. So a process with
+    fewer micro-batches gets dummies: one padding token, no targets, a loss of 0. If no process has any row,
+    each gets one dummy.
     """
+    units = [sum(rows_of_each[start:start + size], []) for start in range(0, len(rows_of_each), size)]
     parts = micro_batches(units, compute, model)
     lengths = [[len(row.tokens) for row in rows] for rows in units if len(rows) > 1]
     sizes = [sum(rows) if compute.is_packed else max(rows) * len(rows) for rows in lengths]  # in tokens

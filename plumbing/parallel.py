@@ -216,8 +216,6 @@ def without_hooks(module):
 
     The hooks take longer than a small layer, and a CUDA graph cannot record them.
     """
-    if not any(isinstance(m, FSDPModule) for m in module.modules()):
-        return module
     # FSDP2 has made a class FSDPLayer(FSDPModule, Layer). Of its __mro__, number 2 is Layer.
     plain = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
     twin = plain.__new__(plain)

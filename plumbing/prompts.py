@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from plumbing import data, flags
-from plumbing.flags import setting
+from plumbing import data
+from plumbing.flags import Settings, setting
 
 PROMPT_STYLES = ("chat", "trado", "trado_think", "think", "no_think", "plain")
 
 
 @dataclass
-class Prompting:
+class Prompting(Settings):
     """How problems become prompts. A model must be trained and tested on the same kind of prompt."""
 
     max_prompt_tokens: int = setting(784, "longer prompts are skipped, and their number is printed", low=1)
@@ -20,9 +20,6 @@ class Prompting:
     instruction: str = setting(
         "\nPlease reason step by step, and put your final answer within \\boxed{}.",
         "text that follows each problem; use an empty one if the data hold whole prompts")
-
-    def __post_init__(self):
-        flags.check(type(self), self)
 
 
 def encode_prompts(problems, tokenizer, prompting=Prompting()):
@@ -36,8 +33,11 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
         raise ValueError("this tokenizer has no chat template: use --prompt_style plain")
     switch = dict(enable_thinking=False) if style == "no_think" else {}  # some templates ignore it
     chats = [data.as_chat(p.problem, prompting.instruction) for p in problems]
+    begin = []
     if style == "plain":
         texts = ["\n".join(message["content"] for message in chat) for chat in chats]
+        # Some tokenizers begin every text with a special token (BOS), as a template does.
+        begin = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
     else:  # all in one call: one by one, 20,000 problems would take several times as long
         texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False, **switch)
     if style in ("trado", "trado_think"):
@@ -45,9 +45,6 @@ def encode_prompts(problems, tokenizer, prompting=Prompting()):
     if style in ("think", "trado_think"):  # unless the template has written it already
         think = "<think>\n" if style == "think" else "<think>"
         texts = [text if text.rstrip().endswith("<think>") else text + think for text in texts]
-    begin = []
-    if style == "plain":  # Some tokenizers begin every text with a special token (BOS), as a template does.
-        begin = [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
     for p, tokens in zip(problems, encode(texts, tokenizer)):
         p.tokens = tokens if tokens[:1] == begin else begin + tokens
     fitting = [p for p in problems if len(p.tokens) <= prompting.max_prompt_tokens]

@@ -5,19 +5,17 @@ written under a name that ends in .partial, and then renamed. So a command may b
 file under its final name is complete. Only the log may end with half a line, which the next command drops.
 """
 
-import glob
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +32,6 @@ from plumbing.checkpoints import read_json, save_checkpoint, save_weights, write
 from plumbing.flags import setting
 
 KEPT = 3  # how many checkpoints of a run are kept: the newest ones
-LOGS = ("metrics.jsonl", "responses.jsonl")  # the first is of a training run, the second of eval_math.py
 
 
 @dataclass
@@ -208,7 +205,7 @@ def plugin_marks(settings):
             for path in sorted(paths) if path.endswith(".py") and os.path.isfile(path)}
 
 
-class Run:
+class Run(AbstractContextManager):
     """The folder runs/<name>/ while a command works in it. To be used in a `with`.
 
     Only the first process writes (of train_state/ each process writes its part). resume: goes on with the run
@@ -225,6 +222,7 @@ class Run:
         if groups:  # the first group has another title in each script: sft.py cannot resume a tracerl.py run
             self.settings["kind_of_run"] = next(iter(groups))
         self.is_writer = parallel.is_first()
+        self.resume = resume
         self.progress = dict(step=0)  # what a checkpoint holds besides weights and moments
         self.tokenizer = None  # saved with every checkpoint
         self.wandb = None  # a run of Weights & Biases, once `begin` has started it
@@ -241,8 +239,7 @@ class Run:
 
     def check_use(self, resume, may_change):
         """ValueError for a folder with a run, unless this command resumes it with the same settings."""
-        logs = [os.path.join(self.folder, name) for name in LOGS]
-        has_lines = any(os.path.isfile(log) and os.path.getsize(log) > 0 for log in logs)
+        has_lines = any(log.stat().st_size for log in Path(self.folder).glob("*.jsonl"))
         if not resume and (has_lines or checkpoints_of(self.folder)):
             raise ValueError(f"{self.folder} holds a run: go on with it (--resume), delete the folder, or "
                              "choose another --name")
@@ -250,24 +247,25 @@ class Run:
         if resume and os.path.isfile(args_path):
             flags.check_same(read_json(args_path), self.settings, may_change, args_path)
 
-    def begin(self):
-        """Begins to write: the settings go into args.json, and the log is opened."""
-        if not self.is_writer:
-            return
-        with replacing(os.path.join(self.folder, "args.json")) as partial:
-            write_json(partial, self.settings)
-        # A command that was killed while it saved or deleted a checkpoint leaves such folders.
-        for left in glob.glob(os.path.join(glob.escape(self.folder), "checkpoints", "*.partial*")):
-            shutil.rmtree(left, ignore_errors=True)
-        open(self.path, "a", encoding="utf-8").close()
-        self.keep_lines(self.lines())  # drops half a line, if a crash left one
-        if self.settings.get("wandb"):
-            import wandb  # not in requirements.txt: only a run that asks for it needs it
-            self.wandb = wandb.init(project="tracerl", name=os.path.basename(self.folder),
-                                    config=self.settings, dir=self.folder)
+    def begin(self, learners=()):
+        """Begins to write: the settings go into args.json, and the log is opened.
 
-    def __enter__(self):
-        return self
+        learners: those of a training run. With --resume they go on from the newest checkpoint.
+        """
+        if self.is_writer:
+            with replacing(os.path.join(self.folder, "args.json")) as partial:
+                write_json(partial, self.settings)
+            # A command that was killed while it saved or deleted a checkpoint leaves such folders.
+            for left in Path(self.folder, "checkpoints").glob("*.partial*"):
+                shutil.rmtree(left, ignore_errors=True)
+            open(self.path, "a", encoding="utf-8").close()
+            self.keep_lines(self.lines())  # drops half a line, if a crash left one
+            if self.settings.get("wandb"):
+                import wandb  # not in requirements.txt: only a run that asks for it needs it
+                self.wandb = wandb.init(project="tracerl", name=os.path.basename(self.folder),
+                                        config=self.settings, dir=self.folder)
+        if self.resume and learners:
+            self.restore(learners)
 
     def __exit__(self, kind, error, trace):
         if self.wandb is not None:
@@ -345,7 +343,6 @@ class Run:
         path = os.path.join(self.folder, "checkpoint")
         with replacing(path) as partial:
             save_checkpoint(model, self.tokenizer, partial, self.save_dtype())
-        parallel.barrier()
         return path
 
     def restore(self, learners):
@@ -358,7 +355,7 @@ class Run:
             parallel.say(f"{self.folder} has no checkpoint to go on from, so the run starts at step 1")
             if self.is_writer:
                 self.keep_lines([])
-            return False
+            return
         folder = os.path.join(paths[-1], "train_state")
         self.progress = read_json(os.path.join(folder, "progress.json"))
         if self.progress.get("frozen", "") not in ("", frozen_mark(learners)):
@@ -376,7 +373,6 @@ class Run:
         if self.is_writer:
             self.keep_lines([line for line in self.lines() if line["step"] <= self.progress["step"]])
         parallel.say(f"resuming {self.folder} after step {self.progress['step']}")
-        return True
 
     def check_data(self, data, name):
         """ValueError if a resumed run would go on with other data (lists of numbers, texts, or Problems)."""
@@ -397,11 +393,9 @@ class Run:
         names = {name for line in lines for name in line if isinstance(line[name], (int, float))} - {"step"}
         first = [name for name in ("reward", "dev_accuracy", "accuracy", "loss") if name in names]
         names = first + sorted(names - {*first})
-        if not names:  # somebody has deleted the log
-            return
         # Not at the top: the first RL step would wait half a second for this import.
         from matplotlib.figure import Figure
-        num_rows = math.ceil(len(names) / 3)
+        num_rows = math.ceil(len(names) / 3) or 1  # no number at all: somebody has deleted the log
         height = 2.2 * num_rows  # inches
         figure = Figure(figsize=(12, height))
         # Fixed margins: a layout that measures every label takes twice as long, at every checkpoint.
@@ -417,7 +411,5 @@ class Run:
 
 def checkpoints_of(folder):
     """Paths of the whole checkpoints of a run's folder, by step. (A half-written one is called .partial.)"""
-    folder = os.path.join(folder, "checkpoints")
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
-    return [os.path.join(folder, f"step-{step}") for step in steps]
+    steps = {path.name.removeprefix("step-"): path for path in Path(folder, "checkpoints").glob("step-*")}
+    return [str(steps[step]) for step in sorted(filter(str.isdecimal, steps), key=int)]

@@ -1,5 +1,6 @@
 """plumbing/show.py - what a person sees: the line of a step, its warnings, tables, a page of traces."""
 
+import itertools
 import json
 import math
 import os
@@ -10,9 +11,10 @@ import torch
 from plumbing import parallel, runs
 
 
-def lengths(rollouts):
-    """Mean length (trained tokens), truncated fraction, and tokens revealed per denoising step."""
+def rollout_numbers(rollouts):
+    """Mean reward and length (trained tokens), truncated fraction, tokens revealed per denoising step."""
     return dict(
+        reward=fmean(r.reward for r in rollouts),
         length=fmean(r.num_tokens for r in rollouts),
         truncated=fmean(r.is_truncated for r in rollouts),
         # How fast it decodes: 1 is as slow as an autoregressive model, K is a block at once.
@@ -103,8 +105,7 @@ def print_table(before, after, num_problems):
     title = f"accuracy on {num_problems} test problems"
     parallel.say(f"\n{title:36s}{'before':>16s}{'after':>18s}")
     for name in after:
-        was = plus_minus(before[name]) if name in before else "-"
-        parallel.say(f"  {name:34s}{was:>16s}  {plus_minus(after[name]):>16s}")
+        parallel.say(f"  {name:34s}{plus_minus(before[name]):>16s}  {plus_minus(after[name]):>16s}")
     for name in before:
         if "reward" in before[name]:
             numbers = f"{before[name]['reward']:>16.3f}  {after[name]['reward']:>16.3f}"
@@ -128,11 +129,9 @@ PAGE = os.path.join(os.path.dirname(__file__), "trace.html")  # a page in which 
 
 def write_trace(run, rollouts, config, tokenizer):
     """Writes trace.html into a run's folder. It shows the best and the worst response to some prompts."""
-    groups = {}
-    for r in rollouts:
-        groups.setdefault(r.group, []).append(r)
+    groups = [[*group] for _, group in itertools.groupby(rollouts, lambda r: r.group)]
     reward = lambda r: r.reward
-    pairs = [[max(group, key=reward), min(group, key=reward)][:len(group)] for group in groups.values()]
+    pairs = [[max(group, key=reward), min(group, key=reward)][:len(group)] for group in groups]
     # Groups with right and wrong responses first: where all rewards are equal there is little to see.
     pairs.sort(key=lambda pair: pair[0].reward == pair[-1].reward)
     if run.is_writer:
