@@ -33,8 +33,9 @@ def is_same(answer, gold):
 
 
 def in_base(text):
-    """204_5, (204)_{5}, 204_{five} -> ("", "204", "5"): sign, digits, base. None without a base."""
-    match = re.fullmatch(r"(-?)[({]?([0-9a-zA-Z.]+)[)}]? ?_ ?\{? ?\(?(?:base ?)?(\d+|[a-z]+)\)? ?\}?", text)
+    """204_5, (204)_{five}, 204 base 5 -> ("", "204", "5"): sign, digits, base. None without a base."""
+    match = re.fullmatch(r"(-?)[({]?([0-9a-zA-Z.]+)[)}]? ?(?:_ ?\{? ?\(?(?:base ?)?|\(?base ?)"
+                         r"(\d+|[a-z]+)\)? ?\}?", text)
     if not match or not (match[2][0].isdigit() or match[2].isupper() and match[2][1:]):
         return None
     return match[1], match[2].upper(), str(NUMBERS.get(match[3], match[3]))
@@ -46,7 +47,8 @@ def read(text):
     `(p,q) = (3,2)` gives the tree of `p = 3` and that of `q = 2`.
     """
     # (x,y) = (1,2), (2,1) is a list of tuples.
-    text = re.sub(r"^\(x, ?y(?:, ?z)?\) ?(?:=|\\in) ?(?!.*\(x,)(?=.*\).*\()", "", text)
+    names = "x, ?y(?:, ?z)?|a, ?b(?:, ?c)?|m, ?n|p, ?q|u, ?v"
+    text = re.sub(rf"^\((?:{names})\) ?(?:=|\\in) ?(?!.*\([a-z],)(?=.*\).*\()", "", text)
     if re.search(r"\\pm[^,]*\\pm|\(.*\\pm.*\\pm", text):
         raise ValueError("a \\pm b \\pm c: these may be two values or four")
     if "\\pm" not in text:
@@ -307,8 +309,8 @@ class RealSet:
             case ast.Compare(left=left, ops=signs, comparators=others):
                 sides = [left, *others]
                 names = {side.value for side in sides if isinstance(side, ast.Constant) and letters_of(side)}
-                if not names:
-                    raise ValueError("1 < 2 says nothing of a variable")
+                if not names or any(isinstance(sign, ast.In) for sign in signs):
+                    raise ValueError("1 < 2 and 3 \\in x say nothing of a variable")
                 self.variables |= names
                 # A side that is just the letter has the value x. A side such as -y or |y|, which holds the
                 # letter in another form, cannot be computed: ValueError.

@@ -64,7 +64,7 @@ def choice(text):
 
     A text with another such letter is no choice: C or D.
     """
-    match = re.fullmatch(r"(?:(?i:option|choice|answer) )?\(?([A-H])(?:[).:] ?(.*))?", text)
+    match = re.fullmatch(r"(?:(?i:option|choice|answer) )?\(?([A-H])(?:[).:] ?(?![-+*/^_!=])(.*))?", text)
     if not match or re.search(r"(?<![a-zA-Z\\])[A-H](?![a-zA-Z])", match[2] or ""):
         return "", ""
     return match[1], match[2] or ""
