@@ -48,7 +48,7 @@ def read(text):
     """
     # (x,y) = (1,2), (2,1) is a list of tuples.
     names = "x, ?y(?:, ?z)?|a, ?b(?:, ?c)?|m, ?n|p, ?q|u, ?v"
-    text = re.sub(rf"^\((?:{names})\) ?(?:=|\\in) ?(?!.*\([a-z],)(?=.*\).*\()", "", text)
+    text = re.sub(rf"^(\((?:{names})\)) ?(?:=|\\in) ?(?!.*\1)(?=.*\).*\()", "", text)
     if re.search(r"\\pm[^,]*\\pm|\(.*\\pm.*\\pm", text):
         raise ValueError("a \\pm b \\pm c: these may be two values or four")
     if "\\pm" not in text:

@@ -72,11 +72,12 @@ def to_python(text):
             code.append(")" + opened.pop()[2])
             previous = "closing"
         if previous in ("number", "letter", "closing", "mark", "end", "exponent"):
-            # 2^{10}3 is a product, but \sin x^n3 may be two things.
-            may_follow = previous == "mark" or previous == "exponent" and (not opened or opened[-1][0])
+            # A number may stand behind 5!, and behind an exponent: 2^{10}3. But \sin x^n3 is refused.
+            in_function = opened and not opened[-1][0]
+            may_follow = previous == "mark" or previous == "exponent" and not in_function
             if kind == "number" and not may_follow or kind == "mark" == previous:
                 raise ValueError("x2, n!!: these can be read in two ways")
-            if kind == "opening" and opened and not opened[-1][0]:
+            if kind == "opening" and in_function:
                 raise ValueError("\\sin x(1+y): this can be read in two ways")
             code.append("@" if kind in BEGINS_FACTOR else "")  # a product without a sign, see `parse`
         if kind in ("number", "letter"):
@@ -242,7 +243,6 @@ def values_at(trees, letters, is_real):
     num_typed = sum(len(leaf) for tree in trees for leaf in leaves(tree))
     for digits in (150, 1500) if letters else (150, 1500, 11_000):
         values = []
-        sizes = []  # of all values on the way, as powers of 2: rounding is relative to the largest
         needed = 0
         for tree in trees:
             calculator = Calculator(letters, is_real, digits + num_typed)
@@ -251,12 +251,12 @@ def values_at(trees, letters, is_real):
             except (ValueError, ArithmeticError):
                 values.append(None)
             needed = max(needed, calculator.num_digits())
-            sizes += calculator.sizes
         if needed < digits - 100:
             break
     else:
         values = [None for _ in trees]
-    return values, calculator.mp.mpf(2) ** max(sizes) * calculator.mp.mpf(10) ** (50 - digits - num_typed)
+    largest = max([1, *(abs(value) for value in values if value is not None)])
+    return values, largest * calculator.mp.mpf(10) ** (50 - digits - num_typed)
 
 
 def points(letters):

@@ -19,19 +19,20 @@ NUMERAL = re.compile(r"(?i)\b(?:zero|one|two|three|four|five|six|seven|eight|nin
                      r"twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|half)s?\b")
 EXPONENT = r"(?:\s*\^\s*(?:-?\d|\{-?\d\}))?"
 UNIT = re.compile(rf"(?:[\s/]|\\cdot)*{TEXT}({GROUP}){EXPONENT}")
-# A unit between two numbers stays. Otherwise 5\text{ feet }\frac12 would become the mixed number 5\frac12.
-UNITS_IN_TEXT = re.compile(rf"(?<=[\da-zA-Z}})\]])\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*"
-                           r"(?!\s*(?:\d|\\d?frac))")
-# What ends like a number or a letter, and is none. So \text{B}\text{C} is not B with the unit C.
-NO_NUMBER = re.compile(rf"{TEXT}\{{[^{{}}\d]*\}}\s*$|\\(?!pi)[a-zA-Z]+$")
+# A unit between two numbers stays. Otherwise 5\text{ feet }\frac12 would become the mixed number 5\frac12. And
+# 2\mathrm{sin}x is no 2x.
+UNITS_IN_TEXT = re.compile(rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{TEXT}{GROUP}{EXPONENT}(?:{UNIT.pattern})*"
+                           r"(?!\s*(?:[\da-zA-Z(]|\\d?frac))")
+# A choice such as (B) or \text{B}, behind which a word is no unit: \text{B}\text{C} is not B with the unit C.
+CHOICE = re.compile(rf"^[\s{{(]*[A-H][).:]*[\s}}]*$|{TEXT}\{{[^{{}}\d]*\}}[\s}}]*$")
 BARE_UNIT = re.compile(rf"(?:(?<=[\d}}])|(?<=\\pi )) *([a-zA-Z][a-zA-Z /.]*){EXPONENT}\s*\.?$")
 # Words of a gold answer that change its number: 7\text{ tenths} is not 7. (41\text{ fourth graders} are 41.)
 CHANGES_NUMBER = re.compile("halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|"
                             "dozens?|tens|squared|cubed|below|less|minus|twice|otherwise|remainder")
 BEFORE_UNITS = {"square", "cubic", "sq", "cu", "different", "distinct", "possible", "real", "positive",
-                "lattice", "additional", "red", "blue", "green", "white", "black"}
+                "lattice", "additional"}
 AMONG_UNITS = {"per", "the", "squared", "cubed", "total", "left", "remaining", "each", "old", "long", "tall",
-               "wide", "high", "deep", "away", "a", "cdot", *BEFORE_UNITS}
+               "wide", "high", "deep", "away", "cdot", *BEFORE_UNITS}
 
 
 def periodic(match):
@@ -94,8 +95,7 @@ def spell(text, nouns, bare_units):
     if bare_units == "all":  # there is no letter in the gold answer, so 2e-3 is 0.002, and not 2e - 3
         text = re.sub(r"(?<![\w.])(\d+\.?\d*)[eE]\+?(-?\d+)(?!\w)", r"\1\\cdot10^{\2}", text)
     if nouns is not None:
-        text = UNITS_IN_TEXT.sub(lambda match: match[0] if NO_NUMBER.search(text, 0, match.start())
-                                 else without_units(match[0], nouns), text)
+        text = UNITS_IN_TEXT.sub(lambda match: without_units(match, nouns), text)
     bare = BARE_UNIT.search(text)
     if bare and bare_units != "none" and is_bare_unit(bare, nouns, bare_units == "all"):
         text = text[:bare.start()]
@@ -143,8 +143,11 @@ def is_known(word, nouns):
     return bool(names & UNITS or names & nouns)
 
 
-def without_units(text, nouns):
+def without_units(match, nouns):
     """A text such as "\\text{ kg}\\cdot\\text{m} ..." without the units with which it begins."""
+    text = match[0]
+    if CHOICE.search(match.string, 0, match.start()):
+        return text
     while (unit := UNIT.match(text)) and is_unit(unit[1], nouns):
         text = text[unit.end():]
     return " " + text

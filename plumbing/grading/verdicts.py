@@ -18,6 +18,8 @@ CALCULATION = re.compile(r"\d[}) ]*(?:[-+*^]|\\times|\\cdot|\\div)[({ ]*\d")
 # Words that change what an answer says: "not x = 5", "5 if n is even".
 DENIAL = re.compile(r"(?i)(?<![\\a-z])(?:not|no|never|if|unless|wrong|false|twice|half|assume|minus|negative|"
                     r"double|triple|except|cannot|opposite|reciprocal)(?![a-z])")
+# What may not stand behind a choice, since (C) + 1 is none. (C) -5 is one: its text is the number -5.
+OPERATION = r"(?:[+*/^_!=<>{]|-(?! ?[\d.\\])|\\(?:cdot|times|div|pm|ne|le|ge)(?![a-z]))"
 APPLIED = re.compile(r"(?<![a-zA-Z\\])f'*\((?!.*(?:=|\\in(?![a-z])))")  # y = f(2x), but not f(2x) = 3
 WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS}|and)(?![a-zA-Z]))[a-zA-Z]{{3,}}")
 
@@ -64,7 +66,8 @@ def choice(text):
 
     A text with another such letter is no choice: C or D.
     """
-    match = re.fullmatch(r"(?:(?i:option|choice|answer) )?\(?([A-H])(?:[).:] ?(?![-+*/^_!=])(.*))?", text)
+    match = re.fullmatch(
+        rf"(?:(?i:option|choice|answer) )?\(?([A-H])(?:[).:](?! ?{OPERATION}) ?(.*))?", text)
     if not match or re.search(r"(?<![a-zA-Z\\])[A-H](?![a-zA-Z])", match[2] or ""):
         return "", ""
     return match[1], match[2] or ""
