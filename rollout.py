@@ -87,7 +87,7 @@ class Rollout:
     is_truncated: bool = False  # no eos among the first max_new_tokens tokens. Then num_tokens is that number
     seed: int = 0  # of its draws, and of its masks where views are random
     # Filled in between decoding and the update, by tracerl.py, eval_math.py and value.py:
-    rl_step: int = 0  # the RL step in which it was decoded; 0 in an evaluation
+    rl_step: int = 0  # the RL step in which it was decoded; 0 outside of RL
     group: int = 0  # the number of its prompt in this RL step
     reward: float = 0.0
     token_rewards: list = field(default_factory=list)  # process rewards, one per trained token, if any
@@ -717,8 +717,8 @@ class ReplayLaw:
         if is_law:
             return
         text = (f"the replay law is broken: replayed and recorded log-probabilities differ by {gap:.1e} on "
-                f"average (--max_gap is {bound:.0e}) and by up to {gap_max:.1e} (in float32 at most ten times "
-                "--max_gap). Training and sampling disagree about masks, positions, blocks or steps")
+                f"average (allowed: {bound:.0e}; in float32 ten times that for a token) and up to {gap_max:.1e}: "
+                "training and sampling disagree about masks, positions, blocks or steps (see --max_gap)")
         if self.is_float32 or self.num_wide >= 3:
             raise RuntimeError(text)
         parallel.say(f"WARNING: {text}")

@@ -304,41 +304,41 @@ def old_logprobs(learners, rollouts, kept, method, recipe, step):
     # Groups stay whole, so that an update has positive and negative advantages. The order is seeded. Of
     # five groups, the first of two updates takes the 1st, 3rd and 5th in this order, the second the others.
     groups = [groups[i] for i in parallel.shuffled(len(groups), mix(recipe.seed, step))]
-    batches = [make_batch(learners, groups[start::recipe.minibatches], method, recipe)
+    batches = [make_batch(learners, groups[start::recipe.minibatches], method, recipe, step)
                for start in range(min(recipe.minibatches, len(groups)))]
     # Later updates start from a policy that has moved. So the old log-probabilities of their tokens are
     # computed now. (While the value model learns alone, the policy has no updates.)
-    for batch in batches[1:] if step > recipe.value_warmup else []:
+    for batch in batches[1:] if step > head_start(learners, recipe) else []:
         for rows in batch.rows:
             logp, _ = rollout.forward_rows(model, rows, method.compute, temperature)
             rows.targets.logp_old.copy_(logp)
     return batches, gap
 
 
-def make_batch(learners, groups, method, recipe):
+def make_batch(learners, groups, method, recipe, step):
     """The micro-batches of one update: its responses are dealt out to processes, and laid out as rows."""
     model = learners.policy.model
-    units = groups if flags.declares(method.loss, "num_groups") else [[r] for group in groups for r in group]
+    is_whole = flags.declares(method.loss, "num_groups")
+    units = groups if is_whole else [[r] for group in groups for r in group]
+    size = recipe.group_size if is_whole else 1  # of a unit
     # Dealt like cards, the longest first: then every process has about the same work. (The rest of the key
     # breaks ties. Equal responses keep their seeded order.)
     units.sort(key=lambda unit: (-sum(len(r.response) for r in unit), unit[0].prompt, unit[0].response))
     # Item i goes to process i modulo the number of processes.
     own = [r for unit in parallel.deal(units) for r in unit]
-    size = len(units[0])  # 1 response, or the G of a group
     rows, num_tokens = micro_batches_of(own, size, model, method.views, method, recipe)
     value_rows = []
     num_value_tokens = 0
     if learners.value is not None:
         value_rows, num_value_tokens = micro_batches_of(
             own, size, model, rollout.trace_views, method, recipe)
-    return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups),
-                 groups[0][0].rl_step)
+    return Batch(rows, value_rows, num_tokens, num_value_tokens, sum(map(len, groups)), len(groups), step)
 
 
 def micro_batches_of(rollouts, size, model, views, method, recipe):
     """Micro-batches of this process's rollouts, and the number of targets of all processes.
 
-    size: how many neighbours should stay in one micro-batch. It is 1 response, or the G of a group.
+    size: how many neighbours should stay in one micro-batch: 1, or G if groups stay whole.
     """
     rows_of_each = rollout.build_rows(rollouts, model.config, views, recipe.shrink, trained_only=True)
     return packing.dealt_batches(rows_of_each, method.compute, model, method.loss, size)
@@ -361,7 +361,7 @@ def learn(learners, batches, rollouts, method, recipe, step):
         for batch in batches * recipe.value_epochs:
             value_updates.append(update_value(learners.value, batch, method.compute, recipe))
     # A value model that has only begun is a poor baseline. So the policy waits for it.
-    num_steps = step - recipe.value_warmup  # RL steps of the policy, this one included
+    num_steps = step - head_start(learners, recipe)  # RL steps of the policy, this one included
     if num_steps > 0:
         ramp = min(1.0, num_steps / max(recipe.warmup, 1))
         parallel.set_learning_rate(policy.optimizer, recipe.lr * ramp)
@@ -373,6 +373,11 @@ def learn(learners, batches, rollouts, method, recipe, step):
         line |= rollout.drift(policy.model, rollout.probes(rollouts, policy.model.config), method.compute,
                               method.decoding.temperature)
     return line
+
+
+def head_start(learners, recipe):
+    """RL steps in which the value model learns alone."""
+    return recipe.value_warmup if learners.value is not None else 0
 
 
 def update(policy, batch, method, is_first, recipe):
@@ -519,8 +524,6 @@ def main(argv=None):
         learners, run.tokenizer = load_start(args)
         model = learners.policy.model
         recipe.shrink = recipe.shrink or (8 if model.config.is_full else 1)
-        if learners.value is None:  # nobody to wait for
-            recipe.value_warmup = 0
         law = rollout.ReplayLaw(args.dtype == "float32", decoding.temperature, recipe.max_gap)
         compute = machine.choose_compute(args, model, learners.value and learners.value.model)
         method = Method(*functions, decoding, compute, law)

@@ -96,8 +96,10 @@ def returns_and_advantages(rewards, values, steps, gamma=1.0, lam=1.0):
 
     rewards, values: one number per token, float (N, R). steps: int64 (N, R), from 1 up without gaps; 0 is not
     trained.
+
     gamma is the discount per trace step, lam the lambda of GAE. The paper sets both to 1. A fork that wants
     others changes these defaults.
+
     Take token j of step t. A star marks a mean over the trained tokens of a step. After the
     last step every starred number is 0.
 

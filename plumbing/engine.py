@@ -134,26 +134,27 @@ class Decoder:
             self.denoise = Captured(self.denoise, num_slots, K, length, reach)
 
     def admit(self, numbers, prompts, seeds):
-        """Gives prompts to the next free slots, and computes keys and values of their whole blocks."""
+        """Writes prompts and masks into the next free slots, and computes keys and values of whole blocks."""
         K = self.config.block_size
-        rows = slice(len(self.lanes), len(self.lanes) + len(prompts))
+        slots = range(len(self.lanes), len(self.lanes) + len(prompts))
         ends = []
         for number, prompt, seed in zip(numbers, prompts, seeds):
             P = len(prompt)
             start, end = rollout.decoded_span(P, self.decoding.max_new_tokens, self.config)
             self.lanes.append(Lane(number, prompt, seed, start, end, min(start + K, end) - P))
             ends.append((P, end))
+        lines = slice(slots.start, slots.stop)  # of the tables
         longest = max(map(len, prompts))
         padded = [prompt + [self.config.mask_id] * (longest - len(prompt)) for prompt in prompts]
         for table in self.tables:
-            table[rows] = 0
-        self.token[rows, longest:] = self.config.mask_id
-        self.token[rows, :longest] = to_device(torch.tensor(padded), self.device)
+            table[lines] = 0
+        self.token[lines, longest:] = self.config.mask_id
+        self.token[lines, :longest] = to_device(torch.tensor(padded), self.device)
         position = torch.arange(self.token.shape[1], device=self.device)
         prompt_end, response_end = to_device(torch.tensor(ends), self.device).T[..., None]  # (n, 1) each
-        self.is_masked[rows] = (position >= prompt_end) & (position < response_end)
+        self.is_masked[lines] = (position >= prompt_end) & (position < response_end)
         if not self.config.is_full:
-            self.prefill_groups(range(rows.start, rows.stop), prompts)
+            self.prefill_groups(slots, prompts)
 
     def prefill_groups(self, slots, prompts):
         """Prefills each prompt once, in the first of its slots. The other slots get a copy."""

@@ -1,7 +1,7 @@
 """plumbing/flags.py - settings: small dataclasses whose fields are also the flags of the commands.
 
     @dataclass
-    class Decoding:
+    class Decoding(Settings):
         temperature: float = setting(1.0, "T; 0 is greedy", low=0)
 
 `make_parser` makes --temperature of it, and `read_flags` makes a Decoding of parsed flags. So the default,
@@ -34,7 +34,7 @@ def setting(default, help, *, tiny=None, low=-math.inf, above=-math.inf, high=ma
 
 
 class Settings:
-    """What settings classes inherit: ValueError for an object with a field that is out of its bounds."""
+    """What a settings class inherits to check itself: ValueError for a field that is out of its bounds."""
 
     def __post_init__(self):
         check(type(self), self)

@@ -348,7 +348,7 @@ class Run(AbstractContextManager):
     def restore(self, learners):
         """Loads the newest checkpoint into models and optimizers, and cuts the log back to its step.
 
-        -> whether there was a checkpoint. ValueError if it is damaged, or of another model.
+        Without a checkpoint the run starts at step 1. ValueError if it is damaged, or of another model.
         """
         paths = parallel.from_first(checkpoints_of(self.folder))
         if not paths:

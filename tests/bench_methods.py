@@ -576,7 +576,7 @@ def train_value(learners, problems, tokenizer, method, recipe, num_steps):
 
 def gradient(policy, rollouts, method, recipe):
     """The policy gradient of one batch of rollouts at the policy that made them, flat."""
-    batch = tracerl.make_batch(tracerl.Learners(policy), [rollouts], method, recipe)
+    batch = tracerl.make_batch(tracerl.Learners(policy), [rollouts], method, recipe, step=1)
     policy.model.zero_grad(set_to_none=False)
     for rows in batch.rows:
         logp, _ = rollout.forward_rows(policy.model, rows, method.compute, method.decoding.temperature)

@@ -232,8 +232,6 @@ def test_a_function_gets_by_name_what_it_declares():
     """Each of the loss's numbers is that of the whole update, and the views and the reward get theirs."""
     model = random_model()
     kept = keep(groups_of(model))
-    for r in kept:
-        r.rl_step = 5
     got = {}
 
     def loss(entropy, num_groups, targets, num_responses, logp, num_tokens, kl_coef, rl_step, mine=7):
@@ -248,7 +246,7 @@ def test_a_function_gets_by_name_what_it_declares():
     one_update(model, kept, method_of(loss=loss, views=views), kl_coef=0.3, shrink=2)
     num_tokens = sum(r.num_tokens for r in kept)
     num_groups = len({r.group for r in kept})
-    assert got == dict(loss=(num_tokens, len(kept), num_groups, 0.3, 5, 7), views=(2, True, True))
+    assert got == dict(loss=(num_tokens, len(kept), num_groups, 0.3, 1, 7), views=(2, True, True))
     assert flags.call(lambda a, **more: more, a=1, b=2) == dict(b=2)
 
 
@@ -289,7 +287,8 @@ def test_a_loss_that_asks_for_groups_sees_them_whole(kind, number, monkeypatch):
         for max_tokens in (2000, 100_000):
             met.clear()
             method = method_of(loss=watch, compute=FAST._replace(max_tokens=max_tokens))
-            batch = tracerl.make_batch(learners_of(model), list(by_group(rollouts)), method, recipe_of())
+            batch = tracerl.make_batch(learners_of(model), list(by_group(rollouts)), method,
+                                       recipe_of(), 1)
             tracerl.update(learners_of(model).policy, batch, method, True, recipe_of())
             assert len(met) == len(set(met)) == len(range(rank, 4, number))
 
@@ -401,7 +400,7 @@ def test_later_updates_use_the_start_of_step_policy(unclipped):
 
 def test_every_kept_rollout_is_trained_once_per_epoch_and_groups_stay_together(monkeypatch):
     groups = [[Rollout([g + 3], [i + 3], 1, [1], group=g) for i in range(4)] for g in range(7)]
-    monkeypatch.setattr(tracerl, "make_batch", lambda learners, groups, method, recipe: groups)
+    monkeypatch.setattr(tracerl, "make_batch", lambda learners, groups, method, recipe, step: groups)
     monkeypatch.setattr(rollout, "replay_gap", lambda *more: dict(gap=0.0, gap_max=0.0))
 
     def batches(kept, step):
