@@ -97,10 +97,13 @@ def math_reward(problem, text, rollout):
         rollout    the record: step_map, is_truncated, ... (A truncated response does not get 0 by
                    itself: your function must give 0.)
     Rows of the data without an answer are kept then: problem.answer is "". The function gives a number, or a
-    list with one number per token. The list is a process reward, for --advantage value or an advantage of
-    your own. With a value model, the return of a token is its own reward plus the MEAN reward of each later
-    trace step, discounted by gamma. So to give a step the reward x, give x to each of its tokens. (In the
-    log, `reward` is the sum over tokens: with three tokens this step adds 3 x.)
+    list with one number per token. It must not change the record: each response is judged on one process
+    only, and the others would not see the change.
+
+    A list is a process reward, for --advantage value or an advantage of your own. With a value model, the
+    return of a token is its own reward plus the MEAN reward of each later trace step. So to give a step the
+    reward x, give x to each of its tokens. (In the log, `reward` is the sum over tokens: with three tokens
+    this step adds 3 x.)
     """
     # "...\\boxed{1290}" -> "1290", which is compared with the problem's answer as a number or a formula.
     answer = grading.extract_answer(text)  # of the last box; None if there is none

@@ -717,7 +717,7 @@ class ReplayLaw:
         if is_law:
             return
         text = (f"the replay law is broken: replayed and recorded log-probabilities differ by {gap:.1e} on "
-                f"average (allowed: {bound:.0e}; in float32 ten times that for a token) and up to {gap_max:.1e}: "
+                f"average (allowed: {bound:.0e}) and up to {gap_max:.1e} (in float32: {10 * bound:.0e}): "
                 "training and sampling disagree about masks, positions, blocks or steps (see --max_gap)")
         if self.is_float32 or self.num_wide >= 3:
             raise RuntimeError(text)

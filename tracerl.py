@@ -254,6 +254,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
     is_kept = advantages.abs().flatten(1).amax(-1) > rounding  # (groups,)
     low, high = recipe.keep_range or (-torch.inf, torch.inf)  # too easy or too hard problems teach little
     is_kept &= (rewards.mean(-1) >= low) & (rewards.mean(-1) <= high)
+    is_kept = parallel.from_first(is_kept)  # another kind of CPU may round another way
     for r, numbers in zip(rollouts, advantages.flatten(0, 1)):
         r.advantage = numbers.expand(longest)[:len(r.response)].tolist()  # one number stands for all tokens
     kept = [r for r, keep in zip(rollouts, is_kept.repeat_interleave(recipe.group_size).tolist()) if keep]

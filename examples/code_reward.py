@@ -60,9 +60,9 @@ def passes_tests(problem, text, rollout):
 def succeeds(code, tests):
     """Whether code, then tests, run to their end without an error."""
     secret = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as out:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", PROGRAM], cwd=folder, env={}, stdin=subprocess.PIPE, stdout=output,
+            [sys.executable, "-I", "-c", PROGRAM], cwd=folder, env={}, stdin=subprocess.PIPE, stdout=out,
             stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             process.communicate(json.dumps([code, tests, secret]).encode(), timeout=SECONDS)
@@ -70,8 +70,8 @@ def succeeds(code, tests):
             pass
         finally:
             stop(process)
-        output.seek(0)
-        return output.read().endswith(f"\n{secret}\n".encode())
+        out.seek(0)
+        return out.read().endswith(f"\n{secret}\n".encode())
 
 
 def stop(process):

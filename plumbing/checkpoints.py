@@ -219,9 +219,12 @@ def save_weights(model, folder, dtype=None, max_shard_size="5GB"):
         return
     if model.config.tie_word_embeddings:
         state.pop("head.weight", None)
-    state = {family_name(model.config, name): p.to(dtype or p.dtype) for name, p in state.items()}
+    written = {}
+    for name in list(state):  # taken out one by one, so that memory never holds all weights in both dtypes
+        p = state.pop(name)
+        written[family_name(model.config, name)] = p.to(dtype or p.dtype)
     os.makedirs(folder, exist_ok=True)
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    save_torch_state_dict(written, folder, max_shard_size=max_shard_size)
     for path in Path(folder).glob("*.safetensors"):
         # safetensors lets only the owner read its files. Here, whoever may read the folder may read the
         # files.

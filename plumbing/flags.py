@@ -145,7 +145,8 @@ def check_same(saved, settings, may_change, path):
     if changed:
         raise ValueError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
                          "Give the settings of the run, or begin a new run from its newest checkpoint "
-                         "(--model, --name)")
+                         "(--model, --name). If you had to mend a function of yours, delete its line from "
+                         "this file")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ update, up to rounding.
 import functools
 import math
 import os
+import sys
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -142,6 +143,7 @@ def say(text):
     """Prints on the first process only, above a progress bar if there is one."""
     if is_first():
         tqdm.write(text)
+        sys.stdout.flush()  # in a file, lines would otherwise come late
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def run_command(main):
             # minute later.
             is_gloo = type(error) is RuntimeError and "gloo" in str(error)
             is_lost = is_gloo or isinstance(error, dist.DistError)
-            with open(path, "w", encoding="utf-8") as file:
+            with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # the disk may be full
                 json.dump(dict(message=text, timestamp=int(time.time()) + 60 * is_lost), file)
         print(text, file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -186,7 +186,8 @@ def mark(content):
 
 def weight_mark(parameters):
     """A short hash of weights, made of a sum for each parameter. An update changes some of these sums."""
-    return mark([f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in parameters])
+    sums = [f"{float(p.detach().sum(dtype=torch.float64)):.6g}" for p in parameters]
+    return mark(parallel.from_first(sums))  # another kind of GPU may round another way
 
 
 def frozen_mark(learners):
@@ -233,9 +234,11 @@ class Run(AbstractContextManager):
             try:
                 self.lock.acquire(timeout=0)  # the system releases it when this process ends
             except filelock.Timeout:
-                raise ValueError(f"{self.folder} is in use by another command: wait for it, or choose "
-                                 "another --name") from None
-        parallel.barrier()
+                raise ValueError(f"{self.folder} is in use by another command: wait for it, end it, or "
+                                 "choose another --name") from None
+        if any(other != self.settings for other in parallel.gather([self.settings])):
+            raise ValueError("the processes of this run have different settings: give all of them the same "
+                             "flags, the same files, and the same kind of device")
 
     def check_use(self, resume, may_change):
         """ValueError for a folder with a run, unless this command resumes it with the same settings."""
@@ -319,9 +322,13 @@ class Run(AbstractContextManager):
             state_folder = os.path.join(partial, "train_state")
             with warnings.catch_warnings():  # torch warns if there is only one process
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.save(train_state(learners), checkpoint_id=state_folder, no_dist=not dist.is_initialized())
+                saved = dcp.save(
+                    train_state(learners), checkpoint_id=state_folder, no_dist=not dist.is_initialized())
             if self.is_writer:
                 write_json(os.path.join(state_folder, "progress.json"), self.progress)
+                written = {place.relative_path for place in saved.storage_data.values()}
+                if not written <= {*os.listdir(state_folder)}:
+                    raise OSError("files of other processes are missing: all machines need one file system")
         if self.is_writer:
             for old in checkpoints_of(self.folder)[:-KEPT]:
                 # Renamed first, so that a half-deleted checkpoint is not taken for a whole one. What cannot
@@ -377,9 +384,10 @@ class Run(AbstractContextManager):
     def check_data(self, data, name):
         """ValueError if a resumed run would go on with other data (lists of numbers, texts, or Problems)."""
         found = mark(data)
-        if self.progress.setdefault("data", found) != found:
-            raise ValueError(f"{name} have changed since {self.folder} began: bring the old "
-                             "data back, or start a new run from its newest checkpoint (--model, --name)")
+        if self.progress.setdefault("data", parallel.from_first(found)) != found:
+            raise ValueError(f"{name} have changed since {self.folder} began, or another process has others: "
+                             "bring the old data back, or start a new run from its newest checkpoint "
+                             "(--model, --name)")
 
     def finish(self, summary):
         """Writes summary.json."""

@@ -277,7 +277,7 @@ def test_a_command_that_cannot_start_changes_nothing(folder):
 
 def test_two_commands_never_work_in_one_folder(folder):
     with runs.Run("r", {}):
-        with pytest.raises(ValueError, match="runs/r is in use by another command: wait for it, or choose"):
+        with pytest.raises(ValueError, match="runs/r is in use by another command: wait for it, end it, or choose"):
             runs.Run("r", {})
 
     def hold():
@@ -371,6 +371,37 @@ def test_a_full_disk_is_a_clear_error_wherever_it_strikes(folder, monkeypatch):
     with file_size_limit(100), full("args.json"):
         runs.Run("s", dict(text="longer than that" * 10)).begin()
     assert not list(Path("runs").rglob("*.partial*"))
+
+
+def test_a_checkpoint_that_lacks_the_files_of_another_machine_is_no_checkpoint(folder, monkeypatch):
+    """Each process writes its own part. On another machine it may have written to another disk."""
+    save = runs.dcp.save
+
+    def save_elsewhere(state, checkpoint_id, no_dist):
+        saved = save(state, checkpoint_id=checkpoint_id, no_dist=no_dist)
+        next(Path(checkpoint_id).glob("*.distcp")).unlink()
+        return saved
+
+    monkeypatch.setattr(runs.dcp, "save", save_elsewhere)
+    learner = parallel.make_learner(tiny.tiny_model(), 1e-3, (0.9, 0.95))
+    with runs.Run("r", {}) as run:
+        run.begin()
+        run.progress["step"] = 1
+        with pytest.raises(OSError, match="step-1 could not be written .*all machines need one file system"):
+            run.save([learner])
+    assert not runs.checkpoints_of("runs/r")
+
+
+def test_processes_with_other_settings_or_data_do_not_train_together(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "gather", lambda own: own + [{**own[0], "dtype": "float32"}])
+        with pytest.raises(ValueError, match="the processes of this run have different settings"):
+            runs.Run("r", dict(dtype="bfloat16"))
+    with runs.Run("s", {}) as run:
+        monkeypatch.setattr(parallel, "from_first", lambda found: runs.mark([1]))
+        run.check_data([1], "the problems")
+        with pytest.raises(ValueError, match="another process has others"):
+            run.check_data([2], "the problems")
 
 
 def test_damaged_and_foreign_checkpoints_are_named_with_the_remedy(folder):
