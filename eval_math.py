@@ -95,7 +95,8 @@ def math_reward(problem, text, rollout):
         text       the response before eos
         tokens     token ids of the response, eos included
         rollout    the record: step_map, is_truncated, ... (A truncated response does not get 0 by
-                   itself: your function must give 0.)
+                   itself: your function must give 0.) rollout.rl_step is for rewards that change during a
+                   run. It is 0 in evaluations, which report the mean of your reward, too
     Rows of the data without an answer are kept then: problem.answer is "". The function gives a number, or a
     list with one number per token. It must not change the record: each response is judged on one process
     only, and the others would not see the change.

@@ -277,7 +277,7 @@ class Decoding(Settings):
             threshold                     the flag of that name
         It must reveal at least one mask of every block that has one. A token that was revealed is never
         masked again, whatever the function gives for it. Use tensor operations only: `if x.any()` makes a GPU
-        wait, and cannot be part of a CUDA graph.
+        wait, and cannot be part of a CUDA graph. Do not draw random numbers: a resumed run would draw others.
         """
         # Draws that do not count become 0, so that a sum over the block is right. A mean is this sum, divided
         # by is_masked.sum(-1).

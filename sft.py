@@ -57,7 +57,8 @@ def to_examples(problems, tokenizer, config, max_new_tokens):
     filler = config.pad_id if config.is_full and config.pad_id in config.eos_ids else eos
     lacking = [p.problem for p in problems if not p.solution]
     if lacking:
-        raise ValueError(f"no solution to learn from: {str(lacking[0])[:80]!r}")
+        raise ValueError(f"no solution to learn from: {str(lacking[0])[:80]!r}. Name a column of the data "
+                         f"{' or '.join(data.COLUMNS['solution'])}")
     # Text is made into tokens once, here. From here on the record is token ids.
     solutions = encode_solutions(problems, tokenizer, config)
     examples = []
@@ -256,7 +257,7 @@ def parse_args(argv=None):
                                machine.is_tiny(flags.peek(argv, "--model")))
     args = runs.parse(parser, GROUPS, argv)
     if args.data is None:  # only with --model: the tiny model has data by default
-        parser.error("--model needs --data")
+        parser.error(f"--model {args.model} needs --data. (Folders of tiny models need none: is this one?)")
     if args.dev_data is None and args.data in EMBEDDED:  # problems that are in no training set
         args.dev_data = f"{args.data}-dev"
     if args.stop_accuracy is not None and args.dev_data is None:

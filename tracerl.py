@@ -99,8 +99,8 @@ def policy_loss(logp, targets, num_tokens, clip_eps, kl_coef):
     A response stays in one micro-batch if it fits. If your loss declares num_groups, this holds for a whole
     group. With block attention a response is one row. A row is never cut: one that is longer than a
     micro-batch gets a micro-batch of its own. With full attention a response has many rows. If they do not
-    fit together, they are spread over several micro-batches. targets is a model.Targets: it also holds step,
-    view, group, rollout_index, logp, ...
+    fit together, they are spread over several micro-batches. No loss sees a whole update at once. targets is
+    a model.Targets: it also holds step, view, group, rollout_index, logp, ...
     """
     # (n,) A ratio of e^10 is a collapse. Beyond it the loss is constant, and no ratio becomes inf.
     log_ratio = (logp - targets.logp_old).clamp(max=10)
@@ -242,7 +242,7 @@ def give_advantages(rollouts, value_learner, method, recipe):
         raise ValueError("the reward function gives a reward per token, and this --advantage takes one per "
                          "response: use --advantage value, one of your own, or a reward that is their sum")
     # A function of yours may draw at random: all processes take what the first one got.
-    given = flags.call(method.advantage, rewards=rewards, rollouts=rollouts)
+    given = flags.call(method.advantage, rewards=rewards.clone(), rollouts=rollouts)
     advantages = parallel.from_first(torch.as_tensor(given, dtype=torch.float32).cpu())
     longest = max(len(r.response) for r in rollouts)
     if advantages.shape not in (rewards.shape, (*rewards.shape, longest)) or not advantages.isfinite().all():
@@ -398,6 +398,8 @@ def update(policy, batch, method, is_first, recipe):
                 method.loss, logp=logp, entropy=entropy, targets=rows.targets, num_tokens=batch.num_tokens,
                 num_responses=batch.num_responses, num_groups=batch.num_groups, rl_step=batch.rl_step,
                 clip_eps=recipe.clip_eps, kl_coef=recipe.kl_coef)
+            if getattr(loss, "shape", None) != () or not loss.requires_grad:
+                raise ValueError(f"--loss gives {loss!r:.200}, and must give one number with a gradient")
         else:
             # A dummy micro-batch: its loss is 0. Its backward must run, because other processes wait for it.
             loss = logp.sum()
@@ -487,7 +489,8 @@ def parse_args(argv=None):
     if args.keep_range is None and (args.reward, args.advantage) == ("math", "group") and not is_tiny:
         args.keep_range = [0.2, 0.8]  # the authors' filter, for rewards from 0 to 1
     if args.train_data is None or args.eval_data is None:
-        parser.error("--train_data and --eval_data are needed. Arithmetic and sudoku need no --eval_data")
+        parser.error("--train_data and --eval_data are needed (arithmetic and sudoku need no --eval_data). "
+                     f"Only tiny models have default data. --model is {args.model}: is it there?")
     # Evaluation may be greedy. Training may not.
     if args.temperature == 0 or args.top_k == 1:
         parser.error("--temperature 0 and --top_k 1 are greedy: the same response G times teaches nothing")

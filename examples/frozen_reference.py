@@ -11,7 +11,8 @@ whole run. The second model replays the same traces, so both models score each t
 second model takes memory: every process holds all of it. It replays by the fast twins, also with --plain.)
 
 `loss` needs --views trace and --shrink 1, so that both models score the same states. `loss` and
-`penalized` need --temperature 1, at which the reference replays. The reference must have the same K.
+`penalized` need --temperature 1, at which the reference replays. The reference must have the same kind of
+attention and the same K. (The policy as it was at the first RL step is --model.)
 """
 
 import functools
@@ -40,6 +41,8 @@ def reference():
 def reference_logp(rollouts):
     """The reference's log-probability of every response token, on every process -> a list per rollout."""
     own = parallel.deal(rollouts)  # each process replays a part
+    if reference().config.is_full != bool(rollouts[0].canvas):
+        raise ValueError("REFERENCE has another kind of attention than the policy")
     replayed = rollout.replay(reference(), own, engine.fast(reference().device))
     return parallel.gather([logp.tolist() for logp in replayed])
 

@@ -18,6 +18,7 @@ import ast
 import csv
 import json
 import math
+import numbers
 import os
 import re
 
@@ -81,7 +82,7 @@ def read_fields(row, where, needs_answer):
     if not isinstance(row, dict) or None in row:  # a key None: a CSV line has more cells than columns
         raise ValueError(f"{where}: not an object with named columns: {str(row)[:80]!r}. Write one JSON "
                          "object per row; in a CSV file, put quotes around a cell that holds a comma")
-    columns = {name.lower(): cell for name, cell in row.items()}
+    columns = {name.strip().lower(): cell for name, cell in row.items()}
     if isinstance(columns.get("reward_model"), dict):
         columns |= columns["reward_model"]
     cells = {}
@@ -116,7 +117,7 @@ def as_text(cell, place, remedy="write one text"):
         cell = cell[0]
     if is_empty(cell):
         return ""
-    if not isinstance(cell, (str, int, float)):
+    if not isinstance(cell, (str, numbers.Number)):
         raise ValueError(f"{place}: {str(cell)[:80]!r} is neither one text nor one number: {remedy}")
     return str(cell)
 
@@ -129,7 +130,11 @@ def read_prompt(cell, place):
                 cell = [read_message(message, place) for message in parse(cell)]
                 break
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                pass  # a problem whose text begins like a list
+                pass
+        else:  # maybe a problem whose text begins like a list
+            if re.match(r"\s*\[\s*\{\s*['\"](role|from|content)['\"]", cell):
+                raise ValueError(f"{place}: {cell[:80]!r} is a chat that is not JSON: save the data as "
+                                 "JSON Lines or parquet")
     if isinstance(cell, str) or is_empty(cell):
         return as_text(cell, place), ""
     messages = cell if isinstance(cell, list) else [cell]
@@ -147,9 +152,10 @@ def read_message(message, place):
     found = message if isinstance(message, dict) else {}
     role = found.get("role", found.get("from"))
     content = found.get("content", found.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"{place}: {str(message)[:80]!r} is neither a text nor a chat message: write one "
-                         'problem per row, a text in quotes or [{"role": "user", "content": "..."}]')
+    if not isinstance(role, str) or not isinstance(content, str) or found.get("tool_calls"):
+        raise ValueError(f"{place}: {str(message)[:80]!r} is neither a text nor a chat message (calls of "
+                         "tools are not read): write one problem per row, a text in quotes or "
+                         '[{"role": "user", "content": "..."}]')
     if found.get("reasoning_content"):  # as a template of a thinking model would write it
         content = f"<think>\n{found['reasoning_content']}\n</think>\n\n{content}"
     return dict(role=ROLES.get(role, role), content=content)
@@ -190,7 +196,7 @@ def read_answer(cell, place, needs_answer):
                    "(--reward)").strip()
     if needs_answer and text.lower() in NO_ANSWER:  # else \boxed{proof} would earn 1
         return ""
-    is_solution = "\\boxed" in text or "####" in text
+    is_solution = "\\boxed" in text or "####" in text or re.search(END, text)
     if is_solution or needs_answer and len(text) > MAX_ANSWER:
         return find_answer(text) or ("" if needs_answer else text)
     return text
@@ -257,16 +263,17 @@ def read_set(source):
 
 def read_file(path):
     """The rows of one file. The ending of its name says its kind. ValueError says what is broken."""
-    if not path.endswith(FILES):
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in FILES:
         raise ValueError(f"{path}: the name must end in {', '.join(FILES)}")
     try:
-        if path.endswith(".parquet"):  # read directly: `datasets` would first copy it into a cache
+        if ending == ".parquet":  # read directly: `datasets` would first copy it into a cache
             import pyarrow.parquet  # not at the top, as above
             return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-        if path.endswith(".csv"):
+        if ending == ".csv":
             csv.field_size_limit(1 << 30)  # solutions may be long
             with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: maybe with a byte order mark
                 return [row for row in csv.DictReader(file, strict=True) if any(row.values())]
     except (ValueError, OSError, csv.Error) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}: write the file as UTF-8, a CSV file with commas") from None
     return read_json_rows(path)

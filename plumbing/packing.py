@@ -5,11 +5,10 @@ end to end in one long row, and their document numbers keep them apart. With bot
 same numbers for every target.
 """
 
-import inspect
 import itertools
 
 from model import Row, fill_rows, pad
-from plumbing import parallel
+from plumbing import flags, parallel
 
 WARNED = []  # losses of which it was said that they see parts
 
@@ -97,8 +96,8 @@ def dealt_batches(rows_of_each, compute, model, loss=None, size=1):
     num_targets = sum(len(part.targets.token) for part in parts)
     counts = parallel.gather([(len(parts), num_targets, max(sizes, default=0))])
     numbers, num_targets, largest = zip(*counts)  # of every process
-    declared = inspect.signature(loss).parameters if loss is not None else ()
-    needs_whole = "num_groups" in declared or "num_responses" in declared
+    needs_whole = loss is not None and any(
+        flags.declares(loss, name) for name in ("num_groups", "num_responses"))
     if needs_whole and max(largest) > compute.max_tokens and loss not in WARNED:
         WARNED.append(loss)
         parallel.say(f"WARNING: a response or a group has {max(largest)} tokens, more than a micro-batch. A "

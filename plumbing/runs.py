@@ -277,6 +277,9 @@ class Run(AbstractContextManager):
 
     def steps(self, last, name):
         """The steps that are still to be done, up to `last`, with a progress bar."""
+        if self.progress["step"] >= last:
+            parallel.say(f"{self.folder} is at step {self.progress['step']}: nothing is left to train. Raise "
+                         "the number of steps to go on")
         for step in parallel.bar(range(self.progress["step"] + 1, last + 1), name):
             self.progress["step"] = step
             yield step

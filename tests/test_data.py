@@ -1,6 +1,7 @@
 """Laws of data: every public shape is read, and what is not understood is refused with its row."""
 
 import csv
+import decimal
 import json
 import os
 import shutil
@@ -438,3 +439,18 @@ def test_empty_rows_of_a_table_are_no_problems_and_a_short_solution_is_one(tmp_p
     short.write_text('{"question": "3+4?", "answer": "3+4=7\\n#### 7"}\n{"question": "3+5?", "answer": "#### 8"}\n')
     rows, _ = data.read_problems(str(short))
     assert [row["solution"] for row in rows] == ["3+4=7\n#### 7", ""] and rows[0]["answer"] == "7"
+
+
+def test_a_stated_answer_is_read_and_a_chat_that_is_no_json_is_refused(tmp_path):
+    read = lambda row: data.read_fields(row, "set, row 1", True)
+    assert read({"question": "2+3?", "answer": "The answer is: 5"})["answer"] == "5"
+    assert read({" Question ": "2+3?", " answer": 5})["answer"] == "5"
+    assert read({"question": "2+3?", "answer": decimal.Decimal("7.50")})["answer"] == "7.50"
+    numpy_text = "[{'role': 'system', 'content': 'Add.'}\n {'role': 'user', 'content': '2+3?'}]"
+    with pytest.raises(ValueError, match="row 1, column prompt: .* is a chat that is not JSON: save the data as"):
+        read({"prompt": numpy_text, "answer": "5"})
+    called = dict(role="assistant", content="", tool_calls=[1])
+    with pytest.raises(ValueError, match="calls of tools are not read"):
+        read({"messages": [dict(role="user", content="2+3?"), called], "answer": "5"})
+    (tmp_path / "a.JSONL").write_text('{"question": "2+3?", "answer": "5"}\n')
+    assert len(data.read_file(str(tmp_path / "a.JSONL"))) == 1

@@ -244,7 +244,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--model=x"], "--model needs --data"), (["--warmup=0"], "--warmup"),
+    (["--model=x"], "--model x needs --data"), (["--warmup=0"], "--warmup"),
     (["--stop_accuracy=0.5", "--model=x", "--data=y"], "--stop_accuracy needs --dev_data"),
 ])
 def test_a_bad_flag_is_refused_by_name(flags, message, capsys):

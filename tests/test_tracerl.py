@@ -250,6 +250,23 @@ def test_a_function_gets_by_name_what_it_declares():
     assert flags.call(lambda a, **more: more, a=1, b=2) == dict(b=2)
 
 
+@pytest.mark.parametrize("loss", [lambda logp: logp, lambda logp: 0.0, lambda logp: None,
+                                  lambda logp: (logp.sum(), {}), lambda logp: torch.zeros(())])
+def test_a_loss_that_is_not_one_number_with_a_gradient_is_refused(loss):
+    model = random_model()
+    with pytest.raises(ValueError, match="(?s)--loss gives .*must give one number with a gradient"):
+        one_update(model, keep(groups_of(model)), method_of(loss=loss))
+
+
+def test_an_advantage_may_change_its_rewards_in_place():
+    def centered(rewards):
+        rewards -= rewards.mean(-1, keepdim=True)
+        return rewards
+
+    rollouts = [Rollout([1], [2, 3], 2, [1, 2], reward=float(n % 2)) for n in range(8)]
+    assert keep(rollouts, method_of(advantage=centered), keep_range=(0.2, 0.8)) == rollouts
+
+
 @pytest.mark.parametrize("plug_in", [
     dict(loss=lambda logp, rewards: logp.sum()), dict(views=lambda block, steps: [(block, block)])])
 def test_an_unknown_parameter_is_a_clear_error(plug_in):
