@@ -132,7 +132,7 @@ def read_prompt(cell, place):
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 pass
         else:  # maybe a problem whose text begins like a list
-            if re.match(r"\s*\[\s*\{\s*['\"](role|from|content)['\"]", cell):
+            if re.match(r"\s*\[\s*\{\s*['\"]role['\"]", cell):
                 raise ValueError(f"{place}: {cell[:80]!r} is a chat that is not JSON: save the data as "
                                  "JSON Lines or parquet")
     if isinstance(cell, str) or is_empty(cell):

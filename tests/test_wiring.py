@@ -741,7 +741,7 @@ def test_a_loss_that_asks_for_groups_is_warned_once_when_it_gets_parts(capsys, m
     unit = [row for rows in rows for row in rows]
     size = max(len(row.tokens) for row in unit) * len(unit)
     groups = lambda num_groups: 0
-    for max_tokens, loss, is_warned in ((size, groups, False), (size - 1, lambda **others: 0, False),
+    for max_tokens, loss, is_warned in ((size, groups, False), (size - 1, lambda **others: 0, True),
                                         (size - 1, groups, True), (size - 1, groups, False)):
         packing.dealt_batches([unit], PLAIN._replace(max_tokens=max_tokens), model, loss)
         assert (f"has {size} tokens" in capsys.readouterr().out) == is_warned
