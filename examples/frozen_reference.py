@@ -42,7 +42,7 @@ def reference_logp(rollouts):
     """The reference's log-probability of every response token, on every process -> a list per rollout."""
     own = parallel.deal(rollouts)  # each process replays a part
     if reference().config.is_full != bool(rollouts[0].canvas):
-        raise ValueError("REFERENCE has another kind of attention than the policy")
+        raise ValueError(f"REFERENCE {os.environ['REFERENCE']} has other attention than --model: change it")
     replayed = rollout.replay(reference(), own, engine.fast(reference().device))
     return parallel.gather([logp.tolist() for logp in replayed])
 
