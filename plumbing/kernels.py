@@ -78,8 +78,8 @@ def flex_mask(rule, layout):
     16,384 tokens.
     """
     # The rule does not read the first field of a layout, the position. `at` fills it with the place in the
-    # row, just to have a number there.
-    _, *numbers = layout
+    # row, just to have a number there. The others get 32 bits, because the kernel holds them in registers.
+    _, *numbers = (number.int() for number in layout)
     at = lambda row, place: type(layout)(place, *(number[row, place] for number in numbers))
     may_see = lambda row, head, i, j: rule(at(row, i), at(row, j))
     create = compiled(create_block_mask) if layout.block.is_cuda else create_block_mask
@@ -95,7 +95,9 @@ def masked_attention(q, k, v, mask):
     has_groups = q.shape[1] != k.shape[1]  # several heads share a key
     if isinstance(mask, BlockMask):
         flex = compiled(flex_attention) if q.is_cuda else flex_attention
-        return flex(q, k, v, block_mask=mask, enable_gqa=has_groups)
+        # In float32 the tiles that torch chooses need more shared memory than smaller GPUs have.
+        tile = dict(BLOCK_M=32, BLOCK_N=32) if q.dtype == torch.float32 else None
+        return flex(q, k, v, block_mask=mask, enable_gqa=has_groups, kernel_options=tile)
     if isinstance(mask, list):
         parts = [masked_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], part)
                  for queries, keys, part in mask]

@@ -204,7 +204,7 @@ class DenseMask:
         self.mask = rule(row, None, query, key)[:, None]
 
 
-def flex_attention(q, k, v, block_mask, enable_gqa):
+def flex_attention(q, k, v, block_mask, enable_gqa, kernel_options):
     """FlexAttention, of such a mask."""
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=block_mask.mask, enable_gqa=enable_gqa)
