@@ -184,14 +184,19 @@ def show(kernels, limit):
     return all(kernel.metadata.shared <= limit for kernel in kernels)
 
 
-def main(argv=None):
-    """Compiles, and prints the table. Exit status 1: a kernel does not fit."""
+def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--capability", default="9.0", choices=["{}.{}".format(*key) for key in SHARED])
     parser.add_argument("--preset", default="8B", help="a shape of tests/bench_update.py")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--length", type=int, default=4096, help="tokens of the packed row")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Compiles, and prints the table. Exit status 1: a kernel does not fit."""
+    args = parse_args(argv)
     capability = tuple(int(part) for part in args.capability.split("."))
     started = time.time()
     load_shim()

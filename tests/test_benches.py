@@ -14,6 +14,7 @@ import bench_methods
 import bench_questions
 import bench_rollout
 import bench_update
+import cross_compile
 import tracerl
 from plumbing import parallel, runs
 from rollout import Decoding
@@ -207,7 +208,7 @@ def test_the_answers_to_the_three_questions_are_shown_from_what_ran(tmp_path, ca
 
 def test_the_bench_commands_of_the_evidence_are_understood():
     benches = dict(bench_broken=bench_broken, bench_methods=bench_methods, bench_questions=bench_questions,
-                   bench_rollout=bench_rollout)
+                   bench_rollout=bench_rollout, cross_compile=cross_compile)
     found = set()
     for line in (ROOT / "tests/EVIDENCE.md").read_text().splitlines():
         if line.startswith("    python tests/"):
