@@ -166,6 +166,7 @@ def load_function(spec, built_in, flag):
         raise ValueError(f"{flag} {spec}: {what}; give file.py:function, or one of " + ", ".join(built_in))
     # A file is executed once, however many flags name it, and also if it is edited meanwhile. It becomes a
     # module with a name in sys.modules, so that its functions can be pickled for a pool of forked processes.
+    # (Python 3.14 and macOS fork only if they are told: mp_context=multiprocessing.get_context("fork").)
     key = "plugin_" + hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:12]
     if key not in sys.modules:
         folder = os.path.dirname(os.path.realpath(path))

@@ -172,6 +172,7 @@ def share(tokens):
     return float(len(set(tokens)) % 3)
 """
 MINE = """
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from neighbour import share
 
@@ -183,7 +184,7 @@ def inner(tokens):
     return share(tokens)
 
 def own_pool(problem, text, tokens, rollout):
-    with ProcessPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(inner, tokens).result()
 
 def each(tokens):

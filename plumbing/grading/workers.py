@@ -126,9 +126,14 @@ def work():
 
 
 def limit_resource(kind, limit):
-    """Sets a limit of the kernel on this process. A lower hard limit stays."""
+    """Sets a limit of the kernel on this process. A lower hard limit stays.
+
+    macOS refuses a limit on memory, because a process holds more addresses there from the start. So on a Mac
+    only time is limited.
+    """
     import resource
     _, hard = resource.getrlimit(kind)
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
-    resource.setrlimit(kind, (limit, hard))
+    if sys.platform != "darwin" or kind != resource.RLIMIT_AS:
+        resource.setrlimit(kind, (limit, hard))
