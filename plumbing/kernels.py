@@ -78,7 +78,7 @@ def flex_mask(rule, layout):
     16,384 tokens.
     """
     # The rule does not read the first field of a layout, the position. `at` fills it with the place in the
-    # row, just to have a number there. The others get 32 bits, because the kernel holds them in registers.
+    # row, just to have a number there. The others get 32 bits, which takes fewer registers of the kernel.
     _, *numbers = (number.int() for number in layout)
     at = lambda row, place: type(layout)(place, *(number[row, place] for number in numbers))
     may_see = lambda row, head, i, j: rule(at(row, i), at(row, j))

@@ -128,8 +128,8 @@ def work():
 def limit_resource(kind, limit):
     """Sets a limit of the kernel on this process. A lower hard limit stays.
 
-    macOS refuses a limit on memory, because a process holds more addresses there from the start. So on a Mac
-    only time is limited.
+    macOS is reported to refuse a limit on memory, because a process holds more addresses there from the
+    start. So on a Mac memory has no limit.
     """
     import resource
     _, hard = resource.getrlimit(kind)
