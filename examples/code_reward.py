@@ -24,12 +24,12 @@ import tempfile
 SECONDS = 5
 MEGABYTES = 512
 
-# What the process runs. The limits also hold for the code, and for all processes that it starts. (macOS does
-# not limit memory.) Code that ends before its tests are done never writes the secret word.
+# What the process runs. The limits also hold for the code, and for all processes that it starts. Code that
+# ends before its tests are done never writes the secret word. (On a Mac memory is not limited.)
 PROGRAM = f"""
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
-if sys.platform != 'darwin': resource.setrlimit(resource.RLIMIT_AS, ({MEGABYTES} << 20, {MEGABYTES} << 20))
+if sys.platform != "darwin": resource.setrlimit(resource.RLIMIT_AS, ({MEGABYTES} << 20, {MEGABYTES} << 20))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 code, tests, secret = json.load(sys.stdin)
 space = dict(__name__="__main__")
